@@ -1,0 +1,50 @@
+# One-word commands. Each sets up what it needs and is quick when that is there already.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/cpu.lock
+READY := $(VENV)/ready
+# The CPU build of PyTorch lives on an index of its own; it is asked for that one package alone.
+TORCH := $(shell grep '^torch==' $(LOCK) | cut -d' ' -f1)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: run test unit check format lock docs clean
+
+run: $(READY)  ## Answer the job of test_input.json with the tiny model
+	@$(BIN)/python handler.py
+
+test: $(READY)  ## Run all tests: the real engine, the real SDK
+	@$(BIN)/python -m pytest
+
+unit: $(READY)  ## Run the tests that need no engine
+	@$(BIN)/python -m pytest tests/unit
+
+check: $(READY)  ## Lint, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(READY)  ## Apply the formatter and the safe fixes
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: $(READY)  ## Write the settings' declarations into the README
+	@$(BIN)/python -m engine.settings README.md
+
+lock:  ## Make the lock file anew from pyproject.toml
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet uv
+	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip compile pyproject.toml \
+		--extra cpu --extra dev --python-version 3.11 --upgrade --no-annotate --no-emit-find-links \
+		--no-emit-index-url --custom-compile-command "make lock" --output-file $(LOCK)
+
+$(READY): $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	@echo "Setting up $(VENV): about 170 packages, 2.5 GB, some minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement $(LOCK)
+	@touch $@
+
+clean:  ## Remove what was set up here
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
