@@ -1,0 +1,107 @@
+"""One job, from its input to its last output: payloads, dispatch, batching."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from engine import dispatch, native, payloads
+from engine.batching import EventBatcher
+from engine.errors import EngineError, InvalidInputError, JobError, RefusedError
+
+_log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What a job needs of the engine; `engine.server.Server` has it, and any ASGI app can stand in."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+
+    @property
+    def batch_interval_s(self) -> float:
+        """Least time between two outputs of a stream, in seconds."""
+
+    async def app(self) -> dispatch.App:
+        """VLLM's OpenAI app, or another."""
+
+
+async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
+    """Run a job; yield its outputs, ready for JSON.
+
+    A streamed OpenAI job yields SSE text, whole events at a time; a streamed top-level job yields dicts
+    (`engine.native`); anything else is yielded once. A job that fails yields `{"error": JSON text}` last
+    (`engine.errors`), when the engine has let go of it already: the SDK asks for nothing more after an error.
+    Closing the generator ends the request in the engine.
+
+    Args:
+        job: what the queue gave: `{"id": ..., "input": {...}}`.
+        engine: what answers it.
+    """
+    try:
+        request = payloads.parse(job, engine.max_model_len)
+        async with dispatch.call(await engine.app(), request, str(job.get("id", ""))) as response:
+            await _check(response)
+            if response.content_type == "text/event-stream":
+                async with aclosing(_stream(response, engine.batch_interval_s)) as batches:
+                    async for batch in batches:
+                        for output in native.deltas(batch) if request.native else [batch]:
+                            yield output
+            else:
+                yield _document(response.content_type, await response.body(), request.path)
+    except JobError as error:
+        failure = error
+    except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)
+        _log.exception("Job %s failed in the worker", job.get("id"))
+        failure = EngineError("the worker failed; its log says why")
+    else:
+        return
+    yield failure.output()
+
+
+async def _stream(response: dispatch.Response, interval_s: float) -> AsyncGenerator[str, None]:
+    """The batches of a streamed body: the first as soon as it is there, then no two within `interval_s`.
+
+    What comes in while the consumer is busy with a batch, or during the interval, leaves together.
+    """
+    batcher = EventBatcher()
+    async for chunk in response.chunks():
+        begun = time.monotonic()
+        for batch in batcher.feed(chunk):
+            yield batch
+        await response.ended(within_s=interval_s - (time.monotonic() - begun))
+    for batch in batcher.finish():
+        yield batch
+
+
+def _document(content_type: str, body: bytes, path: str) -> Any:
+    if not body:
+        return ""
+    if content_type == "application/json":
+        return json.loads(body)
+    if content_type.startswith("text/"):
+        return body.decode(errors="strict")
+    raise InvalidInputError(f"{path} answers with {content_type}, which is not JSON or text and so no job output")
+
+
+async def _check(response: dispatch.Response) -> None:
+    """Raise the engine's error answer; one that is no error body, as a router's "Not Found", is put into one."""
+    status = response.status
+    if status < HTTPStatus.MULTIPLE_CHOICES:
+        return
+    body = await response.body()
+    try:
+        document = json.loads(body)
+    except ValueError:
+        document = body.decode(errors="replace")
+    if isinstance(document, dict) and "error" in document:
+        raise RefusedError(status, document)
+    phrase = HTTPStatus(status).phrase
+    message = str(document.get("detail", document) if isinstance(document, dict) else document) or phrase
+    raise RefusedError(status, {"error": {"message": message, "type": phrase, "param": None, "code": status}})

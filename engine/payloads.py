@@ -1,0 +1,163 @@
+"""The job inputs that the worker accepts, and the one request that each of them stands for."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+
+from engine.errors import InvalidInputError
+
+ACCEPTED = """\
+{"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
+{"openai_route": "/v1/models"}  a GET
+{"messages": [...], "sampling_params": {...}, "stream": false}  a chat
+{"prompt": "...", "sampling_params": {...}, "stream": false}  a completion"""
+
+# A path and nothing else: no scheme, no host, no empty, `.` or `..` segment, no escapes. The query may follow.
+_ROUTE = re.compile(r"(?P<path>(?:/(?!\.{1,2}(?:/|\?|$))[A-Za-z0-9._~-]+)+)(?:\?(?P<query>[!-~]*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of vLLM's app.
+
+    `body` is JSON in UTF-8, or None for a GET. `native` is true for a job in the top-level form, whose stream comes
+    back as dicts with the new text rather than as SSE text.
+    """
+
+    method: str
+    path: str
+    query: str = ""
+    body: bytes | None = None
+    native: bool = False
+
+
+class _Input(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    def request(self, max_model_len: int) -> Request:
+        """The request that this input stands for."""
+        raise NotImplementedError
+
+
+class OpenAIInput(_Input):
+    """An OpenAI request, as the platform makes it from `/v2/{endpoint}/openai/v1/...`."""
+
+    openai_route: StrictStr
+    openai_input: dict[str, Any] | None = None
+
+    def request(self, max_model_len: int) -> Request:
+        """A POST of the input to the route; a GET of the route where there is no input."""
+        del max_model_len
+        match = _ROUTE.fullmatch(self.openai_route)
+        if match is None:
+            raise InvalidInputError(
+                f"openai_route is {_shown(self.openai_route)}, which is not a route: give the path alone, "
+                'without a scheme or a host, as in "/v1/chat/completions"'
+            )
+        path, query = match["path"], match["query"] or ""
+        if self.openai_input is None:
+            return Request("GET", path, query)
+        return Request("POST", path, query, _encode(self.openai_input))
+
+
+class _NativeInput(_Input):
+    sampling_params: dict[str, Any] = {}
+    stream: StrictBool = False
+    model: StrictStr | None = None
+
+    def _post(self, path: str, field: str, value: Any, defaults: dict[str, Any]) -> Request:
+        body = {**defaults, **self.sampling_params}
+        for name in (field, "stream", "model"):
+            if name in self.sampling_params:
+                raise InvalidInputError(f"sampling_params holds {name!r}, which belongs at the top level of the input")
+        body |= {field: value, "stream": self.stream}
+        if self.model is not None:
+            body["model"] = self.model
+        if self.stream:
+            body["stream_options"] = {"include_usage": True, **_dict(body.get("stream_options"))}
+        return Request("POST", path, body=_encode(body), native=True)
+
+
+class MessagesInput(_NativeInput):
+    """A chat at the top level of the input, for people who use `/run` directly."""
+
+    messages: Annotated[list[Any], Field(min_length=1)]
+
+    def request(self, max_model_len: int) -> Request:
+        """A POST to `/v1/chat/completions`; without `max_tokens`, vLLM answers to the end there by itself."""
+        del max_model_len
+        return self._post("/v1/chat/completions", "messages", self.messages, {})
+
+
+class PromptInput(_NativeInput):
+    """A prompt at the top level of the input, for people who use `/run` directly."""
+
+    prompt: StrictStr | Annotated[list[Any], Field(min_length=1)]
+
+    def request(self, max_model_len: int) -> Request:
+        """A POST to `/v1/completions` that lets the answer run to its end.
+
+        vLLM takes even `null` for its default there, 16 tokens; what is more than the prompt leaves room for, it cuts.
+        """
+        return self._post("/v1/completions", "prompt", self.prompt, {"max_tokens": max_model_len})
+
+
+# Which field says which form it is, in the order of looking.
+_FORMS: dict[str, type[_Input]] = {
+    "openai_route": OpenAIInput,
+    "openai_input": OpenAIInput,
+    "messages": MessagesInput,
+    "prompt": PromptInput,
+}
+
+
+def parse(job: dict[str, Any], max_model_len: int) -> Request:
+    """The request that a job's `input` stands for, to a model of at most `max_model_len` tokens.
+
+    Raises:
+        InvalidInputError: the input is none of the accepted forms; the message says what is wrong and what is accepted.
+    """
+    value = job.get("input")
+    if not isinstance(value, dict):
+        raise InvalidInputError(f"the job's input has to be a JSON object. Accepted:\n{ACCEPTED}")
+    form = next((_FORMS[field] for field in _FORMS if field in value), None)
+    if form is None:
+        raise InvalidInputError(f"the job's input is none of the accepted forms:\n{ACCEPTED}")
+    try:
+        return form.model_validate(value).request(max_model_len)
+    except ValidationError as error:
+        faults = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in error.errors())
+        raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED}") from None
+
+
+def _encode(body: dict[str, Any]) -> bytes:
+    """The body as strict JSON in UTF-8."""
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"the input holds {error.object[error.start]!a}, half of a surrogate pair, which is not a character: "
+            "send text as UTF-8, or escape characters beyond the Basic Multilingual Plane as both halves"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the input cannot be written as JSON: {error}") from None
+    except RecursionError:
+        raise InvalidInputError("the input is nested too deeply") from None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "input"
+
+
+def _shown(text: str, length: int = 100) -> str:
+    """A text of the client's as it may stand in a message: short, escaped, never half a surrogate."""
+    return ascii(text if len(text) <= length else text[:length] + "...")

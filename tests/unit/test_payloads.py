@@ -1,0 +1,155 @@
+"""Which job inputs are accepted, and what each of them asks of vLLM."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import InvalidInputError
+from engine.payloads import Request, parse
+
+MESSAGES = [{"role": "user", "content": "漢 😀"}]
+
+
+def request_of(value: Any) -> Request:
+    return parse({"id": "1", "input": value}, 2048)
+
+
+def body_of(value: Any) -> dict[str, Any]:
+    body = request_of(value).body
+    assert body is not None
+    document = json.loads(body)
+    assert isinstance(document, dict)
+    return document
+
+
+def test_an_openai_input_is_posted_to_its_route_as_it_is() -> None:
+    sent = {"messages": MESSAGES, "x": [1.5, None, True]}
+
+    request = request_of({"openai_route": "/v1/chat/completions", "openai_input": sent})
+
+    assert (request.method, request.path, request.native) == ("POST", "/v1/chat/completions", False)
+    assert request.body is not None
+    assert json.loads(request.body) == sent
+
+
+@pytest.mark.parametrize("extra", [{}, {"openai_input": None}])
+def test_a_route_without_an_input_is_a_get(extra: dict[str, None]) -> None:
+    assert request_of({"openai_route": "/v1/models", **extra}) == Request("GET", "/v1/models")
+
+
+def test_an_empty_openai_input_is_still_a_post() -> None:
+    assert request_of({"openai_route": "/v1/completions", "openai_input": {}}).method == "POST"
+
+
+def test_a_query_is_kept_apart_from_the_path() -> None:
+    request = request_of({"openai_route": "/v1/messages?beta=true", "openai_input": {}})
+
+    assert (request.path, request.query) == ("/v1/messages", "beta=true")
+
+
+def test_messages_at_the_top_level_are_a_chat() -> None:
+    request = request_of({"messages": MESSAGES, "sampling_params": {"temperature": 0}, "model": "m"})
+
+    assert (request.path, request.native) == ("/v1/chat/completions", True)
+    assert body_of({"messages": MESSAGES, "sampling_params": {"temperature": 0}, "model": "m"}) == {
+        "messages": MESSAGES,
+        "temperature": 0,
+        "stream": False,
+        "model": "m",
+    }
+
+
+def test_a_prompt_at_the_top_level_has_no_limit_of_sixteen_tokens() -> None:
+    assert body_of({"prompt": "x"})["max_tokens"] == 2048
+    assert body_of({"prompt": "x", "sampling_params": {"max_tokens": 5}})["max_tokens"] == 5
+
+
+def test_a_streamed_top_level_job_asks_for_usage_unless_it_says_otherwise() -> None:
+    asked = {"include_usage": False}
+
+    assert body_of({"prompt": "x", "stream": True})["stream_options"] == {"include_usage": True}
+    assert body_of({"prompt": "x", "stream": True, "sampling_params": {"stream_options": asked}})[
+        "stream_options"
+    ] == asked  # fmt: skip
+
+
+NOT_ROUTES = [
+    "", "v1/models", "http://host/v1/models", "//host/v1/models", "/v1//models", "@host/v1", "/v1/../metrics",
+    "/v1/./models", "/..", "/v1/models/", "/v1/%2e%2e/x", "/v1/models#x", "/v1/mo dels", "/v1\\models",
+    "/v1/models\r\nx", "/v1/models?a=b c", "https:/v1", "/v1/chat/..?x", "\ud800", "/v1/modèles", "/a:b@host/", "*",
+    "/\x00",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("route", NOT_ROUTES)
+def test_what_is_no_path_is_no_route(route: str) -> None:
+    with pytest.raises(InvalidInputError, match="not a route"):
+        request_of({"openai_route": route})
+
+
+@given(st.text(alphabet=st.sampled_from("/.?#@:%\\v1amodels \n"), max_size=30))
+def test_a_route_that_is_accepted_is_a_plain_path(route: str) -> None:
+    try:
+        path = request_of({"openai_route": route}).path
+    except InvalidInputError:
+        return
+    segments = path.split("/")
+    assert segments[0] == ""
+    assert all(segment not in ("", ".", "..") and segment.replace(".", "").isalnum() for segment in segments[1:])
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, "has to be a JSON object"),
+        ("text", "has to be a JSON object"),
+        ([], "has to be a JSON object"),
+        ({}, "none of the accepted forms"),
+        ({"text": "x"}, "none of the accepted forms"),
+        ({"openai_input": {}}, "openai_route: Field required"),
+        ({"openai_route": 5}, "openai_route: Input should be a valid string"),
+        ({"openai_route": "/v1/models", "openai_input": "{}"}, "openai_input: Input should be a valid dictionary"),
+        ({"openai_route": "/v1/models", "openai_input": []}, "openai_input: Input should be a valid dictionary"),
+        ({"openai_route": "/v1/models", "method": "DELETE"}, "method: Extra inputs are not permitted"),
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({"messages": "hi"}, "messages: Input should be a valid list"),
+        ({"messages": MESSAGES, "prompt": "x"}, "prompt: Extra inputs are not permitted"),
+        ({"messages": MESSAGES, "stream": "yes"}, "stream: Input should be a valid boolean"),
+        ({"messages": MESSAGES, "sampling_params": []}, "sampling_params: Input should be a valid dictionary"),
+        ({"messages": MESSAGES, "max_tokens": 5}, "max_tokens: Extra inputs are not permitted"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": "x", "sampling_params": {"stream": True}}, "'stream', which belongs at the top level"),
+        ({"prompt": "x", "sampling_params": {"prompt": "y"}}, "'prompt', which belongs at the top level"),
+        ({"prompt": "half \ud83d"}, "half of a surrogate pair"),
+        ({"prompt": "x", "sampling_params": {"temperature": float("nan")}}, "cannot be written as JSON"),
+        ({"prompt": "x", "sampling_params": {"temperature": {1, 2}}}, "cannot be written as JSON"),
+    ],
+)
+def test_any_other_input_says_what_is_wrong(value: Any, says: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        request_of(value)
+
+    assert says in str(caught.value)
+    json.loads(caught.value.output()["error"].encode())
+
+
+def test_a_job_without_an_input_says_so() -> None:
+    with pytest.raises(InvalidInputError, match="has to be a JSON object"):
+        parse({"id": "1"}, 2048)
+
+
+def test_an_input_that_is_nested_too_deeply_says_so() -> None:
+    value: list[Any] = []
+    for _ in range(200_000):
+        value = [value]
+
+    with pytest.raises(InvalidInputError, match="nested too deeply"):
+        request_of({"prompt": "x", "sampling_params": {"extra": value}})
+    while value:  # taken apart from outside in: freeing it in one go would recurse as deeply
+        value = value.pop()
