@@ -1,0 +1,76 @@
+"""One job on this machine, with no queue: the answer as it comes, the job's output, how fast it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, Any
+
+from engine import native
+from engine.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from engine.server import Server
+
+Handler = Callable[[dict[str, Any]], AsyncGenerator[Any, None]]
+
+
+def read_job(text: str) -> dict[str, Any]:
+    """The job that a JSON text holds, with an id if it has none.
+
+    Raises:
+        ConfigurationError: the text is not a JSON object.
+    """
+    try:
+        job = json.loads(text)
+    except ValueError as error:
+        raise ConfigurationError(f"The test input is not JSON: {error}") from None
+    if not isinstance(job, dict):
+        raise ConfigurationError('The test input has to be a JSON object: {"input": {...}}')
+    return {"id": "local", **job}
+
+
+async def answer(job: dict[str, Any], handler: Handler, server: Server) -> int:
+    """Run the job and print its text as it comes, then the job as `/status` would give it, then its figures.
+
+    Returns:
+        The exit status: 0 if the job completed, 1 if it failed.
+    """
+    await server.app()
+    outputs: list[Any] = []
+    tokens = server.statistics.generation_tokens
+    begun = time.monotonic()
+    first_s: float | None = None
+    async for output in handler(job):
+        first_s = first_s if first_s is not None else time.monotonic() - begun
+        outputs.append(output)
+        _print(_text(output))
+    duration_s = time.monotonic() - begun
+    tokens = server.statistics.generation_tokens - tokens
+
+    failed = bool(outputs) and isinstance(outputs[-1], dict) and "error" in outputs[-1]
+    status: dict[str, Any] = {"id": job["id"], "status": "FAILED" if failed else "COMPLETED"}
+    status |= {"error": outputs.pop()["error"]} if failed else {}
+    _print("\n" + json.dumps(status | {"output": outputs}, ensure_ascii=False) + "\n")
+    rate = tokens / duration_s if duration_s else 0.0
+    _print(f"{tokens} tokens, the first after {first_s or 0.0:.3f} s, {rate:.1f} tokens/s\n")
+    return int(failed)
+
+
+def _text(output: Any) -> str:
+    """What a person reads of an output."""
+    if isinstance(output, str):
+        return "".join(delta["text"] for delta in native.deltas(output)) if output.startswith("data:") else output
+    if not isinstance(output, dict):
+        return ""
+    if "text" in output:
+        return str(output["text"])
+    choices = output.get("choices") or []
+    return "".join(str((choice.get("message") or {}).get("content") or choice.get("text") or "") for choice in choices)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,165 @@
+"""vLLM: the engine and vLLM's own OpenAI app over it, in this process. The only file that imports vLLM.
+
+Written against vLLM 0.32. What it uses of vLLM is what `vllm serve` itself is made of; a test of its own
+(tests/integration/test_vllm_interface.py) says what has moved when an upgrade moves something.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from engine.dispatch import App
+    from engine.models import Model
+    from engine.settings import Settings
+
+GIB_BYTES = 1 << 30
+# On a CPU vLLM would take most of the machine's memory for the KV cache and compile for a minute.
+CPU_KV_CACHE_BYTES = 1 * GIB_BYTES
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What the engine last said of itself (vLLM's `SchedulerStats`, each step) and what it has done so far."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+
+class Server:
+    """vLLM's engine, loaded by the constructor, and its OpenAI app.
+
+    The constructor runs in plain code, before any event loop, and takes as long as the model needs to load. The app
+    belongs to the event loop that first asks for it.
+
+    Raises:
+        ConfigurationError: vLLM does not accept the settings.
+    """
+
+    def __init__(self, settings: Settings, model: Model) -> None:
+        _set_environment()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.statistics = Statistics()
+        self.batch_interval_s = settings.batch_interval_ms / 1000
+        self._args = _parse(settings, model)
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs.from_cli_args(self._args), stat_loggers=[_recorder(self.statistics)]
+        )
+        self._app: App | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return int(self._engine.model_config.max_model_len)
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The most requests that the engine runs at once."""
+        return int(self._engine.vllm_config.scheduler_config.max_num_seqs)
+
+    async def app(self) -> App:
+        """VLLM's OpenAI app, made at the first call, on the calling loop."""
+        async with self._lock:
+            if self._app is None:
+                from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+                from vllm.entrypoints.launchers.app import build_app
+
+                tasks = await self._engine.get_supported_tasks()
+                app = build_app(self._args, tasks, self._engine.model_config)
+                await init_app_state(self._engine, app.state, self._args, tasks)
+                self._lifespan = asyncio.create_task(_live(app))
+                self._app = app
+            return self._app
+
+    def shutdown(self) -> None:
+        """End the engine and its processes."""
+        self._engine.shutdown()
+
+
+async def _live(app: Any) -> None:
+    """What a server runs around the app: vLLM's periodic log line, a frozen heap. It ends with the loop."""
+    async with app.router.lifespan_context(app):
+        await asyncio.Event().wait()
+
+
+def _set_environment() -> None:
+    """What vLLM reads from the environment when it is imported, where the user has not said otherwise."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # vLLM's app would ask our own calls for this key; clients authenticate with the platform.
+    if os.environ.pop("VLLM_API_KEY", None):
+        _log.warning("VLLM_API_KEY is ignored: the platform authenticates clients")
+
+
+def _parse(settings: Settings, model: Model) -> Any:
+    """The arguments of `vllm serve`, through vLLM's own parser."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    flags: dict[str, Any] = {
+        "--revision": settings.model_revision,
+        "--tokenizer": settings.tokenizer_name,
+        "--max-model-len": settings.max_model_len,
+        "--dtype": settings.dtype,
+        "--quantization": settings.quantization,
+        "--load-format": settings.load_format,
+        "--gpu-memory-utilization": settings.gpu_memory_utilization,
+        "--tensor-parallel-size": settings.tensor_parallel_size,
+    }
+    eager = settings.enforce_eager
+    if current_platform.is_cpu():
+        eager = eager is not False
+        if settings.gpu_memory_utilization is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            flags["--kv-cache-memory-bytes"] = CPU_KV_CACHE_BYTES
+    argv = ["--model", model.path, "--served-model-name", *model.names]
+    argv += [f"{flag}={value}" for flag, value in flags.items() if value is not None]
+    if eager:
+        argv.append("--enforce-eager")
+
+    parser = make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
+    try:
+        args = parser.parse_args(argv)
+        validate_parsed_serve_args(args)
+    except (SystemExit, TypeError, ValueError) as error:
+        raise ConfigurationError(f"vLLM does not accept the settings: {error}") from error
+    return args
+
+
+def _recorder(statistics: Statistics) -> Any:
+    """A factory, as vLLM wants it, of a logger that keeps `statistics` up to date."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Recorder(StatLoggerBase):  # type: ignore[misc]  # vLLM is not typed for --strict
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            del vllm_config, engine_index
+
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+        ) -> None:
+            del mm_cache_stats, engine_idx
+            if scheduler_stats is not None:
+                statistics.running = scheduler_stats.num_running_reqs
+                statistics.waiting = scheduler_stats.num_waiting_reqs
+                statistics.kv_cache_usage = scheduler_stats.kv_cache_usage
+            if iteration_stats is not None:
+                statistics.prompt_tokens += iteration_stats.num_prompt_tokens
+                statistics.generation_tokens += iteration_stats.num_generation_tokens
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return Recorder

@@ -1,0 +1,137 @@
+"""The worker's ways in: `handler`, which the SDK registers, and the command line.
+
+    python handler.py                                     answers the job of test_input.json
+    python handler.py --test_input '{"input": {...}}'     answers that job
+    python handler.py                                     on the platform: takes jobs from its queue
+
+The children that vLLM spawns import this module again, so its top level holds no import that costs anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+TEST_INPUT = Path(__file__).with_name("test_input.json")
+
+
+async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
+    """Run one job of the queue on the worker's engine and yield its outputs, as any RunPod-style SDK expects.
+
+    Args:
+        job: `{"id": ..., "input": {...}}`; `engine.payloads` says what an input may be.
+
+    Yields:
+        What `engine.jobs.run` yields: text, dicts or one JSON value; `{"error": ...}` last if the job failed.
+    """
+    from engine import jobs, lifecycle
+
+    async for output in jobs.run(job, lifecycle.server()):
+        yield output
+
+
+def main() -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 for a job that completed, or a worker that was told to stop; 1 for a job that failed, or
+        a worker that cannot start; 2 for a command line that is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        description="A serverless worker with vLLM inside. On the platform it takes jobs from the queue; elsewhere it "
+        "answers one job and prints the answer as it comes, the job's output as JSON, and how fast it was.",
+        epilog="Settings come from the environment; the README lists them. Options of the SDK are passed on to it.",
+    )
+    parser.add_argument("--test_input", metavar="JSON", help=f"the job to answer (default: {TEST_INPUT.name})")
+    arguments, rest = parser.parse_known_args()
+
+    from engine import lifecycle
+    from engine.errors import ConfigurationError
+    from engine.settings import Settings
+
+    try:
+        settings = Settings.read()
+        polling = settings.on_platform and arguments.test_input is None
+        _set_logging(quiet=not polling)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        if polling:
+            sys.argv[1:] = rest
+            return _poll(settings.max_concurrency)
+        if rest:
+            parser.error(f"unknown: {' '.join(rest)}")
+        return _answer(arguments.test_input)
+    except ConfigurationError as error:
+        sys.stderr.write(f"The worker cannot start. {error}\n")
+        return 1
+    finally:
+        lifecycle.stop()
+
+
+def _answer(test_input: str | None) -> int:
+    """Answer one job and print what it gives."""
+    from engine import lifecycle, local
+
+    job = local.read_job(TEST_INPUT.read_text(encoding="utf-8") if test_input is None else test_input)
+    return asyncio.run(local.answer(job, handler, lifecycle.server()))
+
+
+def _poll(max_concurrency: int | str) -> int:
+    """Take jobs from the platform's queue until told to stop."""
+    from engine import lifecycle
+
+    server = lifecycle.server()
+    concurrency = server.max_num_seqs if max_concurrency == "auto" else max_concurrency
+    import runpod
+
+    runpod.serverless.start(
+        {
+            "handler": handler,
+            "concurrency_modifier": lambda _: concurrency,
+            # Who asks for a job's status, rather than its stream, finds the whole answer there.
+            "return_aggregate_stream": True,
+        }
+    )
+    return 0
+
+
+def _set_logging(*, quiet: bool) -> None:
+    """Our log lines, the SDK's and vLLM's; what the user has set stands."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)-7s| %(message)s"))
+    logger = logging.getLogger("engine")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # The SDK's own default, DEBUG, logs each output of each job.
+    if "RUNPOD_DEBUG_LEVEL" not in os.environ:
+        os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+    if quiet:
+        # The answer alone goes to stdout, where vLLM would log.
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_LOGS", "-all")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        warnings.simplefilter("ignore")
+
+
+if __name__ == "__main__":
+    try:
+        exit_status = main()
+    except SystemExit as stop:
+        exit_status = stop.code if isinstance(stop.code, int) else 1
+    sys.stdout.flush()
+    # At once: all that has to end has ended, and taking vLLM's and torch's modules apart only costs time and errors.
+    os._exit(exit_status)
+elif __name__ == "__mp_main__":  # a child that was spawned by vLLM
+    from engine import children
+
+    children.end_with_parent()

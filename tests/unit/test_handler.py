@@ -1,0 +1,76 @@
+"""The command line without an engine, and what importing the handler costs a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_spawned_child_does_not_pay_for_the_handlers_imports() -> None:
+    """The children of vLLM import the main module again; facts: vLLM 7.5 s, the SDK 1.9 s."""
+    loaded = run("-c", "import sys, handler; print(*sys.modules)").stdout.split()
+
+    heavy = {"vllm", "torch", "transformers", "runpod", "pydantic", "fastapi", "aiohttp", "numpy"}
+    assert "handler" in loaded
+    assert heavy.isdisjoint(loaded)
+
+
+def test_a_bad_setting_stops_the_start_with_one_line() -> None:
+    done = run("handler.py", DTYPE="float9")
+
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("The worker cannot start. DTYPE='float9' is not allowed.")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"'])
+def test_a_test_input_that_is_no_job_is_told_before_anything_loads(text: str) -> None:
+    done = run("handler.py", "--test_input", text)
+
+    assert done.returncode == 1
+    assert "test input" in done.stderr
+
+
+def test_an_unknown_option_is_an_error() -> None:
+    done = run("handler.py", "--tset_input", "{}")
+
+    assert done.returncode == 2
+    assert "--tset_input" in done.stderr
+
+
+def test_on_the_platform_a_worker_without_a_model_exits_with_an_error() -> None:
+    done = run(
+        "handler.py",
+        RUNPOD_WEBHOOK_GET_JOB="http://127.0.0.1:9/job-take/$ID?x=1",
+        MODEL_NAME="",
+        BAKED_MODEL_DIR="/nowhere",
+    )
+
+    assert done.returncode == 1
+    assert "set MODEL_NAME" in done.stderr
+
+
+def test_the_job_of_test_input_json_is_one_that_is_accepted() -> None:
+    from engine.payloads import parse
+
+    assert parse(json.loads((ROOT / "test_input.json").read_text()), 2048).path == "/v1/chat/completions"
