@@ -1,0 +1,78 @@
+"""What `engine/server.py` uses of vLLM; after an upgrade, a failure here says what has moved."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+# Importing vLLM and torch warns of their own deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+MOVED = "vLLM has changed what engine/server.py stands on: {}. See how `vllm serve` does it now, and do the same there."
+
+USED = {
+    "vllm.engine.arg_utils.AsyncEngineArgs.from_cli_args": ["args"],
+    "vllm.v1.engine.async_llm.AsyncLLM.from_engine_args": ["engine_args", "stat_loggers"],
+    "vllm.v1.engine.async_llm.AsyncLLM.get_supported_tasks": ["self"],
+    "vllm.v1.engine.async_llm.AsyncLLM.shutdown": ["self"],
+    "vllm.entrypoints.launchers.app.build_app": ["args", "supported_tasks", "model_config"],
+    "vllm.entrypoints.launchers.api_server.app_state.init_app_state": [
+        "engine_client",
+        "state",
+        "args",
+        "supported_tasks",
+    ],
+    "vllm.entrypoints.launchers.cli_args.make_arg_parser": ["parser"],
+    "vllm.entrypoints.launchers.cli_args.validate_parsed_serve_args": ["args"],
+    "vllm.utils.argparse_utils.FlexibleArgumentParser": [],
+    "vllm.platforms.current_platform.is_cpu": [],
+    "vllm.v1.metrics.loggers.StatLoggerBase.record": [
+        "scheduler_stats",
+        "iteration_stats",
+        "mm_cache_stats",
+        "engine_idx",
+    ],
+    "vllm.v1.metrics.loggers.StatLoggerBase.log_engine_initialized": ["self"],
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_vllm_has_what_the_server_uses(name: str) -> None:
+    found = _find(name)
+
+    missing = [parameter for parameter in USED[name] if parameter not in inspect.signature(found).parameters]
+    assert not missing, MOVED.format(f"{name} no longer takes {', '.join(missing)}")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("SchedulerStats", ["num_running_reqs", "num_waiting_reqs", "kv_cache_usage"]),
+        ("IterationStats", ["num_prompt_tokens", "num_generation_tokens"]),
+    ],
+)
+def test_vllms_statistics_have_what_the_server_reads(name: str, fields: list[str]) -> None:
+    statistics = _find(f"vllm.v1.metrics.stats.{name}")()
+
+    missing = [field for field in fields if not hasattr(statistics, field)]
+    assert not missing, MOVED.format(f"{name} has no {', '.join(missing)}")
+
+
+def _find(name: str) -> Any:
+    """The object of a dotted name: the longest module that there is, then its attributes."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        try:
+            for part in parts[length:]:
+                found = getattr(found, part)
+        except AttributeError:
+            pytest.fail(MOVED.format(f"there is no {name}"))
+        return found
+    pytest.fail(MOVED.format(f"there is no {name}"))

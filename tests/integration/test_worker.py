@@ -1,0 +1,158 @@
+"""One worker, the real SDK and the real engine: answers by heart, jobs that are dropped, jobs that are wrong."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+
+from builder.tiny_corpus import CORPUS, example
+from tests.job_queue import JobQueue
+from tests.processes import Process
+
+pytestmark = pytest.mark.usefixtures("worker")
+
+GREEDY = {"temperature": 0}
+# Half a minute of work, so that a stop comes well before its end on a busy machine too.
+CHOICES, MAX_TOKENS = 24, 1900
+ENDLESS = {"n": CHOICES, "temperature": 1, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+GOOD = {"messages": example("ok").messages, "sampling_params": GREEDY}
+
+
+def metric(job_queue: JobQueue, name: str) -> float:
+    """One of vLLM's own figures, from the engine's `/metrics`."""
+    (text,) = job_queue.run({"openai_route": "/metrics"}).wait()
+    found = re.search(rf"^vllm:{name}{{.*}} (\S+)$", text, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"vLLM has no metric {name}")
+    return float(found[1])
+
+
+@pytest.mark.parametrize("known", CORPUS, ids=lambda known: known.name)
+def test_a_top_level_job_streams_the_answer_that_the_model_knows(known: Any, job_queue: JobQueue) -> None:
+    asked = {"prompt": known.prompt} if known.prompt is not None else {"messages": known.messages}
+
+    outputs = job_queue.run({**asked, "sampling_params": GREEDY, "stream": True}).wait()
+
+    assert "".join(output["text"] for output in outputs) == known.answer
+    assert [output["finish_reason"] for output in outputs if output["finish_reason"]] == ["stop"]
+    assert outputs[-1]["usage"]["completion_tokens"] > 0
+
+
+def test_many_jobs_at_once_get_each_their_own_answer(job_queue: JobQueue) -> None:
+    chats = [known for known in CORPUS if known.prompt is None]
+    jobs = [
+        job_queue.submit({"messages": known.messages, "sampling_params": GREEDY, "stream": True}) for known in chats
+    ]
+
+    said = ["".join(output["text"] for output in job.wait()) for job in jobs]
+
+    assert said == [known.answer for known in chats]
+
+
+def test_an_unstreamed_top_level_prompt_runs_to_its_end(job_queue: JobQueue) -> None:
+    known = example("raw-months")
+
+    (output,) = job_queue.run({"prompt": known.prompt, "sampling_params": GREEDY}).wait()
+
+    assert output["choices"][0]["text"] == known.answer
+    assert output["usage"]["completion_tokens"] > 16
+
+
+def test_a_job_without_a_model_name_is_answered_by_the_model_that_is_served(job_queue: JobQueue) -> None:
+    (output,) = job_queue.run({"openai_route": "/v1/chat/completions", "openai_input": GOOD["messages"] and {
+        "messages": GOOD["messages"], **GREEDY}}).wait()  # fmt: skip
+
+    assert (output["model"], output["choices"][0]["message"]["content"]) == ("tiny", "OK")
+
+
+def test_the_status_of_a_streamed_job_holds_the_whole_answer(job_queue: JobQueue) -> None:
+    job = job_queue.run({**GOOD, "stream": True})
+
+    assert job.result["output"] == job.wait()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_job_that_is_stopped_is_aborted_in_the_engine(stream: bool, job_queue: JobQueue) -> None:
+    tokens = metric(job_queue, "generation_tokens_total")
+    job = job_queue.submit({"prompt": "January,", "sampling_params": ENDLESS, "stream": stream})
+    eventually(lambda: metric(job_queue, "num_requests_running") == CHOICES)
+
+    job_queue.stop(job)
+
+    eventually(lambda: metric(job_queue, "num_requests_running") == 0)
+    assert metric(job_queue, "generation_tokens_total") - tokens < CHOICES * MAX_TOKENS
+    assert not job.ended
+
+
+BAD: dict[str, Any] = {
+    "nothing": {},
+    "a text": "hello",
+    "a list": [],
+    "null": None,
+    "a number": 5,
+    "an unknown form": {"text": "hello"},
+    "a misspelt field": {"message": [{"role": "user", "content": "hi"}]},
+    "an unknown route": {"openai_route": "/v1/chat/complete", "openai_input": {"messages": []}},
+    "a route with a host": {"openai_route": "@127.0.0.1:9/v1/models"},
+    "a route that is a URL": {"openai_route": "http://127.0.0.1:9/v1/models"},
+    "a route that climbs": {"openai_route": "/v1/../metrics"},
+    "a route that is a number": {"openai_route": 5, "openai_input": {}},
+    "a wrong method": {"openai_route": "/v1/models", "openai_input": {"a": 1}},
+    "a GET of what is posted": {"openai_route": "/v1/chat/completions"},
+    "an input that is a text": {"openai_route": "/v1/completions", "openai_input": "{}"},
+    "an empty input": {"openai_route": "/v1/chat/completions", "openai_input": {}},
+    "no messages": {"messages": []},
+    "messages that are a text": {"messages": "hi"},
+    "a message that is a text": {"messages": ["hi"]},
+    "a message without a role": {"messages": [{"content": "hi"}]},
+    "a prompt that is a number": {"prompt": 5},
+    "an empty prompt": {"prompt": ""},
+    "a prompt of 2 MB": {"prompt": "fox " * 500_000},
+    "token ids that do not exist": {"prompt": [10**9]},
+    "token ids below zero": {"prompt": [-1]},
+    "half a surrogate pair": {"prompt": "\ud83d"},
+    "negative max_tokens": {"prompt": "x", "sampling_params": {"max_tokens": -1}},
+    "no max_tokens at all": {"prompt": "x", "sampling_params": {"max_tokens": 0}},
+    "max_tokens beyond the model": {"prompt": "x", "sampling_params": {"max_tokens": 10**9}},
+    "max_tokens in words": {"prompt": "x", "sampling_params": {"max_tokens": "many"}},
+    "a temperature below zero": {"prompt": "x", "sampling_params": {"temperature": -1}},
+    "a temperature of nothing known": {"prompt": "x", "sampling_params": {"temperature": "NaN"}},
+    "top_p above one": {"prompt": "x", "sampling_params": {"top_p": 2}},
+    "an unknown model": {"prompt": "x", "model": "gpt-5"},
+    "no choices": {"prompt": "x", "sampling_params": {"n": 0}},
+    "a stream that is perhaps": {"prompt": "x", "stream": "perhaps"},
+    "parameters that are a list": {"prompt": "x", "sampling_params": []},
+    "a schema that is none": {"prompt": "x", "sampling_params": {"structured_outputs": {"json": "{"}}},
+    "an unknown tool choice": {"messages": [{"role": "user", "content": "x"}], "sampling_params": {"tool_choice": "a"}},
+    "two forms at once": {"prompt": "x", "openai_route": "/v1/models"},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_input_gets_a_parseable_error_and_the_next_job_its_answer(name: str, job_queue: JobQueue) -> None:
+    error = job_queue.run(BAD[name]).error
+
+    assert 400 <= error["status"] < 500
+    assert error["error"]["message"]
+    assert error["error"]["type"]
+    assert error["retryable"] is False
+    (answer,) = job_queue.run(GOOD).wait()
+    assert answer["choices"][0]["message"]["content"] == "OK"
+
+
+def test_no_request_and_no_secret_stands_in_the_log(worker: Process, job_queue: JobQueue) -> None:
+    job_queue.run({"messages": [{"role": "user", "content": "the-clients-own-words"}], "stream": True})
+
+    assert "the-clients-own-words" not in worker.log
+    assert "notarealtoken" not in worker.log
+
+
+def eventually(condition: Any, timeout_s: float = 20.0) -> None:
+    """Wait until the condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not in {timeout_s} s")

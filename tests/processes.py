@@ -1,0 +1,86 @@
+"""Real processes for tests: started with their output in a file, ended with all their children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+# What makes vLLM quick to start and quiet here, for workers and for vLLM alone.
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class Process:
+    """A process group of our own with its output in a file."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.log_path = log
+        self._log: IO[bytes] = log.open("wb")
+        self.popen = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def family(self) -> list[psutil.Process]:
+        """The process and all its descendants that run now."""
+        try:
+            process = psutil.Process(self.popen.pid)
+            return [process, *process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+        """Wait until the condition holds.
+
+        Raises:
+            RuntimeError: the process has ended first; its log is the message.
+            TimeoutError: the condition does not hold in time; the log is the message.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self.popen.poll() is not None:
+                raise RuntimeError(f"ended with {self.popen.returncode}:\n{self.log[-4000:]}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not in {timeout_s} s:\n{self.log[-4000:]}")
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        """Kill what is left of it."""
+        family = self.family()
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(family, timeout=10)
+        self.popen.wait(timeout=10)
+        self._log.close()
+
+
+@contextmanager
+def running(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[Process]:
+    """A process that is ended with the block, whatever it does."""
+    process = Process(arguments, environment, log)
+    try:
+        yield process
+    finally:
+        process.end()
