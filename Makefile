@@ -40,7 +40,7 @@ lock:  ## Make the lock file anew from pyproject.toml
 
 $(READY): $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
-	@echo "Setting up $(VENV): about 170 packages, 2.5 GB, some minutes the first time"
+	@echo "Setting up $(VENV): about 190 packages, 2.5 GB, some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement $(LOCK)

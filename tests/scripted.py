@@ -15,7 +15,8 @@ from engine.dispatch import App, Message, Receive, Send
 class ScriptedApp:
     """Answers each request with `status`, `content_type` and the chunks of `body`, `pause_s` apart.
 
-    `requests` keeps the scope and the body of each request; `disconnects` counts the clients that left early.
+    `requests` keeps the scope and the body of each request; `disconnects` counts the clients that left early; `ended`
+    is set when an answer has been played to its end.
     With `fails`, it raises after the last chunk instead of ending the body.
     """
 
@@ -28,6 +29,7 @@ class ScriptedApp:
     max_model_len: int = 2048
     requests: list[tuple[Message, bytes]] = field(default_factory=list)
     disconnects: int = 0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         request = await receive()
@@ -52,6 +54,7 @@ class ScriptedApp:
         if self.fails:
             raise RuntimeError("the script says so")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        self.ended.set()
 
     async def app(self) -> App:
         """Itself: it is an `engine.jobs.Engine` too."""

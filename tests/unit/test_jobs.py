@@ -162,7 +162,7 @@ async def test_a_slow_consumer_gets_what_has_gathered_in_one_output() -> None:
 
     async for output in jobs.run({"id": "1", "input": CHAT}, app):
         outputs.append(output)
-        await asyncio.sleep(0.2)
+        await app.ended.wait()
 
     assert len(outputs) == 2
 
