@@ -3,6 +3,7 @@
     python handler.py                                     answers the job of test_input.json
     python handler.py --test_input '{"input": {...}}'     answers that job
     python handler.py                                     on the platform: takes jobs from its queue
+    python handler.py --rp_serve_api                      serves the platform's APIs, with this worker behind them
 
 The children that vLLM spawns import this module again, so its top level holds no import that costs anything.
 """
@@ -36,8 +37,10 @@ async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
     """
     from engine import jobs, lifecycle
 
-    async for output in jobs.run(job, lifecycle.server()):
-        yield output
+    outputs = jobs.run(job, lifecycle.server())
+    async with jobs.closing_with_consumer(outputs):
+        async for output in outputs:
+            yield output
 
 
 def main() -> int:
@@ -53,6 +56,13 @@ def main() -> int:
         epilog="Settings come from the environment; the README lists them. Options of the SDK are passed on to it.",
     )
     parser.add_argument("--test_input", metavar="JSON", help=f"the job to answer (default: {TEST_INPUT.name})")
+    parser.add_argument(
+        "--rp_serve_api", action="store_true", help="serve the platform's APIs on this machine, with one such worker"
+    )
+    parser.add_argument(
+        "--rp_api_host", metavar="HOST", default="localhost", help="where to serve them (default: localhost)"
+    )
+    parser.add_argument("--rp_api_port", metavar="PORT", default="8000", help="0 for a free port (default: 8000)")
     arguments, rest = parser.parse_known_args()
 
     from engine import lifecycle
@@ -61,6 +71,11 @@ def main() -> int:
 
     try:
         settings = Settings.read()
+        if arguments.rp_serve_api:
+            from emulator import cli
+
+            only_one = ["--workers-min=1", "--workers-max=1"]
+            return cli.main([f"--host={arguments.rp_api_host}", f"--port={arguments.rp_api_port}", *only_one, *rest])
         polling = settings.on_platform and arguments.test_input is None
         _set_logging(quiet=not polling)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -63,6 +64,30 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
     else:
         return
     yield failure.output()
+
+
+@asynccontextmanager
+async def closing_with_consumer(outputs: AsyncGenerator[Any, None]) -> AsyncIterator[None]:
+    """Close the generator with the block, or with the task that consumes it, whichever ends first.
+
+    The stock loop's consumer is cancelled in the middle of a delivery and does not close its generator. Left to the
+    garbage collector, the request would run on in the engine for as long as a traceback holds the consumer's frame.
+    """
+    loop = asyncio.get_running_loop()
+    closings: set[asyncio.Task[None]] = set()
+
+    def close(_: asyncio.Task[Any]) -> None:
+        closings.add(loop.create_task(outputs.aclose()))
+
+    consumer = asyncio.current_task()
+    if consumer is None:
+        raise RuntimeError("a job has to be run by a task")
+    consumer.add_done_callback(close)
+    try:
+        yield
+    finally:
+        consumer.remove_done_callback(close)
+        await (asyncio.wait(closings) if closings else outputs.aclose())
 
 
 async def _stream(response: dispatch.Response, interval_s: float) -> AsyncGenerator[str, None]:

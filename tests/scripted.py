@@ -15,8 +15,8 @@ from engine.dispatch import App, Message, Receive, Send
 class ScriptedApp:
     """Answers each request with `status`, `content_type` and the chunks of `body`, `pause_s` apart.
 
-    `requests` keeps the scope and the body of each request; `disconnects` counts the clients that left early; `ended`
-    is set when an answer has been played to its end.
+    `requests` keeps the scope and the body of each request; `disconnects` counts the clients that left early; `left`
+    is set when one has, and `ended` when an answer has been played to its end.
     With `fails`, it raises after the last chunk instead of ending the body.
     """
 
@@ -29,6 +29,7 @@ class ScriptedApp:
     max_model_len: int = 2048
     requests: list[tuple[Message, bytes]] = field(default_factory=list)
     disconnects: int = 0
+    left: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -39,6 +40,7 @@ class ScriptedApp:
         await asyncio.wait({leaving, playing}, return_when=asyncio.FIRST_COMPLETED)
         if not playing.done():
             self.disconnects += 1
+            self.left.set()
         leaving.cancel()
         playing.cancel()
         await asyncio.wait({leaving, playing})

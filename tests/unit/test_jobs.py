@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -154,6 +155,33 @@ async def test_a_consumer_that_goes_away_is_a_disconnect() -> None:
     await outputs.aclose()
 
     assert app.disconnects == 1
+
+
+async def test_a_consumer_that_is_cancelled_while_it_delivers_is_a_disconnect() -> None:
+    """The stock loop does not close the generator then; here it is even kept."""
+    app = ScriptedApp(body=chat_chunks(*"abcdefgh"), content_type="text/event-stream", pause_s=0.01)
+    kept = []
+    delivering = asyncio.Event()
+
+    async def handler() -> AsyncGenerator[Any, None]:
+        outputs = jobs.run({"id": "1", "input": CHAT}, app)
+        async with jobs.closing_with_consumer(outputs):
+            async for output in outputs:
+                yield output
+
+    async def consume() -> None:
+        kept.append(handler())
+        async for _ in kept[0]:
+            delivering.set()
+            await asyncio.Event().wait()
+
+    consumer = asyncio.ensure_future(consume())
+    await delivering.wait()
+    consumer.cancel()
+    await asyncio.wait({consumer})
+    async with asyncio.timeout(10):
+        await app.left.wait()
+    await kept[0].aclose()
 
 
 async def test_a_slow_consumer_gets_what_has_gathered_in_one_output() -> None:
