@@ -8,10 +8,13 @@ READY := $(VENV)/ready
 TORCH := $(shell grep '^torch==' $(LOCK) | cut -d' ' -f1)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run test unit check format lock docs clean
+.PHONY: run up test unit check format lock docs clean
 
 run: $(READY)  ## Answer the job of test_input.json with the tiny model
 	@$(BIN)/python handler.py
+
+up: $(READY)  ## Run the emulator: the platform on this machine, with workers that come and go
+	@$(BIN)/python -m emulator $(ARGS)
 
 test: $(READY)  ## Run all tests: the real engine, the real SDK
 	@$(BIN)/python -m pytest

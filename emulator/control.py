@@ -1,0 +1,65 @@
+"""The emulator's own routes: faults, workers to kill, and the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from emulator.access import JSONResponse, authorize, faults_in, parse_json, platform_of, read_body
+from emulator.errors import InvalidRequestError, NotFoundError
+from emulator.faults import FaultSettings
+
+PAGE = Path(__file__).with_name("page")
+_FAULTS_BYTES = 1_000_000
+
+
+async def show_faults(request: Request) -> Response:
+    """GET /faults: the faults that are on, and how often each rule has struck."""
+    authorize(request)
+    return JSONResponse(platform_of(request).faults.document())
+
+
+async def set_faults(request: Request) -> Response:
+    """PUT /faults: replace all faults; `{}` ends them."""
+    authorize(request)
+    value = parse_json(await read_body(request, _FAULTS_BYTES))
+    try:
+        settings = FaultSettings.model_validate(value)
+    except ValidationError as error:
+        raise InvalidRequestError(faults_in(error)) from None
+    faults = platform_of(request).faults
+    faults.set(settings)
+    return JSONResponse(faults.document())
+
+
+async def kill_worker(request: Request) -> Response:
+    """POST /workers/{id}/kill: kill a worker, as a machine that fails would."""
+    authorize(request)
+    worker = request.path_params["worker"]
+    for endpoint in platform_of(request).endpoints.values():
+        if endpoint.fleet.started_here(worker):
+            endpoint.fleet.kill(worker)
+            return JSONResponse({"id": worker, "killed": True})
+    raise NotFoundError(f"there is no worker {worker} that was started here")
+
+
+async def index(_request: Request) -> Response:
+    """GET /: the page, where there is one."""
+    page = PAGE / "index.html"
+    if page.is_file():
+        return FileResponse(page)
+    return PlainTextResponse("The emulator runs. Its state: /state\n")
+
+
+routes: list[BaseRoute] = [
+    Route("/", index),
+    Route("/faults", show_faults),
+    Route("/faults", set_faults, methods=["PUT"]),
+    Route("/workers/{worker}/kill", kill_worker, methods=["POST"]),
+    Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
+]

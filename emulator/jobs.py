@@ -1,0 +1,149 @@
+"""What a job is, the states that it goes through, and the platform's documented limits.
+
+Sources: docs.runpod.io, "Operation reference", "Send API requests", "Job states and metrics" and "Endpoint settings";
+runpod 1.12.0 for the worker's side. `docs/decisions.md` says what was assumed where they are silent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl
+
+# "Maximum payload size" of /run and of /runsync.
+RUN_BODY_BYTES: Final = 10 * 1024 * 1024
+RUNSYNC_BODY_BYTES: Final = 20 * 1024 * 1024
+# "Maximum size for a single streamed payload chunk is 1 MB", counted on the JSON that a worker posts.
+CHUNK_BYTES: Final = 1_000_000
+# The SDK warns above it: "exceeds the 20 MB limit" (`rp_tips.check_return_size`).
+RESULT_BYTES: Final = 20_000_000
+
+# "Default wait time: 90 seconds (adjustable via ?wait=x, 1000-300000 ms)".
+RUNSYNC_WAIT_MS: Final = 90_000
+RUNSYNC_WAIT_RANGE_MS: Final = (1_000, 300_000)
+
+# "Result retention: 30 minutes" after /run, "1 minute" after /runsync.
+RUN_RETENTION_S: Final = 30 * 60.0
+RUNSYNC_RETENTION_S: Final = 60.0
+
+_WEEK_MS: Final = 7 * 24 * 60 * 60 * 1000
+
+
+class JobStatus(StrEnum):
+    """A job's state, in the platform's words."""
+
+    IN_QUEUE = "IN_QUEUE"
+    IN_PROGRESS = "IN_PROGRESS"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    TIMED_OUT = "TIMED_OUT"
+
+    @property
+    def final(self) -> bool:
+        """Whether a job in this state has ended."""
+        return self not in (JobStatus.IN_QUEUE, JobStatus.IN_PROGRESS)
+
+
+class Policy(BaseModel):
+    """How one job may run: the `policy` of a submission.
+
+    Args:
+        executionTimeout: most time that one run may take, in ms; the endpoint's setting stands where it is None.
+        ttl: most time from submission to the end, in ms.
+        lowPriority: the job waits for workers that others have brought up.
+    """
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+    execution_timeout_ms: int | None = Field(None, alias="executionTimeout", ge=5_000, le=_WEEK_MS)
+    ttl_ms: int = Field(24 * 60 * 60 * 1000, alias="ttl", ge=10_000, le=_WEEK_MS)
+    low_priority: bool = Field(default=False, alias="lowPriority")
+
+
+class Submission(BaseModel):
+    """The body of /run and /runsync."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True, hide_input_in_errors=True)
+
+    input: Any = Field(...)
+    policy: Policy = Policy()
+    webhook: HttpUrl | None = None
+    s3_config: dict[str, Any] | None = Field(None, alias="s3Config")
+
+
+@dataclass(eq=False)
+class Job:
+    """One job, from its submission to the end of its retention. All times are the queue's clock, in seconds.
+
+    Args:
+        outputs: what the worker has streamed in this run.
+        streamed: how many of them `/stream` has given out.
+        seen_at: when the worker last showed that it has the job.
+        runs: how many workers have taken it.
+        retries: how many times it went back to the queue because its worker was lost.
+    """
+
+    id: str
+    submission: Submission
+    submitted_at: float
+    queued_at: float
+    retention_s: float
+    label: str
+    status: JobStatus = JobStatus.IN_QUEUE
+    worker: str | None = None
+    taken_at: float | None = None
+    seen_at: float = 0.0
+    first_output_at: float | None = None
+    ended_at: float | None = None
+    outputs: list[Any] = field(default_factory=list)
+    streamed: int = 0
+    output: Any = None
+    error: str | None = None
+    runs: int = 0
+    retries: int = 0
+
+    @property
+    def low_priority(self) -> bool:
+        """Whether it leaves the number of workers as it is."""
+        return self.submission.policy.low_priority
+
+    @property
+    def delay_ms(self) -> int | None:
+        """From the submission to the start of the last run; None before the first."""
+        return None if self.taken_at is None else round((self.taken_at - self.submitted_at) * 1000)
+
+    @property
+    def execution_ms(self) -> int | None:
+        """How long the last run took; None while there is none that ended."""
+        if self.taken_at is None or self.ended_at is None:
+            return None
+        return round((self.ended_at - self.taken_at) * 1000)
+
+    def for_worker(self) -> dict[str, Any]:
+        """The job as a worker takes it: `{"id", "input"}`, and `s3Config` where the client gave one."""
+        job = {"id": self.id, "input": self.submission.input}
+        if self.submission.s3_config is not None:
+            job["s3Config"] = self.submission.s3_config
+        return job
+
+    def document(self) -> dict[str, Any]:
+        """The body of /status, of /runsync and of the webhook.
+
+        `id` and `status` always; `delayTime` (ms) and `workerId` once a worker has taken it; `executionTime` (ms) once
+        a run has ended; `output`, `error` and `retries` where there are any.
+        """
+        document: dict[str, Any] = {"id": self.id, "status": self.status.value}
+        if self.delay_ms is not None:
+            document |= {"delayTime": self.delay_ms, "workerId": self.worker}
+        if self.execution_ms is not None:
+            document["executionTime"] = self.execution_ms
+        if self.output is not None:
+            document["output"] = self.output
+        if self.error is not None:
+            document["error"] = self.error
+        if self.retries:
+            document["retries"] = self.retries
+        return document

@@ -1,0 +1,68 @@
+"""Waiting for a queue to change: long polls, status waits, streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+T = TypeVar("T")
+# Done when the client has hung up.
+HangUp = asyncio.Future[None]
+
+
+class Waiting:
+    """Who waits for which topic; for one event loop."""
+
+    def __init__(self) -> None:
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+
+    def wake(self, topic: str) -> None:
+        """Let all who wait for the topic look again."""
+        for waiter in self._waiters.pop(topic, ()):
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def until(self, topic: str, look: Callable[[], T | None], timeout_s: float, hang_up: HangUp) -> T | None:
+        """Look at each change of the topic, and once at first, until there is something.
+
+        Returns:
+            What `look` returned; None if the time is over or the client has hung up. Nothing is looked for, and so
+            nothing is taken, on behalf of a client that is known to be gone.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while not hang_up.done():
+            found = look()
+            left_s = deadline - loop.time()
+            if found is not None or left_s <= 0:
+                return found
+            waiter: asyncio.Future[None] = loop.create_future()
+            waiters = self._waiters.setdefault(topic, set())
+            waiters.add(waiter)
+            try:
+                await asyncio.wait({waiter, hang_up}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiters.discard(waiter)
+                if not waiters and self._waiters.get(topic) is waiters:
+                    del self._waiters[topic]
+        return None
+
+
+@asynccontextmanager
+async def hang_up_of(request: Request) -> AsyncIterator[HangUp]:
+    """A future that is done when the client has hung up; the request's body has to be read before."""
+
+    async def listen() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    listening = asyncio.ensure_future(listen())
+    try:
+        yield listening
+    finally:
+        listening.cancel()

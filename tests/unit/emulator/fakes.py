@@ -1,0 +1,66 @@
+"""Stand-ins that the emulator's tests share: a clock that is set, a listener that keeps what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from emulator.jobs import Job, Policy, Submission
+from emulator.queue import Queue, Rules
+from emulator.workers import ProcessListener
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Told:
+    """A listener that keeps what it is told."""
+
+    topics: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+
+    def changed(self, topic: str) -> None:
+        self.topics.append(topic)
+
+    def ended(self, job: Job) -> None:
+        self.ends.append(job.id)
+
+
+@dataclass(eq=False)
+class FakeProcess:
+    """A process that ends when it is told to."""
+
+    command: Sequence[str]
+    env: Mapping[str, str]
+    cwd: str | None
+    listener: ProcessListener
+    pid: int | None = 1
+    terminated: bool = False
+    killed: bool = False
+
+    def terminate(self) -> None:
+        self.terminated = True
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def submission(job_input: Any = "hello", **policy: Any) -> Submission:
+    return Submission(input=job_input, policy=Policy.model_validate(policy))
+
+
+def queue(clock: Clock, **rules: Any) -> Queue:
+    return Queue(Rules(**rules), clock, Told())
+
+
+def submit(jobs: Queue, job_input: Any = "hello", retention_s: float = 1800.0, **policy: Any) -> Job:
+    return jobs.submit(submission(job_input, **policy), retention_s=retention_s)

@@ -1,0 +1,136 @@
+"""The command line, as far as it goes without starting anything."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emulator import cli
+from emulator.errors import ConfigurationError
+from emulator.server import Emulator, EmulatorSettings
+
+
+def write(path: Path, document: Any) -> str:
+    path.write_text(json.dumps(document))
+    return str(path)
+
+
+def test_the_defaults_are_one_endpoint_with_our_worker_and_the_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_tiny_model", lambda: "/models/tiny")
+    monkeypatch.delenv("MODEL_NAME", raising=False)
+    settings, quiet = cli.read_settings([])
+    (endpoint,) = settings.endpoints
+    assert (settings.host, settings.port, settings.api_keys, quiet) == ("127.0.0.1", 8000, ("local",), False)
+    assert (endpoint.id, endpoint.workers_min, endpoint.workers_max) == ("local", 0, 2)
+    assert (endpoint.scaler_type, endpoint.scaler_value) == ("QUEUE_DELAY", 4)
+    assert Path(endpoint.command[-1]).name == "handler.py"
+    assert endpoint.env == {"MODEL_NAME": "/models/tiny"}
+
+
+def test_a_model_that_is_given_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_tiny_model", lambda: pytest.fail("nobody asked for it"))
+    monkeypatch.delenv("MODEL_NAME", raising=False)
+    assert cli.read_settings(["--env", "MODEL_NAME=mine"])[0].endpoints[0].env == {"MODEL_NAME": "mine"}
+    monkeypatch.setenv("MODEL_NAME", "mine")
+    assert cli.read_settings([])[0].endpoints[0].env == {}
+
+
+def test_every_option_reaches_its_setting() -> None:
+    options = {
+        "--workers-min": ("1", "workers_min", 1),
+        "--workers-max": ("5", "workers_max", 5),
+        "--scaler-type": ("REQUEST_COUNT", "scaler_type", "REQUEST_COUNT"),
+        "--scaler-value": ("2.5", "scaler_value", 2.5),
+        "--idle-timeout": ("7", "idle_timeout_s", 7),
+        "--execution-timeout-ms": ("9000", "execution_timeout_ms", 9000),
+        "--init-timeout": ("11", "init_timeout_s", 11),
+        "--grace": ("3", "grace_s", 3),
+        "--long-poll": ("4", "long_poll_s", 4),
+        "--ping-interval": ("2000", "ping_interval_ms", 2000),
+        "--lost-after": ("13", "lost_after_s", 13),
+        "--max-retries": ("6", "max_retries", 6),
+    }
+    argv = ["--endpoint", "ep", "--command", "run 'a b'", "--env", "A=1=2", "--env", "B=", "--no-rate-limits"]
+    for option, (text, _, _) in options.items():
+        argv += [option, text]
+    settings, _ = cli.read_settings([*argv, "--port", "0", "--host", "0.0.0.0", "--api-key", "k1", "--api-key", "k2"])
+    (endpoint,) = settings.endpoints
+    assert (endpoint.id, endpoint.command, endpoint.env) == ("ep", ("run", "a b"), {"A": "1=2", "B": ""})
+    assert {name: getattr(endpoint, name) for _, name, _ in options.values()} == {
+        name: value for _, name, value in options.values()
+    }
+    assert not endpoint.rate_limits
+    assert (settings.host, settings.port, settings.api_keys) == ("0.0.0.0", 0, ("k1", "k2"))
+    assert options.keys() == cli._ENDPOINT_OPTIONS.keys()
+
+
+def test_a_file_holds_several_endpoints_and_faults(tmp_path: Path) -> None:
+    config = write(
+        tmp_path / "config",
+        {"apiKeys": ["k"], "endpoints": [{"id": "a", "command": "x"}, {"id": "b", "command": ["y", "z"]}]},
+    )
+    faults = write(tmp_path / "faults", {"rules": [{"kind": "drop", "rate": 0.1}]})
+    settings, _ = cli.read_settings(["--config", config, "--faults", faults, "--seed", "7", "--port", "0"])
+    assert [(endpoint.id, endpoint.command) for endpoint in settings.endpoints] == [("a", ("x",)), ("b", ("y", "z"))]
+    assert (settings.faults.seed, settings.faults.rules[0].rate, settings.port) == (7, 0.1, 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--command", "x", "--workers-min", "3"], "workersMin is 3, above workersMax, which is 2"),
+        (["--command", "x", "--endpoint", "no/slash"], "endpoints.0.id"),
+        (["--command", "x", "--env", "NOVALUE"], "NAME=VALUE"),
+        (["--command", "x", "--env", "RUNPOD_INIT_TIMEOUT=soon"], "RUNPOD_INIT_TIMEOUT is 'soon'"),
+        (["--command", "x", "--scaler-value", "0"], "scalerValue"),
+        (["--config", "/no/such/file"], "/no/such/file cannot be read: No such file or directory"),
+        (["--config", __file__], "is not JSON"),
+        (["--faults", "/no/such/file", "--command", "x"], "cannot be read"),
+    ],
+)
+def test_what_is_not_allowed_is_told_in_one_line(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_and_options_of_an_endpoint_exclude_each_other(tmp_path: Path) -> None:
+    config = write(tmp_path / "config", {"endpoints": [{"id": "a"}]})
+    with pytest.raises(ConfigurationError, match="leave out workersMin"):
+        cli.read_settings(["--config", config, "--workers-min", "1"])
+
+
+def test_a_wrong_command_line_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--no-such-option"])
+    assert caught.value.code == 2
+    assert "--no-such-option" in capsys.readouterr().err
+
+
+def test_help_names_every_option_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in cli._ENDPOINT_OPTIONS)
+
+
+def test_two_endpoints_with_one_id_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="same id"):
+        Emulator(EmulatorSettings.model_validate({"port": 0, "endpoints": [{"id": "a"}, {"id": "a"}]}))
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=f"127.0.0.1:{port} cannot be listened on: Address already in use"):
+            Emulator(EmulatorSettings(port=port))

@@ -1,0 +1,119 @@
+"""What the page is made from."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+
+from tests.unit.emulator.conftest import KEY, Site, Start, emulator_with
+
+
+def test_the_state_shows_workers_and_jobs_and_nothing_of_what_they_are_about(site: Site) -> None:
+    job_id = site.submit({"prompt": "a private question"})
+    site.take()
+    site.stream(job_id, "a private answer")
+    answer = site.root.get("/state")
+    assert "private" not in answer.text
+    assert KEY not in answer.text
+    assert site.emulator.endpoints["ep"].worker_key not in answer.text
+    (endpoint,) = answer.json()["endpoints"]
+    assert endpoint.keys() == {
+        "id",
+        "openaiPath",
+        "scaler",
+        "health",
+        "history",
+        "workers",
+        "gone",
+        "jobs",
+        "events",
+    }
+    assert endpoint["openaiPath"] == "/v2/ep/openai/v1"
+    (job,) = endpoint["jobs"]
+    assert job == {
+        "id": job_id,
+        "kind": "run",
+        "status": "IN_PROGRESS",
+        "workerId": "w1",
+        "submittedAt": job["submittedAt"],
+        "takenAt": job["takenAt"],
+        "firstOutputAt": job["firstOutputAt"],
+        "endedAt": None,
+        "delayTime": job["delayTime"],
+        "executionTime": None,
+        "outputs": 1,
+        "retries": 0,
+        "lowPriority": False,
+    }
+    assert abs(job["submittedAt"] - time.time()) < 60
+    assert job["submittedAt"] <= job["takenAt"] <= job["firstOutputAt"]
+    (worker,) = endpoint["workers"]
+    assert worker == {
+        "id": "w1",
+        "state": "running",
+        "reason": "started by hand",
+        "pid": None,
+        "startedAt": worker["startedAt"],
+        "readyAt": worker["readyAt"],
+        "since": worker["since"],
+        "endedAt": None,
+        "exitCode": None,
+        "jobsTaken": 1,
+        "jobs": [job_id],
+        "log": [],
+    }
+    assert endpoint["events"][-1]["text"] == "worker w1 came, started by hand"
+
+
+def test_the_recent_jobs_are_shown_newest_first_and_200_at_most(start: Start) -> None:
+    site = start(workersMax=2)
+    jobs = [site.submit(number) for number in range(201)]
+    shown = [job["id"] for job in site.root.get("/state").json()["endpoints"][0]["jobs"]]
+    assert shown == jobs[:0:-1]
+
+
+def test_the_queues_depth_is_sampled_once_a_second(site: Site) -> None:
+    site.submit()
+    deadline = time.monotonic() + 10
+    history: list[dict[str, Any]] = []
+    while len(history) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        history = site.root.get("/state").json()["endpoints"][0]["history"]
+    assert history[-1] == {"at": history[-1]["at"], "inQueue": 1, "inProgress": 0, "workers": 0, "initializing": 0}
+    assert 0.8 < history[-1]["at"] - history[-2]["at"] < 5
+
+
+def test_events_come_when_something_changes_with_what_is_new_of_the_history(site: Site) -> None:
+    with httpx.stream("GET", f"{site.url}/state/events", timeout=10) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = (json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line)
+        assert next(events)["endpoints"][0]["jobs"] == []
+        job_id = site.submit()
+        while not (document := next(events))["endpoints"][0]["jobs"]:
+            pass
+        assert document["endpoints"][0]["jobs"][0]["id"] == job_id
+        points = [document["endpoints"][0]["history"] for document in (next(events) for _ in range(3))]
+        times = [point["at"] for some in points for point in some]
+        assert len(times) == len(set(times))
+
+
+def test_without_a_page_the_root_says_what_this_is(site: Site) -> None:
+    assert site.root.get("/").status_code == 200
+
+
+def test_those_who_wait_are_answered_when_the_emulator_ends() -> None:
+    with ExitStack() as clients, ThreadPoolExecutor(3) as pool:
+        with emulator_with({"id": "ep", "longPoll": 60}) as emulator:
+            site = Site(emulator, clients)
+            runsync = pool.submit(site.client.post, "/runsync", json={"input": 1})
+            chat = pool.submit(site.client.post, "/openai/v1/completions", json={})
+            while site.client.get("/health").json()["jobs"]["inQueue"] < 2:
+                time.sleep(0.01)
+        assert runsync.result(20).json()["status"] == "CANCELLED"
+        assert chat.result(20).status_code == 499
