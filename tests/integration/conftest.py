@@ -41,7 +41,7 @@ def worker(job_queue: JobQueue, tiny_model: str, tmp_path_factory: pytest.TempPa
         "HF_TOKEN": "hf_notarealtoken",
     }
     with running(["handler.py"], environment, tmp_path_factory.mktemp("worker") / "log") as process:
-        process.wait_for(job_queue.pinged.is_set, START_S)
+        process.wait_for(job_queue.has_worker, START_S)
         yield process
 
 

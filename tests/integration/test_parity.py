@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from builder.tiny_corpus import example
-from tests.job_queue import JobQueue, QueuedJob
+from tests.job_queue import JobQueue
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -83,7 +83,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_refusal_is_vllms_own(name: str, job_queue: JobQueue, vllm_alone: httpx.Client) -> None:
     route, body = REFUSED[name]
 
-    error = job_queue.run({"openai_route": route, "openai_input": body}).error
+    error = job_queue.run({"openai_route": route, "openai_input": body}).error()
 
     direct = vllm_alone.post(route, json=body)
     assert error == {**direct.json(), "status": direct.status_code, "retryable": False}
@@ -94,14 +94,10 @@ def test_the_first_batch_comes_before_the_answer_has_ended(job_queue: JobQueue) 
     route, body = chat("long-story", stream=True)
 
     job = job_queue.submit({"openai_route": route, "openai_input": body})
-    first = job.streamed.get(timeout=60)
+    first = job.first_output()
 
-    assert not job.ended
-    assert len(first) < len("".join(_rest(job)))
-
-
-def _rest(job: QueuedJob) -> list[str]:
-    return job.wait()
+    assert job.status()["status"] == "IN_PROGRESS"
+    assert len(first) < len("".join(job.wait()))
 
 
 def events(text: str) -> list[dict[str, Any]]:

@@ -1,0 +1,171 @@
+"""Emulators with real workers: the stock SDK with a trivial handler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+
+from emulator.server import Emulator, EmulatorSettings, background
+
+KEY = "a-key-of-the-tests"
+REPOSITORY = Path(__file__).parents[3]
+WORKER = Path(__file__).with_name("openai_worker.py")
+T = TypeVar("T")
+
+
+def eventually(look: Callable[[], T], timeout_s: float = 30.0, interval_s: float = 0.02) -> T:
+    """The first thing that `look` finds; a failed test if it finds nothing in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := look()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"nothing was found within {timeout_s} s")
+        time.sleep(interval_s)
+    return found
+
+
+class Site:
+    """An emulator with one endpoint, `ep`, as seen from outside."""
+
+    def __init__(self, url: str, stack: ExitStack) -> None:
+        self.url = url
+        headers = {"Authorization": f"Bearer {KEY}"}
+        self.root = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=60))
+        self.client = stack.enter_context(httpx.Client(base_url=f"{url}/v2/ep", headers=headers, timeout=60))
+
+    @property
+    def openai_url(self) -> str:
+        return f"{self.url}/v2/ep/openai/v1"
+
+    def submit(self, job_input: Any, **fields: Any) -> str:
+        job_id: str = self.client.post("/run", json={"input": job_input, **fields}).raise_for_status().json()["id"]
+        return job_id
+
+    def status(self, job_id: str) -> dict[str, Any]:
+        document: dict[str, Any] = self.client.get(f"/status/{job_id}").raise_for_status().json()
+        return document
+
+    def ended(self, job_id: str, timeout_s: float = 30.0) -> dict[str, Any]:
+        """The job's state when it has ended."""
+
+        def look() -> dict[str, Any] | None:
+            status = self.status(job_id)
+            return None if status["status"] in ("IN_QUEUE", "IN_PROGRESS") else status
+
+        return eventually(look, timeout_s) or {}
+
+    def health(self) -> dict[str, Any]:
+        document: dict[str, Any] = self.client.get("/health").raise_for_status().json()
+        return document
+
+    def state(self) -> dict[str, Any]:
+        """The endpoint, as the page sees it."""
+        endpoint: dict[str, Any] = self.root.get("/state").raise_for_status().json()["endpoints"][0]
+        return endpoint
+
+    def idle_workers(self, count: int) -> list[dict[str, Any]]:
+        """The workers, when so many of them are idle."""
+
+        def look() -> list[dict[str, Any]]:
+            workers = [worker for worker in self.state()["workers"] if worker["state"] == "idle"]
+            return workers if len(workers) == count else []
+
+        return eventually(look)
+
+    def faults(self, *rules: dict[str, Any], **settings: Any) -> None:
+        self.root.put("/faults", json={"rules": rules, **settings}).raise_for_status()
+
+
+Start = Callable[..., Site]
+
+
+def settings_with(**endpoint: Any) -> EmulatorSettings:
+    """Settings for one endpoint `ep` that runs the trivial worker; `env` is added to its environment."""
+    defaults = {"id": "ep", "command": [sys.executable, str(WORKER)], "workersMax": 1, "scalerType": "REQUEST_COUNT"}
+    return EmulatorSettings.model_validate({"port": 0, "apiKeys": [KEY], "endpoints": [{**defaults, **endpoint}]})
+
+
+@contextmanager
+def site_with(**endpoint: Any) -> Iterator[Site]:
+    with ExitStack() as stack:
+        emulator: Emulator = stack.enter_context(background(settings_with(**endpoint)))
+        yield Site(emulator.url, stack)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start an emulator with these settings for its endpoint."""
+    with ExitStack() as stack:
+        yield lambda **endpoint: stack.enter_context(site_with(**endpoint))
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    """An emulator for a whole module: one worker that runs four jobs at once, ready."""
+    with site_with(workersMin=1, env={"CONCURRENCY": "4", "PAUSE_S": "0.02"}) as running:
+        running.idle_workers(1)
+        yield running
+
+
+class CommandLine:
+    """`python -m emulator` as a process of its own, ready to be used."""
+
+    def __init__(self, process: subprocess.Popen[str], stack: ExitStack) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        while not self.lines or " listens on " not in self.lines[-1]:
+            line = process.stdout.readline() if process.stdout else ""
+            if not line:
+                pytest.fail(f"the emulator did not start: {self.lines}")
+            self.lines.append(line.rstrip())
+        self.site = Site(self.lines[-1].rpartition(" ")[2], stack)
+
+
+@pytest.fixture
+def command_line(tmp_path: Path) -> Iterator[Callable[..., CommandLine]]:
+    """Start `python -m emulator` with these options, for the endpoint `ep`."""
+    with ExitStack() as stack:
+
+        def begin(*options: str, **variables: str) -> CommandLine:
+            log = stack.enter_context((tmp_path / "stderr").open("w"))
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-m", "emulator", "--port", "0", "--endpoint", "ep", "--api-key", KEY, *options],
+                    cwd=REPOSITORY,
+                    env={**os.environ, **variables},
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+            )
+            stack.callback(process.kill)
+            return CommandLine(process, stack)
+
+        yield begin
+
+
+def processes_named_in(path: Path) -> list[int]:
+    """The process ids that a test's worker has written down."""
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended and was not waited for does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def pretty(document: object) -> str:
+    return json.dumps(document, indent=1, ensure_ascii=False)

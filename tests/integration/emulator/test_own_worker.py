@@ -1,0 +1,103 @@
+"""The emulator with this repository's own worker: the real engine, from nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from builder.tiny_corpus import CORPUS, Example, example
+from tests.integration.emulator.conftest import KEY, REPOSITORY, CommandLine, eventually
+
+pytestmark = pytest.mark.usefixtures("tiny_model")
+START_S = 300.0
+
+
+def messages_of(known: Example) -> list[ChatCompletionMessageParam]:
+    messages: list[ChatCompletionMessageParam] = known.messages  # type: ignore[assignment]
+    return messages
+
+
+async def chats(url: str, count: int) -> list[tuple[str | None, str]]:
+    """So many chats at once: what was answered, and what the model knows."""
+    known = [one for one in CORPUS if one.prompt is None]
+    asked = [known[number % len(known)] for number in range(count)]
+    async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=START_S) as client:
+        answers = await asyncio.gather(
+            *(client.chat.completions.create(model="tiny", messages=messages_of(one), temperature=0) for one in asked)
+        )
+    return [(answer.choices[0].message.content, one.answer) for answer, one in zip(answers, asked, strict=True)]
+
+
+def test_forty_chats_at_once_are_answered_by_workers_that_come_and_go(
+    command_line: Callable[..., CommandLine], tiny_model: str
+) -> None:
+    # One job at a time, so that two workers have something to do; else it is what `make up` starts.
+    emulator = command_line("--quiet", "--idle-timeout", "5", "--env", "MAX_CONCURRENCY=1", SERVED_MODEL_NAME="tiny",
+                            MODEL_NAME=tiny_model)  # fmt: skip
+    site = emulator.site
+    assert site.state()["workers"] == []
+
+    answers = asyncio.run(chats(site.openai_url, 40))
+
+    assert all(said == known for said, known in answers)
+    eventually(lambda: site.state()["workers"] == [], 60)
+    state = site.state()
+    counts = [point["workers"] + point["initializing"] for point in state["history"]]
+    for event in state["events"]:
+        sys.stdout.write(f"{event['at'] - state['events'][0]['at']:6.2f} s  {event['text']}\n")
+    sys.stdout.write(f"workers, a second apart: {counts}\n")
+    assert (counts[0], max(counts), counts[-1]) == (0, 2, 0)
+    assert all((worker["reason"], worker["exitCode"]) == ("idle for 5 s", 0) for worker in state["gone"])
+    assert {job["status"] for job in state["jobs"]} == {"COMPLETED"}
+
+
+def test_serve_api_answers_the_openai_client_with_one_worker_behind_it(tiny_model: str) -> None:
+    with ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "handler.py",
+                    "--rp_serve_api",
+                    "--rp_api_host=127.0.0.1",
+                    "--rp_api_port=0",
+                    "--quiet",
+                ],
+                cwd=REPOSITORY,
+                env={**os.environ, "MODEL_NAME": tiny_model, "SERVED_MODEL_NAME": "tiny"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        stack.callback(process.terminate)
+        assert process.stdout is not None
+        url = next(found[1] for line in process.stdout if (found := re.search(r"listens on (\S+)", line)))
+        client = openai.OpenAI(base_url=f"{url}/v2/local/openai/v1", api_key="local", max_retries=0, timeout=START_S)
+
+        story = example("long-story")
+        stream = client.chat.completions.create(
+            model="tiny", messages=messages_of(story), temperature=0, stream=True, extra_body={"min_tokens": 1}
+        )
+        said = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+        assert "".join(said) == story.answer
+        assert len(said) > 100
+        assert next(iter(client.models.list())).id == "tiny"
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="gpt-5", messages=messages_of(story))
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            client.chat.completions.create(model="tiny", messages=messages_of(story), temperature=-1)
+        with client.chat.completions.create(
+            model="tiny", messages=messages_of(story), stream=True, extra_body={"ignore_eos": True}
+        ) as hung_up:
+            next(hung_up)
+        with openai.OpenAI(base_url=f"{url}/v2/local", api_key="local") as raw:
+            eventually(lambda: raw.get("/health", cast_to=dict)["jobs"]["inProgress"] == 0)

@@ -1,0 +1,150 @@
+"""The stock SDK's job loop (runpod 1.12.0) against the emulator: what it does well, and where it falls short.
+
+Each failing is one that our own loop must not have; the tests document what the emulator makes visible.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import httpx
+
+from tests.integration.emulator.conftest import WORKER, Start, eventually
+
+
+def test_five_hundred_jobs_are_all_completed(start: Start) -> None:
+    site = start(workersMax=2, scalerValue=100, rateLimits=False, env={"CONCURRENCY": "20", "RUNPOD_LOG_LEVEL": "INFO"})
+    with ThreadPoolExecutor(16) as pool:
+        jobs = list(pool.map(lambda number: site.submit({"count": 1 + number % 3}), range(500)))
+    eventually(lambda: site.health()["jobs"]["completed"] == 500, 100)
+    states = [site.status(job_id) for job_id in jobs]
+    assert Counter(state["status"] for state in states) == {"COMPLETED": 500}
+    assert [len(state["output"]) for state in states] == [1 + number % 3 for number in range(500)]
+    assert site.health()["jobs"] == {"completed": 500, "failed": 0, "inProgress": 0, "inQueue": 0, "retried": 0}
+
+
+def test_a_job_that_comes_after_sigterm_is_taken_and_never_run(start: Start) -> None:
+    """The long poll outlives the signal; what it brings is queued, never run, and the process exits with 0.
+
+    It exits when its other long poll, for stop signals, is over too.
+    """
+    site = start(workersMin=1, longPoll=5)
+    (worker,) = site.idle_workers(1)
+    os.kill(worker["pid"], signal.SIGTERM)
+    eventually(lambda: any("Kill worker" in line for line in _log(site, worker["id"])))
+    # Its other loop looks every 0.1 s whether to go on, and leaves no sign when it does not.
+    time.sleep(0.5)
+    job_id = site.submit({"count": 1})
+    ended = eventually(lambda: [gone for gone in site.state()["gone"] if gone["id"] == worker["id"]])
+    assert (ended[0]["exitCode"], ended[0]["jobsTaken"]) == (0, 1)
+    assert not any("Handling Job" in line for line in ended[0]["log"])
+    # The platform has to find out and give it to another.
+    state = site.ended(job_id)
+    assert (state["status"], state["retries"]) == ("COMPLETED", 1)
+    assert state["workerId"] != worker["id"]
+
+
+def _log(site: Any, worker: str) -> list[str]:
+    return [line for it in site.state()["workers"] if it["id"] == worker for line in it["log"]]
+
+
+def test_a_result_that_is_refused_is_lost(start: Start) -> None:
+    """It is logged, and the worker goes on; the job runs until the platform misses it in the worker's pings."""
+    site = start(workersMin=1, pingInterval=1000, lostAfter=3, maxRetries=0)
+    site.idle_workers(1)
+    site.faults({"kind": "error", "route": "job-done", "status": 400, "times": 1})
+    job_id = site.submit({"count": 1})
+    state = site.ended(job_id)
+    assert (state["status"], state["error"]) == ("FAILED", "job timed out after 0 retries")
+    assert any("Failed to return job results." in line for line in site.state()["workers"][0]["log"])
+
+
+def test_a_result_above_the_limit_is_lost(start: Start) -> None:
+    site = start(workersMin=1, pingInterval=1000, lostAfter=3, maxRetries=0, env={"RUNPOD_LOG_LEVEL": "INFO"})
+    # Each output is below the cap, the aggregate of them is above the limit.
+    job_id = site.submit({"count": 21, "padding": 990_000})
+    assert site.ended(job_id)["status"] == "FAILED"
+    assert any("Failed to return job results." in line for line in site.state()["workers"][0]["log"])
+
+
+def test_an_output_is_given_up_after_three_tries(start: Start) -> None:
+    site = start(workersMin=1)
+    site.idle_workers(1)
+    site.faults({"kind": "error", "route": "job-stream", "times": 3})
+    job_id = site.submit({"count": 2})
+    assert site.ended(job_id)["status"] == "COMPLETED"
+    assert site.root.get("/faults").json()["struck"] == [3]
+    assert site.client.get(f"/stream/{job_id}").json()["stream"] == [{"output": {"number": 1}}]
+
+
+def test_an_output_whose_answer_is_lost_comes_twice(start: Start) -> None:
+    """The SDK cannot know that it arrived, and posts it again."""
+    site = start(workersMin=1)
+    site.idle_workers(1)
+    site.faults({"kind": "error", "route": "job-stream", "when": "after", "times": 1})
+    job_id = site.submit({"count": 1})
+    assert site.ended(job_id)["status"] == "COMPLETED"
+    assert site.client.get(f"/stream/{job_id}").json()["stream"] == [{"output": {"number": 0}}] * 2
+
+
+def test_the_test_input_option_never_runs_a_streaming_handler() -> None:
+    ran = subprocess.run(
+        [sys.executable, str(WORKER), "--test_input", json.dumps({"input": {"count": 1}})],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert ran.returncode == 0
+    assert "<async_generator object" in ran.stdout
+    assert "number" not in ran.stdout.replace("number of", "")
+
+
+def test_the_development_server_never_runs_a_job_of_its_queue() -> None:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    options = ["--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port)]
+    server = subprocess.Popen([sys.executable, str(WORKER), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        eventually(lambda: _answers(url))
+        job_id = httpx.post(f"{url}/run", json={"input": {"count": 1}}).json()["id"]
+        assert httpx.get(f"{url}/status/{job_id}").status_code == 405
+        for path in (f"/cancel/{job_id}", "/purge-queue", "/openai/v1/chat/completions"):
+            assert httpx.post(url + path, json={}).status_code == 404
+        assert httpx.get(f"{url}/health").status_code == 404
+        # A failing generator is an error of the server, not of the job.
+        broken = {"openai_route": "/v1/chat/completions", "openai_input": _RAISE}
+        assert httpx.post(f"{url}/runsync", json={"input": broken}, timeout=20).status_code == 500
+    finally:
+        server.terminate()
+        output = server.communicate(timeout=20)[0].decode()
+    # Nothing was ever done for the job of /run.
+    assert f"{job_id} | Started" not in output
+
+
+_RAISE = {"model": "tiny", "messages": [{"role": "user", "content": "raise"}]}
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/docs").status_code < 500
+    except httpx.TransportError:
+        return False
+
+
+def test_a_worker_is_known_even_with_the_key_of_its_users_own_account(start: Start) -> None:
+    """The SDK prefers the key in `~/.runpod/config.toml` to the one that it was given."""
+    site = start(workersMin=1, env={"RUNPOD_AI_API_KEY": "the-key-of-an-account"})
+    assert site.ended(site.submit({"count": 1}))["status"] == "COMPLETED"
