@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from engine.settings import Settings
+
 TEST_INPUT = Path(__file__).with_name("test_input.json")
 
 
@@ -81,7 +83,7 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         if polling:
             sys.argv[1:] = rest
-            return _poll(settings.max_concurrency)
+            return _poll(settings)
         if rest:
             parser.error(f"unknown: {' '.join(rest)}")
         return _answer(arguments.test_input)
@@ -100,23 +102,13 @@ def _answer(test_input: str | None) -> int:
     return asyncio.run(local.answer(job, handler, lifecycle.server()))
 
 
-def _poll(max_concurrency: int | str) -> int:
+def _poll(settings: Settings) -> int:
     """Take jobs from the platform's queue until told to stop."""
-    from engine import lifecycle
+    from engine import lifecycle, platform
 
     server = lifecycle.server()
-    concurrency = server.max_num_seqs if max_concurrency == "auto" else max_concurrency
-    import runpod
-
-    runpod.serverless.start(
-        {
-            "handler": handler,
-            "concurrency_modifier": lambda _: concurrency,
-            # Who asks for a job's status, rather than its stream, finds the whole answer there.
-            "return_aggregate_stream": True,
-        }
-    )
-    return 0
+    limit = server.max_num_seqs if settings.max_concurrency == "auto" else settings.max_concurrency
+    return platform.serve(handler, lambda queue: lifecycle.serve(queue, handler, server, settings, limit), limit)
 
 
 def _set_logging(*, quiet: bool) -> None:
@@ -126,6 +118,8 @@ def _set_logging(*, quiet: bool) -> None:
     logger = logging.getLogger("engine")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    # The SDK and its dependencies give the root logger a handler of their own: each line would come twice.
+    logger.propagate = False
     # The SDK's own default, DEBUG, logs each output of each job.
     if "RUNPOD_DEBUG_LEVEL" not in os.environ:
         os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")

@@ -2,10 +2,15 @@
 
 WorkerError
 ├── ConfigurationError        the worker cannot start as it is configured
+├── BusyError                 the platform asks us to wait
+├── DeliveryError             a delivery did not arrive; another try may succeed
+├── RefusedDeliveryError      the platform does not want a delivery, and will not
 └── JobError                  one job ends with this error; the worker goes on
-├── InvalidInputError     400: the job's input is not one that we accept
-├── RefusedError          vLLM answered with an error status; its body is passed on as it is
-└── EngineError           500: the engine broke off without an answer; another try may succeed
+    ├── InvalidInputError     400: the job's input is not one that we accept
+    ├── RefusedError          vLLM answered with an error status; its body is passed on as it is
+    ├── TooLargeError         413: the job's result is larger than the platform takes
+    ├── EngineError           500: the engine broke off without an answer; another try may succeed
+    └── StoppedError          503: the worker ends before the job did; another worker may run it
 """
 
 from __future__ import annotations
@@ -21,6 +26,18 @@ class WorkerError(Exception):
 
 class ConfigurationError(WorkerError):
     """The worker cannot start as it is configured; the message names the variable and what is allowed."""
+
+
+class BusyError(WorkerError):
+    """The platform asks us to wait."""
+
+
+class DeliveryError(WorkerError):
+    """A delivery did not arrive, or it cannot be known whether it did; another try may succeed."""
+
+
+class RefusedDeliveryError(WorkerError):
+    """The platform does not want a delivery, and will not."""
 
 
 class JobError(WorkerError):
@@ -73,4 +90,24 @@ class RefusedError(JobError):
 class EngineError(JobError):
     """The engine broke off without an answer; another try may succeed."""
 
+    retryable = True
+
+
+class TooLargeError(JobError):
+    """The job's result is larger than the platform takes; both sizes in bytes."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    type = "PayloadTooLargeError"
+
+    def __init__(self, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            f"the result has {size_bytes} bytes, and the platform takes {limit_bytes}: ask for less at once"
+        )
+
+
+class StoppedError(JobError):
+    """The worker ends before the job did; another worker may run it."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    type = "ServiceUnavailableError"
     retryable = True

@@ -1,16 +1,21 @@
-"""The worker's one engine: loaded once, shared by all jobs, ended with the process."""
+"""The worker's one engine: loaded once, shared by all jobs, ended with the process; and the loop around it."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from engine import children, models
+from engine.admission import Admission
 from engine.settings import Settings
 
 if TYPE_CHECKING:
+    from engine.loop import Handler, Platform
     from engine.server import Server
 
 _log = logging.getLogger(__name__)
@@ -46,3 +51,40 @@ def stop() -> None:
         if _server is not None:
             _server.shutdown()
             _server = None
+
+
+async def serve(platform: Platform, handler: Handler, server: Server, settings: Settings, limit: int) -> int:
+    """Take jobs and run them until SIGTERM or SIGINT, or until the engine fails; a second signal ends at once.
+
+    Args:
+        platform: where jobs come from.
+        handler: an async generator of a job's outputs.
+        server: the engine.
+        settings: the worker's.
+        limit: most jobs at once.
+
+    Returns:
+        The exit status: 0 if it was told to stop, 1 if the engine has failed.
+    """
+    from engine.loop import JobLoop, State, Timeouts
+
+    jobs = JobLoop(
+        platform,
+        handler,
+        Admission(server.statistics, limit, server.sure_requests),
+        failure=server.failure,
+        timeouts=Timeouts(drain_s=settings.drain_timeout_s, job_s=settings.job_timeout_s),
+        tokens_of=server.tokens_of,
+    )
+
+    def stop() -> None:
+        if jobs.state is not State.SERVING:
+            os._exit(1)  # The engine's processes end with this one.
+        jobs.stop()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    server.statistics.changed = jobs.wake
+    await server.app()
+    return await jobs.run()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigurationError
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from engine.settings import Settings
 
 GIB_BYTES = 1 << 30
+SHUTDOWN_TIMEOUT_S = 5.0
+# Requests that nobody asks about, as under the SDK's own loop, do not gather for good.
+FINISHED_KEPT = 4096
 # On a CPU vLLM would take most of the machine's memory for the KV cache and compile for a minute.
 CPU_KV_CACHE_BYTES = 1 * GIB_BYTES
 
@@ -35,6 +40,12 @@ class Statistics:
     kv_cache_usage: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    steps: int = 0
+    stepped_at: float = 0.0
+    finished: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Tokens in and out of requests that have finished, until they are asked for."""
+    changed: Callable[[], None] = lambda: None
+    """Called at each step."""
 
 
 class Server:
@@ -53,6 +64,7 @@ class Server:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.statistics = Statistics()
+        self._stall_timeout_s = settings.engine_stall_timeout_s
         self.batch_interval_s = settings.batch_interval_ms / 1000
         self._args = _parse(settings, model)
         self._engine = AsyncLLM.from_engine_args(
@@ -71,6 +83,27 @@ class Server:
         """The most requests that the engine runs at once."""
         return int(self._engine.vllm_config.scheduler_config.max_num_seqs)
 
+    @property
+    def sure_requests(self) -> int:
+        """How many requests of the model's greatest length fit the KV cache."""
+        cache = self._engine.vllm_config.cache_config
+        return int((cache.num_gpu_blocks or 0) * cache.block_size // self.max_model_len)
+
+    def failure(self) -> str | None:
+        """What is wrong with the engine for good: its process is dead, or makes no steps; None while it serves."""
+        if self._engine.errored:
+            return "the engine's process is dead"
+        still_s = time.monotonic() - self.statistics.stepped_at
+        if self.statistics.running and still_s > self._stall_timeout_s:
+            return f"no step for {still_s:.0f} s while {self.statistics.running} requests run"
+        return None
+
+    def tokens_of(self, job_id: str) -> tuple[int, int] | None:
+        """Tokens in and out of a job that has ended; told once. vLLM's request ids hold the job's."""
+        finished = self.statistics.finished
+        found = [finished.pop(request_id) for request_id in list(finished) if job_id in request_id]
+        return (sum(tokens[0] for tokens in found), sum(tokens[1] for tokens in found)) if found else None
+
     async def app(self) -> App:
         """VLLM's OpenAI app, made at the first call, on the calling loop."""
         async with self._lock:
@@ -87,7 +120,7 @@ class Server:
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
-        self._engine.shutdown()
+        self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
 
 
 async def _live(app: Any) -> None:
@@ -151,6 +184,8 @@ def _recorder(statistics: Statistics) -> Any:
             self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
         ) -> None:
             del mm_cache_stats, engine_idx
+            statistics.steps += 1
+            statistics.stepped_at = time.monotonic()
             if scheduler_stats is not None:
                 statistics.running = scheduler_stats.num_running_reqs
                 statistics.waiting = scheduler_stats.num_waiting_reqs
@@ -158,6 +193,12 @@ def _recorder(statistics: Statistics) -> Any:
             if iteration_stats is not None:
                 statistics.prompt_tokens += iteration_stats.num_prompt_tokens
                 statistics.generation_tokens += iteration_stats.num_generation_tokens
+                for request in iteration_stats.finished_requests:
+                    tokens = (request.num_prompt_tokens, request.num_generation_tokens)
+                    statistics.finished[str(request.request_id)] = tokens
+                    if len(statistics.finished) > FINISHED_KEPT:
+                        del statistics.finished[next(iter(statistics.finished))]
+            statistics.changed()
 
         def log_engine_initialized(self) -> None:
             pass

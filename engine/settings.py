@@ -70,6 +70,15 @@ class Settings(BaseSettings):
         20,
         description="Least time between two batches of a stream, in milliseconds; the first batch never waits.",
     )
+    drain_timeout_s: float = Field(
+        25, ge=0, description="Seconds that running jobs may go on when the worker is told to stop."
+    )
+    job_timeout_s: float = Field(
+        600, gt=0, description="Seconds that deliveries of a job are tried: the endpoint's execution timeout."
+    )
+    engine_stall_timeout_s: float = Field(
+        120, gt=0, description="Seconds without a step, while requests run, after which the engine counts as dead."
+    )
     baked_model_dir: Path = Field(
         Path("/workspace/vllm/phi-4-bnb-4bit"), description="Where the image holds its model, if it holds one."
     )

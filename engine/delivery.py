@@ -1,0 +1,94 @@
+"""A job's outputs and its result on their way to the platform: in order, sized before, tried until they arrive."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+from tenacity.stop import stop_after_delay
+
+from engine.batching import MAX_OUTPUT_BYTES
+from engine.errors import DeliveryError, EngineError, JobError, RefusedDeliveryError, TooLargeError
+from engine.platform import Delivery
+
+# The documented limit of what a client gets at once (20 MB).
+MAX_RESULT_BYTES = 20_000_000
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+Post = Callable[[Delivery, str, bytes], Awaitable[None]]
+
+
+class JobDelivery:
+    """Delivers one job.
+
+    An output whose answer is lost is sent again, as nothing in the protocol tells whether it had arrived: each arrives
+    at least once.
+
+    Args:
+        post: delivers one body, in one try.
+        job_id: the job's.
+        within_s: how long a delivery is tried: what is left of the job's time.
+    """
+
+    def __init__(self, post: Post, job_id: str, within_s: float) -> None:
+        self._post = post
+        self._job_id = job_id
+        self._within_s = within_s
+        self._outputs: list[Any] = []
+        self.count = 0
+
+    async def stream(self, output: Any) -> None:
+        """Deliver an output of the stream. One that is above the platform's cap comes with the result alone.
+
+        Raises:
+            RefusedDeliveryError: the platform does not want it: the job is no longer ours.
+            DeliveryError: it did not arrive in time.
+        """
+        self._outputs.append(output)
+        body = _encode({"output": output})
+        if len(body) > MAX_OUTPUT_BYTES:
+            _log.warning("Job %s: an output of %d bytes is above the stream's cap", self._job_id, len(body))
+            return
+        await self._deliver(Delivery.STREAM, body)
+        self.count += 1
+
+    async def finish(self, error: JobError | None = None, *, replace_worker: bool = False) -> None:
+        """Deliver the result: all outputs, or the error. What cannot be delivered is in the log.
+
+        Args:
+            error: why the job failed.
+            replace_worker: tell the platform that this worker has to be replaced.
+        """
+        result: dict[str, Any] = {"output": self._outputs} if error is None else error.output()
+        if replace_worker:
+            result["stopPod"] = True
+        body = _encode(result)
+        if len(body) > MAX_RESULT_BYTES:
+            body = _encode(TooLargeError(len(body), MAX_RESULT_BYTES).output())
+        try:
+            await self._deliver(Delivery.RESULT, body)
+        except RefusedDeliveryError as refusal:
+            _log.error("Job %s: the platform refuses its result (%s)", self._job_id, refusal)
+            if error is None:
+                await self.finish(EngineError(f"the platform refused the result: {refusal}"))
+        except DeliveryError as failure:
+            _log.error("Job %s: its result could not be delivered (%s)", self._job_id, failure)
+
+    async def _deliver(self, kind: Delivery, body: bytes) -> None:
+        attempts = AsyncRetrying(
+            stop=stop_after_delay(self._within_s),
+            wait=wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S),
+            retry=retry_if_exception_type(DeliveryError),
+            reraise=True,
+        )
+        await attempts(self._post, kind, self._job_id, body)
+
+
+def _encode(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, ensure_ascii=False).encode(errors="surrogatepass")

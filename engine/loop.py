@@ -1,0 +1,360 @@
+"""The worker's loop: takes jobs as the engine has room for them, runs them, and ends without losing one.
+
+    SERVING ──stop()──▶ DRAINING ──▶ ENDED, exit status 0
+       └────fail()────▶ FAILED ────▶ ENDED, exit status 1
+
+It sleeps on events and never polls: a taken job starts at once, a freed slot is asked for at once. At most one take is
+under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from engine.admission import Admission
+from engine.delivery import JobDelivery
+from engine.errors import BusyError, DeliveryError, EngineError, JobError, RefusedDeliveryError, StoppedError
+from engine.platform import LET_GO_S, TAKE_TIMEOUT_S, Delivery
+
+# The SDK waits so long when the platform says 429.
+BUSY_WAIT_S = 5.0
+_FIRST_WAIT_S = 0.05
+_LONGEST_WAIT_S = 5.0
+_LONGEST_IDLE_WAIT_S = 1.0
+# A call that the platform did not hold open says nothing about the next one: without a pause we would spin.
+_HELD_S = 0.5
+_WATCH_S = 0.25
+# What a job's end may take when the worker itself ends.
+_LAST_WORDS_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[dict[str, Any]], AsyncGenerator[Any, None]]
+
+
+class Platform(Protocol):
+    """What the loop needs of the platform; `engine.platform.Platform` has it."""
+
+    async def take(self, count: int) -> list[dict[str, Any]]: ...  # noqa: D102 (see there)
+
+    def let_go(self) -> None: ...  # noqa: D102
+
+    async def stops(self) -> list[str]: ...  # noqa: D102
+
+    async def post(self, kind: Delivery, job_id: str, body: bytes) -> None: ...  # noqa: D102
+
+    def hold(self, job_id: str) -> None: ...  # noqa: D102
+
+    def release(self, job_id: str) -> None: ...  # noqa: D102
+
+
+class State(Enum):
+    """What the loop is doing."""
+
+    SERVING = "serving"
+    DRAINING = "draining"
+    FAILED = "failed"
+    ENDED = "ended"
+
+
+@dataclass(eq=False)
+class _Held:
+    """A job that is held, its task, and why it was cancelled, if it was.
+
+    `ending` is set once its end is decided: from then on it is not cancelled any more.
+    """
+
+    id: str
+    begun: float
+    task: asyncio.Task[None] | None = None
+    ending: bool = False
+    stopped: bool = False
+    ended_with: JobError | None = None
+    first_output_s: float | None = None
+    outcome: str = "completed"
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long things may take, in seconds.
+
+    Args:
+        drain_s: jobs that run when the worker is told to stop.
+        job_s: one job, deliveries included: the platform's executionTimeout.
+    """
+
+    drain_s: float = 25.0
+    job_s: float = 600.0
+
+
+class JobLoop:
+    """Runs jobs until it is told to stop, or the engine fails.
+
+    Args:
+        platform: where jobs come from and outputs go.
+        handler: an async generator of a job's outputs.
+        admission: how many jobs to take now; `wake` tells that its answer may have changed.
+        failure: what is wrong with the engine for good, if something is.
+        timeouts: how long things may take.
+        tokens_of: tokens in and out of a job that has ended, if the engine has told.
+    """
+
+    def __init__(  # noqa: PLR0913 (all that it acts on, so that a test can put its own in place)
+        self,
+        platform: Platform,
+        handler: Handler,
+        admission: Admission,
+        *,
+        failure: Callable[[], str | None] = lambda: None,
+        timeouts: Timeouts | None = None,
+        tokens_of: Callable[[str], tuple[int, int] | None] = lambda _: None,
+    ) -> None:
+        self._platform = platform
+        self._handler = handler
+        self._admission = admission
+        self._failure = failure
+        self._timeouts = timeouts or Timeouts()
+        self._tokens_of = tokens_of
+        self._jobs: dict[str, _Held] = {}
+        self._changed = asyncio.Event()
+        self._ending = asyncio.Event()
+        self.state = State.SERVING
+
+    def wake(self) -> None:
+        """The engine's load has changed: look again how many jobs to take."""
+        self._changed.set()
+
+    def stop(self) -> None:
+        """Take no further job; end when those that are held have ended."""
+        if self.state is State.SERVING:
+            self.state = State.DRAINING
+            self._ending.set()
+
+    def fail(self, reason: str) -> None:
+        """The engine cannot serve any more: take no further job, end those that are held as retryable."""
+        if self.state in (State.SERVING, State.DRAINING):
+            _log.error("The engine has failed: %s", reason)
+            self.state = State.FAILED
+            self._ending.set()
+
+    async def run(self) -> int:
+        """Run until `stop` or `fail`; return the exit status: 0, or 1 if the engine has failed."""
+        taking = asyncio.create_task(self._take_jobs())
+        watching = {asyncio.create_task(self._watch_stops()), asyncio.create_task(self._watch_engine())}
+        try:
+            await self._ending.wait()
+            _log.info("Worker %s: %d jobs held", self.state.value, len(self._jobs))
+            await asyncio.wait({taking})
+            await self._end_jobs()
+        finally:
+            for task in (taking, *watching):
+                task.cancel()
+            await asyncio.wait({taking, *watching})
+        status = int(self.state is State.FAILED)
+        self.state = State.ENDED
+        return status
+
+    # Taking jobs.
+
+    async def _take_jobs(self) -> None:
+        pace = _Pace()
+        while not self._ending.is_set():
+            self._changed.clear()
+            room = self._admission.room(len(self._jobs))
+            if not room:
+                await self._either(self._changed.wait())
+                continue
+            with pace.call("Jobs could not be taken"):
+                pace.found = jobs = await self._take(room)
+                for job in jobs:
+                    self._begin(job)
+            if pace.wait_s:
+                await self._either(asyncio.sleep(pace.wait_s))
+
+    async def _take(self, count: int) -> list[dict[str, Any]]:
+        """Take up to `count` jobs; let go when the worker ends, without losing a job that may be on its way."""
+        take = asyncio.ensure_future(self._platform.take(count))
+        await self._either(asyncio.wait({take}, timeout=TAKE_TIMEOUT_S))
+        if not take.done():
+            self._platform.let_go()
+            await asyncio.wait({take}, timeout=LET_GO_S)
+            take.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                return await take
+            return []
+        return take.result()
+
+    async def _either(self, this: Awaitable[object]) -> None:
+        """Wait for this, or for the worker's end."""
+        waits = {asyncio.ensure_future(this), asyncio.ensure_future(self._ending.wait())}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def _begin(self, job: dict[str, Any]) -> None:
+        job_id = str(job.get("id"))
+        if job_id in self._jobs:
+            _log.warning("Job %s was delivered again while it runs; it is not run twice", job_id)
+            return
+        held = _Held(job_id, time.monotonic())
+        self._jobs[job_id] = held
+        self._platform.hold(job_id)
+        self._admission.taken()
+        held.task = asyncio.create_task(self._run(job, held))
+
+    # Running a job.
+
+    async def _run(self, job: dict[str, Any], held: _Held) -> None:
+        delivery = JobDelivery(self._platform.post, held.id, self._timeouts.job_s)
+        error: JobError | None
+        try:
+            error = await self._outputs(job, held, delivery)
+        except asyncio.CancelledError:
+            error = held.ended_with
+        except RefusedDeliveryError as refusal:
+            error = EngineError(f"the platform refused an output: {refusal}")
+        except DeliveryError as failure:
+            error = EngineError(f"an output could not be delivered: {failure}")
+        except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)
+            _log.exception("Job %s failed in the worker", held.id)
+            error = EngineError("the worker failed; its log says why")
+        held.ending = True
+        try:
+            if held.stopped:
+                held.outcome = "stopped"
+            else:
+                reason = self._failed()
+                if reason is not None:
+                    error = StoppedError(f"the engine has failed: {reason}")
+                held.outcome = "completed" if error is None else "failed"
+                await delivery.finish(error, replace_worker=reason is not None)
+        finally:
+            del self._jobs[held.id]
+            self._platform.release(held.id)
+            self._changed.set()
+            self._log_end(job, held, delivery.count)
+
+    async def _outputs(self, job: dict[str, Any], held: _Held, delivery: JobDelivery) -> JobError | None:
+        """Deliver a job's outputs as they come; return the error that it ends with."""
+        async with aclosing(self._handler(job)) as outputs:
+            async for output in outputs:
+                if held.first_output_s is None:
+                    held.first_output_s = time.monotonic() - held.begun
+                if isinstance(output, dict) and output.get("error"):
+                    return _ToldError(output["error"])
+                await delivery.stream(output)
+        return None
+
+    def _log_end(self, job: dict[str, Any], held: _Held, batches: int) -> None:
+        value = job.get("input")
+        tokens = self._tokens_of(held.id)
+        line = {
+            "job": held.id,
+            "route": value.get("openai_route", "native") if isinstance(value, dict) else None,
+            "status": held.outcome,
+            "tokens_in": tokens[0] if tokens else None,
+            "tokens_out": tokens[1] if tokens else None,
+            "first_output_s": None if held.first_output_s is None else round(held.first_output_s, 4),
+            "duration_s": round(time.monotonic() - held.begun, 4),
+            "batches": batches,
+        }
+        _log.info("%s", json.dumps(line))
+
+    # What comes from outside.
+
+    async def _watch_stops(self) -> None:
+        pace = _Pace()
+        while True:
+            with pace.call("Stop signals could not be asked for"):
+                pace.found = job_ids = await self._platform.stops()
+                for job_id in job_ids:
+                    self._stop_job(job_id)
+            await asyncio.sleep(pace.wait_s)
+
+    def _stop_job(self, job_id: str) -> None:
+        held = self._jobs.get(job_id)
+        if held is not None and held.task is not None and not held.ending:
+            held.stopped = held.ending = True
+            held.task.cancel()
+
+    async def _watch_engine(self) -> None:
+        while self._failed() is None:  # noqa: ASYNC110 (vLLM tells nobody, and a stall least of all)
+            await asyncio.sleep(_WATCH_S)
+
+    def _failed(self) -> str | None:
+        """What is wrong with the engine for good; if something is, the loop ends."""
+        reason = self._failure()
+        if reason is not None:
+            self.fail(reason)
+        return reason
+
+    async def _end_jobs(self) -> None:
+        """Wait for the jobs that are held, as long as they may take; then end them as retryable."""
+        drain_s = self._timeouts.drain_s if self.state is State.DRAINING else 0.0
+        deadline = time.monotonic() + drain_s
+        while self._jobs and self.state is State.DRAINING and time.monotonic() < deadline:
+            await asyncio.wait(self._tasks(), timeout=min(_WATCH_S, max(deadline - time.monotonic(), 0)))
+        why = "the engine has failed" if self.state is State.FAILED else "the worker was told to stop"
+        for held in self._jobs.values():
+            if held.task is not None and not held.ending:
+                held.ending = True
+                held.ended_with = StoppedError(f"{why} before the job had ended; try again")
+                held.task.cancel()
+        if self._jobs:
+            await asyncio.wait(self._tasks(), timeout=_LAST_WORDS_S)
+        for held in self._jobs.values():
+            _log.error("Job %s: the worker ends before its end could be delivered", held.id)
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [held.task for held in self._jobs.values() if held.task is not None]
+
+
+class _Pace:
+    """Keeps a long poll from spinning: after a call that failed or was not held, wait, longer and longer.
+
+    `found` is what the call brought; `wait_s` is how long to wait before the next one.
+    """
+
+    def __init__(self) -> None:
+        self.found: Sequence[object] = ()
+        self.wait_s = 0.0
+        self._next_s = _FIRST_WAIT_S
+
+    @contextmanager
+    def call(self, failure: str) -> Iterator[None]:
+        """Around one call; an error of it is logged as a `failure`."""
+        begun = time.monotonic()
+        self.found, self.wait_s = (), 0.0
+        longest_s = _LONGEST_IDLE_WAIT_S
+        try:
+            yield
+        except BusyError:
+            self.wait_s = BUSY_WAIT_S
+            return
+        except Exception as error:  # noqa: BLE001 (whatever it is, the next call may succeed)
+            _log.warning("%s: %s: %s", failure, type(error).__name__, error)
+            longest_s = _LONGEST_WAIT_S
+        else:
+            if self.found or time.monotonic() - begun > _HELD_S:
+                self._next_s = _FIRST_WAIT_S
+                return
+        self.wait_s = min(self._next_s, longest_s) * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
+        self._next_s = min(2 * self._next_s, _LONGEST_WAIT_S)
+
+
+class _ToldError(JobError):
+    """The error that the handler has yielded, as it is."""
+
+    def output(self) -> dict[str, str]:
+        return {"error": str(self)}

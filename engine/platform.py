@@ -1,0 +1,188 @@
+"""The platform's worker protocol, through the SDK. The only file that imports it.
+
+Of the SDK we keep the take, the stop channel, the ping, the fitness checks and the log; its loop is replaced by ours.
+Tested against runpod 1.12; with any other version the worker says so and uses the SDK's own loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from enum import Enum
+from http import HTTPStatus
+from typing import Any, Self
+
+import aiohttp
+
+from engine.errors import BusyError, DeliveryError, RefusedDeliveryError
+
+TESTED_VERSIONS = ("1.12.",)
+# The SDK gives a take up after so long; nothing that the platform holds open should outlive it.
+TAKE_TIMEOUT_S = 90.0
+# How long a take that was let go may still bring a job, where the connection cannot be closed from our side alone.
+LET_GO_S = 5.0
+_POST_TIMEOUT_S = 60.0
+# Statuses of answers that another try may not get.
+_PASSING = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+
+_log = logging.getLogger(__name__)
+
+
+class Delivery(Enum):
+    """What is posted for a job: an output of its stream, or its result."""
+
+    STREAM = "stream"
+    RESULT = "result"
+
+
+class _TakeConnector(aiohttp.TCPConnector):
+    """A connector that knows the one connection that it has given out."""
+
+    transport: asyncio.Transport | None = None
+
+    async def connect(self, *arguments: Any, **options: Any) -> aiohttp.connector.Connection:
+        connection = await super().connect(*arguments, **options)
+        self.transport = connection.transport
+        return connection
+
+
+class Platform:
+    """What the loop needs of the platform, on one event loop: `async with Platform() as platform`."""
+
+    def __init__(self) -> None:
+        from runpod.http_client import TooManyRequests, get_auth_header
+        from runpod.serverless.modules import rp_http, rp_job
+        from runpod.serverless.modules.worker_state import JobsProgress
+
+        self._sdk_job = rp_job
+        self._busy: type[Exception] = TooManyRequests
+        self._held = JobsProgress()
+        self._headers = get_auth_header()
+        self._urls = {Delivery.STREAM: rp_http.JOB_STREAM_URL, Delivery.RESULT: rp_http.JOB_DONE_URL}
+        self._connector = _TakeConnector()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Open the connections."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+        self._takes = await self._session(timeout, self._connector)
+        self._stops = await self._session(timeout, aiohttp.TCPConnector())
+        self._posts = await self._session(aiohttp.ClientTimeout(_POST_TIMEOUT_S), aiohttp.TCPConnector(limit=0))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the connections."""
+        await self._stack.aclose()
+
+    async def _session(self, limits: aiohttp.ClientTimeout, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+        session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=limits)
+        return await self._stack.enter_async_context(session)
+
+    async def take(self, count: int) -> list[dict[str, Any]]:
+        """Ask for up to `count` jobs; empty when none came while the platform held the call.
+
+        It is never cut off from our side while the platform may be answering: a job could be on its way. Call `let_go`.
+
+        Raises:
+            BusyError: the platform asks us to wait.
+            aiohttp.ClientError, OSError: it could not be asked.
+        """
+        try:
+            return await self._sdk_job.get_job(self._takes, count) or []
+        except self._busy:
+            raise BusyError("the platform asks to wait before the next take") from None
+
+    def let_go(self) -> None:
+        """Tell the platform that no job is wanted any more, but hear what it is saying.
+
+        The connection is closed from our side alone: a server that has not answered yet sees that nobody asks, and a
+        job that it has sent still arrives. TLS has no such half-closed state; there the call just goes on.
+        """
+        transport, self._connector.transport = self._connector.transport, None
+        if transport is not None and not transport.is_closing() and transport.can_write_eof():
+            transport.write_eof()
+
+    async def stops(self) -> list[str]:
+        """Wait for jobs that are to be stopped; empty when there were none while the platform held the call.
+
+        Raises:
+            BusyError: the platform asks us to wait.
+            aiohttp.ClientError, OSError: it could not be asked.
+        """
+        try:
+            async with asyncio.timeout(TAKE_TIMEOUT_S):
+                return list(await self._sdk_job.get_stop_signals(self._stops))
+        except TimeoutError:
+            return []
+        except self._busy:
+            raise BusyError("the platform asks to wait") from None
+
+    async def post(self, kind: Delivery, job_id: str, body: bytes) -> None:
+        """Deliver, in one try.
+
+        Raises:
+            RefusedDeliveryError: the platform does not want it, and will not.
+            DeliveryError: it did not arrive, or it cannot be known; another try may succeed.
+        """
+        url = self._urls[kind].replace("$ID", job_id)
+        url += f"&isStream={'true' if kind is Delivery.RESULT else 'false'}"
+        headers = {"X-Request-ID": job_id, "Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
+        try:
+            async with self._posts.post(url, data=body, headers=headers) as answer:
+                text = await answer.text()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise DeliveryError(f"{type(error).__name__}: {error}") from None
+        if answer.status < HTTPStatus.BAD_REQUEST:
+            return
+        message = f"status {answer.status}: {text[:200]}"
+        if answer.status < HTTPStatus.INTERNAL_SERVER_ERROR and answer.status not in _PASSING:
+            raise RefusedDeliveryError(message)
+        raise DeliveryError(message)
+
+    def hold(self, job_id: str) -> None:
+        """From now on the ping names the job as one that we have."""
+        self._held.add(job_id)
+
+    def release(self, job_id: str) -> None:
+        """From now on the ping does not name the job any more."""
+        self._held.remove(job_id)
+
+
+def serve(handler: Callable[..., Any], run: Callable[[Platform], Awaitable[int]], concurrency: int) -> int:
+    """Let the SDK start the worker, with `run` in the place of its loop; return the exit status.
+
+    Args:
+        handler: an async generator of a job's outputs, as the SDK registers it.
+        run: takes jobs from the platform until it is told to stop; gives the exit status.
+        concurrency: most jobs at once, where the SDK's own loop has to be used.
+    """
+    import runpod
+    from runpod.serverless.modules import rp_scale
+
+    # Who asks for a job's status, rather than its stream, finds the whole answer there.
+    config = {"handler": handler, "return_aggregate_stream": True, "concurrency_modifier": lambda _: concurrency}
+    statuses: list[int] = []
+
+    class Scaler:
+        """What the SDK starts in the place of its `JobScaler`."""
+
+        def __init__(self, _config: dict[str, Any]) -> None:
+            pass
+
+        def start(self) -> None:
+            statuses.append(asyncio.run(self._run()))
+
+        async def _run(self) -> int:
+            async with Platform() as platform:
+                return await run(platform)
+
+    if runpod.__version__.startswith(TESTED_VERSIONS):
+        rp_scale.JobScaler = Scaler
+    else:
+        _log.warning(
+            "runpod %s is not a version that this worker was tested with: its own loop is used", runpod.__version__
+        )
+    runpod.serverless.start(config)
+    return statuses[0] if statuses else 0
