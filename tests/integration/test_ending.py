@@ -1,0 +1,90 @@
+"""How a worker ends: told to, killed, or because its engine is dead; with the real engine and the real SDK."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from builder.tiny_corpus import example
+from tests.integration.conftest import START_S
+from tests.job_queue import JobQueue, serving
+from tests.processes import VLLM_ENVIRONMENT, Process, running
+
+ENDLESS = {"prompt": "January,", "sampling_params": {"max_tokens": 1900, "ignore_eos": True}, "stream": True}
+GOOD = {"messages": example("ok").messages, "sampling_params": {"temperature": 0}}
+
+
+@pytest.fixture
+def queue() -> Iterator[JobQueue]:
+    with serving() as own:
+        yield own
+
+
+@pytest.fixture
+def own_worker(queue: JobQueue, tiny_model: str, tmp_path: Path) -> Iterator[Process]:
+    """A worker that a test may end."""
+    environment = {**VLLM_ENVIRONMENT, **queue.environment, "MODEL_NAME": tiny_model, "DRAIN_TIMEOUT_S": "3"}
+    with running(["handler.py"], environment, tmp_path / "log") as process:
+        process.wait_for(queue.has_worker, START_S)
+        yield process
+
+
+def engine_core(process: Process) -> psutil.Process:
+    (core,) = [child for child in process.family() if "EngineCore" in child.name()]
+    return core
+
+
+def test_a_dead_engine_ends_all_jobs_as_retryable_and_the_worker_with_them(
+    queue: JobQueue, own_worker: Process, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [queue.submit(ENDLESS) for _ in range(20)]
+    for job in jobs:
+        job.first_output()
+    family = own_worker.family()
+
+    begun = time.monotonic()
+    engine_core(own_worker).send_signal(signal.SIGKILL)
+    jobs[0].wait()
+    late = queue.submit(GOOD)
+    status = own_worker.popen.wait(30)
+    ended_s = time.monotonic() - begun
+
+    assert status == 1
+    assert [job.error()["retryable"] for job in jobs] == [True] * 20
+    assert late.status()["status"] == "IN_QUEUE"
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+    with capsys.disabled():
+        print(f"\nengine core killed amid 20 jobs: the worker has ended after {ended_s:.1f} s")  # noqa: T201
+
+
+def test_a_worker_that_is_told_to_stop_lets_short_jobs_end_and_long_ones_be_retried(
+    queue: JobQueue, own_worker: Process
+) -> None:
+    long = queue.submit({**ENDLESS, "sampling_params": {**ENDLESS["sampling_params"], "n": 24}})  # type: ignore[dict-item]
+    long.first_output()
+    short = queue.submit({"messages": example("count").messages, "sampling_params": {"temperature": 0}, "stream": True})
+    short.first_output()
+    family = own_worker.family()
+
+    own_worker.popen.send_signal(signal.SIGTERM)
+
+    assert own_worker.popen.wait(30) == 0
+    assert "".join(output["text"] for output in short.wait()) == example("count").answer
+    error = long.error()
+    assert (error["status"], error["retryable"]) == (503, True)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+
+
+def test_each_job_is_one_line_of_the_log_with_its_figures(worker: Process, job_queue: JobQueue) -> None:
+    job = job_queue.run({**GOOD, "stream": True})
+
+    (line,) = re.findall(rf'.*"job": "{job.id}".*', worker.log)
+    assert '"status": "completed", "tokens_in": 22, "tokens_out": 3' in line

@@ -1,0 +1,337 @@
+"""The loop: what it takes, when it starts, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from engine import loop as loop_module
+from engine.admission import Admission
+from engine.errors import BusyError, RefusedDeliveryError
+from engine.loop import JobLoop, Timeouts
+from engine.platform import Delivery
+from tests.unit.test_admission import Load
+
+pytestmark = pytest.mark.anyio
+
+
+class Queue:
+    """The platform in memory: `engine.loop.Platform`."""
+
+    def __init__(self) -> None:
+        self.waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.to_stop: asyncio.Queue[str] = asyncio.Queue()
+        self.asked: list[int] = []
+        self.errors: list[Exception] = []
+        self.held: set[str] = set()
+        self.streamed: list[tuple[str, Any]] = []
+        self.results: dict[str, dict[str, Any]] = {}
+        self.done = asyncio.Event()
+        self.free = asyncio.Event()
+        self.refuses = False
+        self.late: dict[str, Any] | None = None
+
+    async def take(self, count: int) -> list[dict[str, Any]]:
+        self.asked.append(count)
+        self.free.clear()
+        if self.errors:
+            raise self.errors.pop(0)
+        getting = asyncio.ensure_future(self.waiting.get())
+        freed = asyncio.ensure_future(self.free.wait())
+        await asyncio.wait({getting, freed}, return_when=asyncio.FIRST_COMPLETED)
+        freed.cancel()
+        if not getting.done():
+            getting.cancel()
+            return [] if self.late is None else [self.late]
+        jobs = [getting.result()]
+        while len(jobs) < count and not self.waiting.empty():
+            jobs.append(self.waiting.get_nowait())
+        return jobs
+
+    def let_go(self) -> None:
+        self.free.set()
+
+    async def stops(self) -> list[str]:
+        return [await self.to_stop.get()]
+
+    async def post(self, kind: Delivery, job_id: str, body: bytes) -> None:
+        document = json.loads(body)
+        if kind is Delivery.STREAM:
+            if self.refuses:
+                raise RefusedDeliveryError("status 400: not held")
+            self.streamed.append((job_id, document["output"]))
+        else:
+            assert job_id in self.held
+            assert job_id not in self.results
+            self.results[job_id] = document
+            self.done.set()
+
+    def hold(self, job_id: str) -> None:
+        self.held.add(job_id)
+
+    def release(self, job_id: str) -> None:
+        self.held.remove(job_id)
+
+    async def result(self, job_id: str) -> dict[str, Any]:
+        async with asyncio.timeout(10):
+            while job_id not in self.results:
+                self.done.clear()
+                await self.done.wait()
+        return self.results[job_id]
+
+
+class Work:
+    """A handler that says `words`, one after the other, and then waits for `go` if it was asked to."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.closed: list[str] = []
+        self.begins = asyncio.Event()
+        self.closes = asyncio.Event()
+        self.go = asyncio.Event()
+
+    async def __call__(self, job: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        self.begun.append(job["id"])
+        self.begins.set()
+        try:
+            for word in job["input"].get("words", ["a", "b"]):
+                yield word
+            if job["input"].get("waits"):
+                await self.go.wait()
+            if job["input"].get("fails"):
+                raise RuntimeError("a bug")
+            if job["input"].get("error"):
+                yield {"error": job["input"]["error"]}
+        finally:
+            self.closed.append(job["id"])
+            self.closes.set()
+
+
+class Bench:
+    """A loop with all that it acts on."""
+
+    def __init__(self, limit: int = 8, surely: int = 8, **timeouts: float) -> None:
+        self.queue, self.work, self.load = Queue(), Work(), Load()
+        self.broken: str | None = None
+        admission = Admission(self.load, limit, surely)
+        self.loop = JobLoop(
+            self.queue, self.work, admission, failure=lambda: self.broken, timeouts=Timeouts(**timeouts)
+        )
+
+    def submit(self, job_id: str, **value: Any) -> None:
+        self.queue.waiting.put_nowait({"id": job_id, "input": value})
+
+
+@asynccontextmanager
+async def running(bench: Bench, status: int = 0) -> AsyncIterator[asyncio.Task[int]]:
+    """The loop while the block lasts; it is stopped after, and has to end with this status and leave nothing."""
+    before = asyncio.all_tasks()
+    task = asyncio.create_task(bench.loop.run())
+    yield task
+    bench.loop.stop()
+    async with asyncio.timeout(20):
+        assert await task == status
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
+    assert bench.queue.held == set()
+
+
+def error_of(result: dict[str, Any]) -> dict[str, Any]:
+    document = json.loads(result["error"])
+    assert isinstance(document, dict)
+    return document
+
+
+async def test_a_jobs_outputs_are_streamed_and_its_result_holds_them() -> None:
+    bench = Bench()
+    async with running(bench):
+        bench.submit("1")
+
+        assert await bench.queue.result("1") == {"output": ["a", "b"]}
+        assert bench.queue.streamed == [("1", "a"), ("1", "b")]
+
+
+async def test_only_what_the_engine_has_room_for_is_asked_for() -> None:
+    bench = Bench(limit=2)
+    async with running(bench):
+        for number in range(3):
+            bench.submit(str(number), waits=True)
+        await bench.work.begins.wait()
+        await asyncio.sleep(0.01)
+        assert sorted(bench.work.begun) == ["0", "1"]
+        assert bench.queue.waiting.qsize() == 1
+
+        bench.work.go.set()
+        await bench.queue.result("2")
+    assert bench.queue.asked[0] == 2
+
+
+async def test_a_freed_slot_is_asked_for_at_once() -> None:
+    bench = Bench(limit=1)
+    async with running(bench):
+        bench.submit("1", waits=True)
+        bench.submit("2")
+        await bench.work.begins.wait()
+        bench.work.go.set()
+
+        async with asyncio.timeout(0.5):
+            await bench.queue.result("2")
+
+
+async def test_the_engines_word_lets_more_jobs_in_while_jobs_run() -> None:
+    bench = Bench(limit=8, surely=1)
+    async with running(bench):
+        bench.submit("1", waits=True)
+        bench.submit("2")
+        await bench.work.begins.wait()
+        await asyncio.sleep(0.01)
+        assert bench.work.begun == ["1"]
+
+        bench.load.running, bench.load.kv_cache_usage, bench.load.steps = 1, 0.1, 1
+        bench.loop.wake()
+
+        await bench.queue.result("2")
+        bench.work.go.set()
+
+
+async def test_takes_that_fail_are_paced_and_do_not_end_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    bench.queue.errors = [ConnectionError("down"), ValueError("nonsense"), RuntimeError("status 500")]
+    async with running(bench):
+        bench.submit("1")
+        await bench.queue.result("1")
+    assert "down" in caplog.text
+    assert len(bench.queue.asked) >= 4
+
+
+async def test_a_busy_platform_is_left_alone_for_as_long_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "BUSY_WAIT_S", 0.2)
+    bench = Bench()
+    bench.queue.errors = [BusyError("wait")]
+    async with running(bench):
+        await asyncio.sleep(0.1)
+        assert len(bench.queue.asked) == 1
+        bench.submit("1")
+        await bench.queue.result("1")
+
+
+async def test_a_job_that_comes_again_while_it_runs_is_not_run_twice() -> None:
+    bench = Bench()
+    async with running(bench):
+        bench.submit("1", waits=True)
+        bench.submit("1", waits=True)
+        bench.submit("2")
+        await bench.queue.result("2")
+        bench.work.go.set()
+        await bench.queue.result("1")
+    assert sorted(bench.work.begun) == ["1", "2"]
+
+
+async def test_a_stopped_job_is_closed_and_nothing_is_posted_for_it() -> None:
+    bench = Bench()
+    async with running(bench):
+        bench.submit("1", waits=True)
+        bench.submit("2", waits=True)
+        await bench.work.begins.wait()
+        bench.queue.to_stop.put_nowait("unknown")
+        bench.queue.to_stop.put_nowait("1")
+        await bench.work.closes.wait()
+        bench.work.go.set()
+        assert await bench.queue.result("2") == {"output": ["a", "b"]}
+    assert "1" not in bench.queue.results
+    assert bench.work.closed == ["1", "2"]
+
+
+async def test_an_error_of_the_handler_is_the_result_as_it_is() -> None:
+    bench = Bench()
+    async with running(bench):
+        bench.submit("1", error='{"error": 5}')
+
+        assert await bench.queue.result("1") == {"error": '{"error": 5}'}
+
+
+async def test_a_handler_that_raises_ends_its_job_with_a_parseable_error() -> None:
+    bench = Bench()
+    async with running(bench):
+        bench.submit("1", fails=True)
+
+        assert error_of(await bench.queue.result("1"))["status"] == 500
+
+
+async def test_a_refused_output_ends_the_work_and_the_job() -> None:
+    bench = Bench()
+    bench.queue.refuses = True
+    async with running(bench):
+        bench.submit("1", waits=True)
+
+        assert "refused an output" in error_of(await bench.queue.result("1"))["error"]["message"]
+        assert bench.work.closed == ["1"]
+
+
+async def test_when_it_is_told_to_stop_what_runs_may_end() -> None:
+    bench = Bench()
+    async with running(bench):
+        bench.submit("1", waits=True)
+        await bench.work.begins.wait()
+        bench.loop.stop()
+        await bench.queue.free.wait()
+        await asyncio.sleep(0.01)
+        bench.submit("2")
+        bench.work.go.set()
+
+        assert await bench.queue.result("1") == {"output": ["a", "b"]}
+    assert bench.work.begun == ["1"]
+
+
+async def test_a_job_that_the_last_take_brings_is_run() -> None:
+    bench = Bench()
+    bench.queue.late = {"id": "late", "input": {}}
+    async with running(bench):
+        await asyncio.sleep(0.01)
+        bench.loop.stop()
+
+        assert await bench.queue.result("late") == {"output": ["a", "b"]}
+
+
+async def test_what_does_not_end_in_time_ends_as_retryable_and_keeps_what_was_streamed() -> None:
+    bench = Bench(drain_s=0.05)
+    async with running(bench):
+        bench.submit("1", waits=True)
+        await bench.work.begins.wait()
+        bench.loop.stop()
+
+        error = error_of(await bench.queue.result("1"))
+    assert (error["status"], error["retryable"]) == (503, True)
+    assert bench.queue.streamed == [("1", "a"), ("1", "b")]
+    assert bench.work.closed == ["1"]
+
+
+async def test_when_the_engine_fails_all_jobs_end_as_retryable_and_the_platform_is_told() -> None:
+    bench = Bench()
+    async with running(bench, status=1):
+        for number in range(3):
+            bench.submit(str(number), waits=True)
+        await bench.work.begins.wait()
+        bench.broken = "the engine's process is dead"
+        bench.submit("4")
+
+        results = [await bench.queue.result(str(number)) for number in range(3)]
+    assert all(error_of(result)["retryable"] for result in results)
+    assert all(result["stopPod"] is True for result in results)
+
+
+async def test_a_job_that_seems_complete_as_the_engine_fails_is_retryable_too() -> None:
+    """VLLM ends the streams of a dead engine with an error event, and so in good order."""
+    bench = Bench()
+    async with running(bench, status=1):
+        bench.submit("1", waits=True)
+        await bench.work.begins.wait()
+        bench.broken = "the engine's process is dead"
+        bench.work.go.set()
+
+        assert error_of(await bench.queue.result("1"))["retryable"] is True
