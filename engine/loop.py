@@ -136,15 +136,19 @@ class JobLoop:
     def stop(self) -> None:
         """Take no further job; end when those that are held have ended."""
         if self.state is State.SERVING:
-            self.state = State.DRAINING
-            self._ending.set()
+            self._end(State.DRAINING)
 
     def fail(self, reason: str) -> None:
         """The engine cannot serve any more: take no further job, end those that are held as retryable."""
         if self.state in (State.SERVING, State.DRAINING):
             _log.error("The engine has failed: %s", reason)
-            self.state = State.FAILED
-            self._ending.set()
+            self._end(State.FAILED)
+
+    def _end(self, state: State) -> None:
+        self.state = state
+        self._ending.set()
+        # In this very turn: what is posted next may be what makes a client send another job.
+        self._platform.let_go()
 
     async def run(self) -> int:
         """Run until `stop` or `fail`; return the exit status: 0, or 1 if the engine has failed."""

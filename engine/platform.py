@@ -38,11 +38,17 @@ class Delivery(Enum):
 
 
 class _TakeConnector(aiohttp.TCPConnector):
-    """A connector that knows the one connection that it has given out."""
+    """A connector that knows the one connection that it has given out.
+
+    While nothing is `wanted` it gives out none: aiohttp tries a GET once more by itself when its connection ends.
+    """
 
     transport: asyncio.Transport | None = None
+    wanted = True
 
     async def connect(self, *arguments: Any, **options: Any) -> aiohttp.connector.Connection:
+        if not self.wanted:
+            raise aiohttp.ClientConnectionError("no job is wanted any more")
         connection = await super().connect(*arguments, **options)
         self.transport = connection.transport
         return connection
@@ -89,6 +95,7 @@ class Platform:
             BusyError: the platform asks us to wait.
             aiohttp.ClientError, OSError: it could not be asked.
         """
+        self._connector.wanted = True
         try:
             return await self._sdk_job.get_job(self._takes, count) or []
         except self._busy:
@@ -100,6 +107,7 @@ class Platform:
         The connection is closed from our side alone: a server that has not answered yet sees that nobody asks, and a
         job that it has sent still arrives. TLS has no such half-closed state; there the call just goes on.
         """
+        self._connector.wanted = False
         transport, self._connector.transport = self._connector.transport, None
         if transport is not None and not transport.is_closing() and transport.can_write_eof():
             transport.write_eof()

@@ -50,14 +50,15 @@ def test_a_dead_engine_ends_all_jobs_as_retryable_and_the_worker_with_them(
 
     begun = time.monotonic()
     engine_core(own_worker).send_signal(signal.SIGKILL)
-    jobs[0].wait()
+    for job in jobs:
+        job.wait()
     late = queue.submit(GOOD)
     status = own_worker.popen.wait(30)
     ended_s = time.monotonic() - begun
 
     assert status == 1
     assert [job.error()["retryable"] for job in jobs] == [True] * 20
-    assert late.status()["status"] == "IN_QUEUE"
+    assert late.status()["status"] == "IN_QUEUE", late.status()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
     with capsys.disabled():
