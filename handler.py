@@ -88,7 +88,7 @@ def main() -> int:
             parser.error(f"unknown: {' '.join(rest)}")
         return _answer(arguments.test_input)
     except ConfigurationError as error:
-        sys.stderr.write(f"The worker cannot start. {error}\n")
+        sys.stderr.write(f"The worker cannot start: {error}\n")
         return 1
     finally:
         lifecycle.stop()
@@ -141,6 +141,7 @@ if __name__ == "__main__":
     # At once: all that has to end has ended, and taking vLLM's and torch's modules apart only costs time and errors.
     os._exit(exit_status)
 elif __name__ == "__mp_main__":  # a child that was spawned by vLLM
-    from engine import children
+    from engine import children, diagnosis
 
     children.end_with_parent()
+    diagnosis.note_errors()

@@ -10,8 +10,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from engine import children, models
+from engine import children, diagnosis, models
 from engine.admission import Admission
+from engine.errors import ConfigurationError
 from engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,7 +40,14 @@ def server() -> Server:
             settings = Settings.read()
             model = models.choose(settings)
             _log.info("Loading the engine; on a CPU this takes about half a minute")
-            _server = Server(settings, model)
+            with diagnosis.noted_errors() as noted:
+                try:
+                    _server = Server(settings, model)
+                except ConfigurationError:
+                    raise
+                except Exception as error:
+                    _log.debug("The engine does not start", exc_info=error)
+                    raise ConfigurationError(diagnosis.explain(error, noted, model.path)) from error
             _log.info("Engine ready after %.1f s, serving %s", time.monotonic() - begun, ", ".join(model.names))
         return _server
 

@@ -33,6 +33,8 @@ def choose(settings: Settings) -> Model:
             made.
     """
     if settings.model_name:
+        if settings.model_name.startswith(("/", "./", "../", "~")) and not Path(settings.model_name).is_dir():
+            raise ConfigurationError(f"MODEL_NAME is {settings.model_name!r}, and there is no such directory")
         return _chosen(settings.model_name, "named by MODEL_NAME", settings)
     if (settings.baked_model_dir / "config.json").is_file():
         return _chosen(str(settings.baked_model_dir), "the model in the image", settings)

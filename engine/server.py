@@ -152,11 +152,15 @@ def _parse(settings: Settings, model: Model) -> Any:
         "--load-format": settings.load_format,
         "--gpu-memory-utilization": settings.gpu_memory_utilization,
         "--tensor-parallel-size": settings.tensor_parallel_size,
+        "--kv-cache-memory-bytes": settings.kv_cache_memory_bytes,
     }
     eager = settings.enforce_eager
     if current_platform.is_cpu():
         eager = eager is not False
-        if settings.gpu_memory_utilization is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        told = (
+            settings.gpu_memory_utilization or settings.kv_cache_memory_bytes or "VLLM_CPU_KVCACHE_SPACE" in os.environ
+        )
+        if not told:
             flags["--kv-cache-memory-bytes"] = CPU_KV_CACHE_BYTES
     argv = ["--model", model.path, "--served-model-name", *model.names]
     argv += [f"{flag}={value}" for flag, value in flags.items() if value is not None]

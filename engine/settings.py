@@ -59,6 +59,12 @@ class Settings(BaseSettings):
     gpu_memory_utilization: float | None = Field(
         None, gt=0, le=1, description="Share of the GPU's memory that vLLM may take."
     )
+    kv_cache_memory_bytes: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)?[kKmMgGtT]?$",
+        examples=["2G", "500M"],
+        description="Memory for the KV cache, in place of what GPU_MEMORY_UTILIZATION leaves. On a CPU: 1 GiB.",
+    )
     tensor_parallel_size: PositiveInt | None = Field(None, description="GPUs that share the model.")
     enforce_eager: bool | None = Field(
         None, description="Skip compilation: slower tokens, faster start. Without it: off on a GPU, on on a CPU."

@@ -89,3 +89,13 @@ def test_each_job_is_one_line_of_the_log_with_its_figures(worker: Process, job_q
 
     (line,) = re.findall(rf'.*"job": "{job.id}".*', worker.log)
     assert '"status": "completed", "tokens_in": 22, "tokens_out": 3' in line
+
+
+def test_a_start_without_the_memory_it_needs_says_what_would_fit(tiny_model: str, tmp_path: Path) -> None:
+    environment = {"HF_HUB_OFFLINE": "1", "MODEL_NAME": tiny_model, "KV_CACHE_MEMORY_BYTES": "1M"}
+    with running(["handler.py"], environment, tmp_path / "log") as process:
+        assert process.popen.wait(START_S) == 1
+
+        assert process.log.splitlines()[-1] == (
+            "The worker cannot start: there is not enough memory for MAX_MODEL_LEN: set it to 384 or less"
+        )

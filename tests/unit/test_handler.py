@@ -40,7 +40,7 @@ def test_a_bad_setting_stops_the_start_with_one_line() -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("The worker cannot start. DTYPE='float9' is not allowed.")
+    assert line.startswith("The worker cannot start: DTYPE='float9' is not allowed.")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"x"'])
