@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 TORCH := $(shell grep '^torch==' $(LOCK) | cut -d' ' -f1)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run up test unit check format lock docs clean
+.PHONY: run up test browser unit check format lock docs clean
 
 run: $(READY)  ## Answer the job of test_input.json with the tiny model
 	@$(BIN)/python handler.py
@@ -16,7 +16,7 @@ run: $(READY)  ## Answer the job of test_input.json with the tiny model
 up: $(READY)  ## Run the emulator: the platform on this machine, with workers that come and go
 	@$(BIN)/python -m emulator $(ARGS)
 
-test: $(READY)  ## Run all tests: the real engine, the real SDK
+test: $(READY) browser  ## Run all tests: the real engine, the real SDK, a real browser
 	@$(BIN)/python -m pytest
 
 unit: $(READY)  ## Run the tests that need no engine
@@ -33,6 +33,13 @@ format: $(READY)  ## Apply the formatter and the safe fixes
 
 docs: $(READY)  ## Write the settings' declarations into the README
 	@$(BIN)/python -m engine.settings README.md
+
+browser:  ## Install Chromium, for the tests of the emulator's page, where there is none
+	@test -n "$$CHROMIUM" || command -v chromium chromium-browser google-chrome >/dev/null || { \
+		echo "Installing Chromium for the tests of the emulator's page"; \
+		sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
+		$$sudo apt-get update -qq && $$sudo apt-get install -y -qq chromium >/dev/null; } || \
+		{ echo "Chromium cannot be installed: install it, or set CHROMIUM to its path"; exit 1; }
 
 lock:  ## Make the lock file anew from pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -49,11 +49,8 @@ async def kill_worker(request: Request) -> Response:
 
 
 async def index(_request: Request) -> Response:
-    """GET /: the page, where there is one."""
-    page = PAGE / "index.html"
-    if page.is_file():
-        return FileResponse(page)
-    return PlainTextResponse("The emulator runs. Its state: /state\n")
+    """GET /: the page, which may load from here and nowhere else."""
+    return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": "default-src 'self'"})
 
 
 routes: list[BaseRoute] = [
@@ -61,5 +58,5 @@ routes: list[BaseRoute] = [
     Route("/faults", show_faults),
     Route("/faults", set_faults, methods=["PUT"]),
     Route("/workers/{worker}/kill", kill_worker, methods=["POST"]),
-    Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
+    Mount("/page", StaticFiles(directory=PAGE)),
 ]

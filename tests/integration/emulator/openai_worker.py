@@ -74,7 +74,7 @@ async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
     request = job_input.get("openai_input")
     if route == "/v1/models":
         yield {"object": "list", "data": [{"id": "tiny", "object": "model", "created": 1, "owned_by": "tests"}]}
-    elif request["model"] != "tiny":
+    elif request.get("model", "tiny") != "tiny":
         yield failure(404, f"The model `{request['model']}` does not exist.", "NotFoundError")
     elif request.get("max_tokens", 1) < 1:
         yield failure(400, "max_tokens must be at least 1", "BadRequestError")
