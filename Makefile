@@ -35,7 +35,8 @@ docs: $(READY)  ## Write the settings' declarations into the README
 	@$(BIN)/python -m engine.settings README.md
 
 browser:  ## Install Chromium, for the tests of the emulator's page, where there is none
-	@test -n "$$CHROMIUM" || command -v chromium chromium-browser google-chrome >/dev/null || { \
+	@test -n "$$CHROMIUM" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+		command -v google-chrome >/dev/null || { \
 		echo "Installing Chromium for the tests of the emulator's page"; \
 		sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
 		$$sudo apt-get update -qq && $$sudo apt-get install -y -qq chromium >/dev/null; } || \

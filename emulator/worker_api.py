@@ -110,6 +110,9 @@ async def _take(request: Request, count: int) -> list[Job]:
         if not endpoint.fleet.may_take(worker):
             # A poll that is under way when the worker is told to end keeps it no longer.
             return [] if not leaving and endpoint.fleet.leaving(worker_id) else None
+        if request.state.transport.is_closing():
+            # The worker has closed its side; nothing can be sent any more, though nobody has said so yet.
+            return []
         if endpoint.duplicates:
             return endpoint.duplicates.pop()
         return endpoint.queue.take(worker_id, count) or None

@@ -1,0 +1,84 @@
+"""A real worker process, with the real SDK and our loop, whose engine is a script: it says what it is asked to say.
+
+The last message of a chat, or the prompt, is the answer; streamed, it comes word by word, `PAUSE_S` apart. With
+`LOOP=stock` the same handler runs under the SDK's own loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+from engine import jobs, lifecycle, platform
+from engine.dispatch import App, Message, Receive, Send
+from engine.server import Server, Statistics
+from engine.settings import Settings
+
+PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
+
+
+class ScriptedEngine:
+    """What the worker needs of an engine; it never fails and never fills up."""
+
+    max_model_len = 2048
+    batch_interval_s = 0.0
+    sure_requests = 1000
+
+    def __init__(self) -> None:
+        self.statistics = Statistics()
+
+    def failure(self) -> str | None:
+        return None
+
+    def tokens_of(self, job_id: str) -> tuple[int, int] | None:
+        del job_id
+        return None
+
+    async def app(self) -> App:
+        return self._answer
+
+    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+        del scope
+        request = json.loads((await receive())["body"])
+        said = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
+        kind = b"text/event-stream" if request.get("stream") else b"application/json"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        if request.get("stream"):
+            for word in said.split(" "):
+                event = {"choices": [{"index": 0, "delta": {"content": f"{word} "}, "finish_reason": None}]}
+                body = f"data: {json.dumps(event)}\n\n".encode()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await asyncio.sleep(PAUSE_S)
+        else:
+            await asyncio.sleep(PAUSE_S)
+        last = b"data: [DONE]\n\n" if request.get("stream") else json.dumps({"said": said}).encode()
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+ENGINE = ScriptedEngine()
+
+
+async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
+    outputs = jobs.run(job, ENGINE)
+    async with jobs.closing_with_consumer(outputs):
+        async for output in outputs:
+            yield output
+
+
+def main() -> int:
+    os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+    logging.basicConfig(level=logging.INFO)
+    limit = int(os.environ.get("CONCURRENCY", "16"))
+    if os.environ.get("LOOP") == "stock":
+        platform.TESTED_VERSIONS = ("none",)
+    server, settings = cast("Server", ENGINE), Settings.read()
+    return platform.serve(handler, lambda queue: lifecycle.serve(queue, handler, server, settings, limit), limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
