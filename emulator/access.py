@@ -11,10 +11,13 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse as _JSONResponse
+from starlette.responses import Response
 
 from emulator.endpoint import Endpoint
 from emulator.errors import InvalidRequestError, NotFoundError, RefusedError, TooLargeError, UnauthorizedError
 from emulator.faults import Faults
+
+_CLIENT_CLOSED_REQUEST = 499
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ def parse_json(body: bytes) -> Any:
 def faults_in(error: ValidationError) -> str:
     """What is wrong with a document, in one line that repeats nothing of it."""
     return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in error.errors())
+
+
+def gone(_request: Request, _error: Exception) -> Response:
+    """The answer to a client that has left amid its request: nobody reads it."""
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 class JSONResponse(_JSONResponse):

@@ -15,9 +15,10 @@ import uvloop
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 
 from emulator import client_api, control, gateway, state, worker_api
-from emulator.access import Platform, refusal
+from emulator.access import Platform, gone, refusal
 from emulator.endpoint import Endpoint
 from emulator.errors import ConfigurationError, RefusedError
 from emulator.fault_injection import DroppableProtocol, FaultInjection
@@ -95,7 +96,7 @@ class Emulator:
         self.app = Starlette(
             routes=[*control.routes, *state.routes, *worker_api.routes, *client_api.routes, *gateway.routes],
             middleware=[Middleware(FaultInjection, platform=platform)],
-            exception_handlers={RefusedError: refusal},
+            exception_handlers={RefusedError: refusal, ClientDisconnect: gone},
         )
         self.app.state.platform = platform
         self._stop = asyncio.Event()
