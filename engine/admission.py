@@ -54,8 +54,9 @@ class Admission:
         if self._full(held) or load.steps == self._steps_at_take or not load.running:
             return 0
         each = load.kv_cache_usage / load.running
-        spare = int((FULL - load.kv_cache_usage) / each) if each else held
-        return min(free, held, spare)
+        spare = (FULL - load.kv_cache_usage) / each if each else held
+        # Cut after the least is found: beside a tiny use, what is left over is infinite.
+        return int(min(free, held, spare))
 
     def _full(self, held: int) -> bool:
         # Statistics come with steps: without a job there is none, and the last ones are old.

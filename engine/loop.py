@@ -15,7 +15,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -76,11 +76,21 @@ class _Held:
     id: str
     begun: float
     task: asyncio.Task[None] | None = None
+    started: bool = False
     ending: bool = False
     stopped: bool = False
     ended_with: JobError | None = None
     first_output_s: float | None = None
     outcome: str = "completed"
+
+    def cancel(self) -> None:
+        """Break the run off, for the reason that was set before.
+
+        A task that is cancelled before its first turn never has one: it would not even let go of the job.
+        """
+        self.ending = True
+        if self.task is not None and self.started:
+            self.task.cancel()
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,10 @@ class JobLoop:
         self._platform.let_go()
 
     async def run(self) -> int:
-        """Run until `stop` or `fail`; return the exit status: 0, or 1 if the engine has failed."""
+        """Run until `stop` or `fail`; return the exit status: 0, or 1 if the engine has failed.
+
+        Cancelled, it gives up the jobs that it holds.
+        """
         taking = asyncio.create_task(self._take_jobs())
         watching = {asyncio.create_task(self._watch_stops()), asyncio.create_task(self._watch_engine())}
         try:
@@ -163,6 +176,7 @@ class JobLoop:
             for task in (taking, *watching):
                 task.cancel()
             await asyncio.wait({taking, *watching})
+            await self._give_up_jobs()
         status = int(self.state is State.FAILED)
         self.state = State.ENDED
         return status
@@ -187,15 +201,16 @@ class JobLoop:
     async def _take(self, count: int) -> list[dict[str, Any]]:
         """Take up to `count` jobs; let go when the worker ends, without losing a job that may be on its way."""
         take = asyncio.ensure_future(self._platform.take(count))
-        await self._either(asyncio.wait({take}, timeout=TAKE_TIMEOUT_S))
-        if not take.done():
+        try:
+            await self._either(asyncio.wait({take}, timeout=TAKE_TIMEOUT_S))
+            if take.done():
+                return take.result()
             self._platform.let_go()
             await asyncio.wait({take}, timeout=LET_GO_S)
+        finally:
             take.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                return await take
-            return []
-        return take.result()
+        await asyncio.wait({take})
+        return [] if take.cancelled() or take.exception() else take.result()
 
     async def _either(self, this: Awaitable[object]) -> None:
         """Wait for this, or for the worker's end."""
@@ -222,10 +237,11 @@ class JobLoop:
     async def _run(self, job: dict[str, Any], held: _Held) -> None:
         delivery = JobDelivery(self._platform.post, held.id, self._timeouts.job_s)
         error: JobError | None
+        held.started = True
         try:
-            error = await self._outputs(job, held, delivery)
+            error = held.ended_with if held.ending else await self._outputs(job, held, delivery)
         except asyncio.CancelledError:
-            error = held.ended_with
+            error = held.ended_with or StoppedError("the job was broken off in the worker; try again")
         except RefusedDeliveryError as refusal:
             error = EngineError(f"the platform refused an output: {refusal}")
         except DeliveryError as failure:
@@ -288,9 +304,9 @@ class JobLoop:
 
     def _stop_job(self, job_id: str) -> None:
         held = self._jobs.get(job_id)
-        if held is not None and held.task is not None and not held.ending:
-            held.stopped = held.ending = True
-            held.task.cancel()
+        if held is not None and not held.ending:
+            held.stopped = True
+            held.cancel()
 
     async def _watch_engine(self) -> None:
         while self._failed() is None:  # noqa: ASYNC110 (vLLM tells nobody, and a stall least of all)
@@ -311,14 +327,20 @@ class JobLoop:
             await asyncio.wait(self._tasks(), timeout=min(_WATCH_S, max(deadline - time.monotonic(), 0)))
         why = "the engine has failed" if self.state is State.FAILED else "the worker was told to stop"
         for held in self._jobs.values():
-            if held.task is not None and not held.ending:
-                held.ending = True
+            if not held.ending:
                 held.ended_with = StoppedError(f"{why} before the job had ended; try again")
-                held.task.cancel()
+                held.cancel()
         if self._jobs:
             await asyncio.wait(self._tasks(), timeout=_LAST_WORDS_S)
+
+    async def _give_up_jobs(self) -> None:
+        """Leave no task behind: what has not ended by now is not heard of any more."""
         for held in self._jobs.values():
             _log.error("Job %s: the worker ends before its end could be delivered", held.id)
+            held.stopped = True
+            held.cancel()
+        if self._jobs:
+            await asyncio.wait(self._tasks(), timeout=_LAST_WORDS_S)
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         return [held.task for held in self._jobs.values() if held.task is not None]

@@ -50,6 +50,9 @@ class _TakeConnector(aiohttp.TCPConnector):
         if not self.wanted:
             raise aiohttp.ClientConnectionError("no job is wanted any more")
         connection = await super().connect(*arguments, **options)
+        if not self.wanted:  # It was let go while the connection was made.
+            connection.close()
+            raise aiohttp.ClientConnectionError("no job is wanted any more")
         self.transport = connection.transport
         return connection
 

@@ -72,15 +72,16 @@ function makeWorker(worker) {
     make("p", { class: "facts" }), make("p", { class: "reason" }),
     make("ul", { class: "held", "aria-label": "Jobs held" }),
     make("details", { open: "", ontoggle: (event) => toEnd(event.target.lastChild) },
-      make("summary", {}, "Log"), make("pre", { tabindex: "0", role: "region", "aria-label": `Log of ${worker.id}` })));
+      make("summary", {}, "Log"), make("pre", { tabindex: "0", role: "group", "aria-label": `Log of ${worker.id}` })));
 }
 
 function makeGone(worker) {
-  const how = [worker.reason || "ended", worker.exitCode != null && `exit code ${worker.exitCode}`,
+  const code = worker.exitCode != null && !worker.reason.includes(worker.exitCode) && `exit code ${worker.exitCode}`;
+  const how = [worker.reason || "ended", code,
     `${count(worker.jobsTaken, "job")} taken`, `lived ${duration(between(worker.startedAt, worker.endedAt))}`];
   const line = [make("time", {}, clock(worker.endedAt)), make("span", { class: "id" }, worker.id), how.filter(Boolean).join(" · ")];
   if (!worker.log.length) return make("li", {}, make("div", {}, ...line));
-  const log = make("pre", { tabindex: "0", role: "region", "aria-label": `Last lines of ${worker.id}` });
+  const log = make("pre", { tabindex: "0", role: "group", "aria-label": `Last lines of ${worker.id}` });
   drawLog(log, worker.log);
   return make("li", {}, make("details", { ontoggle: () => toEnd(log) }, make("summary", {}, ...line), log));
 }

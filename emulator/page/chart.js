@@ -4,6 +4,8 @@ import { $, clock, count, make, say } from "/page/dom.js";
 
 const WINDOW_S = 600;
 const SHORTEST_S = 60;
+// Two points are so far apart at least, in pixels: closer, peaks would run into one another.
+const APART = 3;
 const MARGIN = { top: 8, right: 2, bottom: 20, left: 26 };
 const SERIES = [
   ["inQueue", "waiting"],
@@ -11,7 +13,7 @@ const SERIES = [
   ["workers", "workers"],
 ];
 
-let shown = { points: [], now: 0 };
+let shown = { points: [], now: 0, span: 0 };
 let pointer = null;
 
 function shape(tag, attributes, text) {
@@ -37,13 +39,26 @@ export function drawChart(history, now) {
   describe();
 }
 
+/** Points no closer than `apart` seconds: of those that fall together, the highest, at times that do not slide. */
+function thin(points, apart) {
+  const thinned = new Map();
+  for (const point of points) {
+    const slot = Math.floor(point.at / apart);
+    const highest = thinned.get(slot) ?? { ...point };
+    for (const [name] of SERIES) highest[name] = Math.max(highest[name], point[name]);
+    thinned.set(slot, highest);
+  }
+  return [...thinned.values()];
+}
+
 function paint() {
-  const { points, now, span } = shown;
+  const { now, span } = shown;
   const chart = $("chart");
   const { width, height } = chart.getBoundingClientRect();
   if (!width || !span) return;
   const right = width - MARGIN.right;
   const bottom = height - MARGIN.bottom;
+  const points = thin(shown.points, Math.max(0.5, (APART * span) / (right - MARGIN.left)));
   const highest = Math.max(4, ...points.flatMap((point) => SERIES.map(([name]) => point[name])));
   const each = step(highest, 4, [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 100_000]);
   const top = Math.ceil(highest / each) * each;
@@ -71,7 +86,7 @@ function paint() {
     parts.push(shape("path", { class: "area", d: area }));
     for (const [name] of SERIES) parts.push(shape("path", { class: `line ${name}`, d: path(name) }));
   }
-  const pointed = nearest(x);
+  const pointed = nearest(points, x);
   if (pointed) {
     parts.push(shape("path", { class: "pointer", d: `M${x(pointed.at).toFixed(1)} ${MARGIN.top}V${bottom}` }));
     for (const [name] of SERIES) {
@@ -79,14 +94,14 @@ function paint() {
     }
   }
   chart.replaceChildren(...parts);
-  legend(pointed ?? points.at(-1));
+  legend(pointed ?? shown.points.at(-1));
   say($("chart-at"), pointed ? clock(pointed.at) : `the last ${span < 120 ? `${Math.round(span)} s` : `${Math.round(span / 60)} min`}`);
 }
 
-function nearest(x) {
+function nearest(points, x) {
   if (pointer === null) return undefined;
   let best;
-  for (const point of shown.points) {
+  for (const point of points) {
     if (!best || Math.abs(x(point.at) - pointer) < Math.abs(x(best.at) - pointer)) best = point;
   }
   return best;

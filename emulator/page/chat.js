@@ -35,7 +35,7 @@ export async function learnModels(here) {
   if (endpoint()?.id !== here.id) return;
   const chosen = $("model").value;
   $("model").replaceChildren(...models.map((id) => make("option", { value: id }, id)));
-  if (!models.length) $("model").append(make("option", { value: "" }, "the endpoint's own"));
+  if (!models.length) $("model").append(make("option", { value: "" }, "default"));
   if (models.includes(chosen)) $("model").value = chosen;
 }
 

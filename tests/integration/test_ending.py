@@ -86,6 +86,7 @@ def test_a_worker_that_is_told_to_stop_lets_short_jobs_end_and_long_ones_be_retr
 
 def test_each_job_is_one_line_of_the_log_with_its_figures(worker: Process, job_queue: JobQueue) -> None:
     job = job_queue.run({**GOOD, "stream": True})
+    worker.wait_for(lambda: f'"job": "{job.id}"' in worker.log)  # it comes after the result
 
     (line,) = re.findall(rf'.*"job": "{job.id}".*', worker.log)
     assert '"status": "completed", "tokens_in": 22, "tokens_out": 3' in line

@@ -72,7 +72,7 @@ def test_a_chat_streams_from_a_worker_that_appears_and_goes(page: Page, asleep: 
     assert "29" not in answer.inner_text()
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     expect(answer).to_contain_text("28 29", timeout=WAIT_MS)
-    expect(answer).to_contain_text("first token after")
+    expect(answer).to_contain_text("first token")
     expect(page.locator("#jobs tr", has_text="/v1/chat/completions").locator(".state")).to_have_text("COMPLETED")
     expect(page.locator(".worker .state")).to_have_text("idle")
     expect(page.locator(".worker pre")).to_contain_text("Finished")
@@ -139,12 +139,14 @@ def test_nothing_overflows_at_any_width(page: Page, site: Site, width: int) -> N
 
 def test_it_is_dark_where_the_reader_wants_it_dark(page: Page, site: Site) -> None:
     page.goto(site.url)
-    colours = []
+    brightness = []
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        brightness.append(sum(map(int, re.findall(r"\d+", colour))) / 3)
 
-    assert colours == ["rgb(246, 246, 243)", "rgb(19, 19, 24)"]
+    assert brightness[0] > 200
+    assert brightness[1] < 60
 
 
 def test_text_from_outside_is_never_markup(page: Page, site: Site) -> None:
