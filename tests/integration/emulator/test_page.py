@@ -77,7 +77,7 @@ def test_a_chat_streams_from_a_worker_that_appears_and_goes(page: Page, asleep: 
     expect(page.locator(".worker .state")).to_have_text("idle")
     expect(page.locator(".worker pre")).to_contain_text("Finished")
     expect(page.locator(".worker")).to_have_count(0, timeout=WAIT_MS)
-    page.locator("#gone-box summary").click()
+    page.locator("#gone-box > summary").click()
     expect(page.locator("#gone")).to_contain_text("idle for 2 s")
     assert complaints == []
 
