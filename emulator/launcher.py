@@ -32,7 +32,11 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _start(command: list[str]) -> int:
-    """Start the worker in a session of its own; return its process id."""
+    """Start the worker in a process group of its own; return its process id.
+
+    Not in a session: Linux shares the processor out among sessions first, and a worker whose threads spin would starve
+    the emulator.
+    """
     launcher = os.getpid()
     # A SIGTERM that comes before there is someone to pass it to waits until there is.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -40,7 +44,7 @@ def _start(command: list[str]) -> int:
     if pid:
         return pid
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         # Should the launcher itself be killed, at least the worker's own process goes with it.
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != launcher:

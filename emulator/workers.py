@@ -78,7 +78,7 @@ class WorkerProcess:
                 env=dict(env),
                 cwd=cwd,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,
+                process_group=0,
             )
         except OSError:
             ours.close()
