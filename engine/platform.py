@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any, Self
 
 import aiohttp
+import uvloop
 
 from engine.errors import BusyError, DeliveryError, RefusedDeliveryError
 
@@ -183,7 +184,8 @@ def serve(handler: Callable[..., Any], run: Callable[[Platform], Awaitable[int]]
             pass
 
         def start(self) -> None:
-            statuses.append(asyncio.run(self._run()))
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                statuses.append(runner.run(self._run()))
 
         async def _run(self) -> int:
             async with Platform() as platform:
