@@ -27,7 +27,7 @@ class Engine(Protocol):
 
     @property
     def batch_interval_s(self) -> float:
-        """Least time between two outputs of a stream, in seconds."""
+        """Least time between two outputs of a stream as things are, in seconds."""
 
     async def app(self) -> dispatch.App:
         """VLLM's OpenAI app, or another."""
@@ -50,7 +50,7 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
         async with dispatch.call(await engine.app(), request, str(job.get("id", ""))) as response:
             await _check(response)
             if response.content_type == "text/event-stream":
-                async with aclosing(_stream(response, engine.batch_interval_s)) as batches:
+                async with aclosing(_stream(response, engine)) as batches:
                     async for batch in batches:
                         for output in native.deltas(batch) if request.native else [batch]:
                             yield output
@@ -90,8 +90,8 @@ async def closing_with_consumer(outputs: AsyncGenerator[Any, None]) -> AsyncIter
         await (asyncio.wait(closings) if closings else outputs.aclose())
 
 
-async def _stream(response: dispatch.Response, interval_s: float) -> AsyncGenerator[str, None]:
-    """The batches of a streamed body: the first as soon as it is there, then no two within `interval_s`.
+async def _stream(response: dispatch.Response, engine: Engine) -> AsyncGenerator[str, None]:
+    """The batches of a streamed body: the first as soon as it is there, then no two within `batch_interval_s`.
 
     What comes in while the consumer is busy with a batch, or during the interval, leaves together.
     """
@@ -100,7 +100,7 @@ async def _stream(response: dispatch.Response, interval_s: float) -> AsyncGenera
         begun = time.monotonic()
         for batch in batcher.feed(chunk):
             yield batch
-        await response.ended(within_s=interval_s - (time.monotonic() - begun))
+        await response.ended(within_s=engine.batch_interval_s - (time.monotonic() - begun))
     for batch in batcher.finish():
         yield batch
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from engine.batching import interval_s
 from engine.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Server:
 
         self.statistics = Statistics()
         self._stall_timeout_s = settings.engine_stall_timeout_s
-        self.batch_interval_s = settings.batch_interval_ms / 1000
+        self._batch_interval_s = settings.batch_interval_ms / 1000
         self._args = _parse(settings, model)
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs.from_cli_args(self._args), stat_loggers=[_recorder(self.statistics)]
@@ -88,6 +89,11 @@ class Server:
         """How many requests of the model's greatest length fit the KV cache."""
         cache = self._engine.vllm_config.cache_config
         return int((cache.num_gpu_blocks or 0) * cache.block_size // self.max_model_len)
+
+    @property
+    def batch_interval_s(self) -> float:
+        """Least time between two outputs of a stream, in seconds: longer, the more requests run."""
+        return interval_s(self._batch_interval_s, self.statistics.running)
 
     def failure(self) -> str | None:
         """What is wrong with the engine for good: its process is dead, or makes no steps; None while it serves."""

@@ -74,7 +74,8 @@ class Settings(BaseSettings):
     )
     batch_interval_ms: Annotated[int, Field(ge=0, le=10_000)] = Field(
         20,
-        description="Least time between two batches of a stream, in milliseconds; the first batch never waits.",
+        description="Least time between two batches of a stream, in milliseconds; longer while more than four streams "
+        "run. The first batch never waits.",
     )
     drain_timeout_s: float = Field(
         25, ge=0, description="Seconds that running jobs may go on when the worker is told to stop."

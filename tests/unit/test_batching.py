@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engine.batching import EventBatcher
+from engine.batching import MAX_DELIVERIES_PER_S, EventBatcher, interval_s
 from engine.errors import EngineError
 
 # Text that is awkward to cut and to escape: characters of one to four bytes, joiners, controls, both line endings.
@@ -93,3 +93,12 @@ def test_an_event_of_many_megabytes_comes_out_in_pieces_that_lose_nothing() -> N
 def test_a_cap_without_room_for_a_character_is_refused() -> None:
     with pytest.raises(ValueError, match="no room"):
         EventBatcher(15)
+
+
+def test_a_few_streams_are_delivered_as_often_as_is_set() -> None:
+    assert interval_s(0.02, 1) == interval_s(0.02, 4) == 0.02
+
+
+def test_many_streams_share_what_deliveries_may_cost() -> None:
+    for streams in (5, 64, 256):
+        assert streams / interval_s(0.02, streams) == pytest.approx(MAX_DELIVERIES_PER_S)
