@@ -89,7 +89,9 @@ class _Exchange(Response):
 
     async def send(self, message: Message) -> None:
         if self._left.is_set():
-            raise ConnectionError("the client has left")
+            # Dropped, as servers do: an error raised here would leave vLLM's generators to the garbage collector, and
+            # the request to run on in the engine until it comes.
+            return
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = {name.lower(): value for name, value in message.get("headers", ())}
@@ -143,7 +145,7 @@ async def call(app: App, request: Request, request_id: str = "") -> AsyncIterato
     finally:
         await exchange.leave(task)
         error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, ConnectionError):
+        if error is not None:
             _log.error("%s %s failed in the engine", request.method, request.path, exc_info=error)
 
 

@@ -35,7 +35,7 @@ class Process:
             env={**os.environ, **environment},
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
 
     @property

@@ -74,6 +74,23 @@ def test_the_status_of_a_streamed_job_holds_the_whole_answer(job_queue: JobQueue
     assert job.status()["output"] == job.wait()
 
 
+def test_jobs_that_are_cancelled_one_by_one_under_load_run_on_nowhere(job_queue: JobQueue) -> None:
+    """Each is broken off at another point of its way; one that ran on would do so for a minute."""
+    for _ in range(3):
+        asked = {"prompt": "January,", "sampling_params": {**ENDLESS, "n": 1}, "stream": True}
+        jobs = [job_queue.submit(asked) for _ in range(CHOICES)]
+        for job in jobs:
+            job.first_output()
+        for job in jobs:
+            job_queue.cancel(job)
+            time.sleep(0.02)
+
+        deadline = time.monotonic() + 3
+        while metric(job_queue, "num_requests_running") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert metric(job_queue, "num_requests_running") == 0
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_job_that_is_stopped_is_aborted_in_the_engine(stream: bool, job_queue: JobQueue) -> None:
     tokens = metric(job_queue, "generation_tokens_total")
