@@ -1,4 +1,4 @@
-"""How many jobs to take now: what the engine can start at once, and no more.
+"""How many jobs to take now: what the engine can start at once and bring to its end, and no more.
 
 What it cannot start belongs in the queue, where the platform counts it and another worker can take it.
 """
@@ -12,12 +12,17 @@ FULL = 0.9
 
 
 class Load(Protocol):
-    """What the engine last said of itself."""
+    """What the engine last said of itself, and what its requests have been like; sizes in tokens."""
 
     running: int
     waiting: int
     kv_cache_usage: float
-    steps: int
+    usual_prompt_tokens: float
+    usual_answer_tokens: float
+
+    @property
+    def answered_tokens(self) -> float:
+        """What the requests that run have been answered so far, on average."""
 
 
 class Admission:
@@ -26,38 +31,31 @@ class Admission:
     Args:
         load: the engine's statistics, kept up to date by it.
         limit: most jobs at once.
-        surely: so many requests fit the KV cache at their greatest length.
+        cache_tokens: so many tokens fit the KV cache.
     """
 
-    def __init__(self, load: Load, limit: int, surely: int) -> None:
+    def __init__(self, load: Load, limit: int, cache_tokens: int) -> None:
         self._load = load
         self._limit = limit
-        self._surely = max(surely, 1)
-        self._steps_at_take = -1
-
-    def taken(self) -> None:
-        """Jobs have been taken: what the engine said before does not count them."""
-        self._steps_at_take = self._load.steps
+        self._cache_tokens = cache_tokens
 
     def room(self, held: int) -> int:
-        """How many more jobs to take while `held` are held.
-
-        Up to what surely fits, all at once. Beyond that by what the cache has left at what a request uses now, at most
-        as many again as there are, and only when the engine has made a step with the last ones.
-        """
-        free = self._limit - held
-        if free <= 0:
-            return 0
-        if held < self._surely:
-            return 0 if self._full(held) else min(free, self._surely - held)
-        load = self._load
-        if self._full(held) or load.steps == self._steps_at_take or not load.running:
-            return 0
-        each = load.kv_cache_usage / load.running
-        spare = (FULL - load.kv_cache_usage) / each if each else held
-        # Cut after the least is found: beside a tiny use, what is left over is infinite.
-        return int(min(free, held, spare))
-
-    def _full(self, held: int) -> bool:
+        """How many more jobs to take while `held` are held; an idle worker always has room for one."""
         # Statistics come with steps: without a job there is none, and the last ones are old.
-        return held > 0 and (self._load.waiting > 0 or self._load.kv_cache_usage >= FULL)
+        if held and (self._load.waiting or self._load.kv_cache_usage >= FULL):
+            return 0
+        # Cut before it is rounded: beside a tiny size, what fits has no bounds.
+        fitting = min(FULL * self._cache_tokens / max(self._size_tokens(held), 1), self._limit)
+        return max(int(max(fitting, 1)) - held, 0)
+
+    def _size_tokens(self, held: int) -> float:
+        """What a request takes up, on average, when those that run are at their greatest together.
+
+        Requests of mixed ages have half of their answers on average, and what ends makes room for what grows: then it
+        is what they take up now. While they are younger than that, as all are after a burst, the rest is still to come.
+        """
+        load = self._load
+        if not (held and load.running):
+            return load.usual_prompt_tokens + load.usual_answer_tokens
+        each = load.kv_cache_usage * self._cache_tokens / load.running
+        return each + max(load.usual_answer_tokens - 2 * load.answered_tokens, 0)

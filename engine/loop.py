@@ -229,7 +229,6 @@ class JobLoop:
         held = _Held(job_id, time.monotonic())
         self._jobs[job_id] = held
         self._platform.hold(job_id)
-        self._admission.taken()
         held.task = asyncio.create_task(self._run(job, held))
 
     # Running a job.

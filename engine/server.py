@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 GIB_BYTES = 1 << 30
 SHUTDOWN_TIMEOUT_S = 5.0
+# So many of the last requests say what one is like.
+REMEMBERED = 16
 # Requests that nobody asks about, as under the SDK's own loop, do not gather for good.
 FINISHED_KEPT = 4096
 # On a CPU vLLM would take most of the machine's memory for the KV cache and compile for a minute.
@@ -39,14 +41,41 @@ class Statistics:
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    steps: int = 0
     stepped_at: float = 0.0
+    generation_tokens: int = 0
+    usual_prompt_tokens: float = 512.0
+    usual_answer_tokens: float = 512.0
+    """What requests that have finished had, on average, the last ones counting most; at first a guess."""
     finished: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Tokens in and out of requests that have finished, until they are asked for."""
     changed: Callable[[], None] = lambda: None
     """Called at each step."""
+    _answering_tokens: int = 0
+
+    @property
+    def answered_tokens(self) -> float:
+        """What the requests that run have been answered so far, on average."""
+        return self._answering_tokens / self.running if self.running else 0.0
+
+    def step(self, running: int, waiting: int, kv_cache_usage: float) -> None:
+        """The engine has made a step."""
+        self.running, self.waiting, self.kv_cache_usage = running, waiting, kv_cache_usage
+        if not running:
+            self._answering_tokens = 0  # What was aborted is in no other count.
+
+    def answered(self, tokens: int) -> None:
+        """Requests have been answered so many more tokens."""
+        self.generation_tokens += tokens
+        self._answering_tokens += tokens
+
+    def finish(self, request_id: str, prompt_tokens: int, answer_tokens: int) -> None:
+        """A request has finished, with so many tokens."""
+        self._answering_tokens = max(self._answering_tokens - answer_tokens, 0)
+        self.usual_prompt_tokens += (prompt_tokens - self.usual_prompt_tokens) / REMEMBERED
+        self.usual_answer_tokens += (answer_tokens - self.usual_answer_tokens) / REMEMBERED
+        self.finished[request_id] = (prompt_tokens, answer_tokens)
+        if len(self.finished) > FINISHED_KEPT:
+            del self.finished[next(iter(self.finished))]
 
 
 class Server:
@@ -85,10 +114,10 @@ class Server:
         return int(self._engine.vllm_config.scheduler_config.max_num_seqs)
 
     @property
-    def sure_requests(self) -> int:
-        """How many requests of the model's greatest length fit the KV cache."""
+    def cache_tokens(self) -> int:
+        """How many tokens fit the KV cache."""
         cache = self._engine.vllm_config.cache_config
-        return int((cache.num_gpu_blocks or 0) * cache.block_size // self.max_model_len)
+        return int((cache.num_gpu_blocks or 0) * cache.block_size)
 
     @property
     def batch_interval_s(self) -> float:
@@ -194,20 +223,17 @@ def _recorder(statistics: Statistics) -> Any:
             self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
         ) -> None:
             del mm_cache_stats, engine_idx
-            statistics.steps += 1
             statistics.stepped_at = time.monotonic()
-            if scheduler_stats is not None:
-                statistics.running = scheduler_stats.num_running_reqs
-                statistics.waiting = scheduler_stats.num_waiting_reqs
-                statistics.kv_cache_usage = scheduler_stats.kv_cache_usage
             if iteration_stats is not None:
-                statistics.prompt_tokens += iteration_stats.num_prompt_tokens
-                statistics.generation_tokens += iteration_stats.num_generation_tokens
+                statistics.answered(iteration_stats.num_generation_tokens)
                 for request in iteration_stats.finished_requests:
-                    tokens = (request.num_prompt_tokens, request.num_generation_tokens)
-                    statistics.finished[str(request.request_id)] = tokens
-                    if len(statistics.finished) > FINISHED_KEPT:
-                        del statistics.finished[next(iter(statistics.finished))]
+                    statistics.finish(str(request.request_id), request.num_prompt_tokens, request.num_generation_tokens)
+            if scheduler_stats is not None:
+                statistics.step(
+                    scheduler_stats.num_running_reqs,
+                    scheduler_stats.num_waiting_reqs,
+                    scheduler_stats.kv_cache_usage,
+                )
             statistics.changed()
 
         def log_engine_initialized(self) -> None:

@@ -27,7 +27,7 @@ class ScriptedEngine:
 
     max_model_len = 2048
     batch_interval_s = 0.0
-    sure_requests = 1000
+    cache_tokens = 10**6
 
     def __init__(self) -> None:
         self.statistics = Statistics()

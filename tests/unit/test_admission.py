@@ -1,9 +1,10 @@
-"""How many jobs are taken: what the engine can start, and no more."""
+"""How many jobs are taken: what the engine can start and bring to its end, and no more."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,70 +18,80 @@ class Load:
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
-    steps: int = 0
+    usual_prompt_tokens: float = 100.0
+    usual_answer_tokens: float = 800.0
+    answered_tokens: float = 0.0
 
 
-def test_what_surely_fits_is_taken_at_once() -> None:
-    assert Admission(Load(), limit=256, surely=8).room(0) == 8
+def room(load: Load, held: int, limit: int = 256, cache_tokens: int = 10_000) -> int:
+    return Admission(load, limit, cache_tokens).room(held)
+
+
+def test_an_idle_worker_takes_what_fits_at_its_greatest() -> None:
+    assert room(Load(), 0) == 10
+    assert room(Load(), 3) == 7
 
 
 def test_the_limit_holds_whatever_fits() -> None:
-    admission = Admission(Load(), limit=4, surely=8)
-
-    assert [admission.room(held) for held in (0, 3, 4, 5)] == [4, 1, 0, 0]
+    assert [room(Load(), held, limit=4) for held in (0, 3, 4, 5)] == [4, 1, 0, 0]
 
 
-def test_a_model_too_long_for_the_cache_still_runs_one_job() -> None:
-    assert Admission(Load(), limit=256, surely=0).room(0) == 1
+def test_a_request_too_long_for_the_cache_still_runs_alone() -> None:
+    assert [room(Load(), held, cache_tokens=100) for held in (0, 1)] == [1, 0]
 
 
 def test_nothing_is_taken_while_the_engine_has_requests_waiting() -> None:
-    load = Load(running=2, waiting=1, kv_cache_usage=0.1, steps=5)
-
-    assert Admission(load, limit=256, surely=8).room(3) == 0
-    load.waiting = 0
-    assert Admission(load, limit=256, surely=8).room(3) == 5
+    assert room(Load(running=2, waiting=1, kv_cache_usage=0.1), 3) == 0
+    assert room(Load(running=2, waiting=0, kv_cache_usage=0.1), 3) > 0
 
 
 def test_nothing_is_taken_while_the_cache_is_full() -> None:
-    assert Admission(Load(running=4, kv_cache_usage=0.95, steps=5), limit=256, surely=8).room(4) == 0
+    assert room(Load(running=4, kv_cache_usage=0.95, answered_tokens=800), 4) == 0
 
 
-def test_beyond_what_surely_fits_it_goes_by_what_a_request_uses() -> None:
-    load = Load(running=8, kv_cache_usage=0.6, steps=5)
-
-    assert Admission(load, limit=256, surely=8).room(8) == 4
-
-
-def test_beyond_what_surely_fits_jobs_at_most_double() -> None:
-    load = Load(running=8, kv_cache_usage=0.01, steps=5)
-
-    assert Admission(load, limit=256, surely=8).room(8) == 8
+def test_requests_that_have_just_begun_keep_the_room_that_they_will_want() -> None:
+    """Ten of 100 tokens, that will want 800 more each: the cache looks empty, and is spoken for."""
+    assert room(Load(running=10, kv_cache_usage=0.1), 10) == 0
 
 
-def test_beyond_what_surely_fits_the_engine_is_heard_first() -> None:
-    load = Load(running=8, kv_cache_usage=0.1, steps=5)
-    admission = Admission(load, limit=256, surely=8)
+def test_requests_of_mixed_ages_make_room_as_they_end() -> None:
+    """Eight that are half-way, with 500 tokens each: what ends makes room for what grows."""
+    assert room(Load(running=8, kv_cache_usage=0.4, answered_tokens=400), 8) == 10
 
-    admission.taken()
-    assert admission.room(8) == 0
-    load.steps += 1
-    assert admission.room(8) == 8
+
+def test_short_answers_behind_a_shared_prompt_are_many() -> None:
+    """Prompts that share their cache take up little, however long each is."""
+    load = Load(running=10, kv_cache_usage=0.1, usual_prompt_tokens=4000, usual_answer_tokens=20, answered_tokens=10)
+
+    assert room(load, 10) == 80
 
 
 def test_old_statistics_do_not_keep_an_idle_worker_from_taking() -> None:
-    assert Admission(Load(running=1, waiting=3, kv_cache_usage=1.0), limit=256, surely=8).room(0) == 8
+    assert room(Load(running=1, waiting=3, kv_cache_usage=1.0), 0) == 10
 
 
-loads = st.builds(Load, st.integers(0, 300), st.integers(0, 300), st.floats(0, 1), st.integers(0, 3))
+tokens = st.floats(0, 1e6)
+loads = st.builds(
+    Load, st.integers(0, 300), st.integers(0, 300), st.floats(0, 1), tokens, tokens, tokens
+)  # fmt: skip
 
 
-@given(loads, st.integers(1, 300), st.integers(0, 300), st.integers(0, 300))
+@given(loads, st.integers(0, 300), st.integers(1, 300), st.integers(0, 10**9))
 def test_the_limit_is_never_passed_and_an_idle_worker_never_starves(
-    load: Load, limit: int, surely: int, held: int
+    load: Load, held: int, limit: int, cache_tokens: int
 ) -> None:
-    room = Admission(load, limit, surely).room(held)
+    found = room(load, held, limit, cache_tokens)
 
-    assert 0 <= room <= max(limit - held, 0)
-    assert held > 0 or room > 0
-    assert room == 0 or held < max(surely, 1) or (load.kv_cache_usage < FULL and load.waiting == 0)
+    assert 0 <= found <= max(limit - held, 0)
+    assert held > 0 or found > 0
+    assert found == 0 or held == 0 or (load.kv_cache_usage < FULL and load.waiting == 0)
+
+
+@given(loads, st.integers(1, 299))
+def test_who_holds_more_never_takes_more(load: Load, held: int) -> None:
+    assert room(load, held + 1) <= room(load, held)
+
+
+@pytest.mark.parametrize("more", [0.0, 100.0])
+def test_longer_answers_leave_less_room(more: float) -> None:
+    assert room(Load(usual_answer_tokens=800 + more), 0) <= room(Load(), 0)

@@ -115,10 +115,10 @@ class Work:
 class Bench:
     """A loop with all that it acts on."""
 
-    def __init__(self, limit: int = 8, surely: int = 8, **timeouts: float) -> None:
+    def __init__(self, limit: int = 8, cache_tokens: int = 10**6, **timeouts: float) -> None:
         self.queue, self.work, self.load = Queue(), Work(), Load()
         self.broken: str | None = None
-        admission = Admission(self.load, limit, surely)
+        admission = Admission(self.load, limit, cache_tokens)
         self.loop = JobLoop(
             self.queue, self.work, admission, failure=lambda: self.broken, timeouts=Timeouts(**timeouts)
         )
@@ -184,7 +184,7 @@ async def test_a_freed_slot_is_asked_for_at_once() -> None:
 
 
 async def test_the_engines_word_lets_more_jobs_in_while_jobs_run() -> None:
-    bench = Bench(limit=8, surely=1)
+    bench = Bench(limit=8, cache_tokens=1000)
     async with running(bench):
         bench.submit("1", waits=True)
         bench.submit("2")
@@ -192,7 +192,7 @@ async def test_the_engines_word_lets_more_jobs_in_while_jobs_run() -> None:
         await asyncio.sleep(0.01)
         assert bench.work.begun == ["1"]
 
-        bench.load.running, bench.load.kv_cache_usage, bench.load.steps = 1, 0.1, 1
+        bench.load.running, bench.load.kv_cache_usage, bench.load.answered_tokens = 1, 0.1, 400
         bench.loop.wake()
 
         await bench.queue.result("2")
