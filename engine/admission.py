@@ -49,13 +49,14 @@ class Admission:
         return max(int(max(fitting, 1)) - held, 0)
 
     def _size_tokens(self, held: int) -> float:
-        """What a request takes up, on average, when those that run are at their greatest together.
+        """What a request takes up, on average, while it runs.
 
-        Requests of mixed ages have half of their answers on average, and what ends makes room for what grows: then it
-        is what they take up now. While they are younger than that, as all are after a burst, the rest is still to come.
+        Its prompt and half of its answer: requests of mixed ages have half on average, and what ends makes room for what
+        grows. Those that run say it themselves, but while they are younger than that, as all are after a burst.
         """
         load = self._load
+        half = load.usual_answer_tokens / 2
         if not (held and load.running):
-            return load.usual_prompt_tokens + load.usual_answer_tokens
+            return load.usual_prompt_tokens + half
         each = load.kv_cache_usage * self._cache_tokens / load.running
-        return each + max(load.usual_answer_tokens - 2 * load.answered_tokens, 0)
+        return each + max(half - load.answered_tokens, 0)

@@ -27,9 +27,9 @@ def room(load: Load, held: int, limit: int = 256, cache_tokens: int = 10_000) ->
     return Admission(load, limit, cache_tokens).room(held)
 
 
-def test_an_idle_worker_takes_what_fits_at_its_greatest() -> None:
-    assert room(Load(), 0) == 10
-    assert room(Load(), 3) == 7
+def test_an_idle_worker_takes_what_fits_with_half_its_answer() -> None:
+    assert room(Load(), 0) == 18
+    assert room(Load(), 3) == 15
 
 
 def test_the_limit_holds_whatever_fits() -> None:
@@ -50,8 +50,8 @@ def test_nothing_is_taken_while_the_cache_is_full() -> None:
 
 
 def test_requests_that_have_just_begun_keep_the_room_that_they_will_want() -> None:
-    """Ten of 100 tokens, that will want 800 more each: the cache looks empty, and is spoken for."""
-    assert room(Load(running=10, kv_cache_usage=0.1), 10) == 0
+    """Eighteen of 100 tokens, which will soon have 400 more each: the cache looks empty, and is spoken for."""
+    assert room(Load(running=18, kv_cache_usage=0.18), 18) == 0
 
 
 def test_requests_of_mixed_ages_make_room_as_they_end() -> None:
@@ -67,7 +67,7 @@ def test_short_answers_behind_a_shared_prompt_are_many() -> None:
 
 
 def test_old_statistics_do_not_keep_an_idle_worker_from_taking() -> None:
-    assert room(Load(running=1, waiting=3, kv_cache_usage=1.0), 0) == 10
+    assert room(Load(running=1, waiting=3, kv_cache_usage=1.0), 0) == 18
 
 
 tokens = st.floats(0, 1e6)
