@@ -222,5 +222,5 @@ class Ledger:
     def _give(self, job_id: str) -> None:
         self.taken.add(job_id)
         self.open.add(job_id)
-        for of_its_last_run in (self.begun, self.told, self.faulty):
-            of_its_last_run.discard(job_id)
+        self.begun.discard(job_id)
+        self.told.discard(job_id)
