@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from emulator.access import JSONResponse, authorize, faults_in, parse_json, platform_of, read_body
 from emulator.errors import InvalidRequestError, NotFoundError
@@ -16,6 +17,19 @@ from emulator.faults import FaultSettings
 
 PAGE = Path(__file__).with_name("page")
 _FAULTS_BYTES = 1_000_000
+# It may load from here and nowhere else, and nobody may put it into a page of theirs.
+_POLICY = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
+# A browser asks whether there is a newer one: a page of one version does not work with modules of another.
+_ASK_AGAIN = {"Cache-Control": "no-cache"}
+
+
+class _PageFiles(StaticFiles):
+    """The files that the page loads."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_ASK_AGAIN)
+        return response
 
 
 async def show_faults(request: Request) -> Response:
@@ -49,8 +63,8 @@ async def kill_worker(request: Request) -> Response:
 
 
 async def index(_request: Request) -> Response:
-    """GET /: the page, which may load from here and nowhere else."""
-    return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": "default-src 'self'"})
+    """GET /: the page."""
+    return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": _POLICY, **_ASK_AGAIN})
 
 
 routes: list[BaseRoute] = [
@@ -58,5 +72,5 @@ routes: list[BaseRoute] = [
     Route("/faults", show_faults),
     Route("/faults", set_faults, methods=["PUT"]),
     Route("/workers/{worker}/kill", kill_worker, methods=["POST"]),
-    Mount("/page", StaticFiles(directory=PAGE)),
+    Mount("/page", _PageFiles(directory=PAGE)),
 ]

@@ -157,6 +157,8 @@ class Emulator:
             keeping.cancel()
         finally:
             for endpoint in self.endpoints.values():
+                # Not only for its workers: who watches is told too that this is the end.
+                endpoint.fleet.close()
                 endpoint.fleet.kill_all()
                 # Nobody is left to do them: who waits for one is told.
                 endpoint.queue.close()

@@ -51,8 +51,8 @@ class Admission:
     def _size_tokens(self, held: int) -> float:
         """What a request takes up, on average, while it runs.
 
-        Its prompt and half of its answer: requests of mixed ages have half on average, and what ends makes room for what
-        grows. Those that run say it themselves, but while they are younger than that, as all are after a burst.
+        Its prompt and half of its answer: requests of mixed ages have half on average, and what ends makes room for
+        what grows. Those that run say it themselves, but while they are younger than that, as all are after a burst.
         """
         load = self._load
         half = load.usual_answer_tokens / 2

@@ -268,11 +268,16 @@ class JobLoop:
         """Deliver a job's outputs as they come; return the error that it ends with."""
         async with aclosing(self._handler(job)) as outputs:
             async for output in outputs:
+                if held.ending:
+                    break
                 if held.first_output_s is None:
                     held.first_output_s = time.monotonic() - held.begun
                 if isinstance(output, dict) and output.get("error"):
                     return _ToldError(output["error"])
                 await delivery.stream(output)
+        if held.ending:
+            # The handler has kept its cancellation to itself: it has not run to its end, or runs on.
+            raise asyncio.CancelledError
         return None
 
     def _log_end(self, job: dict[str, Any], held: _Held, batches: int) -> None:

@@ -100,6 +100,7 @@ class Server:
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs.from_cli_args(self._args), stat_loggers=[_recorder(self.statistics)]
         )
+        self._idle_at = time.monotonic()
         self._app: App | None = None
         self._lock = asyncio.Lock()
 
@@ -125,12 +126,19 @@ class Server:
         return interval_s(self._batch_interval_s, self.statistics.running)
 
     def failure(self) -> str | None:
-        """What is wrong with the engine for good: its process is dead, or makes no steps; None while it serves."""
+        """What is wrong with the engine for good: its process is dead, or makes no steps; None while it serves.
+
+        To be asked every now and then: a step is owed from when requests were first seen.
+        """
         if self._engine.errored:
             return "the engine's process is dead"
-        still_s = time.monotonic() - self.statistics.stepped_at
-        if self.statistics.running and still_s > self._stall_timeout_s:
-            return f"no step for {still_s:.0f} s while {self.statistics.running} requests run"
+        now = time.monotonic()
+        requests = self._engine.get_num_unfinished_requests()
+        if not requests:
+            self._idle_at = now
+        still_s = now - max(self._idle_at, self.statistics.stepped_at)
+        if still_s > self._stall_timeout_s:
+            return f"no step for {still_s:.0f} s while {requests} requests run"
         return None
 
     def tokens_of(self, job_id: str) -> tuple[int, int] | None:

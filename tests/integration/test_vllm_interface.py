@@ -16,6 +16,7 @@ MOVED = "vLLM has changed what engine/server.py stands on: {}. See how `vllm ser
 USED = {
     "vllm.engine.arg_utils.AsyncEngineArgs.from_cli_args": ["args"],
     "vllm.v1.engine.async_llm.AsyncLLM.from_engine_args": ["engine_args", "stat_loggers"],
+    "vllm.v1.engine.async_llm.AsyncLLM.get_num_unfinished_requests": ["self"],
     "vllm.v1.engine.async_llm.AsyncLLM.get_supported_tasks": ["self"],
     "vllm.v1.engine.async_llm.AsyncLLM.shutdown": ["self"],
     "vllm.entrypoints.launchers.app.build_app": ["args", "supported_tasks", "model_config"],

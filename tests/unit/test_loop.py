@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from engine.admission import Admission
 from engine.errors import BusyError, RefusedDeliveryError
 from engine.loop import JobLoop, Timeouts
 from engine.platform import Delivery
+from engine.server import Server, Statistics
+from tests import virtual_time
 from tests.unit.test_admission import Load
 
 pytestmark = pytest.mark.anyio
@@ -247,6 +251,24 @@ async def test_a_stopped_job_is_closed_and_nothing_is_posted_for_it() -> None:
     assert bench.work.closed == ["1", "2"]
 
 
+async def test_a_job_that_is_stopped_before_its_first_turn_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(limit=1)
+
+    def hold(job_id: str) -> None:
+        bench.queue.held.add(job_id)
+        if job_id == "1":
+            bench.queue.to_stop.put_nowait(job_id)
+
+    monkeypatch.setattr(bench.queue, "hold", hold)
+    async with running(bench):
+        await asyncio.sleep(0.01)
+        bench.submit("1")
+        bench.submit("2")
+        assert await bench.queue.result("2") == {"output": ["a", "b"]}
+    assert bench.work.begun == ["2"]
+    assert "1" not in bench.queue.results
+
+
 async def test_an_error_of_the_handler_is_the_result_as_it_is() -> None:
     bench = Bench()
     async with running(bench):
@@ -311,6 +333,29 @@ async def test_what_does_not_end_in_time_ends_as_retryable_and_keeps_what_was_st
     assert bench.work.closed == ["1"]
 
 
+@pytest.mark.parametrize("words", [[], ["b"]])
+async def test_a_handler_that_keeps_its_cancellation_to_itself_is_broken_off_all_the_same(words: list[str]) -> None:
+    bench = Bench()
+    begins = asyncio.Event()
+
+    async def stubborn(_job: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        yield "a"
+        begins.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        for word in words:
+            yield word
+
+    bench.loop = JobLoop(bench.queue, stubborn, Admission(bench.load, 8, 8), timeouts=Timeouts(drain_s=0.05))
+    async with running(bench):
+        bench.submit("1")
+        await begins.wait()
+        bench.loop.stop()
+
+        assert error_of(await bench.queue.result("1"))["retryable"] is True
+    assert bench.queue.streamed == [("1", "a")]
+
+
 async def test_when_the_engine_fails_all_jobs_end_as_retryable_and_the_platform_is_told() -> None:
     bench = Bench()
     async with running(bench, status=1):
@@ -335,3 +380,33 @@ async def test_a_job_that_seems_complete_as_the_engine_fails_is_retryable_too() 
         bench.work.go.set()
 
         assert error_of(await bench.queue.result("1"))["retryable"] is True
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["hung while idle", "hung while it ran"])
+def test_an_engine_that_makes_no_step_ends_all_jobs_as_retryable_and_the_platform_is_told(steps: int) -> None:
+    requests: list[int] = []
+    engine = SimpleNamespace(errored=False, get_num_unfinished_requests=lambda: len(requests))
+    server = object.__new__(Server)  # Its constructor would load vLLM.
+    server.statistics, server._stall_timeout_s, server._engine, server._idle_at = Statistics(), 60.0, engine, 0.0
+    bench = Bench()
+    bench.loop = JobLoop(bench.queue, bench.work, Admission(bench.load, 8, 10**6), failure=server.failure)
+
+    async def stall() -> None:
+        async with running(bench, status=1):
+            # Without a request there is no step to wait for.
+            await asyncio.sleep(1000)
+            for number in range(3):
+                bench.submit(str(number), waits=True)
+                requests.append(number)
+            await asyncio.sleep(59)
+            for _ in range(steps):
+                server.statistics.stepped_at = time.monotonic()
+                await asyncio.sleep(59)
+            assert not bench.queue.results
+            for number in range(3):
+                result = await bench.queue.result(str(number))
+                assert "no step for 60 s while 3 requests run" in error_of(result)["error"]["message"]
+                assert (error_of(result)["retryable"], result["stopPod"]) == (True, True)
+
+    with virtual_time.runner() as runner:
+        runner.run(stall())

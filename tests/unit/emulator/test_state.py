@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import httpx
+import pytest
 
-from tests.unit.emulator.conftest import KEY, Site, Start, emulator_with
+from tests.unit.emulator.conftest import KEY, NO_CERTIFICATES, Site, Start, emulator_with
 
 
 def test_the_state_shows_workers_and_jobs_and_nothing_of_what_they_are_about(site: Site) -> None:
@@ -103,8 +104,18 @@ def test_events_come_when_something_changes_with_what_is_new_of_the_history(site
         assert len(times) == len(set(times))
 
 
-def test_without_a_page_the_root_says_what_this_is(site: Site) -> None:
-    assert site.root.get("/").status_code == 200
+def test_the_page_loads_from_here_alone_and_cannot_be_framed(site: Site) -> None:
+    answer = site.root.get("/").raise_for_status()
+    rules = set(answer.headers["content-security-policy"].split("; "))
+    assert rules == {"default-src 'self'", "base-uri 'none'", "frame-ancestors 'none'", "form-action 'self'"}
+
+
+@pytest.mark.parametrize("path", ["/", "/page/app.js", "/page/style.css"])
+def test_a_browser_asks_each_time_whether_the_page_has_changed(site: Site, path: str) -> None:
+    answer = site.root.get(path).raise_for_status()
+    assert answer.headers["cache-control"] == "no-cache"
+    again = site.root.get(path, headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.headers["cache-control"]) == (200 if path == "/" else 304, "no-cache")
 
 
 def test_those_who_wait_are_answered_when_the_emulator_ends() -> None:
@@ -117,3 +128,14 @@ def test_those_who_wait_are_answered_when_the_emulator_ends() -> None:
                 time.sleep(0.01)
         assert runsync.result(20).json()["status"] == "CANCELLED"
         assert chat.result(20).status_code == 499
+
+
+def test_who_watches_sees_the_events_end_when_the_emulator_ends_without_a_worker() -> None:
+    with ExitStack() as clients:
+        with emulator_with({"id": "ep"}) as emulator:
+            url = f"{emulator.url}/state/events"
+            watched = clients.enter_context(httpx.stream("GET", url, timeout=20, verify=NO_CERTIFICATES))
+            lines = watched.iter_lines()
+            assert next(lines).startswith("data: ")
+        # A connection that is cut would be an error here.
+        assert all(line.startswith("data: ") for line in lines if line)
