@@ -74,7 +74,7 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
     Returns:
         The exit status: 0 if it was told to stop, 1 if the engine has failed.
     """
-    from engine.loop import JobLoop, State, Timeouts
+    from engine.loop import JobLoop, Timeouts
 
     jobs = JobLoop(
         platform,
@@ -85,9 +85,13 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
         tokens_of=server.tokens_of,
     )
 
+    told = False
+
     def stop() -> None:
-        if jobs.state is not State.SERVING:
+        nonlocal told
+        if told:
             os._exit(1)  # The engine's processes end with this one.
+        told = True
         jobs.stop()
 
     loop = asyncio.get_running_loop()

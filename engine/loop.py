@@ -35,6 +35,8 @@ _HELD_S = 0.5
 _WATCH_S = 0.25
 # What a job's end may take when the worker itself ends.
 _LAST_WORDS_S = 10.0
+# How much of it the last job waits for the others.
+_OTHERS_S = 3.0
 
 _log = logging.getLogger(__name__)
 
@@ -257,12 +259,25 @@ class JobLoop:
                 if reason is not None:
                     error = StoppedError(f"the engine has failed: {reason}")
                 held.outcome = "completed" if error is None else "failed"
-                await delivery.finish(error, replace_worker=reason is not None)
+                replace = reason is not None and await self._is_left_alone(held)
+                await delivery.finish(error, replace_worker=replace)
         finally:
             del self._jobs[held.id]
             self._platform.release(held.id)
             self._changed.set()
             self._log_end(job, held, delivery.count)
+
+    async def _is_left_alone(self, held: _Held) -> bool:
+        """Whether this job's result is to ask for another worker: the oldest job's, when the others have theirs.
+
+        A platform may end the worker at that word, and with it what has not been delivered yet.
+        """
+        if held is not next(iter(self._jobs.values())):
+            return False
+        others = [task for task in self._tasks() if task is not held.task]
+        if others:
+            await asyncio.wait(others, timeout=_OTHERS_S)
+        return True
 
     async def _outputs(self, job: dict[str, Any], held: _Held, delivery: JobDelivery) -> JobError | None:
         """Deliver a job's outputs as they come; return the error that it ends with."""
