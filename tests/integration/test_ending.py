@@ -29,7 +29,8 @@ def queue() -> Iterator[JobQueue]:
 @pytest.fixture
 def own_worker(queue: JobQueue, tiny_model: str, tmp_path: Path) -> Iterator[Process]:
     """A worker that a test may end."""
-    environment = {**VLLM_ENVIRONMENT, **queue.environment, "MODEL_NAME": tiny_model, "DRAIN_TIMEOUT_S": "3"}
+    timeouts = {"DRAIN_TIMEOUT_S": "3", "ENGINE_STALL_TIMEOUT_S": "4"}
+    environment = {**VLLM_ENVIRONMENT, **queue.environment, "MODEL_NAME": tiny_model, **timeouts}
     with running(["handler.py"], environment, tmp_path / "log") as process:
         process.wait_for(queue.has_worker, START_S)
         yield process
@@ -63,6 +64,23 @@ def test_a_dead_engine_ends_all_jobs_as_retryable_and_the_worker_with_them(
     assert alive == []
     with capsys.disabled():
         print(f"\nengine core killed amid 20 jobs: the worker has ended after {ended_s:.1f} s")  # noqa: T201
+
+
+def test_an_engine_that_hangs_is_a_dead_one(queue: JobQueue, own_worker: Process) -> None:
+    jobs = [queue.submit(ENDLESS) for _ in range(3)]
+    for job in jobs:
+        job.first_output()
+    family = own_worker.family()
+
+    engine_core(own_worker).send_signal(signal.SIGSTOP)
+
+    assert own_worker.popen.wait(30) == 1
+    for job in jobs:
+        job.wait()
+    assert [(job.error()["status"], job.error()["retryable"]) for job in jobs] == [(503, True)] * 3
+    assert "The engine has failed: no step for 4 s while 3 requests run" in own_worker.log
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
 
 
 def test_a_worker_that_is_told_to_stop_lets_short_jobs_end_and_long_ones_be_retried(

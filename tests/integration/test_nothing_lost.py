@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
+from builder.tiny_corpus import CORPUS
 from tests.integration.emulator.conftest import REPOSITORY, Site, eventually, site_with
+from tests.processes import VLLM_ENVIRONMENT
 
 # A tenth of all deliveries and takes fail, before or after they have had their effect, in mixed ways.
 FAULTS: list[dict[str, Any]] = [
@@ -64,24 +66,26 @@ def said_by(output: list[Any]) -> str:
     if output and isinstance(output[0], str):
         lines = [line.removeprefix("data: ") for line in "".join(output).split("\n\n") if line]
         assert lines.pop() == "[DONE]"
-        return "".join(json.loads(line)["choices"][0]["delta"]["content"] for line in lines).rstrip()
+        return "".join(json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines).rstrip(" ")
     if "said" in output[0]:
         return str(output[0]["said"])
-    return "".join(part["text"] for part in output).rstrip()
+    if "choices" in output[0]:
+        return str(output[0]["choices"][0]["message"]["content"])
+    return "".join(part["text"] for part in output).rstrip(" ")
 
 
 class Killer(threading.Thread):
-    """Sends SIGTERM and SIGKILL to workers at random moments, until it is told to stop."""
+    """Sends SIGTERM and SIGKILL to workers at random moments, until it is told to stop or has sent the most."""
 
-    def __init__(self, site: Site, every_s: float) -> None:
+    def __init__(self, site: Site, every_s: float, most: int) -> None:
         super().__init__(daemon=True)
-        self._site, self._every_s = site, every_s
+        self._site, self._every_s, self._most = site, every_s, most
         self._random = random.Random(4)  # noqa: S311 (which worker, when)
         self.over = threading.Event()
         self.sent: Counter[str] = Counter()
 
     def run(self) -> None:
-        while not self.over.wait(self._random.uniform(0.2, 2 * self._every_s)):
+        while self.sent.total() < self._most and not self.over.wait(self._random.uniform(0.2, 2 * self._every_s)):
             running = [one["pid"] for one in self._site.state()["workers"] if one["readyAt"] and one["pid"]]
             if running:
                 number = self._random.choice([signal.SIGTERM, signal.SIGKILL])
@@ -104,15 +108,16 @@ def submitted(site: Site, value: dict[str, Any], ttl_s: float) -> str:
         time.sleep(0.05)
 
 
-def run_jobs(count: int, timeout_s: float, **variables: str) -> Ends:
-    """Run so many jobs under faults and signals: how they ended, the endpoint's figures, the signals, the seconds."""
-    with site_with(**worker_settings(**variables)) as site:
-        site.idle_workers(2)
+def run_jobs(jobs: list[tuple[dict[str, Any], str]], settings: dict[str, Any], most_signals: int = 1000) -> Ends:
+    """Run jobs under faults and signals: how they ended, the endpoint's figures, the signals, the seconds."""
+    timeout_s = 300.0
+    with site_with(**settings) as site:
+        site.idle_workers(2, timeout_s)
         site.faults(*FAULTS, seed=4)
         begun = time.monotonic()
-        killer = Killer(site, every_s=2.5)
+        killer = Killer(site, 2.5, most_signals)
         killer.start()
-        asked = {submitted(site, value, timeout_s): said for value, said in map(job_input, range(count))}
+        asked = {submitted(site, value, timeout_s): said for value, said in jobs}
         ends: Counter[str] = Counter()
         for job, said in asked.items():
             status = site.ended(job, timeout_s)
@@ -131,13 +136,42 @@ def replaced(site: Site, pids: set[int]) -> bool:
 
 
 def test_two_thousand_jobs_end_once_each_with_the_right_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    ends, health, signals, seconds = run_jobs(2000, 300)
+    jobs = [job_input(number) for number in range(2000)]
+
+    ends, health, signals, seconds = run_jobs(jobs, worker_settings())
 
     with capsys.disabled():
         print(f"\n2000 jobs in {seconds:.0f} s: {dict(ends)}, {health['retried']} retried, {dict(signals)}")  # noqa: T201
     assert ends == {"right": 2000}
     assert health["completed"] == 2000
     assert signals["SIGTERM"] + signals["SIGKILL"] >= 4
+
+
+def known_job(number: int) -> tuple[dict[str, Any], str]:
+    """A job that the tiny model knows by heart, in one of four forms, and its answer."""
+    known = [one for one in CORPUS if one.prompt is None]
+    one = known[number % len(known)]
+    stream = number % 2 == 0
+    if number % 4 < 2:
+        asked = {"model": "tiny", "messages": one.messages, "temperature": 0, "stream": stream}
+        return {"openai_route": "/v1/chat/completions", "openai_input": asked}, one.answer
+    return {"messages": one.messages, "sampling_params": {"temperature": 0}, "stream": stream}, one.answer
+
+
+def test_two_hundred_jobs_of_the_real_engine_end_with_the_right_answer(
+    tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Few at once, so that there is something to lose when a worker goes; its next one takes half a minute to start."""
+    own = {"command": [sys.executable, "handler.py"], "lostAfter": 10}
+    variables = {"MODEL_NAME": tiny_model, "SERVED_MODEL_NAME": "tiny", "MAX_CONCURRENCY": "2"}
+    settings = worker_settings() | own | {"env": {**VLLM_ENVIRONMENT, **variables}}
+
+    ends, health, signals, seconds = run_jobs([known_job(number) for number in range(200)], settings, most_signals=3)
+
+    with capsys.disabled():
+        print(f"\n200 real jobs in {seconds:.0f} s: {dict(ends)}, {health['retried']} retried, {dict(signals)}")  # noqa: T201
+    assert ends == {"right": 200}
+    assert signals["SIGTERM"] + signals["SIGKILL"] >= 1
 
 
 def test_sigterm_around_a_jobs_arrival_loses_none(capsys: pytest.CaptureFixture[str]) -> None:

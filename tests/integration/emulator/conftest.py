@@ -72,14 +72,14 @@ class Site:
         endpoint: dict[str, Any] = self.root.get("/state").raise_for_status().json()["endpoints"][0]
         return endpoint
 
-    def idle_workers(self, count: int) -> list[dict[str, Any]]:
+    def idle_workers(self, count: int, timeout_s: float = 30.0) -> list[dict[str, Any]]:
         """The workers, when so many of them are idle."""
 
         def look() -> list[dict[str, Any]]:
             workers = [worker for worker in self.state()["workers"] if worker["state"] == "idle"]
             return workers if len(workers) == count else []
 
-        return eventually(look)
+        return eventually(look, timeout_s)
 
     def faults(self, *rules: dict[str, Any], **settings: Any) -> None:
         self.root.put("/faults", json={"rules": rules, **settings}).raise_for_status()

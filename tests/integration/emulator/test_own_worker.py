@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 
 import openai
+import psutil
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
@@ -58,6 +61,28 @@ def test_forty_chats_at_once_are_answered_by_workers_that_come_and_go(
     assert (counts[0], max(counts), counts[-1]) == (0, 2, 0)
     assert all((worker["reason"], worker["exitCode"]) == ("idle for 5 s", 0) for worker in state["gone"])
     assert {job["status"] for job in state["jobs"]} == {"COMPLETED"}
+
+
+def test_jobs_of_a_dead_engine_are_retryable_and_the_next_worker_completes_them(
+    command_line: Callable[..., CommandLine], tiny_model: str
+) -> None:
+    site = command_line("--quiet", "--workers-max=1", "--workers-min=1", MODEL_NAME=tiny_model).site
+    asked = {"prompt": "January,", "sampling_params": {"max_tokens": 1500, "ignore_eos": True}, "stream": True}
+    job_ids = [site.submit(asked) for _ in range(20)]
+    eventually(lambda: all(job["firstOutputAt"] for job in site.state()["jobs"]), START_S)
+    (worker,) = site.state()["workers"]
+
+    (core,) = [one for one in psutil.Process(worker["pid"]).children(recursive=True) if "EngineCore" in one.name()]
+    core.send_signal(signal.SIGKILL)
+
+    failed = [site.ended(job_id) for job_id in job_ids]
+    assert [(job["status"], json.loads(job["error"])["retryable"]) for job in failed] == [("FAILED", True)] * 20
+    for job_id in job_ids:
+        site.client.post(f"/retry/{job_id}").raise_for_status()
+    retried = [site.ended(job_id, START_S) for job_id in job_ids]
+    assert {job["status"] for job in retried} == {"COMPLETED"}
+    assert {job["output"][-1]["usage"]["completion_tokens"] for job in retried} == {1500}
+    assert {job["workerId"] for job in retried}.isdisjoint({worker["id"]})
 
 
 def test_serve_api_answers_the_openai_client_with_one_worker_behind_it(tiny_model: str) -> None:
