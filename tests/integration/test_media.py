@@ -1,0 +1,84 @@
+"""Media that a job names by its address: public ones alone, unless a setting names the host."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from engine import server
+
+# Importing vLLM warns of deprecations of its own.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A picture on a web server that only this machine can reach."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "image/png")
+            self.end_headers()
+            self.wfile.write(picture())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{web.server_port}/picture.png"
+        web.shutdown()
+        thread.join()
+
+
+def fetch(url: str, domains: list[str] | None = None) -> tuple[int, int]:
+    """The size of a picture, fetched as vLLM's chat route does."""
+    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
+
+    server._keep_media_public()
+    connector: Any = MEDIA_CONNECTOR_REGISTRY.load("http", allowed_media_domains=domains)
+
+    async def once() -> tuple[int, int]:
+        try:
+            size: tuple[int, int] = (await connector.fetch_image_async(url)).size
+            return size
+        finally:
+            await (await connector.connection.get_async_client()).close()
+            connector.connection.session = connector.connection._async_client = None
+
+    return asyncio.run(once())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0.0.0.0"])
+def test_a_private_address_is_refused_in_any_spelling(host: str, url: str) -> None:
+    with pytest.raises(Exception, match=r"public addresses alone|Invalid URL"):
+        fetch(url.replace("127.0.0.1", host))
+
+
+def test_a_private_host_that_a_setting_names_is_allowed(url: str) -> None:
+    assert fetch(url, ["127.0.0.1"]) == (4, 3)
+
+
+def test_with_named_hosts_all_others_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="must be from one of the allowed domains"):
+        fetch(url.replace("127.0.0.1", "localhost"), ["127.0.0.1"])
+
+
+def test_a_picture_in_the_request_itself_needs_no_address() -> None:
+    assert fetch("data:image/png;base64," + base64.b64encode(picture()).decode()) == (4, 3)
