@@ -3,6 +3,7 @@
     python handler.py                                     answers the job of test_input.json
     python handler.py --test_input '{"input": {...}}'     answers that job
     python handler.py                                     on the platform: takes jobs from its queue
+    python handler.py --print-config                      prints the effective configuration
     python handler.py --rp_serve_api                      serves the platform's APIs, with this worker behind them
 
 The children that vLLM spawns import this module again, so its top level holds no import that costs anything.
@@ -65,6 +66,9 @@ def main() -> int:
         "--rp_api_host", metavar="HOST", default="localhost", help="where to serve them (default: localhost)"
     )
     parser.add_argument("--rp_api_port", metavar="PORT", default="8000", help="0 for a free port (default: 8000)")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the effective configuration and where each value came from"
+    )
     arguments, rest = parser.parse_known_args()
 
     from engine import lifecycle
@@ -78,7 +82,7 @@ def main() -> int:
 
             only_one = ["--workers-min=1", "--workers-max=1"]
             return cli.main([f"--host={arguments.rp_api_host}", f"--port={arguments.rp_api_port}", *only_one, *rest])
-        polling = settings.on_platform and arguments.test_input is None
+        polling = settings.on_platform and arguments.test_input is None and not arguments.print_config
         _set_logging(quiet=not polling)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         if polling:
@@ -86,12 +90,23 @@ def main() -> int:
             return _poll(settings)
         if rest:
             parser.error(f"unknown: {' '.join(rest)}")
+        if arguments.print_config:
+            return _print_configuration()
         return _answer(arguments.test_input)
     except ConfigurationError as error:
         sys.stderr.write(f"The worker cannot start: {error}\n")
         return 1
     finally:
         lifecycle.stop()
+
+
+def _print_configuration() -> int:
+    """Print what the worker would start with."""
+    from engine.configuration import Configuration
+
+    for line in Configuration.read().lines():
+        sys.stdout.write(line + "\n")
+    return 0
 
 
 def _answer(test_input: str | None) -> int:

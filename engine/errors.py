@@ -7,6 +7,7 @@ WorkerError
 ├── RefusedDeliveryError      the platform does not want a delivery, and will not
 └── JobError                  one job ends with this error; the worker goes on
     ├── InvalidInputError     400: the job's input is not one that we accept
+    ├── ClosedRouteError      403: the route is not one that a job may call
     ├── RefusedError          vLLM answered with an error status; its body is passed on as it is
     ├── TooLargeError         413: the job's result is larger than the platform takes
     ├── EngineError           500: the engine broke off without an answer; another try may succeed
@@ -71,6 +72,18 @@ class InvalidInputError(JobError):
 
     status = HTTPStatus.BAD_REQUEST
     type = "BadRequestError"
+
+
+class ClosedRouteError(JobError):
+    """The route is not one that a job may call."""
+
+    status = HTTPStatus.FORBIDDEN
+    type = "PermissionDeniedError"
+
+    def __init__(self, route: str, open_routes: list[str]) -> None:
+        super().__init__(
+            f"{route} is not open to jobs. Open are {', '.join(open_routes)}; ALLOWED_ROUTES of the worker opens more"
+        )
 
 
 class RefusedError(JobError):

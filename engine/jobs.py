@@ -29,6 +29,10 @@ class Engine(Protocol):
     def batch_interval_s(self) -> float:
         """Least time between two outputs of a stream as things are, in seconds."""
 
+    @property
+    def open_routes(self) -> frozenset[str]:
+        """The routes that a job may call."""
+
     async def app(self) -> dispatch.App:
         """VLLM's OpenAI app, or another."""
 
@@ -46,7 +50,7 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
         engine: what answers it.
     """
     try:
-        request = payloads.parse(job, engine.max_model_len)
+        request = payloads.parse(job, engine.max_model_len, engine.open_routes)
         async with dispatch.call(await engine.app(), request, str(job.get("id", ""))) as response:
             await _check(response)
             if response.content_type == "text/event-stream":

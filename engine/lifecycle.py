@@ -10,14 +10,15 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from engine import children, diagnosis, models
+from engine import children, diagnosis
 from engine.admission import Admission
+from engine.configuration import Configuration
 from engine.errors import ConfigurationError
-from engine.settings import Settings
 
 if TYPE_CHECKING:
     from engine.loop import Handler, Platform
     from engine.server import Server
+    from engine.settings import Settings
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -37,12 +38,12 @@ def server() -> Server:
 
             begun = time.monotonic()
             children.end_with_this_process()
-            settings = Settings.read()
-            model = models.choose(settings)
+            configuration = Configuration.read()
+            model = configuration.model
             _log.info("Loading the engine; on a CPU this takes about half a minute")
             with diagnosis.noted_errors() as noted:
                 try:
-                    _server = Server(settings, model)
+                    _server = Server(configuration)
                 except ConfigurationError:
                     raise
                 except Exception as error:
@@ -83,6 +84,7 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
         failure=server.failure,
         timeouts=Timeouts(drain_s=settings.drain_timeout_s, job_s=settings.job_timeout_s),
         tokens_of=server.tokens_of,
+        log_inputs=settings.log_job_inputs,
     )
 
     told = False

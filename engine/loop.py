@@ -118,6 +118,7 @@ class JobLoop:
         failure: what is wrong with the engine for good, if something is.
         timeouts: how long things may take.
         tokens_of: tokens in and out of a job that has ended, if the engine has told.
+        log_inputs: whether the log shows what jobs ask.
     """
 
     def __init__(  # noqa: PLR0913 (all that it acts on, so that a test can put its own in place)
@@ -129,6 +130,7 @@ class JobLoop:
         failure: Callable[[], str | None] = lambda: None,
         timeouts: Timeouts | None = None,
         tokens_of: Callable[[str], tuple[int, int] | None] = lambda _: None,
+        log_inputs: bool = False,
     ) -> None:
         self._platform = platform
         self._handler = handler
@@ -136,6 +138,7 @@ class JobLoop:
         self._failure = failure
         self._timeouts = timeouts or Timeouts()
         self._tokens_of = tokens_of
+        self._log_inputs = log_inputs
         self._jobs: dict[str, _Held] = {}
         self._changed = asyncio.Event()
         self._ending = asyncio.Event()
@@ -232,6 +235,8 @@ class JobLoop:
         self._jobs[job_id] = held
         self._platform.hold(job_id)
         held.task = asyncio.create_task(self._run(job, held))
+        line = {"job": job_id, "route": _route(job), "status": "started"}
+        _log.info("%s", json.dumps(line | {"input": job.get("input")} if self._log_inputs else line))
 
     # Running a job.
 
@@ -296,11 +301,10 @@ class JobLoop:
         return None
 
     def _log_end(self, job: dict[str, Any], held: _Held, batches: int) -> None:
-        value = job.get("input")
         tokens = self._tokens_of(held.id)
         line = {
             "job": held.id,
-            "route": value.get("openai_route", "native") if isinstance(value, dict) else None,
+            "route": _route(job),
             "status": held.outcome,
             "tokens_in": tokens[0] if tokens else None,
             "tokens_out": tokens[1] if tokens else None,
@@ -363,6 +367,11 @@ class JobLoop:
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         return [held.task for held in self._jobs.values() if held.task is not None]
+
+
+def _route(job: dict[str, Any]) -> Any:
+    value = job.get("input")
+    return value.get("openai_route", value.get("route", "native")) if isinstance(value, dict) else None
 
 
 class _Pace:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError, model_validator
 
-from engine.errors import InvalidInputError
+from engine.errors import ClosedRouteError, InvalidInputError
+from engine.routes import SERVING
 
 ACCEPTED = """\
 {"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
 {"openai_route": "/v1/models"}  a GET
+{"route": "/tokenize", "body": {...}}  the same, in worker-vllm's words
 {"messages": [...], "sampling_params": {...}, "stream": false}  a chat
 {"prompt": "...", "sampling_params": {...}, "stream": false}  a completion"""
 
 # A path and nothing else: no scheme, no host, no empty, `.` or `..` segment, no escapes. The query may follow.
 _ROUTE = re.compile(r"(?P<path>(?:/(?!\.{1,2}(?:/|\?|$))[A-Za-z0-9._~-]+)+)(?:\?(?P<query>[!-~]*))?")
+
+
+# Fields of worker-vllm's jobs that say how its output was batched.
+RETIRED_FIELDS = {"batch_size", "max_batch_size", "min_batch_size", "batch_size_growth_factor"}
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +56,41 @@ class _Input(BaseModel):
 class OpenAIInput(_Input):
     """An OpenAI request, as the platform makes it from `/v2/{endpoint}/openai/v1/...`."""
 
-    openai_route: StrictStr
+    openai_route: StrictStr = "/v1/chat/completions"
     openai_input: dict[str, Any] | None = None
 
     def request(self, max_model_len: int) -> Request:
         """A POST of the input to the route; a GET of the route where there is no input."""
         del max_model_len
-        match = _ROUTE.fullmatch(self.openai_route)
-        if match is None:
-            raise InvalidInputError(
-                f"openai_route is {_shown(self.openai_route)}, which is not a route: give the path alone, "
-                'without a scheme or a host, as in "/v1/chat/completions"'
-            )
-        path, query = match["path"], match["query"] or ""
-        if self.openai_input is None:
-            return Request("GET", path, query)
-        return Request("POST", path, query, _encode(self.openai_input))
+        return _call("openai_route", self.openai_route, self.openai_input)
+
+
+class RouteInput(_Input):
+    """A call of any route, as worker-vllm has it."""
+
+    route: StrictStr
+    body: dict[str, Any] | None = None
+    method: Literal["GET", "POST", "get", "post"] | None = None
+
+    def request(self, max_model_len: int) -> Request:
+        """A POST of the body, or a GET where there is none, unless `method` says otherwise."""
+        del max_model_len
+        method = (self.method or ("POST" if self.body else "GET")).upper()
+        return _call("route", self.route, (self.body or {}) if method == "POST" else None)
 
 
 class _NativeInput(_Input):
     sampling_params: dict[str, Any] = {}
     stream: StrictBool = False
     model: StrictStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_is_retired(cls, value: dict[str, Any]) -> dict[str, Any]:
+        retired = sorted(RETIRED_FIELDS & value.keys())
+        if retired:
+            _log.warning("A job's %s is ignored: batches follow BATCH_INTERVAL_MS", ", ".join(retired))
+        return {name: part for name, part in value.items() if name not in RETIRED_FIELDS}
 
     def _post(self, path: str, field: str, value: Any, defaults: dict[str, Any]) -> Request:
         body = {**defaults, **self.sampling_params}
@@ -98,12 +120,16 @@ class PromptInput(_NativeInput):
     """A prompt at the top level of the input, for people who use `/run` directly."""
 
     prompt: StrictStr | Annotated[list[Any], Field(min_length=1)]
+    apply_chat_template: StrictBool = False
 
     def request(self, max_model_len: int) -> Request:
-        """A POST to `/v1/completions` that lets the answer run to its end.
+        """A POST to `/v1/completions` that lets the answer run to its end; or a chat of this one turn.
 
         vLLM takes even `null` for its default there, 16 tokens; what is more than the prompt leaves room for, it cuts.
         """
+        if self.apply_chat_template:
+            turn = {"role": "user", "content": self.prompt}
+            return self._post("/v1/chat/completions", "messages", [turn], {})
         return self._post("/v1/completions", "prompt", self.prompt, {"max_tokens": max_model_len})
 
 
@@ -111,16 +137,23 @@ class PromptInput(_NativeInput):
 _FORMS: dict[str, type[_Input]] = {
     "openai_route": OpenAIInput,
     "openai_input": OpenAIInput,
+    "route": RouteInput,
     "messages": MessagesInput,
     "prompt": PromptInput,
 }
 
 
-def parse(job: dict[str, Any], max_model_len: int) -> Request:
-    """The request that a job's `input` stands for, to a model of at most `max_model_len` tokens.
+def parse(job: dict[str, Any], max_model_len: int, open_routes: frozenset[str] = SERVING) -> Request:
+    """The request that a job's `input` stands for.
+
+    Args:
+        job: what the queue gave.
+        max_model_len: the model's most tokens of prompt and answer together.
+        open_routes: the routes that a job may call.
 
     Raises:
         InvalidInputError: the input is none of the accepted forms; the message says what is wrong and what is accepted.
+        ClosedRouteError: the route is not one that a job may call.
     """
     value = job.get("input")
     if not isinstance(value, dict):
@@ -129,10 +162,24 @@ def parse(job: dict[str, Any], max_model_len: int) -> Request:
     if form is None:
         raise InvalidInputError(f"the job's input is none of the accepted forms:\n{ACCEPTED}")
     try:
-        return form.model_validate(value).request(max_model_len)
+        request = form.model_validate(value).request(max_model_len)
     except ValidationError as error:
         faults = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in error.errors())
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED}") from None
+    if request.path not in open_routes:
+        raise ClosedRouteError(request.path, sorted(open_routes))
+    return request
+
+
+def _call(field: str, route: str, body: dict[str, Any] | None) -> Request:
+    match = _ROUTE.fullmatch(route)
+    if match is None:
+        raise InvalidInputError(
+            f"{field} is {_shown(route)}, which is not a route: give the path alone, without a scheme or a host, "
+            'as in "/v1/chat/completions"'
+        )
+    path, query = match["path"], match["query"] or ""
+    return Request("GET", path, query) if body is None else Request("POST", path, query, _encode(body))
 
 
 def _encode(body: dict[str, Any]) -> bytes:

@@ -6,21 +6,27 @@ Written against vLLM 0.32. What it uses of vLLM is what `vllm serve` itself is m
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import aiohttp
 
 from engine.batching import interval_s
 from engine.errors import ConfigurationError
+from engine.flags import Flags
+from engine.media import public_session
+from engine.routes import SERVING
 
 if TYPE_CHECKING:
+    from engine.configuration import Configuration
     from engine.dispatch import App
     from engine.models import Model
-    from engine.settings import Settings
 
 GIB_BYTES = 1 << 30
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -88,15 +94,16 @@ class Server:
         ConfigurationError: vLLM does not accept the settings.
     """
 
-    def __init__(self, settings: Settings, model: Model) -> None:
-        _set_environment()
+    def __init__(self, configuration: Configuration) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        _keep_media_public()
         self.statistics = Statistics()
-        self._stall_timeout_s = settings.engine_stall_timeout_s
-        self._batch_interval_s = settings.batch_interval_ms / 1000
-        self._args = _parse(settings, model)
+        self._stall_timeout_s = configuration.settings.engine_stall_timeout_s
+        self._batch_interval_s = configuration.settings.batch_interval_ms / 1000
+        self.open_routes = SERVING | configuration.settings.allowed_routes
+        self._args = parse(configuration.flags, configuration.model)
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs.from_cli_args(self._args), stat_loggers=[_recorder(self.statistics)]
         )
@@ -180,43 +187,72 @@ def _set_environment() -> None:
         _log.warning("VLLM_API_KEY is ignored: the platform authenticates clients")
 
 
-def _parse(settings: Settings, model: Model) -> Any:
-    """The arguments of `vllm serve`, through vLLM's own parser."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.platforms import current_platform
+def _keep_media_public() -> None:
+    """Let vLLM fetch media as `engine.media` does, unless `ALLOWED_MEDIA_DOMAINS` says from where: then vLLM checks."""
+    from vllm.connections import HTTPConnection
+    from vllm.exceptions import VLLMValidationError
+    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+
+    class PublicConnection(HTTPConnection):  # type: ignore[misc]  # vLLM is not typed for --strict
+        session: aiohttp.ClientSession | None = None
+
+        async def get_async_client(self) -> aiohttp.ClientSession:
+            self.session = self.session or public_session(VLLMValidationError)
+            return self.session
+
+        def get_sync_client(self) -> Any:
+            raise VLLMValidationError("media is fetched asynchronously alone")
+
+    connection = PublicConnection()
+
+    @MEDIA_CONNECTOR_REGISTRY.register("http")
+    class PublicMediaConnector(MediaConnector):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, allowed_media_domains: list[str] | None = None, **options: Any) -> None:
+            if not allowed_media_domains:
+                options["connection"] = connection
+            super().__init__(*arguments, allowed_media_domains=allowed_media_domains, **options)
+
+
+def flags() -> Flags:
+    """The flags that vLLM has, none of them given yet."""
+    _set_environment()
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    flags: dict[str, Any] = {
-        "--revision": settings.model_revision,
-        "--tokenizer": settings.tokenizer_name,
-        "--max-model-len": settings.max_model_len,
-        "--dtype": settings.dtype,
-        "--quantization": settings.quantization,
-        "--load-format": settings.load_format,
-        "--gpu-memory-utilization": settings.gpu_memory_utilization,
-        "--tensor-parallel-size": settings.tensor_parallel_size,
-        "--kv-cache-memory-bytes": settings.kv_cache_memory_bytes,
-    }
-    eager = settings.enforce_eager
-    if current_platform.is_cpu():
-        eager = eager is not False
-        told = (
-            settings.gpu_memory_utilization or settings.kv_cache_memory_bytes or "VLLM_CPU_KVCACHE_SPACE" in os.environ
-        )
-        if not told:
-            flags["--kv-cache-memory-bytes"] = CPU_KV_CACHE_BYTES
-    argv = ["--model", model.path, "--served-model-name", *model.names]
-    argv += [f"{flag}={value}" for flag, value in flags.items() if value is not None]
-    if eager:
-        argv.append("--enforce-eager")
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not typed for --strict
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
 
-    parser = make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
+    return Flags(make_arg_parser(Parser(exit_on_error=False, allow_abbrev=False)))
+
+
+def parse(given: Flags, model: Model) -> Any:
+    """The arguments of `vllm serve` for these flags, checked as vLLM does.
+
+    Raises:
+        ConfigurationError: vLLM does not accept them together.
+    """
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+
+    arguments = [*_defaults(given), *given.arguments(), "--model", model.path, "--served-model-name", *model.names]
     try:
-        args = parser.parse_args(argv)
+        args = given.parser.parse_args(arguments)
         validate_parsed_serve_args(args)
-    except (SystemExit, TypeError, ValueError) as error:
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigurationError(f"vLLM does not accept the settings: {error}") from error
     return args
+
+
+def _defaults(given: Flags) -> list[str]:
+    """The worker's own defaults: on a CPU, neither a minute of compilation nor most of the memory."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    sized = {"gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override"} & given.given.keys()
+    if sized or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
+        return ["--enforce-eager"]
+    return ["--enforce-eager", f"--kv-cache-memory-bytes={CPU_KV_CACHE_BYTES}"]
 
 
 def _recorder(statistics: Statistics) -> Any:

@@ -1,74 +1,32 @@
-"""Every setting of the worker: declared once here, read once from the environment.
+"""The worker's own settings: declared once here, read once. What `vllm serve` takes is in `engine.flags`.
 
 The README's table is made from these declarations (`python -m engine.settings README.md`).
 """
 
 from __future__ import annotations
 
-import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, SecretStr, ValidationError
 
+from engine import variables
 from engine.errors import ConfigurationError
+from engine.variables import BAKED_SETTINGS_FILE, Variable
 
 
-class Settings(BaseSettings):
-    """What the worker can be told by environment variables; each field's name in capitals is its variable.
+def _split(value: Any) -> Any:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
-    The names are those that worker-vllm's users have, and vLLM's own.
-    """
 
-    model_config = SettingsConfigDict(
-        env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True, protected_namespaces=()
-    )
+class Settings(BaseModel):
+    """What the worker itself can be told; each field's name in capitals is its variable."""
 
-    model_name: str | None = Field(
-        None,
-        description="Hub id or directory of the model. Without it: the model in the image; off the platform, the tiny "
-        "model.",
-        examples=["Qwen/Qwen3-8B"],
-    )
-    model_revision: str | None = Field(None, description="Branch, tag or commit of the model on the hub.")
-    tokenizer_name: str | None = Field(None, description="Hub id or directory of another tokenizer.")
-    served_model_name: Annotated[list[str], NoDecode] = Field(
-        [],
-        description="Names that requests may call the model by, separated by commas; answers carry the first.",
-    )
-    max_model_len: str | None = Field(
-        None,
-        pattern=r"^(auto|-1|[1-9]\d*|\d+(\.\d+)?[kKmM])$",
-        examples=["8192", "16k", "auto"],
-        description="Most tokens of prompt and answer together; `auto` is what fits the memory.",
-    )
-    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] | None = Field(
-        None, description="Type of weights and activations."
-    )
-    quantization: str | None = Field(
-        None,
-        description="Quantization method; without it, what the model's config says.",
-        examples=["awq", "bitsandbytes"],
-    )
-    load_format: str | None = Field(
-        None, description="Format of the weights.", examples=["safetensors", "bitsandbytes"]
-    )
-    gpu_memory_utilization: float | None = Field(
-        None, gt=0, le=1, description="Share of the GPU's memory that vLLM may take."
-    )
-    kv_cache_memory_bytes: str | None = Field(
-        None,
-        pattern=r"^\d+(\.\d+)?[kKmMgGtT]?$",
-        examples=["2G", "500M"],
-        description="Memory for the KV cache, in place of what GPU_MEMORY_UTILIZATION leaves. On a CPU: 1 GiB.",
-    )
-    tensor_parallel_size: PositiveInt | None = Field(None, description="GPUs that share the model.")
-    enforce_eager: bool | None = Field(
-        None, description="Skip compilation: slower tokens, faster start. Without it: off on a GPU, on on a CPU."
-    )
+    model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True, protected_namespaces=())
+
     max_concurrency: PositiveInt | Literal["auto"] = Field(
         "auto", description="Most jobs that a worker runs at once; `auto` is what vLLM can run (`max_num_seqs`)."
     )
@@ -86,8 +44,25 @@ class Settings(BaseSettings):
     engine_stall_timeout_s: float = Field(
         120, gt=0, description="Seconds without a step, while requests run, after which the engine counts as dead."
     )
+    allowed_routes: Annotated[frozenset[str], BeforeValidator(_split)] = Field(
+        frozenset(),
+        examples=["/metrics", "/sleep,/wake_up"],
+        description="More of vLLM's routes that a job may call, beside those that serve a request.",
+    )
+    log_job_inputs: bool = Field(default=False, description="Log the input of each job.")
+    vllm_config_file: Path | None = Field(
+        None, description="YAML file of vLLM's flags, as `vllm serve --config` takes it."
+    )
+    vllm_extra_args: str | None = Field(
+        None,
+        examples=["--max-num-seqs 64"],
+        description="More of vLLM's flags, as on a command line; they win over all others.",
+    )
     baked_model_dir: Path = Field(
         Path("/workspace/vllm/phi-4-bnb-4bit"), description="Where the image holds its model, if it holds one."
+    )
+    baked_settings_file: Path = Field(
+        BAKED_SETTINGS_FILE, description="JSON object of variables that the image was built with; the environment wins."
     )
     hf_token: SecretStr | None = Field(None, description="Token for gated or private models of the hub.")
 
@@ -96,27 +71,23 @@ class Settings(BaseSettings):
         description="Where jobs are taken from. Set by the platform; its presence tells that this is the platform.",
     )
 
-    @field_validator("served_model_name", mode="before")
-    @classmethod
-    def _split_names(cls, value: Any) -> Any:
-        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
-
     @property
     def on_platform(self) -> bool:
         """Whether a platform's queue is to be polled."""
         return self.runpod_webhook_get_job is not None
 
     @classmethod
-    def read(cls) -> Self:
-        """The settings of this process's environment.
+    def read(cls, given: Mapping[str, Variable] | None = None) -> Self:
+        """The settings that the variables give: this process's, without others.
 
         Raises:
             ConfigurationError: a value is not allowed; one line for each names the variable, the value and what is.
         """
+        given = variables.read() if given is None else given
         try:
-            return cls()
+            return cls.model_validate({name.lower(): variable.value for name, variable in given.items()})
         except ValidationError as error:
-            raise ConfigurationError("\n".join(_faults(error))) from None
+            raise ConfigurationError("\n".join(_faults(error, given))) from None
 
 
 def allowed(name: str) -> str:
@@ -128,20 +99,23 @@ def markdown_table() -> str:
     """All settings as a Markdown table: variable, default, what is allowed, meaning."""
     rows = ["| Variable | Default | Allowed | Meaning |", "| --- | --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        default = "" if field.default in (None, []) else f"`{field.default}`"
+        default = "" if field.default in (None, frozenset()) else f"`{field.default}`"
         rows.append(f"| `{name.upper()}` | {default} | {allowed(name)} | {field.description} |")
     return "\n".join(rows)
 
 
-def _faults(error: ValidationError) -> list[str]:
+def _faults(error: ValidationError, given: Mapping[str, Variable]) -> list[str]:
     names = dict.fromkeys(str(fault["loc"][0]) for fault in error.errors())
-    return [f"{name.upper()}={_shown(name)} is not allowed. Allowed: {allowed(name)}." for name in names]
+    return [f"{name.upper()}={_shown(name, given)} is not allowed. Allowed: {allowed(name)}." for name in names]
 
 
-def _shown(name: str) -> str:
-    if "SecretStr" in str(Settings.model_fields[name].annotation):
-        return "(hidden)"
-    return repr(next((value for key, value in os.environ.items() if key.lower() == name), ""))
+def is_secret(name: str) -> bool:
+    """Whether the setting's value is to be seen nowhere."""
+    return "SecretStr" in str(Settings.model_fields[name].annotation)
+
+
+def _shown(name: str, given: Mapping[str, Variable]) -> str:
+    return "(hidden)" if is_secret(name) else repr(given[name.upper()].value)
 
 
 def _in_words(schema: dict[str, Any]) -> str:
@@ -157,7 +131,7 @@ def _in_words(schema: dict[str, Any]) -> str:
         "boolean": "`true` or `false`",
         "integer": "a whole number" + _bounds(schema),
         "number": "a number" + _bounds(schema),
-        "array": "names, separated by commas",
+        "array": "routes, separated by commas",
         "password": "a secret",
         "path": "a directory",
         "string": "text",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.dispatch import App, Message, Receive, Send
+from engine.routes import SERVING
 
 
 @dataclass
@@ -27,6 +28,7 @@ class ScriptedApp:
     fails: bool = False
     batch_interval_s: float = 0.0
     max_model_len: int = 2048
+    open_routes: frozenset[str] = SERVING
     requests: list[tuple[Message, bytes]] = field(default_factory=list)
     disconnects: int = 0
     left: asyncio.Event = field(default_factory=asyncio.Event)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from engine import jobs, lifecycle, platform
 from engine.dispatch import App, Message, Receive, Send
+from engine.routes import SERVING
 from engine.server import Server, Statistics
 from engine.settings import Settings
 
@@ -27,6 +28,7 @@ class ScriptedEngine:
 
     max_model_len = 2048
     batch_interval_s = 0.0
+    open_routes = SERVING
     cache_tokens = 10**6
 
     def __init__(self) -> None:

@@ -39,6 +39,7 @@ def worker(job_queue: JobQueue, tiny_model: str, tmp_path_factory: pytest.TempPa
         "MODEL_NAME": tiny_model,
         "SERVED_MODEL_NAME": "tiny",
         "HF_TOKEN": "hf_notarealtoken",
+        "ALLOWED_ROUTES": "/metrics",
     }
     with running(["handler.py"], environment, tmp_path_factory.mktemp("worker") / "log") as process:
         process.wait_for(job_queue.has_worker, START_S)

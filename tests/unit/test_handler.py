@@ -35,12 +35,12 @@ def test_a_spawned_child_does_not_pay_for_the_handlers_imports() -> None:
 
 
 def test_a_bad_setting_stops_the_start_with_one_line() -> None:
-    done = run("handler.py", DTYPE="float9")
+    done = run("handler.py", MAX_CONCURRENCY="lots")
 
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("The worker cannot start: DTYPE='float9' is not allowed.")
+    assert line.startswith("The worker cannot start: MAX_CONCURRENCY='lots' is not allowed.")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"x"'])

@@ -20,7 +20,7 @@ def settings(**values: Any) -> Settings:
 def test_the_named_model_comes_first(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
 
-    model = models.choose(settings(model_name="org/model", served_model_name=["a"], baked_model_dir=tmp_path))
+    model = models.choose(settings(baked_model_dir=tmp_path), "org/model", ["a"])
 
     assert model == models.Model("org/model", ("a", "org/model"))
 
@@ -28,12 +28,12 @@ def test_the_named_model_comes_first(tmp_path: Path) -> None:
 def test_the_model_in_the_image_is_served_under_its_path(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
 
-    assert models.choose(settings(baked_model_dir=tmp_path)) == models.Model(str(tmp_path), (str(tmp_path),))
+    assert models.choose(settings(baked_model_dir=tmp_path), None) == models.Model(str(tmp_path), (str(tmp_path),))
 
 
 def test_on_the_platform_a_worker_without_a_model_does_not_start() -> None:
     with pytest.raises(ConfigurationError, match="set MODEL_NAME"):
-        models.choose(settings(runpod_webhook_get_job="http://queue/"))
+        models.choose(settings(runpod_webhook_get_job="http://queue/"), None)
 
 
 def test_off_the_platform_it_is_the_tiny_model_and_the_log_says_so(
@@ -43,7 +43,7 @@ def test_off_the_platform_it_is_the_tiny_model_and_the_log_says_so(
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: made)
     caplog.set_level("INFO", "engine")
 
-    assert models.choose(settings()) == models.Model("/cache/tiny", ("tiny", "/cache/tiny"))
+    assert models.choose(settings(), None) == models.Model("/cache/tiny", ("tiny", "/cache/tiny"))
     assert "tiny model, as MODEL_NAME is not set" in caplog.text
 
 
@@ -51,4 +51,18 @@ def test_a_tiny_model_that_cannot_be_made_stops_the_start(monkeypatch: pytest.Mo
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, stdout=b""))
 
     with pytest.raises(ConfigurationError, match="could not be made"):
-        models.choose(settings())
+        models.choose(settings(), None)
+
+
+def test_a_model_of_the_hubs_cache_answers_to_its_hub_id_too(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--some--model" / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+
+    model = models.choose(settings(), str(snapshot), ["first", "second"])
+
+    assert model.names == ("first", "second", "org/some--model", str(snapshot))
+
+
+def test_a_named_directory_has_to_be_there() -> None:
+    with pytest.raises(ConfigurationError, match="no such directory"):
+        models.choose(settings(), "/nowhere/model")

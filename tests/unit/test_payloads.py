@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import InvalidInputError
-from engine.payloads import Request, parse
+from engine.errors import ClosedRouteError, InvalidInputError, JobError
+from engine.payloads import RETIRED_FIELDS, Request, parse
+from engine.routes import SERVING
 
 MESSAGES = [{"role": "user", "content": "漢 😀"}]
 
@@ -96,7 +97,7 @@ def test_what_is_no_path_is_no_route(route: str) -> None:
 def test_a_route_that_is_accepted_is_a_plain_path(route: str) -> None:
     try:
         path = request_of({"openai_route": route}).path
-    except InvalidInputError:
+    except JobError:
         return
     segments = path.split("/")
     assert segments[0] == ""
@@ -111,7 +112,6 @@ def test_a_route_that_is_accepted_is_a_plain_path(route: str) -> None:
         ([], "has to be a JSON object"),
         ({}, "none of the accepted forms"),
         ({"text": "x"}, "none of the accepted forms"),
-        ({"openai_input": {}}, "openai_route: Field required"),
         ({"openai_route": 5}, "openai_route: Input should be a valid string"),
         ({"openai_route": "/v1/models", "openai_input": "{}"}, "openai_input: Input should be a valid dictionary"),
         ({"openai_route": "/v1/models", "openai_input": []}, "openai_input: Input should be a valid dictionary"),
@@ -153,3 +153,65 @@ def test_an_input_that_is_nested_too_deeply_says_so() -> None:
         request_of({"prompt": "x", "sampling_params": {"extra": value}})
     while value:  # taken apart from outside in: freeing it in one go would recurse as deeply
         value = value.pop()
+
+
+def test_an_openai_input_without_a_route_is_a_chat() -> None:
+    assert request_of({"openai_input": {"messages": MESSAGES}}).path == "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("value", "method", "body"),
+    [
+        ({"route": "/tokenize", "body": {"prompt": "x"}}, "POST", b'{"prompt":"x"}'),
+        ({"route": "/v1/models"}, "GET", None),
+        ({"route": "/v1/models", "method": "get", "body": {}}, "GET", None),
+        ({"route": "/tokenize", "method": "POST"}, "POST", b"{}"),
+    ],
+)
+def test_a_job_in_worker_vllms_words_is_the_same_call(value: dict[str, Any], method: str, body: bytes | None) -> None:
+    assert request_of(value) == Request(method, value["route"], body=body)
+
+
+def test_a_prompt_can_ask_for_the_chat_template() -> None:
+    body = body_of({"prompt": "Hello!", "apply_chat_template": True, "sampling_params": {"max_tokens": 5}})
+
+    assert body == {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5, "stream": False}
+
+
+@pytest.mark.parametrize("field", RETIRED_FIELDS)
+def test_a_field_that_said_how_to_batch_is_ignored_and_told(field: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert body_of({"messages": MESSAGES, field: 3}) == body_of({"messages": MESSAGES})
+    assert caplog.messages == [f"A job's {field} is ignored: batches follow BATCH_INTERVAL_MS"]
+
+
+CLOSED = ["/metrics", "/sleep", "/wake_up", "/v1/load_lora_adapter", "/start_profile", "/abort_requests", "/docs",
+          "/openapi.json", "/collective_rpc", "/scale_elastic_ep", "/reset_prefix_cache", "/invocations", "/ping",
+          "/server_info", "/v1/responses/resp_1", "/update_weights", "/pause", "/load"]  # fmt: skip
+
+
+@pytest.mark.parametrize("route", CLOSED)
+def test_administration_is_closed_until_a_setting_opens_it(route: str) -> None:
+    job = {"id": "1", "input": {"openai_route": route, "openai_input": {}}}
+
+    with pytest.raises(ClosedRouteError, match=r"is not open to jobs\. Open are .*; ALLOWED_ROUTES"):
+        parse(job, 2048)
+    assert parse(job, 2048, SERVING | {route}).path == route
+
+
+# Each piece is how somebody might try to write a route that is closed as something else.
+PIECES = st.sampled_from(
+    [*CLOSED, *SERVING, "/", "//", ".", "..", "/..", "/./", "%2e", "%2E%2E", "%2f", "%00", "?", "?x=/metrics", "#", ";",
+     "\\", "@host", "http://host", "https:", ":8000", " ", "\t", "\n", "METRICS", "Sleep", "V1", "\u2025", "/"]
+)  # fmt: skip
+
+
+@given(st.lists(PIECES, max_size=5).map("".join) | st.text(max_size=30), st.sampled_from(["openai_route", "route"]))
+def test_no_spelling_reaches_a_closed_route(route: str, field: str) -> None:
+    """What is called is a route of the list, letter by letter: nothing is left for vLLM's router to make out."""
+    for more in ({}, {"openai_input": {}} if field == "openai_route" else {"body": {"a": 1}}):
+        try:
+            request = request_of({field: route, **more})
+        except JobError:
+            continue
+        assert request.path in SERVING
+        assert route.partition("?")[0] == request.path

@@ -26,33 +26,48 @@ def test_every_setting_has_a_default() -> None:
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MODEL_NAME", "org/model")
-    monkeypatch.setenv("SERVED_MODEL_NAME", "a, b,")
     monkeypatch.setenv("MAX_CONCURRENCY", "8")
-    monkeypatch.setenv("MAX_MODEL_LEN", "16k")
-    monkeypatch.setenv("ENFORCE_EAGER", "true")
-    monkeypatch.setenv("QUANTIZATION", "")
+    monkeypatch.setenv("ALLOWED_ROUTES", "/metrics, /sleep,")
+    monkeypatch.setenv("LOG_JOB_INPUTS", "true")
+    monkeypatch.setenv("BATCH_INTERVAL_MS", "")
     monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://queue/")
 
     settings = Settings.read()
 
-    assert (settings.model_name, settings.served_model_name) == ("org/model", ["a", "b"])
-    assert (settings.max_concurrency, settings.max_model_len, settings.enforce_eager) == (8, "16k", True)
-    assert settings.quantization is None
+    assert (settings.max_concurrency, settings.batch_interval_ms, settings.log_job_inputs) == (8, 20, True)
+    assert settings.allowed_routes == {"/metrics", "/sleep"}
     assert settings.on_platform
+
+
+def test_settings_of_the_image_give_way_to_the_environments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    baked = tmp_path / "settings.json"
+    baked.write_text('{"MAX_CONCURRENCY": 4, "drain_timeout_s": 7, "BATCH_INTERVAL_MS": null}')
+    monkeypatch.setenv("BAKED_SETTINGS_FILE", str(baked))
+    monkeypatch.setenv("MAX_CONCURRENCY", "8")
+
+    settings = Settings.read()
+
+    assert (settings.max_concurrency, settings.drain_timeout_s, settings.batch_interval_ms) == (8, 7, 20)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "1"])
+def test_settings_of_the_image_that_are_no_json_object_stop_the_start(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    baked = tmp_path / "settings.json"
+    baked.write_text(text)
+    monkeypatch.setenv("BAKED_SETTINGS_FILE", str(baked))
+
+    with pytest.raises(ConfigurationError, match=r"settings\.json is not a JSON"):
+        Settings.read()
 
 
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("DTYPE", "float8", "`auto`, `half`, `float16`"),
-        ("MAX_MODEL_LEN", "-4", "such as `8192`, `16k`, `auto`"),
-        ("MAX_MODEL_LEN", "lots", "such as `8192`, `16k`, `auto`"),
-        ("GPU_MEMORY_UTILIZATION", "1.5", "a number above 0 to 1"),
-        ("GPU_MEMORY_UTILIZATION", "most", "a number above 0 to 1"),
-        ("TENSOR_PARALLEL_SIZE", "0", "a whole number above 0"),
-        ("TENSOR_PARALLEL_SIZE", "1.5", "a whole number above 0"),
-        ("ENFORCE_EAGER", "perhaps", "`true` or `false`"),
+        ("DRAIN_TIMEOUT_S", "soon", "a number from 0"),
+        ("JOB_TIMEOUT_S", "0", "a number above 0"),
+        ("LOG_JOB_INPUTS", "perhaps", "`true` or `false`"),
         ("MAX_CONCURRENCY", "many", "a whole number above 0 or `auto`"),
         ("BATCH_INTERVAL_MS", "-1", "a whole number from 0 to 10000"),
     ],
@@ -70,22 +85,25 @@ def test_a_bad_value_names_the_variable_the_value_and_what_is_allowed(
 
 
 def test_all_bad_values_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DTYPE", "x")
-    monkeypatch.setenv("TENSOR_PARALLEL_SIZE", "x")
+    monkeypatch.setenv("MAX_CONCURRENCY", "x")
+    monkeypatch.setenv("BATCH_INTERVAL_MS", "x")
 
     with pytest.raises(ConfigurationError) as caught:
         Settings.read()
 
-    assert [line.partition("=")[0] for line in str(caught.value).splitlines()] == ["DTYPE", "TENSOR_PARALLEL_SIZE"]
+    assert [line.partition("=")[0] for line in str(caught.value).splitlines()] == [
+        "MAX_CONCURRENCY",
+        "BATCH_INTERVAL_MS",
+    ]
 
 
 def test_a_secret_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
-    monkeypatch.setenv("DTYPE", "x")
+    monkeypatch.setenv("MAX_CONCURRENCY", "x")
 
     with pytest.raises(ConfigurationError) as caught:
         Settings.read()
-    monkeypatch.delenv("DTYPE")
+    monkeypatch.delenv("MAX_CONCURRENCY")
 
     assert "verysecret" not in f"{caught.value} {Settings.read()!r} {Settings.read().model_dump_json()}"
 

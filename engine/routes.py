@@ -1,0 +1,37 @@
+"""The routes of vLLM's app that a job may call: those that serve a request, and no administration.
+
+Sleeping, LoRA loading, profiling, scaling, aborting other requests, metrics and the docs are closed, unless
+`ALLOWED_ROUTES` opens them. What the loaded model or this vLLM does not have, vLLM itself answers with 404.
+"""
+
+from __future__ import annotations
+
+SERVING = frozenset(
+    {
+        "/classify",
+        "/cohere/v2/chat",
+        "/detokenize",
+        "/generative_scoring",
+        "/health",
+        "/pooling",
+        "/rerank",
+        "/score",
+        "/tokenize",
+        "/tokenizer_info",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/models",
+        "/v1/rerank",
+        "/v1/responses",
+        "/v1/score",
+        "/v2/embed",
+        "/v2/rerank",
+        "/version",
+    }
+)

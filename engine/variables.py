@@ -1,0 +1,60 @@
+"""The variables that settings are given by: the environment's, over those that the image was built with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigurationError
+
+BAKED_SETTINGS_FILE = Path("/workspace/vllm/settings.json")
+ENVIRONMENT = "environment"
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A value as it was written, and where."""
+
+    value: str
+    source: str
+
+
+def read(environment: Mapping[str, str] = os.environ) -> dict[str, Variable]:
+    """All variables by their name in capitals; an empty one counts as not set.
+
+    `BAKED_SETTINGS_FILE` is a JSON object of variables and values: `{"MAX_MODEL_LEN": 8192}`.
+
+    Raises:
+        ConfigurationError: the image's file cannot be read.
+    """
+    file = Path(environment.get("BAKED_SETTINGS_FILE") or BAKED_SETTINGS_FILE)
+    baked = {name.upper(): Variable(as_text(value), str(file)) for name, value in _baked(file).items()}
+    own = {name.upper(): Variable(value.strip(), ENVIRONMENT) for name, value in environment.items()}
+    return {name: variable for name, variable in {**baked, **_set(own)}.items() if variable.value}
+
+
+def as_text(value: Any) -> str:
+    """A value of JSON or YAML as it would be written in a variable; nothing for null."""
+    if value is None:
+        return ""
+    return value.strip() if isinstance(value, str) else json.dumps(value)
+
+
+def _set(variables: dict[str, Variable]) -> dict[str, Variable]:
+    return {name: variable for name, variable in variables.items() if variable.value}
+
+
+def _baked(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{file} is not a JSON file: {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigurationError(f'{file} is not a JSON object of variables, as in {{"MAX_MODEL_LEN": 8192}}')
+    return document

@@ -1,0 +1,305 @@
+"""VLLM's flags: what a variable says is what vLLM's configuration becomes, and a mistake is told in a line."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import models, server, variables
+from engine.errors import ConfigurationError
+from engine.flags import NOT_OURS, RETIRED, Flags
+from engine.settings import Settings
+
+# Importing vLLM and torch warns of their own deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+EFFECTIVE: list[tuple[dict[str, str], str, Any]] = [
+    # Numbers.
+    ({"MAX_MODEL_LEN": "1024"}, "model_config.max_model_len", 1024),
+    ({"MAX_MODEL_LEN": "1k"}, "model_config.max_model_len", 1000),
+    ({"MAX_MODEL_LEN": "1K"}, "model_config.max_model_len", 1024),
+    ({"MAX_NUM_SEQS": "7"}, "scheduler_config.max_num_seqs", 7),
+    ({"MAX_NUM_BATCHED_TOKENS": "4k"}, "scheduler_config.max_num_batched_tokens", 4000),
+    ({"MAX_NUM_BATCHED_TOKENS": "0", "MAX_NUM_SEQS": "9"}, "scheduler_config.max_num_seqs", 9),
+    ({"SEED": "11"}, "model_config.seed", 11),
+    ({"MAX_LOGPROBS": "3"}, "model_config.max_logprobs", 3),
+    ({"BLOCK_SIZE": "32"}, "cache_config.block_size", 32),
+    ({"GPU_MEMORY_UTILIZATION": "0.5"}, "cache_config.gpu_memory_utilization", 0.5),
+    ({"KV_CACHE_MEMORY_BYTES": "500M"}, "cache_config.kv_cache_memory_bytes", 500 << 20),
+    ({"NUM_GPU_BLOCKS_OVERRIDE": "64"}, "cache_config.num_gpu_blocks_override", 64),
+    ({"LONG_PREFILL_TOKEN_THRESHOLD": "100"}, "scheduler_config.long_prefill_token_threshold", 100),
+    ({"STREAM_INTERVAL": "4"}, "scheduler_config.stream_interval", 4),
+    ({"MM_PROCESSOR_CACHE_GB": "1.5"}, "model_config.multimodal_config", None),
+    # Booleans, in each way of writing, on and off.
+    ({"ENABLE_PREFIX_CACHING": "false"}, "cache_config.enable_prefix_caching", False),
+    ({"ENABLE_PREFIX_CACHING": "1"}, "cache_config.enable_prefix_caching", True),
+    ({"ENABLE_CHUNKED_PREFILL": "True"}, "scheduler_config.enable_chunked_prefill", True),
+    ({"ENFORCE_EAGER": "false"}, "model_config.enforce_eager", False),
+    ({"ENFORCE_EAGER": "on"}, "model_config.enforce_eager", True),
+    ({"TRUST_REMOTE_CODE": "yes"}, "model_config.trust_remote_code", True),
+    ({"SKIP_TOKENIZER_INIT": "true"}, "model_config.skip_tokenizer_init", True),
+    ({"DISABLE_SLIDING_WINDOW": "TRUE"}, "model_config.disable_sliding_window", True),
+    ({"ENABLE_PROMPT_EMBEDS": "true"}, "model_config.enable_prompt_embeds", True),
+    ({"ASYNC_SCHEDULING": "no"}, "scheduler_config.async_scheduling", False),
+    ({"USE_TQDM_ON_LOAD": "off"}, "load_config.use_tqdm_on_load", False),
+    # One of several words.
+    ({"DTYPE": "float32"}, "model_config.dtype", "torch.float32"),
+    ({"LOAD_FORMAT": "dummy"}, "load_config.load_format", "dummy"),
+    ({"RUNNER": "pooling", "CONVERT": "embed"}, "model_config.runner_type", "pooling"),
+    ({"TOKENIZER_MODE": "slow"}, "model_config.tokenizer_mode", "slow"),
+    ({"SCHEDULING_POLICY": "priority"}, "scheduler_config.policy", "priority"),
+    ({"LOGPROBS_MODE": "processed_logprobs"}, "model_config.logprobs_mode", "processed_logprobs"),
+    ({"PREFIX_CACHING_HASH_ALGO": "sha256_cbor"}, "cache_config.prefix_caching_hash_algo", "sha256_cbor"),
+    ({"GENERATION_CONFIG": "vllm"}, "model_config.generation_config", "vllm"),
+    ({"MODEL_IMPL": "transformers"}, "model_config.model_impl", "transformers"),
+    # JSON.
+    (
+        {"SPECULATIVE_CONFIG": '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'},
+        "speculative_config.num_speculative_tokens",
+        2,
+    ),
+    ({"HF_OVERRIDES": '{"rope_theta": 20000}'}, "model_config.hf_config.rope_theta", 20000),
+    (
+        {"OVERRIDE_GENERATION_CONFIG": '{"max_new_tokens": 512}'},
+        "model_config.override_generation_config",
+        {"max_new_tokens": 512},
+    ),
+    (
+        {"STRUCTURED_OUTPUTS_CONFIG": '{"backend": "guidance"}'},
+        "structured_outputs_config.backend",
+        "guidance",
+    ),
+    ({"COMPILATION_CONFIG": '{"cudagraph_mode": "NONE"}'}, "compilation_config.cudagraph_mode.name", "NONE"),
+    ({"ADDITIONAL_CONFIG": '{"mine": [1, 2]}'}, "additional_config", {"mine": [1, 2]}),
+    # Lists.
+    ({"IGNORE_PATTERNS": '["a/*", "b/*"]'}, "load_config.ignore_patterns", ["a/*", "b/*"]),
+    ({"IGNORE_PATTERNS": "a/*,b/*"}, "load_config.ignore_patterns", ["a/*", "b/*"]),
+    ({"LOGITS_PROCESSORS": "one:A two:B"}, "model_config.logits_processors", ["one:A", "two:B"]),
+    # LoRA.
+    ({"ENABLE_LORA": "true", "MAX_LORAS": "3"}, "lora_config.max_loras", 3),
+    ({"ENABLE_LORA": "true", "MAX_LORA_RANK": "64"}, "lora_config.max_lora_rank", 64),
+    # Names of worker-vllm, and arguments as on a command line.
+    ({"TOKENIZER_NAME": "/a/tokenizer", "SKIP_TOKENIZER_INIT": "1"}, "model_config.tokenizer", "/a/tokenizer"),
+    ({"MODEL_REVISION": "abc"}, "model_config.revision", "abc"),
+    ({"VLLM_EXTRA_ARGS": "--max-num-seqs 3 --seed=5"}, "scheduler_config.max_num_seqs", 3),
+    ({"VLLM_EXTRA_ARGS": "--max_num_seqs 3"}, "scheduler_config.max_num_seqs", 3),
+    ({"VLLM_EXTRA_ARGS": "-tp 1 --no-enable-prefix-caching"}, "cache_config.enable_prefix_caching", False),
+    (
+        {"VLLM_EXTRA_ARGS": "--compilation-config.cudagraph_mode NONE --compilation-config.mode 0"},
+        "compilation_config.mode.name",
+        "NONE",
+    ),
+]
+
+SERVED: list[tuple[dict[str, str], str, Any]] = [
+    ({"TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": "true"}, "tool_call_parser", "hermes"),
+    ({"CUSTOM_CHAT_TEMPLATE": "{{ messages }}"}, "chat_template", "{{ messages }}"),
+    ({"CHAT_TEMPLATE_CONTENT_FORMAT": "openai"}, "chat_template_content_format", "openai"),
+    ({"RESPONSE_ROLE": "bot"}, "response_role", "bot"),
+    ({"ENABLE_FORCE_INCLUDE_USAGE": "1"}, "enable_force_include_usage", True),
+    ({"DISABLE_LOG_STATS": "false"}, "disable_log_stats", False),
+    ({"DISABLE_LOG_STATS": "true"}, "disable_log_stats", True),
+    ({"DEFAULT_CHAT_TEMPLATE_KWARGS": '{"a": true}'}, "default_chat_template_kwargs", {"a": True}),
+    ({"MIDDLEWARE": "one.A,two.B"}, "middleware", ["one.A", "two.B"]),
+    ({"ENABLE_LOG_REQUESTS": "false"}, "enable_log_requests", False),
+    ({"ALLOWED_MEDIA_DOMAINS": "a.org, b.org"}, "allowed_media_domains", ["a.org", "b.org"]),
+]
+
+
+def flags_of(given: Mapping[str, str], tmp_path: Path | None = None) -> Flags:
+    """The flags of an environment, in which the baked settings are in `tmp_path`."""
+    baked = {"BAKED_SETTINGS_FILE": str(tmp_path / "settings.json")} if tmp_path else {}
+    flags = server.flags()
+    flags.read(variables.read({**given, **baked}), [name.upper() for name in Settings.model_fields])
+    return flags
+
+
+@pytest.mark.parametrize(("given", "path", "value"), EFFECTIVE, ids=lambda part: "" if part == {} else str(part)[:60])
+def test_a_variable_becomes_vllms_configuration(given: dict[str, str], path: str, value: Any, tiny_model: str) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    args = server.parse(flags_of(given), models.Model(tiny_model, ("tiny",)))
+    effective = operator.attrgetter(path)(AsyncEngineArgs.from_cli_args(args).create_engine_config())
+
+    assert effective == value or str(effective) == value
+
+
+@pytest.mark.parametrize(("given", "name", "value"), SERVED, ids=lambda part: str(part)[:60])
+def test_a_variable_becomes_what_vllms_app_is_told(
+    given: dict[str, str], name: str, value: Any, tiny_model: str
+) -> None:
+    args = server.parse(flags_of(given), models.Model(tiny_model, ("tiny",)))
+
+    assert getattr(args, name) == value
+
+
+def test_adapters_are_given_as_json_or_as_names_and_paths() -> None:
+    as_json = flags_of({"LORA_MODULES": '[{"name": "a", "path": "/x"}, {"name": "b", "path": "org/b"}]'})
+    as_words = flags_of({"LORA_MODULES": "a=/x b=org/b"})
+
+    assert [(one.name, one.path) for one in as_json.value("lora_modules")] == [("a", "/x"), ("b", "org/b")]
+    assert as_words.value("lora_modules") == as_json.value("lora_modules")
+
+
+MISTAKES: list[tuple[dict[str, str], str]] = [
+    ({"MAX_NUM_SEQS": "many"}, "MAX_NUM_SEQS='many' (environment) is not allowed: invalid int value: 'many'"),
+    ({"MAX_MODEL_LEN": "lots"}, "MAX_MODEL_LEN='lots' (environment) is not allowed"),
+    ({"MAX_MODEL_LEN": "25.6K"}, "Decimals are not allowed with binary suffixes like K. Did you mean to use 25.6k"),
+    ({"DTYPE": "float9"}, "DTYPE='float9' (environment) is not allowed: invalid choice: 'float9' (choose from 'auto'"),
+    ({"ENFORCE_EAGER": "perhaps"}, "ENFORCE_EAGER='perhaps' (environment) is not allowed: it is `true` or `false`"),
+    ({"GPU_MEMORY_UTILIZATION": "most"}, "GPU_MEMORY_UTILIZATION='most' (environment) is not allowed: invalid float"),
+    ({"SPECULATIVE_CONFIG": "{method: ngram"}, "SPECULATIVE_CONFIG='{method: ngram' (environment) is not allowed"),
+    ({"LORA_MODULES": '[{"name": "a"'}, 'LORA_MODULES=\'[{"name": "a"\' (environment) is not allowed: it is not JSON'),
+    ({"LORA_MODULES": "adapter"}, "LORA_MODULES='adapter' (environment) is not allowed"),
+    ({"TENSOR_PARALLEL_SIZE": "1.5"}, "TENSOR_PARALLEL_SIZE='1.5' (environment) is not allowed: invalid int value"),
+    ({"CUDAGRAPH_CAPTURE_SIZES": "1 two"}, "CUDAGRAPH_CAPTURE_SIZES='1 two' (environment) is not allowed"),
+    ({"MODEL_REVISION": "a", "SEED": "x"}, "SEED='x' (environment) is not allowed: invalid int value: 'x'"),
+    (
+        {"VLLM_EXTRA_ARGS": "--max-num-seq 3"},
+        "has '--max-num-seq', which is not a flag of vLLM: did you mean --max-num-",
+    ),
+    ({"VLLM_EXTRA_ARGS": "--seed x"}, "VLLM_EXTRA_ARGS has '--seed x', which is not allowed: invalid int value: 'x'"),
+    ({"VLLM_EXTRA_ARGS": "'--seed"}, "VLLM_EXTRA_ARGS cannot be split into arguments: No closing quotation"),
+    ({"VLLM_EXTRA_ARGS": "serve --seed 1"}, "VLLM_EXTRA_ARGS has 'serve', which is not a flag of vLLM"),
+    ({"VLLM_CONFIG_FILE": "/nowhere.yaml"}, "VLLM_CONFIG_FILE='/nowhere.yaml' cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), MISTAKES, ids=lambda part: str(part)[:50])
+def test_a_mistake_is_told_in_one_line(given: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        flags_of(given)
+
+    (line,) = str(caught.value).splitlines()
+    assert said in line
+
+
+def test_flags_that_do_not_go_together_are_vllms_to_refuse(tiny_model: str) -> None:
+    with pytest.raises(ConfigurationError, match="--enable-auto-tool-choice requires --tool-call-parser"):
+        server.parse(flags_of({"ENABLE_AUTO_TOOL_CHOICE": "true"}), models.Model(tiny_model, ("tiny",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("MAX_MODEL_LENGTH", "MAX_MODEL_LEN"),
+        ("MODEL_NAMES", "MODEL_NAME"),
+        ("TENSOR_PARALEL_SIZE", "TENSOR_PARALLEL_SIZE"),
+        ("GPU_MEMORY_UTILISATION", "GPU_MEMORY_UTILIZATION"),
+        ("ENABLE_PREFIX_CACHE", "ENABLE_PREFIX_CACHING"),
+        ("DRAIN_TIMEOUT", "DRAIN_TIMEOUT_S"),
+        ("MAX_CONCURENCY", "MAX_CONCURRENCY"),
+    ],
+)
+def test_a_misspelt_variable_is_told_with_a_suggestion(name: str, meant: str, caplog: pytest.LogCaptureFixture) -> None:
+    flags_of({name: "1"})
+
+    assert caplog.messages == [f"{name} is set (environment), and there is no such setting: did you mean {meant}?"]
+
+
+def test_variables_that_are_not_ours_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    others = [
+        "HOME",
+        "PATH",
+        "HOST",
+        "PORT",
+        "HOSTNAME",
+        "CONFIG",
+        "RUNPOD_POD_ID",
+        "VLLM_USE_V1",
+        "HF_HOME",
+        "LOG_LEVEL",
+    ]
+
+    flags = flags_of(dict.fromkeys(others, "x"))
+
+    assert flags.given == {}
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("name", [*RETIRED, "OPENAI_SERVED_MODEL_NAME_OVERRIDE", "CUSTOM_CHAT_TEMPLATE"])
+def test_an_old_name_is_told_with_its_successor(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    flags_of({name: "1"})
+
+    (message,) = caplog.messages
+    assert message.startswith((f"{name} is ignored: ", f"{name} is an old name: use "))
+    if " use " in message:
+        successor = message.partition(" use ")[2].split()[0].strip(":;").partition("=")[0]
+        assert successor in {*(dest.upper() for dest in server.flags().actions), "BATCH_INTERVAL_MS", "JOB_TIMEOUT_S"}
+
+
+def test_no_old_name_is_a_flag_of_this_vllm() -> None:
+    assert {name for name in RETIRED if name.lower() in server.flags().actions} == set()
+    assert {
+        name for name in NOT_OURS if name not in {action.dest for action in server.flags().parser._actions}
+    } == set()
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    """Defaults, the image's settings, the config file, the environment, extra arguments."""
+    file = tmp_path / "vllm.yaml"
+    steps: list[tuple[dict[str, str], tuple[int | None, str | None]]] = [
+        ({}, (None, None)),
+        ({"settings.json": '{"MAX_NUM_SEQS": 1}'}, (1, str(tmp_path / "settings.json"))),
+        ({"VLLM_CONFIG_FILE": str(file)}, (2, str(file))),
+        ({"MAX_NUM_SEQS": "3"}, (3, "environment")),
+        ({"VLLM_EXTRA_ARGS": "--max-num-seqs 4"}, (4, "VLLM_EXTRA_ARGS")),
+    ]
+    file.write_text("max-num-seqs: 2\nenforce_eager: true\nhf-overrides: {rope_theta: 5}\n")
+    environment: dict[str, str] = {}
+    for step, (value, source) in steps:
+        if "settings.json" in step:
+            (tmp_path / "settings.json").write_text(step["settings.json"])
+        else:
+            environment |= step
+        flags = flags_of(environment, tmp_path)
+
+        given = flags.given.get("max_num_seqs")
+        assert (flags.value("max_num_seqs"), given and given.source) == (value, source)
+    assert (flags.value("enforce_eager"), flags.value("hf_overrides")) == (True, {"rope_theta": 5})
+
+
+def test_a_variable_of_the_image_is_overridden_by_its_other_name_in_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps({"MODEL_NAME": "baked", "SERVED_MODEL_NAME": ["a", "b"]}))
+
+    assert flags_of({}, tmp_path).value("model") == "baked"
+    assert flags_of({}, tmp_path).value("served_model_name") == ["a", "b"]
+    assert flags_of({"MODEL_NAME": "own"}, tmp_path).value("model") == "own"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max-num-sequ: 2", "max-num-sequ in {} is not a flag of vLLM: did you mean --max-num-seqs?"),
+        ("- a", "VLLM_CONFIG_FILE='{}' does not hold flags and values"),
+        ("a: [", "VLLM_CONFIG_FILE='{}' cannot be read"),
+        ("seed: x", "seed='x' ({}) is not allowed: invalid int value"),
+    ],
+)
+def test_a_mistake_in_the_config_file_is_told(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text(text)
+
+    with pytest.raises(ConfigurationError) as caught:
+        flags_of({"VLLM_CONFIG_FILE": str(file)})
+
+    assert said.format(file) in str(caught.value)
+
+
+def test_a_token_is_shown_in_no_error() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        flags_of({"VLLM_EXTRA_ARGS": "--hf-tokn=hf_verysecret --seed hf_verysecret"})
+
+    assert "verysecret" not in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        flags_of({"SEED": "x", "DTYPE": "y", "VLLM_EXTRA_ARGS": "--sed 1"})
+
+    assert len(str(caught.value).splitlines()) == 3

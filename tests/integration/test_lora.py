@@ -1,0 +1,108 @@
+"""Adapters: each is a model name, whether it was named at the start or is first named by a job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from builder.tiny_corpus import example
+from tests.integration.conftest import START_S
+from tests.job_queue import JobQueue, serving
+from tests.processes import VLLM_ENVIRONMENT, Process, running
+
+RANK = 8
+
+
+def write_adapter(folder: Path, model: Path, seed: int) -> None:
+    """An adapter as PEFT writes it, whose weights turn every answer into another."""
+    config = json.loads((model / "config.json").read_text())
+    size = config["hidden_size"]
+    random = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.o_proj.lora_{half}.weight": torch.randn(
+            shape, generator=random, dtype=torch.float32
+        )
+        for layer in range(config["num_hidden_layers"])
+        for half, shape in (("A", (RANK, size)), ("B", (size, RANK)))
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    adapter = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(model),
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": ["o_proj"],
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+
+
+@pytest.fixture(scope="module")
+def queue() -> Iterator[JobQueue]:
+    with serving() as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def lora_worker(queue: JobQueue, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    folder = tmp_path_factory.mktemp("adapters")
+    write_adapter(folder / "named-at-start", Path(tiny_model), 1)
+    write_adapter(folder / "on-demand" / "named-by-a-job", Path(tiny_model), 2)
+    flags = {
+        "MODEL_NAME": tiny_model,
+        "SERVED_MODEL_NAME": "tiny",
+        "ENABLE_LORA": "true",
+        "MAX_LORA_RANK": str(RANK),
+        "MAX_LORAS": "2",
+        "LORA_MODULES": json.dumps([{"name": "named-at-start", "path": str(folder / "named-at-start")}]),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
+        "VLLM_LORA_RESOLVER_CACHE_DIR": str(folder / "on-demand"),
+    }
+    with running(["handler.py"], {**VLLM_ENVIRONMENT, **queue.environment, **flags}, folder / "log") as process:
+        process.wait_for(queue.has_worker, START_S)
+        yield process
+
+
+def chat(queue: JobQueue, model: str) -> dict[str, Any]:
+    asked = {"model": model, "messages": example("ok").messages, "temperature": 0, "max_tokens": 20}
+    (answer,) = queue.run({"openai_route": "/v1/chat/completions", "openai_input": asked}).wait()
+    said: dict[str, Any] = answer
+    return said
+
+
+@pytest.mark.usefixtures("lora_worker")
+def test_each_adapter_is_a_model_with_answers_of_its_own(queue: JobQueue) -> None:
+    answers = {name: chat(queue, name) for name in ("tiny", "named-at-start", "named-by-a-job")}
+
+    assert {name: answer["model"] for name, answer in answers.items()} == {name: name for name in answers}
+    said = {answer["choices"][0]["message"]["content"] for answer in answers.values()}
+    assert len(said) == 3
+    assert example("ok").answer in said
+    (models,) = queue.run({"openai_route": "/v1/models"}).wait()
+    assert {"tiny", "named-at-start", "named-by-a-job"} <= {model["id"] for model in models["data"]}
+
+
+@pytest.mark.usefixtures("lora_worker")
+def test_an_adapter_that_is_nowhere_is_not_found(queue: JobQueue) -> None:
+    asked = {"model": "named-nowhere", "messages": example("ok").messages}
+
+    error = queue.run({"openai_route": "/v1/chat/completions", "openai_input": asked}).error()
+
+    assert (error["status"], error["error"]["code"]) == (404, 404)
+
+
+@pytest.mark.usefixtures("lora_worker")
+def test_the_route_that_loads_adapters_stays_closed(queue: JobQueue) -> None:
+    asked = {"lora_name": "x", "lora_path": "/x"}
+
+    error = queue.run({"openai_route": "/v1/load_lora_adapter", "openai_input": asked}).error()
+
+    assert (error["status"], error["error"]["type"]) == (403, "PermissionDeniedError")
