@@ -102,12 +102,13 @@ def test_a_worker_that_is_told_to_stop_lets_short_jobs_end_and_long_ones_be_retr
     assert alive == []
 
 
-def test_each_job_is_one_line_of_the_log_with_its_figures(worker: Process, job_queue: JobQueue) -> None:
+def test_a_jobs_start_and_end_are_a_line_of_the_log_each(worker: Process, job_queue: JobQueue) -> None:
     job = job_queue.run({**GOOD, "stream": True})
-    worker.wait_for(lambda: f'"job": "{job.id}"' in worker.log)  # it comes after the result
+    worker.wait_for(lambda: worker.log.count(f'"job": "{job.id}"') == 2)  # the second comes after the result
 
-    (line,) = re.findall(rf'.*"job": "{job.id}".*', worker.log)
-    assert '"status": "completed", "tokens_in": 22, "tokens_out": 3' in line
+    start, end = re.findall(rf'.*"job": "{job.id}".*', worker.log)
+    assert start.endswith('"route": "native", "status": "started"}')
+    assert '"status": "completed", "tokens_in": 22, "tokens_out": 3' in end
 
 
 def test_a_start_without_the_memory_it_needs_says_what_would_fit(tiny_model: str, tmp_path: Path) -> None:

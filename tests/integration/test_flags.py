@@ -14,6 +14,7 @@ from engine import models, server, variables
 from engine.errors import ConfigurationError
 from engine.flags import NOT_OURS, RETIRED, Flags
 from engine.settings import Settings
+from tests.processes import VLLM_ENVIRONMENT, running
 
 # Importing vLLM and torch warns of their own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -303,3 +304,38 @@ def test_all_mistakes_are_told_at_once() -> None:
         flags_of({"SEED": "x", "DTYPE": "y", "VLLM_EXTRA_ARGS": "--sed 1"})
 
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_the_effective_configuration_is_printed_with_its_sources_and_without_secrets(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.json").write_text('{"SERVED_MODEL_NAME": "baked", "DRAIN_TIMEOUT_S": 7}')
+    environment = {
+        **VLLM_ENVIRONMENT,
+        "BAKED_SETTINGS_FILE": str(tmp_path / "settings.json"),
+        "MODEL_NAME": tiny_model,
+        "MAX_MODEL_LEN": "1k",
+        "HF_TOKEN": "hf_verysecret",
+        "VLLM_EXTRA_ARGS": "--max-num-seqs 4 --hf-token hf_alsosecret",
+        "KV_TRANSFER_CONFIG": "",
+        "BATCH_SIZE_GROWTH_FACTOR": "3",
+    }
+
+    with running(["handler.py", "--print-config"], environment, tmp_path / "log") as process:
+        assert process.popen.wait(60) == 0
+        lines = process.log.splitlines()
+
+    for line in [
+        f"DRAIN_TIMEOUT_S=7.0  ({tmp_path / 'settings.json'})",
+        "BATCH_INTERVAL_MS=20  (default)",
+        "HF_TOKEN=(hidden)  (environment)",
+        f"MODEL={tiny_model}  (environment, MODEL_NAME)",
+        f"SERVED_MODEL_NAME=('baked', '{tiny_model}')  ({tmp_path / 'settings.json'})",
+        "MAX_MODEL_LEN=1000  (environment)",
+        "MAX_NUM_SEQS=4  (VLLM_EXTRA_ARGS)",
+        "ENFORCE_EAGER=True  (worker's default)",
+        "SEED=0  (default)",
+    ]:
+        assert line in lines
+    assert "secret" not in process.log.replace("without secrets", "")
+    assert any("BATCH_SIZE_GROWTH_FACTOR is ignored: use BATCH_INTERVAL_MS" in line for line in lines)

@@ -68,6 +68,12 @@ def test_a_job_without_a_model_name_is_answered_by_the_model_that_is_served(job_
     assert (output["model"], output["choices"][0]["message"]["content"]) == ("tiny", "OK")
 
 
+def test_the_model_answers_to_its_directory_too_and_says_its_first_name(job_queue: JobQueue, tiny_model: str) -> None:
+    (answer,) = job_queue.run({**GOOD, "model": tiny_model}).wait()
+
+    assert answer["model"] == "tiny"
+
+
 def test_the_status_of_a_streamed_job_holds_the_whole_answer(job_queue: JobQueue) -> None:
     job = job_queue.run({**GOOD, "stream": True})
 
