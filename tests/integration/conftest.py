@@ -16,6 +16,16 @@ from tests.processes import ROOT, VLLM_ENVIRONMENT, Process, running
 
 START_S = 240.0
 
+# Flags of vLLM, as the worker takes them: what lets all kinds of requests be compared, and changes no other answer.
+# A model that thinks in plain words and a shape that holds in its thoughts too let a model be led to any answer.
+FLAGS = {
+    "ENABLE_AUTO_TOOL_CHOICE": "true",
+    "TOOL_CALL_PARSER": "hermes",
+    "REASONING_PARSER": "granite",
+    "STRUCTURED_OUTPUTS_CONFIG": '{"enable_in_reasoning": true}',
+    "ENABLE_TOKENIZER_INFO_ENDPOINT": "true",
+}
+
 
 @pytest.fixture(scope="session")
 def tiny_model() -> str:
@@ -35,6 +45,7 @@ def worker(job_queue: JobQueue, tiny_model: str, tmp_path_factory: pytest.TempPa
     """`python handler.py` on the queue, with the stock SDK and the real engine, ready for jobs."""
     environment = {
         **VLLM_ENVIRONMENT,
+        **FLAGS,
         **job_queue.environment,
         "MODEL_NAME": tiny_model,
         "SERVED_MODEL_NAME": "tiny",
@@ -53,6 +64,9 @@ def vllm_alone(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
         port = free.getsockname()[1]
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"]
     arguments += [f"--model={tiny_model}", "--served-model-name", "tiny", tiny_model]
+    for name, value in FLAGS.items():
+        flag = "--" + name.lower().replace("_", "-")
+        arguments += [flag] if value == "true" else [flag, value]
     log = tmp_path_factory.mktemp("vllm") / "log"
     with (
         running(arguments, VLLM_ENVIRONMENT, log) as process,

@@ -1,0 +1,113 @@
+"""What comes out of the queue of a pooling model is what the same app, in the same process, answers over HTTP."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from tests.integration.conftest import START_S
+from tests.integration.parity import Both, plain
+from tests.integration.parity_cases import CLASSIFIED, EMBEDDED, NOT_CLASSIFIED, NOT_EMBEDDED, embedding
+from tests.job_queue import serving
+from tests.processes import VLLM_ENVIRONMENT, running
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CLASSES = 3
+
+
+@pytest.fixture(scope="module")
+def embedding_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    with _served(tiny_model, {"CONVERT": "embed"}, tmp_path_factory.mktemp("embedding") / "log") as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    folder = tmp_path_factory.mktemp("classifier")
+    with _served(_with_head(Path(tiny_model), folder / "model"), {}, folder / "log") as both:
+        yield both
+
+
+@contextmanager
+def _served(model: str, more: Mapping[str, str], log: Path) -> Iterator[Both]:
+    """One worker of a pooling model, asked both ways."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with serving() as queue, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        environment = {**VLLM_ENVIRONMENT, **queue.environment, **more, "HTTP_PORT": str(port)}
+        environment |= {"MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny", "RUNNER": "pooling"}
+        with running(["-m", "tests.served_worker"], environment, log) as process:
+            process.wait_for(queue.has_worker, START_S)
+            yield Both(queue, client)
+
+
+def _with_head(model: Path, folder: Path) -> str:
+    """A copy of the model with a head of classes: their weights are rows of its embedding."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Phi3ForSequenceClassification"]}
+    config |= {"id2label": {str(n): f"class {n}" for n in range(CLASSES)}}
+    config |= {"label2id": {f"class {n}": n for n in range(CLASSES)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    weights["score.weight"] = weights["lm_head.weight"][40 : 40 + CLASSES].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_an_embedding_model_answers_as_vllm_does(name: str, embedding_model: Both) -> None:
+    queued, direct = embedding_model.queued(EMBEDDED[name]), embedding_model.direct(EMBEDDED[name])
+
+    assert direct.status == queued.status == HTTPStatus.OK
+    assert plain(queued.body) == plain(direct.body)
+
+
+@pytest.mark.parametrize("name", NOT_EMBEDDED)
+def test_an_embedding_model_refuses_as_vllm_does(name: str, embedding_model: Both) -> None:
+    queued, direct = embedding_model.queued(NOT_EMBEDDED[name]), embedding_model.direct(NOT_EMBEDDED[name])
+
+    assert queued == direct
+    assert direct.status >= HTTPStatus.BAD_REQUEST
+
+
+@pytest.mark.parametrize("form", ["bytes", "bytes_only"])
+def test_an_embedding_in_bytes_is_refused_by_the_worker_since_an_output_is_json(
+    form: str, embedding_model: Both
+) -> None:
+    case = embedding("a fox", encoding_format=form)
+
+    queued, direct = embedding_model.queued(case), embedding_model.direct(case)
+
+    assert direct.status == HTTPStatus.OK
+    assert queued.status == HTTPStatus.BAD_REQUEST
+    assert "not JSON or text" in queued.body["error"]["message"]
+
+
+@pytest.mark.parametrize("name", CLASSIFIED)
+def test_a_classifier_answers_as_vllm_does(name: str, classifier: Both) -> None:
+    queued, direct = classifier.queued(CLASSIFIED[name]), classifier.direct(CLASSIFIED[name])
+
+    assert direct.status == queued.status == HTTPStatus.OK
+    assert plain(queued.body) == plain(direct.body)
+
+
+@pytest.mark.parametrize("name", NOT_CLASSIFIED)
+def test_a_classifier_refuses_as_vllm_does(name: str, classifier: Both) -> None:
+    queued, direct = classifier.queued(NOT_CLASSIFIED[name]), classifier.direct(NOT_CLASSIFIED[name])
+
+    assert queued == direct
+    assert direct.status >= HTTPStatus.BAD_REQUEST
