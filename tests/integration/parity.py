@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import httpx
@@ -40,7 +41,10 @@ class Both:
         job = self._queue.run(call if case.body is None else {**call, "openai_input": case.body})
         if job.status()["status"] == "FAILED":
             error = job.error()
-            return Answer(error.pop("status"), {name: part for name, part in error.items() if name != "retryable"})
+            status = error.pop("status")
+            if error["retryable"] == (status >= HTTPStatus.INTERNAL_SERVER_ERROR):
+                del error["retryable"]
+            return Answer(status, error)
         if case.streams:
             whole = all(batch.endswith("\n\n") for batch in job.outputs)
             return Answer(200, "".join(job.outputs) if whole else job.outputs)

@@ -81,6 +81,14 @@ CALLED = [
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "call_1", "content": "noon"},
 ]
+ANTHROPIC_CALLED = [
+    {"role": "user", "content": "How is it in Rome?"},
+    {
+        "role": "assistant",
+        "content": [{"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome", "days": 1}}],
+    },
+    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "dry"}]},
+]
 CALL_TEXT = r'<tool_call>\n\{"name": "weather", "arguments": \{"city": "Paris", "days": 1\}\}\n</tool_call>'
 THOUGHT = "Here is my thought process: the sky scatters\\. Here is my response: blue(\\.|!)"
 
@@ -118,6 +126,9 @@ BOTH_WAYS: dict[str, Case] = {
     "repetition_penalty": chat("count", repetition_penalty=1.4, max_tokens=60),
     "bad_words": chat("capital-france", bad_words=["Paris"], max_tokens=40),
     "allowed_token_ids": chat("ok", allowed_token_ids=[40, 50, 60], max_tokens=10),
+    "special tokens, kept": chat("ok", skip_special_tokens=False, ignore_eos=True, max_tokens=8),
+    "a prompt that is cut": chat("count", truncate_prompt_tokens=12, max_tokens=20),
+    "arguments of the chat template": chat("ok", chat_template_kwargs={"add_generation_prompt": False}, max_tokens=20),
     "echo of a chat": chat("ok", echo=True),
     "a continued answer": chat(
         "count",
@@ -128,6 +139,7 @@ BOTH_WAYS: dict[str, Case] = {
     "content in parts": chat("ok", messages=[{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}]),
     "return_token_ids": chat("ok", return_token_ids=True),
     "tokens as ids": chat("ok", logprobs=True, return_tokens_as_token_ids=True),
+    "beams": chat("ok", use_beam_search=True, n=2, max_tokens=6),
     "a JSON object": chat("json", response_format={"type": "json_object"}),
     "a JSON schema": chat(
         "sky-json", response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE}}
@@ -135,6 +147,19 @@ BOTH_WAYS: dict[str, Case] = {
     "structured JSON": chat("hello", **shaped(json=PLACE)),
     "structured regex": chat("hello", **shaped(regex=r"[a-f]{3}-\d{4}")),
     "structured choice": chat("hello", **shaped(choice=["north", "south"])),
+    "structural tags": chat(
+        "hello",
+        max_tokens=200,
+        response_format={
+            "type": "structural_tag",
+            "format": {
+                "type": "tag",
+                "begin": "<n>",
+                "end": "</n>",
+                "content": {"type": "regex", "pattern": "[12]{3}"},
+            },
+        },
+    ),
     "structured grammar": chat("hello", **shaped(grammar='root ::= "x" digit+ "y"\ndigit ::= [0-3]{1,5}')),
     "reasoning": chat("sky", **shaped(regex=THOUGHT)),
     "reasoning, left out": chat("sky", include_reasoning=False, **shaped(regex=THOUGHT)),
@@ -143,6 +168,7 @@ BOTH_WAYS: dict[str, Case] = {
     "tools, none": chat("ok", **TOOLS, tool_choice="none"),
     "tools, required": chat("ok", **TOOLS_OF_ONE, tool_choice="required"),
     "tools, named": chat("ok", **TOOLS, tool_choice=NAMED),
+    "tools, one at a time": chat("ok", **TOOLS_OF_ONE, tool_choice="required", parallel_tool_calls=False),
     "tools, answered": chat("ok", messages=CALLED, **TOOLS),
     "a completion": completion("raw-fox"),
     "a completion in Chinese": completion("raw-moonlight"),
@@ -161,6 +187,9 @@ BOTH_WAYS: dict[str, Case] = {
     "a completion's token ids": completion("raw-fox", return_token_ids=True),
     "a response": response("who"),
     "a response with instructions": response("who", input="Who are you?", instructions="You are a pirate."),
+    "a response with logprobs": response("ok", include=["message.output_text.logprobs"], top_logprobs=2),
+    "a response that reasons": response("sky", structured_outputs={"regex": THOUGHT}),
+    "a response of a later turn": response("name-ada"),
     "a response cut at a length": response("count", max_output_tokens=9),
     "a response of a JSON schema": response(
         "hello", text={"format": {"type": "json_schema", "name": "place", "schema": PLACE}}
@@ -175,6 +204,9 @@ BOTH_WAYS: dict[str, Case] = {
     "a message": message("who"),
     "a message under a system prompt": message("who-pirate"),
     "a message with a stop sequence": message("count", stop_sequences=[", 7"]),
+    "a message of a later turn": message("name-ada"),
+    "a message after a tool's result": message("ok", messages=ANTHROPIC_CALLED, tools=[ANTHROPIC_WEATHER]),
+    "a sampled message": message("hello", temperature=0.1, top_k=1, max_tokens=30),
     "a message cut at a length": message("count", max_tokens=6),
     "a message with a forced tool": message(
         "ok",
@@ -204,6 +236,7 @@ OF_ONE_TOKEN: dict[str, Case] = {
 AT_ONCE_ONLY: dict[str, Case] = {
     "prompt_logprobs": chat("ok", prompt_logprobs=2),
     "prompt_logprobs of a completion": completion("raw-fox", prompt_logprobs=1),
+    "beams of a completion": completion("raw-fox", use_beam_search=True, n=2, max_tokens=6, length_penalty=0.5),
     "batched chats": batch("ok", "hello", "sum"),
     "batched chats with logprobs": batch("ok", "sum", logprobs=True, top_logprobs=2),
     "the models": Case("/v1/models"),
@@ -231,6 +264,11 @@ REFUSED: dict[str, Case] = {
     "a wrong type": Case("/v1/chat/completions", {"messages": said("Hello!"), "temperature": "hot"}),
     "a missing field": Case("/v1/chat/completions", {"model": MODEL}),
     "a value out of range": chat("ok", temperature=-1),
+    "a suffix": completion("raw-fox", suffix="."),
+    "n of 0": chat("ok", n=0),
+    "too many logprobs": chat("ok", logprobs=True, top_logprobs=50),
+    "a named tool without tools": chat("ok", tool_choice=NAMED),
+    "usage of no stream": chat("ok", **USAGE),
     "a bad grammar": chat("ok", **shaped(grammar="root ::= (")),
     "a chat template of its own": chat(
         "ok", chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}", max_tokens=20
