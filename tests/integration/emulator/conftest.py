@@ -16,8 +16,10 @@ import httpx
 import pytest
 
 from emulator.server import Emulator, EmulatorSettings, background
+from tests.processes import VLLM_ENVIRONMENT
 
 KEY = "a-key-of-the-tests"
+LLM_START_S = 240.0
 REPOSITORY = Path(__file__).parents[3]
 WORKER = Path(__file__).with_name("openai_worker.py")
 T = TypeVar("T")
@@ -151,6 +153,33 @@ def command_line(tmp_path: Path) -> Iterator[Callable[..., CommandLine]]:
             return CommandLine(process, stack)
 
         yield begin
+
+
+def _llm(model: str, **flags: str) -> dict[str, Any]:
+    """An endpoint with one worker of this repository, which stays."""
+    return {
+        "command": [sys.executable, "handler.py"],
+        "cwd": str(REPOSITORY),
+        "env": {**VLLM_ENVIRONMENT, "MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny", **flags},
+        "workersMin": 1,
+        "rateLimits": False,
+    }
+
+
+@pytest.fixture(scope="session")
+def llm(tiny_model: str) -> Iterator[Site]:
+    """The platform with the real worker and the tiny model, ready; for the clients and the documentation."""
+    with site_with(**_llm(tiny_model, TOOL_CALL_PARSER="hermes", ENABLE_AUTO_TOOL_CHOICE="true")) as running:
+        running.idle_workers(1, LLM_START_S)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def embedder(tiny_model: str) -> Iterator[Site]:
+    """The same with a model that embeds."""
+    with site_with(**_llm(tiny_model, RUNNER="pooling", CONVERT="embed")) as running:
+        running.idle_workers(1, LLM_START_S)
+        yield running
 
 
 def processes_named_in(path: Path) -> list[int]:
