@@ -166,7 +166,7 @@ class Flags:
             if dest == "model_tag":
                 dest = "model"
             if dest in NOT_OURS:
-                _log.warning("%s in %s is ignored: the worker is no server", name, file)
+                _log.warning("%s in %s is ignored: %s", name, file, _why_not(dest))
             elif dest not in self.actions:
                 faults.append(f"{name} in {file} is not a flag of vLLM{self._meant(dest, self.actions)}")
             elif variable.value:
@@ -210,7 +210,7 @@ class Flags:
                 found.setdefault(dest, []).append(word)
         for dest, arguments in found.items():
             if dest in NOT_OURS:
-                _log.warning("%s in %s is ignored: the worker is no server", names[dest], EXTRA)
+                _log.warning("%s in %s is ignored: %s", names[dest], EXTRA, _why_not(dest))
                 continue
             try:
                 self._set(dest, names[dest], EXTRA, arguments)
@@ -243,6 +243,10 @@ class Flags:
         if not close:
             return ""
         return f": did you mean {close[0] if name.isupper() else '--' + close[0].replace('_', '-')}?"
+
+
+def _why_not(dest: str) -> str:
+    return "set HF_TOKEN in its place" if dest == "hf_token" else "the worker is no server"
 
 
 def redacted(text: str) -> str:

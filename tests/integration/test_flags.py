@@ -299,6 +299,20 @@ def test_a_token_is_shown_in_no_error() -> None:
     assert "verysecret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--hf-token hf_x", "--hf-token in VLLM_EXTRA_ARGS is ignored: set HF_TOKEN in its place"),
+        ("--port 80", "--port in VLLM_EXTRA_ARGS is ignored: the worker is no server"),
+    ],
+)
+def test_what_is_not_for_the_worker_is_ignored_and_told(
+    arguments: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert flags_of({"VLLM_EXTRA_ARGS": arguments}).given == {}
+    assert caplog.messages == [said]
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(ConfigurationError) as caught:
         flags_of({"SEED": "x", "DTYPE": "y", "VLLM_EXTRA_ARGS": "--sed 1"})
