@@ -15,7 +15,7 @@ from emulator.server import Emulator, EmulatorSettings, background
 from emulator.workers import worker_environment
 
 _ENDPOINT = "test"
-_KEY = "key"
+_KEY = "rpa_notarealkey"
 
 
 @dataclass

@@ -112,10 +112,12 @@ def test_a_jobs_start_and_end_are_a_line_of_the_log_each(worker: Process, job_qu
 
 
 def test_a_start_without_the_memory_it_needs_says_what_would_fit(tiny_model: str, tmp_path: Path) -> None:
-    environment = {"HF_HUB_OFFLINE": "1", "MODEL_NAME": tiny_model, "KV_CACHE_MEMORY_BYTES": "1M"}
+    secrets = {"HF_TOKEN": "hf_notarealtoken", "VLLM_API_KEY": "notarealkey", "API_KEY": "notarealkey"}
+    environment = {"HF_HUB_OFFLINE": "1", "MODEL_NAME": tiny_model, "KV_CACHE_MEMORY_BYTES": "1M", **secrets}
     with running(["handler.py"], environment, tmp_path / "log") as process:
         assert process.popen.wait(START_S) == 1
 
         assert process.log.splitlines()[-1] == (
             "The worker cannot start: there is not enough memory for MAX_MODEL_LEN: set it to 384 or less"
         )
+        assert "notareal" not in process.log

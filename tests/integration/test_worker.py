@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from typing import Any
@@ -165,11 +166,18 @@ def test_a_bad_input_gets_a_parseable_error_and_the_next_job_its_answer(name: st
     assert answer["choices"][0]["message"]["content"] == "OK"
 
 
-def test_no_request_and_no_secret_stands_in_the_log(worker: Process, job_queue: JobQueue) -> None:
-    job_queue.run({"messages": [{"role": "user", "content": "the-clients-own-words"}], "stream": True})
+def test_no_request_and_no_secret_is_to_be_seen(worker: Process, job_queue: JobQueue) -> None:
+    """Not in the log, nor on a command line, nor in what jobs are answered, whether they succeed or fail."""
+    words = [{"role": "user", "content": "the-clients-own-words"}]
+    jobs = [job_queue.run({"messages": words, "stream": stream}) for stream in (True, False)]
+    jobs += [job_queue.run(BAD[name]) for name in BAD]
 
-    assert "the-clients-own-words" not in worker.log
-    assert "notarealtoken" not in worker.log
+    seen = [worker.log, *(" ".join(process.cmdline()) for process in worker.family())]
+    told = [json.dumps(job.status()) for job in jobs]
+
+    assert len(seen) >= 3
+    assert not [text for text in seen if "the-clients-own-words" in text]
+    assert not [text for text in [*seen, *told] if "notareal" in text]
 
 
 def eventually(condition: Any, timeout_s: float = 20.0) -> None:
