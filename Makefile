@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 TORCH := $(shell grep '^torch==' $(LOCK) | cut -d' ' -f1)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run up test browser unit check format lock docs clean
+.PHONY: run up test browser unit fuzz check format lock docs clean
 
 run: $(READY)  ## Answer the job of test_input.json with the tiny model
 	@$(BIN)/python handler.py
@@ -21,6 +21,9 @@ test: $(READY) browser  ## Run all tests: the real engine, the real SDK, a real 
 
 unit: $(READY)  ## Run the tests that need no engine
 	@$(BIN)/python -m pytest tests/unit
+
+fuzz: $(READY)  ## Look for an order of events that breaks the loop, among many that the tests do not try
+	@FUZZ_EXAMPLES=$${EXAMPLES:-20000} $(BIN)/python -m pytest tests/unit/test_loop_machine.py --timeout 0
 
 check: $(READY)  ## Lint, formatting and types
 	@$(BIN)/ruff check .

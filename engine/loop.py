@@ -35,7 +35,7 @@ _HELD_S = 0.5
 _WATCH_S = 0.25
 # What a job's end may take when the worker itself ends.
 _LAST_WORDS_S = 10.0
-# How much of it the last job waits for the others.
+# How much of it the last job grants to the others.
 _OTHERS_S = 3.0
 
 _log = logging.getLogger(__name__)
@@ -142,6 +142,7 @@ class JobLoop:
         self._jobs: dict[str, _Held] = {}
         self._changed = asyncio.Event()
         self._ending = asyncio.Event()
+        self._ended_at = 0.0
         self.state = State.SERVING
 
     def wake(self) -> None:
@@ -161,6 +162,7 @@ class JobLoop:
 
     def _end(self, state: State) -> None:
         self.state = state
+        self._ended_at = time.monotonic()
         self._ending.set()
         # In this very turn: what is posted next may be what makes a client send another job.
         self._platform.let_go()
@@ -281,7 +283,7 @@ class JobLoop:
             return False
         others = [task for task in self._tasks() if task is not held.task]
         if others:
-            await asyncio.wait(others, timeout=_OTHERS_S)
+            await asyncio.wait(others, timeout=max(self._ended_at + _OTHERS_S - time.monotonic(), 0))
         return True
 
     async def _outputs(self, job: dict[str, Any], held: _Held, delivery: JobDelivery) -> JobError | None:

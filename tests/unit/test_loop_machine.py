@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, suppress
@@ -301,4 +302,6 @@ class LoopMachine(RuleBasedStateMachine):
 
 # What fails is made smaller, which takes longer than to find it.
 TestLoopMachine = pytest.mark.timeout(600)(LoopMachine.TestCase)
-TestLoopMachine.settings = settings(max_examples=1000, stateful_step_count=20, deadline=None)
+TestLoopMachine.settings = settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "1000")), stateful_step_count=20, deadline=None
+)
