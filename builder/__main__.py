@@ -25,11 +25,90 @@ def _tiny(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{tiny.tiny_model(directory)}\n")
 
 
+def _download(arguments: argparse.Namespace) -> None:
+    """Print the commit of the model that lies in the directory then."""
+    from builder import download
+
+    manifest = download.download(
+        arguments.repository,
+        arguments.directory,
+        arguments.revision,
+        parallel=arguments.parallel,
+        attempts=arguments.attempts,
+    )
+    sys.stdout.write(f"{manifest.repository}@{manifest.commit}\n")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    """Print how much is right."""
+    from builder import verify
+
+    manifest = verify.verify(arguments.directory, offline=arguments.offline)
+    sys.stdout.write(f"{len(manifest.files)} files, {manifest.size_bytes:,} bytes: all right\n")
+
+
+def _manifest(arguments: argparse.Namespace) -> None:
+    """Print where the manifest lies."""
+    from builder import manifest, structure
+
+    directory: Path = arguments.directory
+    structure.check(directory)
+    manifest.Manifest.of(manifest.hashed(directory, manifest.present(directory))).write(directory)
+    sys.stdout.write(f"{directory / manifest.NAME}\n")
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m builder", description="Make what an image or a developer's machine holds."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    download = commands.add_parser(
+        "download",
+        help="a model of the hub, whole and verified",
+        description=(
+            "Download what serving the model needs, check every hash, and write a manifest when all is there. "
+            "What was left half-way is gone on with; what is there already is not loaded again."
+        ),
+        epilog="The token for gated and private models is HF_TOKEN in the environment, or a build secret of that name.",
+    )
+    download.add_argument("repository", metavar="REPO", help="such as unsloth/phi-4-bnb-4bit")
+    download.add_argument("directory", metavar="DIR", type=Path, help="a new or an empty directory")
+    download.add_argument("--revision", help="branch, tag or commit; the main branch without it")
+    download.add_argument(
+        "--parallel", metavar="N", type=_whole, default=8, help="files at once (default: %(default)s)"
+    )
+    download.add_argument(
+        "--attempts", metavar="N", type=_whole, default=8, help="tries for each file (default: %(default)s)"
+    )
+    download.set_defaults(run=_download)
+
+    verify = commands.add_parser(
+        "verify",
+        help="whether a model's files are still what they should be",
+        description=(
+            "Compare every file's size and hash with the manifest and with the hub, the shards with their index, "
+            "and load configuration and tokenizer."
+        ),
+    )
+    verify.add_argument("directory", metavar="DIR", type=Path)
+    verify.add_argument("--offline", action="store_true", help="do not ask the hub: the manifest has its hashes")
+    verify.set_defaults(run=_verify)
+
+    manifest = commands.add_parser(
+        "manifest",
+        help="write the manifest of a model that is there already",
+        description="Look whether the directory holds a model that loads, and write down its files and their hashes.",
+    )
+    manifest.add_argument("directory", metavar="DIR", type=Path)
+    manifest.set_defaults(run=_manifest)
 
     tiny = commands.add_parser(
         "tiny",

@@ -3,6 +3,11 @@
 BuilderError
 ├── MissingPackageError
 ├── DestinationError
+├── DiskSpaceError
+├── HubError
+│   └── HubUnreachableError
+├── UnservableError
+├── WrongFilesError
 └── TrainingError
 """
 
@@ -17,6 +22,26 @@ class MissingPackageError(BuilderError):
 
 class DestinationError(BuilderError):
     """The directory that the user named holds something else, or is not a directory."""
+
+
+class DiskSpaceError(BuilderError):
+    """The disk has no room for the model."""
+
+
+class HubError(BuilderError):
+    """The hub does not give what was asked for, and asking again would not change that."""
+
+
+class HubUnreachableError(HubError):
+    """The hub could not be asked, or did not answer often enough; another time it may."""
+
+
+class UnservableError(BuilderError):
+    """The repository or the directory holds nothing that vLLM could load."""
+
+
+class WrongFilesError(BuilderError):
+    """Files are missing, cut short or not what they should be; the message has a line for each."""
 
 
 class TrainingError(BuilderError):

@@ -1,0 +1,236 @@
+"""The `download` command: a model of the hub, whole and verified, in a directory.
+
+A file gets its name in the directory when its hash is right, `config.json` last of them, and the manifest when all are
+there: a directory that was left half-way is no model to any loader. What a broken download has got stays under
+`.unfinished`, and the next one goes on from there.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from builder import hub, selection, structure
+from builder.errors import BuilderError, DestinationError, DiskSpaceError, UnservableError, WrongFilesError
+from builder.manifest import LOCK, UNFINISHED, File, Manifest, present, progress, sha256
+from builder.verify import is_the_hubs
+
+# No loader takes a directory without one of these for a model.
+_LAST = ("config.json", "params.json")
+_WRONG_CONTENTS = 3
+PARALLEL = 8
+
+
+def download(
+    name: str,
+    directory: Path,
+    revision: str | None = None,
+    *,
+    parallel: int = PARALLEL,
+    attempts: int = hub.ATTEMPTS,
+) -> Manifest:
+    """Make `directory` hold the files that serving the model needs; quick when it does already.
+
+    Safe against another process that does the same, and against being killed.
+
+    Args:
+        name: of the repository.
+        directory: a new or an empty one, or one where a download of this model was left half-way.
+        revision: branch, tag or commit; the main branch without it.
+        parallel: files at once.
+        attempts: for each file, where what went wrong may pass.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        DestinationError: the directory holds something else.
+        HubError, HubUnreachableError, DiskSpaceError: the model cannot be had, or not now.
+        WrongFilesError: the hub sends something else than it announces.
+        UnservableError: the repository holds no model that vLLM loads.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise DestinationError(f"{directory} is not a directory")
+    source = hub.repository(name, revision, attempts)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        whole = _present(directory, source)
+        if whole is None:
+            whole = _Download(source, directory, attempts).run(revision, parallel)
+        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+        (directory / LOCK).unlink(missing_ok=True)
+    return whole
+
+
+def _present(directory: Path, source: hub.Repository) -> Manifest | None:
+    """The directory's manifest if it holds the model already.
+
+    Raises:
+        DestinationError: it holds something else.
+    """
+    manifest = Manifest.read(directory)
+    if manifest is None:
+        begun = directory / UNFINISHED / "repository"
+        other = begun.read_text(encoding="utf-8") if begun.is_file() else None
+        if other is None and (strangers := present(directory)):
+            raise DestinationError(f"{directory} holds something else ({strangers[0]}): name a new or an empty one")
+        if other not in (None, source.name):
+            raise DestinationError(f"{directory} holds a download of {other}, left half-way: name another directory")
+        return None
+    if (manifest.repository, manifest.commit) != (source.name, source.commit):
+        raise DestinationError(
+            f"{directory} holds {manifest.repository or 'another model'} at {manifest.commit or 'no commit'}, "
+            f"not {source.name} at {source.commit}: name another directory"
+        )
+    sizes = {file.path: file.size_bytes for file in manifest.files}
+    if any(not (directory / path).is_file() or (directory / path).stat().st_size != sizes[path] for path in sizes):
+        raise WrongFilesError(
+            f"{directory} is not whole any more: `python -m builder verify` says why; remove it to load it anew"
+        )
+    return manifest
+
+
+class _Download:
+    """One model on its way into a directory."""
+
+    def __init__(self, source: hub.Repository, directory: Path, attempts: int) -> None:
+        self._source = source
+        self._directory = directory
+        self._attempts = attempts
+        wanted = set(selection.needed(file.path for file in source.files))
+        self._files = sorted((file for file in source.files if file.path in wanted), key=lambda file: file.size_bytes)
+        if not any(selection.is_weights(file.path) for file in self._files):
+            raise UnservableError(f"{source.name} holds no weights that vLLM loads (safetensors or PyTorch)")
+        self._unfinished = directory / UNFINISHED
+        self._stop = threading.Event()
+
+    def run(self, revision: str | None, parallel: int) -> Manifest:
+        self._begin()
+        self._look_for_room()
+        total = sum(file.size_bytes for file in self._files)
+        _say(f"{self._source.name} at {self._source.commit}: {len(self._files)} files, {total / 1e9:.2f} GB")
+        last = [file for file in self._files if file.path in _LAST]
+        with progress(total, "Downloading") as self._bar:
+            done = self._all([file for file in self._files if file not in last], parallel)
+            done += self._all(last, parallel)
+        structure.check(self._directory)
+        manifest = Manifest.of(done, self._source.name, revision, self._source.commit)
+        manifest.write(self._directory)
+        return manifest
+
+    def _begin(self) -> None:
+        """Say whose the directory is from now on; take away what an earlier commit has left."""
+        self._unfinished.mkdir(exist_ok=True)
+        (self._unfinished / "repository").write_text(self._source.name, encoding="utf-8")
+        wanted = {file.path for file in self._files}
+        for path in present(self._directory):
+            if path not in wanted:
+                (self._directory / path).unlink()
+
+    def _look_for_room(self) -> None:
+        there = sum(file.stat().st_size for file in self._directory.rglob("*") if file.is_file())
+        missing = sum(file.size_bytes for file in self._files) - there
+        free = shutil.disk_usage(self._directory).free
+        if missing > free:
+            raise DiskSpaceError(
+                f"{self._source.name} needs {missing / 1e9:.2f} GB more, and the disk of {self._directory} has "
+                f"{free / 1e9:.2f} GB free"
+            )
+
+    def _all(self, files: list[hub.RemoteFile], parallel: int) -> list[File]:
+        """Have all of them, so many at once; when one cannot be had, the others stop where they are."""
+        with ThreadPoolExecutor(parallel) as threads:
+            try:
+                tasks = [threads.submit(self._one, file) for file in files]
+                done, others = wait(tasks, return_when=FIRST_EXCEPTION)
+                return [task.result() for task in (*done, *others)]
+            except BaseException:
+                self._stop.set()
+                threads.shutdown(cancel_futures=True)
+                raise
+
+    def _one(self, remote: hub.RemoteFile) -> File:
+        """Have one file under its name, with its hash checked."""
+        target = self._directory / remote.path
+        if target.is_file():  # An earlier run has put it there.
+            if (file := self._checked(target, remote)) is not None:
+                self._bar.update(file.size_bytes)
+                return file
+            target.unlink()
+        for _ in range(_WRONG_CONTENTS):
+            part = self._fetched(remote)
+            if (file := self._checked(part, remote)) is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part.replace(target)
+                return file
+            self._bar.update(-part.stat().st_size)
+            part.unlink()
+        raise WrongFilesError(
+            f"{remote.path}: the hub sent something else than it announces, {_WRONG_CONTENTS} times; nothing was kept"
+        )
+
+    def _fetched(self, remote: hub.RemoteFile) -> Path:
+        part = self._unfinished / remote.path
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with _Part(part, self._bar, self._stop) as file:
+            self._bar.update(file.seek(0, os.SEEK_END))
+            hub.fetch(self._source, remote, file, self._attempts, self._stop)
+            os.fsync(file.fileno())
+        return part
+
+    def _checked(self, path: Path, remote: hub.RemoteFile) -> File | None:
+        """The file as the manifest has it, or None if it is not what the hub has."""
+        size = path.stat().st_size
+        if size != remote.size_bytes:
+            return None
+        file = File(path=remote.path, size_bytes=size, sha256=sha256(path))
+        return file if is_the_hubs(path, file, remote) else None
+
+
+class _Part(io.FileIO):
+    """A file that is being written: it moves the progress bar, and ends when the download is to stop."""
+
+    def __init__(self, path: Path, bar: tqdm[None], stop: threading.Event) -> None:
+        super().__init__(path, "a+")
+        self._bar = bar
+        self._stop = stop
+
+    def write(self, data: bytes, /) -> int:  # type: ignore[override]
+        if self._stop.is_set():
+            raise BuilderError("stopped, as another file cannot be had")
+        rest = memoryview(data)
+        while rest:
+            written = super().write(rest)
+            self._bar.update(written)
+            rest = rest[written:]
+        return len(data)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the directory against other processes; say so when that means waiting."""
+    lock = FileLock(directory / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _say(f"another process is downloading to {directory}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"builder: {text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,63 @@
+"""Which files of a repository serving needs: one set of weights, the configuration, the tokenizer, the license."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+# Weights in the order in which they are preferred; a repository often holds the same ones several times.
+_WEIGHTS = (
+    re.compile(r"(?!consolidated)[^/]+\.safetensors"),
+    re.compile(r"consolidated[^/]*\.safetensors"),
+    re.compile(r"(?:pytorch_)?model[^/]*\.bin"),
+    re.compile(r"[^/]+\.pth?"),
+)
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
+# What a training run leaves beside its weights.
+_NO_WEIGHTS = re.compile(r"(?:training_args|optimizer|scheduler|rng_state|scaler).*")
+# The layers that sentence-transformers puts behind a model: `2_Dense/model.safetensors`.
+_LAYER = re.compile(r"\d+_\w+")
+# The same model in another form, and what people show on its page.
+_OTHER_FORMS = re.compile(
+    r"original|onnx|openvino|metal|coreml|gguf|tflite|runs|logs|assets|images|figures|checkpoint-\d+|\..+"
+)
+_TEXT_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".vocab", ".yaml", ".yml"}
+_LICENSES = re.compile(r"(?:LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[^/]*", re.IGNORECASE)
+_INDEX = re.compile(r"[^/]+\.(safetensors|bin)\.index\.json")
+
+
+def needed(paths: Iterable[str]) -> list[str]:
+    """The paths that serving needs, sorted; without weights among them if there are none that vLLM loads."""
+    own = [path for path in paths if "/" not in path or not _OTHER_FORMS.fullmatch(path.split("/")[0])]
+    weights = _weights(own)
+    kinds = {PurePosixPath(path).suffix.lstrip(".") for path in weights}
+    return sorted({*weights, *(path for path in own if _is_beside(path, kinds))})
+
+
+def is_weights(path: str) -> bool:
+    """Whether the file holds weights."""
+    return PurePosixPath(path).suffix in _WEIGHT_SUFFIXES
+
+
+def _weights(paths: list[str]) -> list[str]:
+    candidates = [path for path in paths if is_weights(path) and not _NO_WEIGHTS.fullmatch(PurePosixPath(path).name)]
+    for form in _WEIGHTS:
+        if main := [path for path in candidates if form.fullmatch(path)]:
+            suffix = PurePosixPath(main[0]).suffix
+            layers = [path for path in candidates if path.endswith(suffix) and _is_of_a_layer(path)]
+            return [*main, *layers]
+    return []
+
+
+def _is_of_a_layer(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return len(parts) > 1 and _LAYER.fullmatch(parts[0]) is not None
+
+
+def _is_beside(path: str, kinds: set[str]) -> bool:
+    """Whether it is a file that belongs to weights of these kinds, or to none."""
+    name = PurePosixPath(path).name
+    if index := _INDEX.fullmatch(name):
+        return index[1] in kinds
+    return PurePosixPath(path).suffix in _TEXT_SUFFIXES or _LICENSES.fullmatch(path) is not None

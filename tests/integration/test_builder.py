@@ -1,0 +1,529 @@
+"""The builder's download and its checks, with the real hub client over HTTP, against a hub that breaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from builder.__main__ import main
+from builder.manifest import NAME, UNFINISHED, Manifest, hashed
+from tests import model_hub
+from tests.model_hub import COMMIT, Fault, Hub, Repository
+
+REPOSITORY = Path(__file__).parents[2]
+REPO = "an-org/a-model"
+TOKEN = "hf_the-secret-of-the-tests"  # noqa: S105
+FIRST = "model-00001-of-00002.safetensors"
+SECOND = "model-00002-of-00002.safetensors"
+BALLAST, BALLAST_BYTES = "ballast", 24_000_000
+KEPT_BYTES = 10 << 20
+BESIDE = {
+    "README.md": b"a page",
+    ".gitattributes": b"*",
+    "original/consolidated.00.pth": b"the same weights again",
+    "pytorch_model.bin": b"and again",
+    "pytorch_model.bin.index.json": b"{}",
+    "training_args.bin": b"left by the training",
+    "onnx/model.onnx": b"and again",
+    "LICENSE": b"You may.",
+}
+
+
+def _split(model: Path) -> dict[str, bytes]:
+    """The tiny model's files, with its weights in two shards and an index, as large models have them."""
+    whole = (model / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    header.pop("__metadata__", None)
+    names = sorted(header)
+    # The hub's client hands on 10 MB at a time: what is to break in the middle has to be larger.
+    header[BALLAST] = {"dtype": "U8", "shape": [BALLAST_BYTES], "data_offsets": [0, BALLAST_BYTES]}
+    files = {path.name: path.read_bytes() for path in model.iterdir() if path.name != "model.safetensors"}
+    places = {}
+    for shard, part in ((FIRST, names[: len(names) // 2]), (SECOND, [*names[len(names) // 2 :], BALLAST])):
+        entries, data = {}, b""
+        for name in part:
+            start, end = header[name]["data_offsets"]
+            tensor = bytes(end) if name == BALLAST else whole[8 + length + start : 8 + length + end]
+            entries[name] = {**header[name], "data_offsets": [len(data), len(data) + len(tensor)]}
+            data += tensor
+            places[name] = shard
+        head = json.dumps(entries).encode()
+        files[shard] = struct.pack("<Q", len(head)) + head + data
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": places}).encode()
+    return files
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: str) -> dict[str, bytes]:
+    return _split(Path(tiny_model))
+
+
+@pytest.fixture
+def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with model_hub.running() as hub:
+        hub.repositories[REPO] = Repository({**files, **BESIDE})
+        for name, value in hub.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
+
+
+@pytest.fixture
+def broken(hub: Hub) -> Callable[..., None]:
+    """Let the next requests of a path meet these faults."""
+
+    def add(path: str, *faults: Fault) -> None:
+        hub.repositories[REPO].faults[path] = deque(faults)
+
+    return add
+
+
+def download(directory: Path, *options: str) -> int:
+    return main(["download", REPO, str(directory), "--attempts=3", *options])
+
+
+def assert_whole(directory: Path, files: dict[str, bytes]) -> None:
+    held = {str(path.relative_to(directory)) for path in directory.rglob("*")}
+    assert held == {*files, "LICENSE", NAME}
+    assert all((directory / name).read_bytes() == content for name, content in files.items())
+    assert main(["verify", str(directory)]) == 0
+
+
+def assert_no_model(directory: Path) -> None:
+    """Nothing takes it for a model: it has neither a manifest nor a configuration."""
+    assert not (directory / NAME).exists()
+    assert not (directory / "config.json").exists()
+
+
+def all_bytes(files: dict[str, bytes]) -> int:
+    return sum(map(len, files.values())) + len(BESIDE["LICENSE"])
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("builder: ")]
+    return lines[-1].removeprefix("builder: ")
+
+
+def test_a_download_is_whole_verified_and_holds_only_what_serving_needs(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert download(tmp_path / "model", "--revision", "main") == 0
+    assert capsys.readouterr().out == f"{REPO}@{COMMIT}\n"
+    assert_whole(tmp_path / "model", files)
+    manifest = Manifest.read(tmp_path / "model")
+    assert manifest is not None
+    assert (manifest.repository, manifest.revision, manifest.commit) == (REPO, "main", COMMIT)
+    assert {"python", "huggingface_hub", "transformers"} <= manifest.made_by.keys()
+    assert not any("onnx" in request or "pytorch" in request for request in hub.requests)
+
+
+def test_what_is_there_already_is_not_loaded_again(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
+    assert download(tmp_path) == 0
+    sent = hub.sent_bytes
+    assert download(tmp_path, "--revision", COMMIT) == 0
+    assert hub.sent_bytes == sent
+    assert_whole(tmp_path, files)
+
+
+def test_cut_connections_go_on_where_they_broke(
+    hub: Hub, files: dict[str, bytes], broken: Callable[..., None], tmp_path: Path
+) -> None:
+    broken(SECOND, Fault(cut_at=15_000_000), Fault(cut_at=0), Fault(cut_at=12_000_000))
+    assert download(tmp_path) == 0
+    assert_whole(tmp_path, files)
+    cut = 15_000_000 + 12_000_000
+    assert hub.sent_bytes == all_bytes(files) + cut - 2 * KEPT_BYTES
+
+
+def test_refusals_that_pass_are_tried_again(
+    files: dict[str, bytes], broken: Callable[..., None], tmp_path: Path
+) -> None:
+    broken("", Fault(503), Fault(500))
+    broken(FIRST, Fault(503), Fault(429, {"Retry-After": "1"}), Fault(502))
+    broken("config.json", Fault(504))
+    assert download(tmp_path) == 0
+    assert_whole(tmp_path, files)
+
+
+def test_slow_bytes_are_waited_for(files: dict[str, bytes], broken: Callable[..., None], tmp_path: Path) -> None:
+    broken(SECOND, Fault(piece_s=0.005))
+    assert download(tmp_path) == 0
+    assert_whole(tmp_path, files)
+
+
+def test_a_hub_that_stays_down_is_told_and_the_next_run_goes_on(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repositories[REPO].always[SECOND] = Fault(503)
+    assert download(tmp_path) == 1
+    assert one_line(capsys) == (
+        f"{hub.url} answers 503, also after several tries: run it again later, it goes on from where it stopped"
+    )
+    assert_no_model(tmp_path)
+    hub.repositories[REPO].always.clear()
+    sent = hub.sent_bytes
+    assert download(tmp_path) == 0
+    assert hub.sent_bytes - sent <= len(files[SECOND]) + len(files["config.json"])
+    assert_whole(tmp_path, files)
+
+
+def test_a_wrong_hash_is_loaded_anew(files: dict[str, bytes], broken: Callable[..., None], tmp_path: Path) -> None:
+    broken(FIRST, Fault(flip=True))
+    broken("tokenizer.json", Fault(flip=True))
+    assert download(tmp_path) == 0
+    assert_whole(tmp_path, files)
+
+
+@pytest.mark.parametrize("path", [FIRST, "config.json"])
+def test_a_hash_that_stays_wrong_is_told_and_nothing_of_it_kept(
+    hub: Hub, tmp_path: Path, path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repositories[REPO].always[path] = Fault(flip=True)
+    assert download(tmp_path) == 1
+    assert one_line(capsys) == f"{path}: the hub sent something else than it announces, 3 times; nothing was kept"
+    assert_no_model(tmp_path)
+    assert not (tmp_path / path).exists()
+    assert not (tmp_path / UNFINISHED / path).exists()
+
+
+def test_a_gated_model_needs_access_and_a_token(
+    hub: Hub,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub.repositories[REPO].gated, hub.repositories[REPO].token = True, TOKEN
+    begun = time.monotonic()
+    assert download(tmp_path) == 1
+    assert time.monotonic() - begun < 2, "what cannot pass is not tried again"
+    assert one_line(capsys) == (
+        f"{REPO} is gated: ask for access at {hub.url}/{REPO}, and set HF_TOKEN, which is not set, "
+        "to a token of that account"
+    )
+    assert_no_model(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_of-somebody-else")
+    assert download(tmp_path) == 1
+    assert one_line(capsys).endswith("and set HF_TOKEN to a token of that account")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert download(tmp_path) == 0
+    assert_whole(tmp_path, files)
+    assert hub.tokens_at_cdn == []
+    told = capsys.readouterr()
+    assert TOKEN not in told.out + told.err
+    assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["an-org/another"],
+            "there is no model an-org/another at {url}/an-org/another, or it is private and HF_TOKEN",
+        ),
+        ([REPO, "--revision=v9"], REPO + " has no revision v9: see {url}/" + REPO + "/commits/main"),
+        (["a b"], "'a b' is not the name of a model: it looks like organization/name"),
+    ],
+)
+def test_what_is_not_there_is_told_and_no_directory_made(
+    hub: Hub, tmp_path: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["download", arguments[0], str(tmp_path / "model"), *arguments[1:]]) == 1
+    assert one_line(capsys).startswith(told.format(url=hub.url))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_repository_without_weights_is_refused(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.repositories["an-org/data"] = Repository({"config.json": b"{}", "model.gguf": b"GGUF"})
+    assert main(["download", "an-org/data", str(tmp_path)]) == 1
+    assert one_line(capsys) == "an-org/data holds no weights that vLLM loads (safetensors or PyTorch)"
+
+
+def test_a_hub_that_is_not_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert main(["download", REPO, str(tmp_path), "--attempts=2"]) == 1
+    assert one_line(capsys).startswith("http://127.0.0.1:9 cannot be reached, also after several tries")
+
+
+def test_a_directory_that_holds_something_else_is_left_alone(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("ten years of work")
+    assert download(tmp_path) == 1
+    assert one_line(capsys) == f"{tmp_path} holds something else (thesis.txt): name a new or an empty one"
+    assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
+    assert hub.sent_bytes == 0
+
+
+def test_another_commit_does_not_go_over_a_whole_model(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert download(tmp_path) == 0
+    hub.repositories[REPO].commit = "d" * 40
+    assert download(tmp_path) == 1
+    assert one_line(capsys) == (
+        f"{tmp_path} holds {REPO} at {COMMIT}, not {REPO} at {'d' * 40}: name another directory"
+    )
+
+
+def test_a_download_of_an_older_commit_left_half_way_becomes_the_new_one(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repositories[REPO].files["old.json"] = b"{}"
+    hub.repositories[REPO].always[SECOND] = Fault(503)
+    assert download(tmp_path) == 1
+    assert (tmp_path / "old.json").exists()
+    changed = {**files, "generation_config.json": b'{"temperature": 0.5}'}
+    hub.repositories[REPO] = Repository({**changed, **BESIDE}, commit="d" * 40)
+    assert download(tmp_path) == 0
+    assert_whole(tmp_path, changed)
+
+
+def _in_another_process(directory: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "builder", "download", REPO, str(directory), "--attempts=3"]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_download_is_no_model_and_the_next_one_goes_on(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repositories[REPO].always[SECOND] = Fault(piece_s=0.005)
+    with _in_another_process(tmp_path) as process:
+        part = tmp_path / UNFINISHED / SECOND
+        while process.poll() is None and not (part.exists() and part.stat().st_size >= KEPT_BYTES):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert_no_model(tmp_path)
+    assert main(["verify", str(tmp_path)]) == 1
+    kept = part.stat().st_size
+    hub.repositories[REPO].always.clear()
+    sent = hub.sent_bytes
+    assert download(tmp_path) == 0
+    assert kept >= KEPT_BYTES
+    assert hub.sent_bytes - sent <= len(files[SECOND]) - kept + len(files["config.json"])
+    assert_whole(tmp_path, files)
+
+
+def test_two_processes_at_once_load_a_model_once(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
+    hub.repositories[REPO].always[SECOND] = Fault(piece_s=0.005)
+    with _in_another_process(tmp_path) as one, _in_another_process(tmp_path) as other:
+        told = [process.communicate(timeout=60) for process in (one, other)]
+    assert [process.returncode for process in (one, other)] == [0, 0], told
+    assert hub.sent_bytes == all_bytes(files)
+    assert sum("another process is downloading" in errors for _, errors in told) == 1
+    assert_whole(tmp_path, files)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a shell command where `$disk` is a disk of its own, of `size` MB, for this command alone."""
+
+    def run(size: int, command: str) -> subprocess.CompletedProcess[str]:
+        disk = tmp_path / "disk"
+        disk.mkdir(exist_ok=True)
+        script = f"mount -t tmpfs -o size={size}m small {disk} && {command}"
+        return subprocess.run(
+            ["/usr/bin/unshare", "--map-root-user", "--mount", "sh", "-c", script],
+            cwd=REPOSITORY,
+            env={**os.environ, "disk": str(disk), "python": sys.executable},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_loaded(
+    hub: Hub, small_disk: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    ran = small_disk(16, f"$python -m builder download {REPO} $disk/model; code=$?; ls -A $disk/model; exit $code")
+    assert ran.returncode == 1
+    assert "an-org/a-model needs 0.03 GB more, and the disk of" in ran.stderr.splitlines()[-1]
+    assert hub.sent_bytes == 0
+
+
+def test_a_disk_that_fills_up_is_told_and_what_came_is_kept(
+    hub: Hub, small_disk: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Another program fills it once the download has seen that there is room."""
+    hub.repositories[REPO].always[SECOND] = Fault(piece_s=0.005)
+    ran = small_disk(
+        48,
+        f"($python -m builder download {REPO} $disk/model & loading=$!; "
+        f"until [ -s $disk/model/{UNFINISHED}/{SECOND} ]; do sleep 0.05; done; "
+        "dd if=/dev/zero of=$disk/other bs=64k 2>/dev/null; wait $loading; code=$?; ls -A $disk/model; exit $code)",
+    )
+    assert ran.returncode == 1, ran
+    assert ran.stderr.splitlines()[-1] == (
+        "builder: the disk is full: make room and run it again, it goes on from where it stopped"
+    )
+    held = ran.stdout.split()
+    assert NAME not in held
+    assert "config.json" not in held
+    assert UNFINISHED in held
+
+
+@pytest.fixture
+def model(files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A whole model from elsewhere, with a manifest."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    assert main(["manifest", str(directory)]) == 0
+    capsys.readouterr()
+    return directory
+
+
+def _truncate(model: Path) -> None:
+    os.truncate(model / FIRST, 1000)
+
+
+def _shorten(model: Path) -> None:
+    os.truncate(model / SECOND, (model / SECOND).stat().st_size - 1)
+
+
+def _flip(model: Path) -> None:
+    content = bytearray((model / SECOND).read_bytes())
+    content[-1] ^= 1
+    (model / SECOND).write_bytes(content)
+
+
+def _remove(model: Path) -> None:
+    (model / SECOND).unlink()
+
+
+def _add(model: Path) -> None:
+    shutil.copy(model / SECOND, model / "model-00003-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (_truncate, f"{FIRST}: cut short, 1,000 bytes of"),
+        (_flip, f"{SECOND}: changed, its sha256 is"),
+        (_remove, f"{SECOND}: missing"),
+        (_add, "model-00003-of-00002.safetensors: not in the manifest"),
+    ],
+)
+def test_verify_names_each_file_that_is_not_what_it_was(
+    model: Path, harm: Callable[[Path], None], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm(model)
+    assert main(["verify", str(model)]) == 1
+    assert one_line(capsys).startswith(told)
+
+
+def test_verify_names_swapped_files(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two files of one size: only their contents tell."""
+    one, other = (model / "a.txt"), (model / "b.txt")
+    one.write_text("one")
+    other.write_text("two")
+    assert main(["manifest", str(model)]) == 0
+    one.write_text("two")
+    other.write_text("one")
+    capsys.readouterr()
+    assert main(["verify", str(model)]) == 1
+    errors = capsys.readouterr().err
+    assert "a.txt: swapped, it holds b.txt" in errors
+    assert "b.txt: swapped, it holds a.txt" in errors
+
+
+@pytest.mark.usefixtures("hub")
+def test_verify_asks_the_hub_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A manifest that was changed together with a file satisfies itself, and not the hub."""
+    assert download(tmp_path) == 0
+    for name in ("generation_config.json", FIRST):
+        content = bytearray((tmp_path / name).read_bytes())
+        content[-2] ^= 1
+        (tmp_path / name).write_bytes(content)
+    manifest = Manifest.read(tmp_path)
+    assert manifest is not None
+    Manifest.of(
+        hashed(tmp_path, [file.path for file in manifest.files]), manifest.repository, manifest.revision, COMMIT
+    ).write(tmp_path)
+    assert main(["verify", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert f"{FIRST}: not what {REPO} has at {COMMIT}" in errors
+    assert f"generation_config.json: not what {REPO} has at {COMMIT}" in errors
+
+
+@pytest.mark.usefixtures("hub")
+def test_verify_says_that_the_hub_cannot_be_asked_and_does_without_when_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert download(tmp_path) == 0
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "cannot be reached" in one_line(capsys)
+    assert main(["verify", str(tmp_path), "--offline"]) == 0
+    assert capsys.readouterr().out.endswith("all right\n")
+
+
+def _no_index_entry(model: Path) -> None:
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"]["a.tensor"] = FIRST
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _no_shard(model: Path) -> None:
+    (model / SECOND).unlink()
+
+
+def _no_header(model: Path) -> None:
+    (model / FIRST).write_bytes(b"\xff" * 1000)
+
+
+def _no_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_text("{")
+
+
+def _no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (_no_index_entry, f"{FIRST}: without a.tensor, which model.safetensors.index.json has in it (1 such tensors)"),
+        (_no_shard, f"{SECOND}: missing, and model.safetensors.index.json names it"),
+        (_truncate, f"{FIRST}: cut short, or no safetensors file (1,000 bytes)"),
+        (_shorten, f"{SECOND}: cut short, "),
+        (_no_header, f"{FIRST}: cut short, or no safetensors file (1,000 bytes)"),
+        (_no_tokenizer, "{model}: its tokenizer does not load: "),
+        (_no_config, "{model} holds no config.json"),
+    ],
+)
+def test_what_is_no_whole_model_gets_no_manifest(
+    model: Path, harm: Callable[[Path], None], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / NAME).unlink()
+    harm(model)
+    assert main(["manifest", str(model)]) == 1
+    assert one_line(capsys).startswith(told.format(model=model))
+    assert not (model / NAME).exists()
+
+
+def test_a_directory_without_a_manifest_is_not_verified(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / NAME).unlink()
+    assert main(["verify", str(model)]) == 1
+    assert one_line(capsys).startswith(f"{model} has no manifest: its download was not finished")
+    (model / NAME).write_text('{"format": 2}')
+    assert main(["verify", str(model)]) == 1
+    assert "is no manifest that this version reads" in one_line(capsys)
