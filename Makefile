@@ -31,8 +31,8 @@ format: $(READY)  ## Apply the formatter and the safe fixes
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(READY)  ## Write the settings' declarations into the README and into what RunPod's hub offers
-	@$(BIN)/python -m engine.settings README.md
+docs: $(READY)  ## Write the settings' declarations into the READMEs and into what RunPod's hub offers
+	@$(BIN)/python -m engine.settings README.md README_zh.md
 	@$(BIN)/python -m engine.hub .runpod/hub.json
 
 browser:  ## Install Chromium, for the tests of the emulator's page, where there is none

@@ -1,4 +1,4 @@
-"""Settings: what is accepted, what a mistake is told, and that the README says the same."""
+"""Settings: what is accepted, and what a mistake is told."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigurationError
-from engine.settings import Settings, allowed, markdown_table
-
-ROOT = Path(__file__).parents[2]
+from engine.settings import Settings, allowed
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +118,3 @@ def test_a_file_that_is_not_there_is_no_fault_of_the_settings(monkeypatch: pytes
     monkeypatch.setenv("VLLM_CONFIG_FILE", "/nowhere.yaml")
 
     assert Settings.read().vllm_config_file == Path("/nowhere.yaml")
-
-
-def test_the_readme_has_the_settings_as_they_are_declared() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-
-    assert f"<!-- settings -->\n{markdown_table()}\n<!-- /settings -->" in readme, "run `make docs`"
