@@ -34,8 +34,9 @@ format: $(READY)  ## Apply the formatter and the safe fixes
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(READY)  ## Write the settings' declarations into the README
-	@$(BIN)/python -m engine.settings README.md
+docs: $(READY)  ## Write the settings' declarations into the READMEs and into what RunPod's hub offers
+	@$(BIN)/python -m engine.settings README.md README_zh.md
+	@$(BIN)/python -m engine.hub .runpod/hub.json
 
 browser:  ## Install Chromium, for the tests of the emulator's page, where there is none
 	@test -n "$$CHROMIUM" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \

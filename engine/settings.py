@@ -1,6 +1,7 @@
 """The worker's own settings: declared once here, read once. What `vllm serve` takes is in `engine.flags`.
 
-The README's table is made from these declarations (`python -m engine.settings README.md`).
+The READMEs' table is made from these declarations (`python -m engine.settings README.md README_zh.md`), and what the
+hub of the platform offers to set (`engine.hub`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from engine import variables
 from engine.errors import ConfigurationError
@@ -20,6 +30,11 @@ from engine.variables import BAKED_SETTINGS_FILE, Variable
 
 def _split(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+# A path says what it leads to; whether that is there is found out where it is read.
+_File = Annotated[Path, WithJsonSchema({"type": "string", "format": "file-path"})]
+_Directory = Annotated[Path, WithJsonSchema({"type": "string", "format": "directory-path"})]
 
 
 class Settings(BaseModel):
@@ -50,7 +65,7 @@ class Settings(BaseModel):
         description="More of vLLM's routes that a job may call, beside those that serve a request.",
     )
     log_job_inputs: bool = Field(default=False, description="Log the input of each job.")
-    vllm_config_file: Path | None = Field(
+    vllm_config_file: _File | None = Field(
         None, description="YAML file of vLLM's flags, as `vllm serve --config` takes it."
     )
     vllm_extra_args: str | None = Field(
@@ -58,10 +73,10 @@ class Settings(BaseModel):
         examples=["--max-num-seqs 64"],
         description="More of vLLM's flags, as on a command line; they win over all others.",
     )
-    baked_model_dir: Path = Field(
+    baked_model_dir: _Directory = Field(
         Path("/workspace/vllm/phi-4-bnb-4bit"), description="Where the image holds its model, if it holds one."
     )
-    baked_settings_file: Path = Field(
+    baked_settings_file: _File = Field(
         BAKED_SETTINGS_FILE, description="JSON object of variables that the image was built with; the environment wins."
     )
     hf_token: SecretStr | None = Field(None, description="Token for gated or private models of the hub.")
@@ -100,6 +115,7 @@ def markdown_table() -> str:
     rows = ["| Variable | Default | Allowed | Meaning |", "| --- | --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = "" if field.default in (None, frozenset()) else f"`{field.default}`"
+        default = default.lower() if isinstance(field.default, bool) else default
         rows.append(f"| `{name.upper()}` | {default} | {allowed(name)} | {field.description} |")
     return "\n".join(rows)
 
@@ -133,7 +149,8 @@ def _in_words(schema: dict[str, Any]) -> str:
         "number": "a number" + _bounds(schema),
         "array": "routes, separated by commas",
         "password": "a secret",
-        "path": "a directory",
+        "file-path": "a file",
+        "directory-path": "a directory",
         "string": "text",
     }
     return words[schema.get("format", schema["type"])]
@@ -145,7 +162,7 @@ def _bounds(schema: dict[str, Any]) -> str:
 
 
 def _write_table(readme: Path) -> None:
-    """Put the table between the README's `settings` marks."""
+    """Put the table between a README's `settings` marks."""
     text = readme.read_text(encoding="utf-8")
     marks = re.compile(r"(<!-- settings -->\n).*?(<!-- /settings -->)", re.DOTALL)
     if not marks.search(text):
@@ -154,4 +171,5 @@ def _write_table(readme: Path) -> None:
 
 
 if __name__ == "__main__":
-    _write_table(Path(sys.argv[1]))
+    for name in sys.argv[1:]:
+        _write_table(Path(name))

@@ -1,0 +1,41 @@
+"""What RunPod's hub offers of vLLM's flags is what vLLM's own parser has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine import hub, server
+from engine.flags import Flags
+from engine.variables import ENVIRONMENT, Variable
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
+
+LISTING = json.loads((Path(__file__).parents[2] / ".runpod/hub.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def flags() -> Flags:
+    return server.flags()
+
+
+def test_the_listing_is_made_of_the_declarations_and_of_vllms_parser(flags: Flags) -> None:
+    assert hub.document(flags) == LISTING, "run `make docs`"
+
+
+def test_every_choice_that_is_offered_is_one_that_vllm_takes(flags: Flags) -> None:
+    choices = [
+        (entry["key"], option["value"])
+        for entry in hub.flag_inputs(flags)
+        for option in entry["input"].get("options", [])
+        if option["value"]
+    ]
+
+    for name, value in choices:
+        flags.read({name: Variable(value, ENVIRONMENT)}, [])
+
+    assert {"DTYPE", "TOOL_CALL_PARSER"} == {name for name, _ in choices}
+    assert ("DTYPE", "bfloat16") in choices
+    assert ("TOOL_CALL_PARSER", "hermes") in choices
