@@ -39,7 +39,7 @@ class Configuration:
 
         flags = server.flags()
         flags.read(given, [name.upper() for name in Settings.model_fields])
-        model = models.choose(settings, flags.value("model"), flags.value("served_model_name") or ())
+        model = models.choose(settings, flags)
         return cls(settings, flags, model)
 
     def lines(self) -> Iterator[str]:

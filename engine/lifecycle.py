@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from engine import children, diagnosis
+from engine import children, diagnosis, models
 from engine.admission import Admission
 from engine.configuration import Configuration
 from engine.errors import ConfigurationError
@@ -40,6 +40,8 @@ def server() -> Server:
             children.end_with_this_process()
             configuration = Configuration.read()
             model = configuration.model
+            model.download()
+            models.stay_offline(model, configuration.flags)
             _log.info("Loading the engine; on a CPU this takes about half a minute")
             with diagnosis.noted_errors() as noted:
                 try:

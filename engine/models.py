@@ -1,63 +1,146 @@
-"""Which model the worker serves: the one that is named, the one in the image, or the tiny one."""
+"""Which model the worker serves, and where it comes from."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from engine import places
 from engine.errors import ConfigurationError
-from engine.settings import Settings
 
-_ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from engine.flags import Flags
+    from engine.settings import Settings
+
 TINY_NAME = "tiny"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CACHED = re.compile(r"/models--([^/]+)/snapshots/[^/]+/?$")
+# Ways of loading that read a directory of files; the others (streamed from a store, made up, …) are vLLM's own affair.
+_FROM_FILES = {None, "auto", "bitsandbytes", "fastsafetensors", "hf", "mistral", "pt", "safetensors"}
+# Flags that may name something else on the hub.
+_MORE_FROM_THE_HUB = ("tokenizer", "hf_config_path", "enable_lora", "lora_modules", "speculative_config")
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model to serve: where vLLM loads it from, and the names that it answers to, first of them its own."""
+    """A model to serve: where vLLM loads it from, and the names that it answers to, first of them its own.
+
+    `to_download` is its hub id and revision, while the directory does not hold it yet.
+    """
 
     path: str
     names: tuple[str, ...]
+    to_download: tuple[str, str | None] | None = None
+
+    def download(self) -> None:
+        """Have the files where they are expected, which may take long.
+
+        Raises:
+            ConfigurationError: they cannot be had.
+        """
+        if self.to_download is not None:
+            name, revision = self.to_download
+            places.download(name, Path(self.path), revision)
 
 
-def choose(settings: Settings, named: str | None, served_names: Sequence[str] = ()) -> Model:
-    """The model to serve; one log line says which and why.
+def choose(settings: Settings, flags: Flags) -> Model:
+    """The model to serve; one log line says which, and where it comes from.
+
+    A model of the hub is looked for in the image, the platform's cache, the cache of the hub's client and on the
+    network volume, in this order; where it is nowhere, it is to be downloaded to the volume, or beside the hub's cache.
 
     It answers to the names that are asked for, to its hub id, and to where it is loaded from.
-
-    Args:
-        settings: the worker's.
-        named: hub id or directory of the model, if one is named.
-        served_names: the names that are asked for.
 
     Raises:
         ConfigurationError: on the platform, no model is named and the image holds none; or the tiny model could not be
             made.
     """
+    named: str | None = flags.value("model")
+    served: Sequence[str] = flags.value("served_model_name") or ()
     own_names: list[str] = []
-    if named:
+    to_download = None
+    if named is None:
+        path, why, own_names = _unnamed(settings)
+    elif Path(named).is_dir() or not _HUB_ID.fullmatch(named) or flags.value("load_format") not in _FROM_FILES:
         if named.startswith(("/", "./", "../", "~")) and not Path(named).is_dir():
             raise ConfigurationError(f"MODEL_NAME is {named!r}, and there is no such directory")
         path, why = named, "named by MODEL_NAME"
-    elif (settings.baked_model_dir / "config.json").is_file():
-        path, why = str(settings.baked_model_dir), "the model in the image"
-    elif settings.on_platform:
+    else:
+        own_names = [named]
+        revision: str | None = flags.value("revision")
+        found = next(_found(settings, named, revision), None)
+        if found is not None:
+            path, why = str(found[0]), f"{named}, {found[1]}"
+        else:
+            path = str(places.ours(_models(settings), named, revision))
+            to_download = (named, revision)
+            why = f"{named}, which is nowhere here and is downloaded"
+    _log.info("Model %s: %s", path, why)
+    return Model(path, tuple(dict.fromkeys([*served, *own_names, *_hub_id(path), path])), to_download)
+
+
+def stay_offline(model: Model, flags: Flags) -> None:
+    """Ask the hub for nothing more, in this process and its children, if all that the worker needs is in files."""
+    if not Path(model.path).is_dir() or any(flags.value(name) for name in _MORE_FROM_THE_HUB):
+        return
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _unnamed(settings: Settings) -> tuple[str, str, list[str]]:
+    """The model when none is named: where it is, why this one, and its own names."""
+    if (image := places.held(settings.baked_model_dir)) is not None:
+        names = [image.repository] if image.repository else []
+        return str(settings.baked_model_dir), f"the model in the image{_at(image)}", names
+    if (settings.baked_model_dir / "config.json").is_file():
+        raise ConfigurationError(
+            f"{settings.baked_model_dir} has no manifest, so it may not be whole: `python -m builder manifest DIR` "
+            "checks it and writes one, and MODEL_NAME serves it as it is"
+        )
+    if settings.on_platform:
         raise ConfigurationError(
             "MODEL_NAME is not set and the image holds no model: set MODEL_NAME to a hub id or a directory"
         )
-    else:
-        path, why = _tiny(), "the tiny model, as MODEL_NAME is not set; it knows a few answers by heart"
-        own_names = [TINY_NAME]
-    _log.info("Model %s: %s", path, why)
-    return Model(path, tuple(dict.fromkeys([*served_names, *own_names, *_hub_id(path), path])))
+    return _tiny(), "the tiny model, as MODEL_NAME is not set; it knows a few answers by heart", [TINY_NAME]
+
+
+def _found(settings: Settings, name: str, revision: str | None) -> Iterator[tuple[Path, str]]:
+    """Where the model lies, and what to call that place."""
+    from huggingface_hub import constants
+
+    image = places.held(settings.baked_model_dir)
+    if image is not None and image.is_it(name, revision):
+        yield settings.baked_model_dir, f"in the image{_at(image)}"
+    platforms = settings.network_volume / "huggingface-cache" / "hub"
+    for cache, place in ((platforms, "in the platform's cache"), (Path(constants.HF_HUB_CACHE), "in the hub's cache")):
+        if (snapshot := places.in_cache(cache, name, revision)) is not None:
+            yield snapshot, place
+    directory = places.ours(_models(settings), name, revision)
+    if (there := places.held(directory)) is not None and there.is_it(name, None):
+        yield directory, f"downloaded earlier{_at(there)}"
+
+
+def _models(settings: Settings) -> Path:
+    """Where models are downloaded to: the network volume, or where the hub's files are kept."""
+    from huggingface_hub import constants
+
+    base = settings.network_volume if settings.network_volume.is_dir() else Path(constants.HF_HOME)
+    return base / "models"
+
+
+def _at(model: places.Held) -> str:
+    return f" at commit {model.commit}" if model.commit else ""
 
 
 def _hub_id(path: str) -> list[str]:
@@ -68,7 +151,8 @@ def _hub_id(path: str) -> list[str]:
 
 def _tiny() -> str:
     """Where the tiny model is; the builder makes it, once a machine, in a process of its own."""
-    made = subprocess.run([sys.executable, "-m", "builder", "tiny"], cwd=_ROOT, stdout=subprocess.PIPE, check=False)
+    command = [sys.executable, "-m", "builder", "tiny"]
+    made = subprocess.run(command, cwd=places.ROOT, stdout=subprocess.PIPE, check=False)
     if made.returncode:
         raise ConfigurationError("The tiny model could not be made (above is why); or set MODEL_NAME to another model")
     return made.stdout.decode().strip()

@@ -79,6 +79,10 @@ class Settings(BaseModel):
     baked_settings_file: _File = Field(
         BAKED_SETTINGS_FILE, description="JSON object of variables that the image was built with; the environment wins."
     )
+    network_volume: _Directory = Field(
+        Path("/runpod-volume"),
+        description="Where the platform mounts a network volume; models are downloaded to its `models`.",
+    )
     hf_token: SecretStr | None = Field(None, description="Token for gated or private models of the hub.")
 
     runpod_webhook_get_job: SecretStr | None = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from engine.errors import ConfigurationError
 
 BAKED_SETTINGS_FILE = Path("/workspace/vllm/settings.json")
 ENVIRONMENT = "environment"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,8 @@ class Variable:
 def read(environment: Mapping[str, str] = os.environ) -> dict[str, Variable]:
     """All variables by their name in capitals; an empty one counts as not set.
 
-    `BAKED_SETTINGS_FILE` is a JSON object of variables and values: `{"MAX_MODEL_LEN": 8192}`.
+    `BAKED_SETTINGS_FILE` is a JSON object of variables and values: `{"MAX_MODEL_LEN": 8192}`. What it says of one model
+    is not for another: where it has `MODEL_NAME`, and the environment names another model, all of it is left out.
 
     Raises:
         ConfigurationError: the image's file cannot be read.
@@ -34,7 +38,11 @@ def read(environment: Mapping[str, str] = os.environ) -> dict[str, Variable]:
     file = Path(environment.get("BAKED_SETTINGS_FILE") or BAKED_SETTINGS_FILE)
     baked = {name.upper(): Variable(as_text(value), str(file)) for name, value in _baked(file).items()}
     own = {name.upper(): Variable(value.strip(), ENVIRONMENT) for name, value in environment.items()}
-    return {name: variable for name, variable in {**baked, **_set(own)}.items() if variable.value}
+    given = _set(own)
+    if "MODEL_NAME" in baked and _model(given) not in (None, baked["MODEL_NAME"].value.lower()):
+        _log.info("%s is for %s, and so not used", file, baked["MODEL_NAME"].value)
+        baked = {}
+    return {name: variable for name, variable in {**baked, **given}.items() if variable.value}
 
 
 def as_text(value: Any) -> str:
@@ -42,6 +50,11 @@ def as_text(value: Any) -> str:
     if value is None:
         return ""
     return value.strip() if isinstance(value, str) else json.dumps(value)
+
+
+def _model(given: Mapping[str, Variable]) -> str | None:
+    named = given.get("MODEL_NAME") or given.get("MODEL")
+    return named.value.lower() if named else None
 
 
 def _set(variables: dict[str, Variable]) -> dict[str, Variable]:

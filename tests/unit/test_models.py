@@ -1,68 +1,233 @@
-"""Which model is served when none is named."""
+"""Which model is served, and where it is found."""
 
 from __future__ import annotations
 
+import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
-from engine import models
+from engine import models, places
 from engine.errors import ConfigurationError
+from engine.flags import Flags
+from engine.models import Model
 from engine.settings import Settings
 
-
-def settings(**values: Any) -> Settings:
-    return Settings.model_validate({"baked_model_dir": "/nowhere", **values})
-
-
-def test_the_named_model_comes_first(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-
-    model = models.choose(settings(baked_model_dir=tmp_path), "org/model", ["a"])
-
-    assert model == models.Model("org/model", ("a", "org/model"))
+NAME = "Org/A--Model"
+COMMIT, OTHER = "a" * 40, "b" * 40
 
 
-def test_the_model_in_the_image_is_served_under_its_path(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+class Given(Flags):
+    """Flags with these values, without vLLM's parser."""
 
-    assert models.choose(settings(baked_model_dir=tmp_path), None) == models.Model(str(tmp_path), (str(tmp_path),))
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def value(self, dest: str) -> Any:
+        return self.values.get(dest)
 
 
-def test_on_the_platform_a_worker_without_a_model_does_not_start() -> None:
+class Machine:
+    """A machine with an image, a volume and a home."""
+
+    def __init__(self, root: Path) -> None:
+        self.image = root / "image"
+        self.volume = root / "volume"
+        self.home = root / "home"
+        self.settings: dict[str, Any] = {}
+
+    def choose(self, model: str | None = None, **flags: Any) -> Model:
+        values = {"baked_model_dir": self.image, "network_volume": self.volume, **self.settings}
+        return models.choose(Settings.model_validate(values), Given({"model": model, **flags}))
+
+    def whole(self, directory: Path, name: str | None = NAME, revision: str | None = None, commit: str = COMMIT) -> str:
+        """Put a model with its manifest there."""
+        directory.mkdir(parents=True)
+        manifest: dict[str, Any] = {"repository": name, "revision": revision, "commit": commit, "files": []}
+        (directory / "model-manifest.json").write_text(json.dumps(manifest))
+        return str(directory)
+
+    def cached(self, cache: Path, commit: str = COMMIT, name: str = "models--Org--A--Model", ref: str = "main") -> str:
+        """Put a model into a cache of the hub's client."""
+        snapshot = cache / name / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (snapshot / "model-00001-of-00001.safetensors").write_text("")
+        index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+        (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+        if ref:
+            (cache / name / "refs").mkdir(exist_ok=True)
+            (cache / name / "refs" / ref).write_text(commit)
+        return str(snapshot)
+
+    @property
+    def platforms_cache(self) -> Path:
+        return self.volume / "huggingface-cache" / "hub"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine(tmp_path)
+    monkeypatch.setattr(constants, "HF_HOME", str(machine.home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(machine.home / "hub"))
+    return machine
+
+
+def test_without_a_name_the_model_in_the_image_answers_to_its_hub_id_and_its_path(machine: Machine) -> None:
+    path = machine.whole(machine.image)
+
+    assert machine.choose(served_model_name=["a"]) == Model(path, ("a", NAME, path))
+
+
+def test_a_model_in_the_image_from_elsewhere_answers_to_its_path(machine: Machine) -> None:
+    path = machine.whole(machine.image, name=None)
+
+    assert machine.choose() == Model(path, (path,))
+
+
+def test_what_lies_in_the_image_without_a_manifest_is_not_taken_for_a_model(machine: Machine) -> None:
+    machine.image.mkdir()
+    (machine.image / "config.json").write_text("{}")
+
+    with pytest.raises(ConfigurationError, match="has no manifest, so it may not be whole"):
+        machine.choose()
+    assert machine.choose(str(machine.image)).path == str(machine.image)
+
+
+def test_a_manifest_that_cannot_be_read_stops_the_start(machine: Machine) -> None:
+    machine.whole(machine.image)
+    (machine.image / "model-manifest.json").write_text("{}")
+
+    with pytest.raises(ConfigurationError, match="cannot be read: build the image anew"):
+        machine.choose()
+
+
+def test_on_the_platform_a_worker_without_a_model_does_not_start(machine: Machine) -> None:
+    machine.settings["runpod_webhook_get_job"] = "http://queue/"
+
     with pytest.raises(ConfigurationError, match="set MODEL_NAME"):
-        models.choose(settings(runpod_webhook_get_job="http://queue/"), None)
+        machine.choose()
 
 
 def test_off_the_platform_it_is_the_tiny_model_and_the_log_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = subprocess.CompletedProcess([], 0, stdout=b"/cache/tiny\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: made)
     caplog.set_level("INFO", "engine")
 
-    assert models.choose(settings(), None) == models.Model("/cache/tiny", ("tiny", "/cache/tiny"))
+    assert machine.choose() == Model("/cache/tiny", ("tiny", "/cache/tiny"))
     assert "tiny model, as MODEL_NAME is not set" in caplog.text
 
 
-def test_a_tiny_model_that_cannot_be_made_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiny_model_that_cannot_be_made_stops_the_start(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, stdout=b""))
 
     with pytest.raises(ConfigurationError, match="could not be made"):
-        models.choose(settings(), None)
+        machine.choose()
 
 
-def test_a_model_of_the_hubs_cache_answers_to_its_hub_id_too(tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--org--some--model" / "snapshots" / "abc123"
-    snapshot.mkdir(parents=True)
+def test_a_named_directory_is_served_as_it_is_and_has_to_be_there(machine: Machine) -> None:
+    snapshot = machine.cached(machine.home / "elsewhere")
 
-    model = models.choose(settings(), str(snapshot), ["first", "second"])
-
-    assert model.names == ("first", "second", "org/some--model", str(snapshot))
-
-
-def test_a_named_directory_has_to_be_there() -> None:
+    assert machine.choose(snapshot, served_model_name=["a"]).names == ("a", "Org/A--Model", snapshot)
     with pytest.raises(ConfigurationError, match="no such directory"):
-        models.choose(settings(), "/nowhere/model")
+        machine.choose("/nowhere/model")
+
+
+def test_the_places_are_looked_at_in_their_order_and_the_log_says_which(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each place is filled before those that come before it."""
+    caplog.set_level("INFO", "engine")
+    machine.volume.mkdir()
+    downloaded = machine.volume / "models" / "org--a--model" / "main"
+    fillings: list[tuple[Callable[[], str], str]] = [
+        (lambda: str(downloaded), "which is nowhere here and is downloaded"),
+        (lambda: machine.whole(downloaded), f"downloaded earlier at commit {COMMIT}"),
+        (lambda: machine.cached(machine.home / "hub"), "in the hub's cache"),
+        (lambda: machine.cached(machine.platforms_cache), "in the platform's cache"),
+        (lambda: machine.whole(machine.image), f"in the image at commit {COMMIT}"),
+    ]
+    for number, (fill, place) in enumerate(fillings):
+        path = fill()
+        caplog.clear()
+        to_download = None if number else (NAME, None)
+        assert machine.choose(NAME) == Model(path, tuple(dict.fromkeys((NAME, path))), to_download)
+        assert caplog.messages == [f"Model {path}: {NAME}, {place}"]
+
+
+def test_without_a_volume_models_are_kept_beside_the_hubs_cache(machine: Machine) -> None:
+    model = machine.choose("gpt2", revision="refs/pr/1")
+
+    assert model.path == str(machine.home / "models" / "gpt2" / "refs--pr--1")
+    assert model.to_download == ("gpt2", "refs/pr/1")
+
+
+@pytest.mark.parametrize(
+    ("revision", "there"), [(None, True), ("v1", True), (COMMIT, True), ("main", False), (OTHER, False)]
+)
+def test_the_image_serves_the_revision_that_is_asked_for(machine: Machine, revision: str | None, there: bool) -> None:
+    machine.whole(machine.image, revision="v1")
+
+    assert (machine.choose(NAME.lower(), revision=revision).path == str(machine.image)) == there
+
+
+@pytest.mark.parametrize(
+    ("revision", "there"), [(None, True), ("main", True), (COMMIT, True), ("v1", False), (OTHER, False)]
+)
+def test_a_cache_serves_the_revision_that_is_asked_for(machine: Machine, revision: str | None, there: bool) -> None:
+    path = machine.cached(machine.platforms_cache)
+
+    assert (machine.choose(NAME, revision=revision).path == path) == there
+
+
+def test_names_in_the_platforms_cache_are_matched_without_case_and_without_references(machine: Machine) -> None:
+    path = machine.cached(machine.platforms_cache, name="models--org--a--model", ref="")
+
+    assert machine.choose(NAME).path == path
+    machine.cached(machine.platforms_cache, OTHER, name="models--org--a--model", ref="")
+    assert machine.choose(NAME).to_download, "one of two snapshots would be a guess"
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model-00001-of-00001.safetensors"])
+def test_a_half_cached_model_is_not_taken(machine: Machine, missing: str) -> None:
+    (Path(machine.cached(machine.platforms_cache)) / missing).unlink()
+
+    assert machine.choose(NAME).to_download == (NAME, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [(NAME, {"load_format": "runai_streamer"}), ("org/model-GGUF:Q4_K_M", {}), ("s3://bucket/model", {})],
+)
+def test_what_is_not_loaded_from_a_directory_is_left_to_vllm(
+    machine: Machine, name: str, flags: dict[str, Any]
+) -> None:
+    assert machine.choose(name, **flags) == Model(name, (name,))
+
+
+@pytest.mark.parametrize(
+    ("flags", "offline"),
+    [({}, True), ({"tokenizer": "org/tokenizer"}, False), ({"enable_lora": True}, False)],
+)
+def test_the_hub_is_not_asked_when_all_that_is_needed_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], offline: bool
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    models.stay_offline(Model("org/model", ()), Given(flags))
+    assert not constants.HF_HUB_OFFLINE
+    models.stay_offline(Model(str(tmp_path), ()), Given(flags))
+    assert bool(constants.HF_HUB_OFFLINE) is offline
+
+
+def test_two_models_do_not_share_a_directory() -> None:
+    names = [("a/b", None), ("a/b", "v1"), ("a/b", "refs/pr/1"), ("a", "b"), ("a--b/c", None)]
+
+    assert len({places.ours(Path(), name, revision) for name, revision in names}) == len(names)

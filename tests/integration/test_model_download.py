@@ -1,0 +1,98 @@
+"""A worker whose model is on the hub alone loads it into the volume, serves it, and asks the hub for nothing more."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import model_hub
+from tests.model_hub import COMMIT, Fault, Hub, Repository
+from tests.processes import VLLM_ENVIRONMENT, running
+
+NAME = "an-org/Tiny"
+START_S = 240.0
+JOB = {
+    "openai_route": "/v1/chat/completions",
+    "openai_input": {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "max_tokens": 4,
+        "temperature": 0,
+    },
+}
+
+
+@pytest.fixture
+def hub(tiny_model: str) -> Iterator[Hub]:
+    with model_hub.running() as hub:
+        hub.repositories[NAME] = Repository.of(Path(tiny_model))
+        yield hub
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    return volume
+
+
+def environment(hub: Hub, volume: Path) -> dict[str, str]:
+    return {
+        **VLLM_ENVIRONMENT,
+        **hub.environment,
+        "MODEL_NAME": NAME,
+        "NETWORK_VOLUME": str(volume),
+        "BAKED_MODEL_DIR": str(volume / "nothing"),
+        "HF_HOME": str(volume.parent / "home"),
+    }
+
+
+def test_a_model_of_the_hub_is_loaded_into_the_volume_and_then_the_hub_is_left_alone(
+    hub: Hub, volume: Path, tmp_path: Path
+) -> None:
+    with running(
+        ["handler.py", "--test_input", json.dumps({"input": JOB})], environment(hub, volume), tmp_path / "log"
+    ) as process:
+        assert process.popen.wait(START_S) == 0, process.log
+
+        assert f"{NAME}, which is nowhere here and is downloaded" in process.log
+        assert f'"model":"{NAME}"' in process.log.replace('"model": "', '"model":"')
+    assert (volume / "models/an-org--tiny/main/model-manifest.json").is_file()
+    assert len(hub.requests) == len(set(hub.requests)), "each file once, by the builder, and nothing by vLLM"
+    assert all(COMMIT in request or "/cdn/" in request for request in hub.requests[1:])
+
+
+def test_a_model_that_cannot_be_had_stops_the_start_with_the_line_that_says_why(
+    hub: Hub, volume: Path, tmp_path: Path
+) -> None:
+    hub.repositories[NAME].gated, hub.repositories[NAME].token = True, "hf_notarealtoken"
+    given = {**environment(hub, volume), "HF_TOKEN": "hf_notarealtoken-of-somebody"}
+    with running(["handler.py"], given, tmp_path / "log") as process:
+        assert process.popen.wait(START_S) == 1
+
+        assert process.log.splitlines()[-1] == (
+            f"The worker cannot start: {NAME} is gated: ask for access at {hub.url}/{NAME}, "
+            "and set HF_TOKEN to a token of that account"
+        )
+        assert "notareal" not in process.log
+
+
+def test_a_worker_that_is_killed_while_it_loads_its_model_leaves_no_process_behind(
+    hub: Hub, volume: Path, tmp_path: Path
+) -> None:
+    hub.repositories[NAME].always["model.safetensors"] = Fault(piece_s=10)
+    with running(["handler.py"], environment(hub, volume), tmp_path / "log") as process:
+        process.wait_for(lambda: any("/cdn/" in request for request in hub.requests), START_S)
+        family = process.family()
+        assert len(family) > 1
+
+        process.popen.send_signal(signal.SIGKILL)
+
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert alive == []
+    assert not (volume / "models/an-org--tiny/main/config.json").exists()
