@@ -28,6 +28,6 @@ def end_with_parent() -> None:
 def end_with_this_process() -> None:
     """Let every process that is forked from now on end with the one that forked it.
 
-    A process that is spawned starts anew and has to ask for itself, by `end_with_parent`; so does `handler.py`.
+    One that starts another program, by `spawn` or as a command, has to ask for itself, by `end_with_parent`.
     """
     os.register_at_fork(after_in_child=end_with_parent)

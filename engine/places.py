@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.children import end_with_parent
 from engine.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +87,13 @@ def download(name: str, directory: Path, revision: str | None) -> None:
     command = [sys.executable, "-m", "builder", "download", name, str(directory)]
     if revision:
         command += ["--revision", revision]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 (no other thread runs that early)
+    ) as process:
         tail = b""
         for chunk in _chunks(process):
             sys.stderr.buffer.write(chunk)
