@@ -33,8 +33,8 @@ def _download(arguments: argparse.Namespace) -> None:
         arguments.repository,
         arguments.directory,
         arguments.revision,
-        parallel=arguments.parallel,
         attempts=arguments.attempts,
+        update=arguments.update,
     )
     sys.stdout.write(f"{manifest.repository}@{manifest.commit}\n")
 
@@ -83,10 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("directory", metavar="DIR", type=Path, help="a new or an empty directory")
     download.add_argument("--revision", help="branch, tag or commit; the main branch without it")
     download.add_argument(
-        "--parallel", metavar="N", type=_whole, default=8, help="files at once (default: %(default)s)"
+        "--attempts", metavar="N", type=_whole, default=8, help="tries for each file (default: %(default)s)"
     )
     download.add_argument(
-        "--attempts", metavar="N", type=_whole, default=8, help="tries for each file (default: %(default)s)"
+        "--update", action="store_true", help="let another commit of the same model in DIR become this one"
     )
     download.set_defaults(run=_download)
 

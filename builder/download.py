@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from builder import hub, selection, structure
 from builder.errors import BuilderError, DestinationError, DiskSpaceError, UnservableError, WrongFilesError
-from builder.manifest import LOCK, UNFINISHED, File, Manifest, present, progress, sha256
+from builder.manifest import LOCK, NAME, UNFINISHED, File, Manifest, present, progress, sha256
 from builder.verify import is_the_hubs
 
 # No loader takes a directory without one of these for a model.
 _LAST = ("config.json", "params.json")
 _WRONG_CONTENTS = 3
-PARALLEL = 8
+_PARALLEL = 8
 
 
 def download(
@@ -36,8 +36,8 @@ def download(
     directory: Path,
     revision: str | None = None,
     *,
-    parallel: int = PARALLEL,
     attempts: int = hub.ATTEMPTS,
+    update: bool = False,
 ) -> Manifest:
     """Make `directory` hold the files that serving the model needs; quick when it does already.
 
@@ -47,8 +47,8 @@ def download(
         name: of the repository.
         directory: a new or an empty one, or one where a download of this model was left half-way.
         revision: branch, tag or commit; the main branch without it.
-        parallel: files at once.
         attempts: for each file, where what went wrong may pass.
+        update: let another commit of the same model in the directory become this one.
 
     Returns:
         The manifest that was written.
@@ -64,16 +64,18 @@ def download(
     source = hub.repository(name, revision, attempts)
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
-        whole = _present(directory, source)
+        whole = _present(directory, source, update=update)
         if whole is None:
-            whole = _Download(source, directory, attempts).run(revision, parallel)
+            whole = _Download(source, directory, attempts).run(revision)
         shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
         (directory / LOCK).unlink(missing_ok=True)
     return whole
 
 
-def _present(directory: Path, source: hub.Repository) -> Manifest | None:
+def _present(directory: Path, source: hub.Repository, *, update: bool) -> Manifest | None:
     """The directory's manifest if it holds the model already.
+
+    Another commit of it that may be updated is no whole model any more.
 
     Raises:
         DestinationError: it holds something else.
@@ -88,16 +90,27 @@ def _present(directory: Path, source: hub.Repository) -> Manifest | None:
             raise DestinationError(f"{directory} holds a download of {other}, left half-way: name another directory")
         return None
     if (manifest.repository, manifest.commit) != (source.name, source.commit):
+        if update and manifest.repository == source.name:
+            _begin(directory, source)
+            for name in (NAME, *_LAST):
+                (directory / name).unlink(missing_ok=True)
+            return None
         raise DestinationError(
             f"{directory} holds {manifest.repository or 'another model'} at {manifest.commit or 'no commit'}, "
-            f"not {source.name} at {source.commit}: name another directory"
+            f"not {source.name} at {source.commit}: name another directory, or --update it"
         )
-    sizes = {file.path: file.size_bytes for file in manifest.files}
-    if any(not (directory / path).is_file() or (directory / path).stat().st_size != sizes[path] for path in sizes):
+    paths = {directory / file.path: file.size_bytes for file in manifest.files}
+    if any(not path.is_file() or path.stat().st_size != size_bytes for path, size_bytes in paths.items()):
         raise WrongFilesError(
             f"{directory} is not whole any more: `python -m builder verify` says why; remove it to load it anew"
         )
     return manifest
+
+
+def _begin(directory: Path, source: hub.Repository) -> None:
+    """Say whose the directory is from now on."""
+    (directory / UNFINISHED).mkdir(exist_ok=True)
+    (directory / UNFINISHED / "repository").write_text(source.name, encoding="utf-8")
 
 
 class _Download:
@@ -114,24 +127,23 @@ class _Download:
         self._unfinished = directory / UNFINISHED
         self._stop = threading.Event()
 
-    def run(self, revision: str | None, parallel: int) -> Manifest:
-        self._begin()
+    def run(self, revision: str | None) -> Manifest:
+        _begin(self._directory, self._source)
+        self._remove_what_is_not_of_it()
         self._look_for_room()
         total = sum(file.size_bytes for file in self._files)
         _say(f"{self._source.name} at {self._source.commit}: {len(self._files)} files, {total / 1e9:.2f} GB")
         last = [file for file in self._files if file.path in _LAST]
         with progress(total, "Downloading") as self._bar:
-            done = self._all([file for file in self._files if file not in last], parallel)
-            done += self._all(last, parallel)
+            done = self._all([file for file in self._files if file not in last])
+            done += self._all(last)
         structure.check(self._directory)
         manifest = Manifest.of(done, self._source.name, revision, self._source.commit)
         manifest.write(self._directory)
         return manifest
 
-    def _begin(self) -> None:
-        """Say whose the directory is from now on; take away what an earlier commit has left."""
-        self._unfinished.mkdir(exist_ok=True)
-        (self._unfinished / "repository").write_text(self._source.name, encoding="utf-8")
+    def _remove_what_is_not_of_it(self) -> None:
+        """Take away what an earlier commit has left."""
         wanted = {file.path for file in self._files}
         for path in present(self._directory):
             if path not in wanted:
@@ -147,9 +159,9 @@ class _Download:
                 f"{free / 1e9:.2f} GB free"
             )
 
-    def _all(self, files: list[hub.RemoteFile], parallel: int) -> list[File]:
-        """Have all of them, so many at once; when one cannot be had, the others stop where they are."""
-        with ThreadPoolExecutor(parallel) as threads:
+    def _all(self, files: list[hub.RemoteFile]) -> list[File]:
+        """Have all of them, some at once; when one cannot be had, the others stop where they are."""
+        with ThreadPoolExecutor(_PARALLEL) as threads:
             try:
                 tasks = [threads.submit(self._one, file) for file in files]
                 done, others = wait(tasks, return_when=FIRST_EXCEPTION)

@@ -276,8 +276,24 @@ def test_another_commit_does_not_go_over_a_whole_model(
     hub.repositories[REPO].commit = "d" * 40
     assert download(tmp_path) == 1
     assert one_line(capsys) == (
-        f"{tmp_path} holds {REPO} at {COMMIT}, not {REPO} at {'d' * 40}: name another directory"
+        f"{tmp_path} holds {REPO} at {COMMIT}, not {REPO} at {'d' * 40}: name another directory, or --update it"
     )
+
+
+def test_an_update_loads_what_has_changed_and_is_no_model_until_it_is_whole(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert download(tmp_path) == 0
+    changed = {**files, "generation_config.json": b'{"temperature": 0.5}'}
+    hub.repositories[REPO] = Repository({**changed, **BESIDE}, commit="d" * 40)
+    hub.repositories[REPO].always["generation_config.json"] = Fault(503)
+    assert download(tmp_path, "--update") == 1
+    assert_no_model(tmp_path)
+    hub.repositories[REPO].always.clear()
+    sent = hub.sent_bytes
+    assert download(tmp_path, "--update") == 0
+    assert hub.sent_bytes - sent <= len(changed["generation_config.json"]) + len(files["config.json"])
+    assert_whole(tmp_path, changed)
 
 
 def test_a_download_of_an_older_commit_left_half_way_becomes_the_new_one(
