@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from engine import children, diagnosis, models
+from engine import children, diagnosis, health, models
 from engine.admission import Admission
 from engine.configuration import Configuration
 from engine.errors import ConfigurationError
@@ -103,4 +103,8 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
         loop.add_signal_handler(number, stop)
     server.statistics.changed = jobs.wake
     await server.app()
-    return await jobs.run()
+    beating = asyncio.create_task(health.beat(server.failure))
+    try:
+        return await jobs.run()
+    finally:
+        beating.cancel()
