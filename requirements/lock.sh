@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Makes the lock files anew from pyproject.toml: `make lock`.
+#
+#   cpu.lock      what runs the worker on a CPU
+#   dev.lock      what its tests and checks need beside that
+#   gpu.lock      what runs it on a GPU, vLLM's CUDA build included
+#   worker.lock   the same without what vLLM itself needs: for an image that has vLLM
+#   builder.lock  what downloads and verifies a model
+set -euo pipefail
+cd "$(dirname "$0")/.."
+UV=${UV:-uv}
+PLAIN=(--quiet --no-annotate --no-header --no-emit-find-links --no-emit-index-url)
+made=$(mktemp -d)
+trap 'rm -r "$made"' EXIT
+
+compile() {  # NAME OPTION...: a lock in $made
+    local name=$1
+    shift
+    "$UV" pip compile "${PLAIN[@]}" --output-file "$made/$name" "$@"
+}
+names() { sed 's/[=; ].*//' "$1"; }
+write() {  # NAME: from standard input
+    { echo "# Made by \`make lock\` from pyproject.toml."; cat; } > "requirements/$1.lock"
+}
+
+# PyTorch's CPU build lies on an index of its own, or in a directory; only these two may look there.
+cpu=(pyproject.toml --python-version 3.11 --extra cpu)
+compile cpu "${cpu[@]}"
+compile all "${cpu[@]}" --extra dev --constraint "$made/cpu"
+unset UV_FIND_LINKS
+gpu=(--no-config --override requirements/gpu-overrides.txt --python-platform x86_64-manylinux_2_28)
+compile gpu pyproject.toml --extra gpu "${gpu[@]}" --python-version 3.11
+# For the Python of any image that has vLLM.
+compile worker pyproject.toml --no-config --override requirements/gpu-overrides.txt --constraint "$made/gpu" \
+    --universal --python-version 3.11
+compile vllm <(grep '^vllm==' "$made/gpu") "${gpu[@]}" --constraint "$made/gpu" --python-version 3.11
+extra='import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["builder"])'
+compile builder --no-config <(python3 -c "$extra" | tr ' ' '\n') --constraint "$made/cpu" --python-version 3.11
+
+write cpu < "$made/cpu"
+grep -vxFf "$made/cpu" "$made/all" | write dev
+write gpu < "$made/gpu"
+{ grep -E '^(bitsandbytes|vllm-bnb-plugin)==' "$made/gpu"; cat "$made/worker"; } |
+    grep -vEf <(names "$made/vllm" | sed 's/.*/^&[=; ]/') | write worker
+write builder < "$made/builder"
