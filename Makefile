@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LOCK := requirements/cpu.lock
+LOCKS := requirements/cpu.lock requirements/dev.lock
 READY := $(VENV)/ready
 # The CPU build of PyTorch lives on an index of its own; it is asked for that one package alone.
-TORCH := $(shell grep '^torch==' $(LOCK) | cut -d' ' -f1)
+TORCH := $(shell grep -h '^torch==' $(LOCKS))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: run up test browser unit fuzz check format lock docs clean
@@ -29,6 +29,8 @@ check: $(READY)  ## Lint, formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/hadolint Dockerfile
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
 
 format: $(READY)  ## Apply the formatter and the safe fixes
 	@$(BIN)/ruff check --fix .
@@ -46,19 +48,17 @@ browser:  ## Install Chromium, for the tests of the emulator's page, where there
 		$$sudo apt-get update -qq && $$sudo apt-get install -y -qq chromium >/dev/null; } || \
 		{ echo "Chromium cannot be installed: install it, or set CHROMIUM to its path"; exit 1; }
 
-lock:  ## Make the lock file anew from pyproject.toml
+lock:  ## Make the lock files anew from pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet uv
-	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip compile pyproject.toml \
-		--extra cpu --extra dev --python-version 3.11 --upgrade --no-annotate --no-emit-find-links \
-		--no-emit-index-url --custom-compile-command "make lock" --output-file $(LOCK)
+	@UV=$(BIN)/uv UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" requirements/lock.sh
 
-$(READY): $(LOCK)
+$(READY): $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
-	@echo "Setting up $(VENV): about 190 packages, 2.5 GB, some minutes the first time"
+	@echo "Setting up $(VENV): about 200 packages, 2.5 GB, some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement $(LOCK)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(addprefix --requirement ,$(LOCKS))
 	@touch $@
 
 clean:  ## Remove what was set up here

@@ -1,0 +1,112 @@
+# syntax=docker/dockerfile:1.7
+#
+# The worker with its model inside.
+#
+#   docker build -t IMAGE .                    for a GPU: vLLM's own image, the model of the hub in a layer of its own
+#   docker build -t IMAGE --target cpu .       for a laptop: vLLM's CPU build, with the tiny model
+#
+# docs/deploy.md tells what the build arguments do. What changes most often comes last: a change of the code rebuilds the
+# last layer alone.
+
+# Where base images come from: a mirror of the registry may stand here.
+ARG BASE_URL=docker.io
+# An image with vLLM 0.32, or any with CUDA and Python from 3.11 (then vLLM is installed into it).
+ARG BASE_IMAGE=${BASE_URL}/vllm/vllm-openai:v0.32.0
+ARG PYTHON_IMAGE=${BASE_URL}/library/python:3.11.14-slim-bookworm
+# What the CPU image holds: `tiny`, which is made, or `model`, which is downloaded.
+ARG CPU_MODEL=tiny
+
+
+# What downloads and verifies a model.
+FROM ${PYTHON_IMAGE} AS builder
+WORKDIR /app
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+COPY requirements/builder.lock requirements/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m pip install --quiet --no-deps --requirement requirements/builder.lock
+COPY builder/ builder/
+
+
+# The model, whole and verified. The cache keeps what a broken build has downloaded; the token is in no layer.
+FROM builder AS model
+ARG MODEL_NAME=unsloth/phi-4-bnb-4bit
+ARG MODEL_REVISION=main
+ARG HF_ENDPOINT=https://huggingface.co
+RUN --mount=type=secret,id=HF_TOKEN --mount=type=cache,target=/cache \
+    python3 -m builder download "$MODEL_NAME" "/cache/$MODEL_NAME/$MODEL_REVISION" --revision "$MODEL_REVISION" --update \
+    && cp -r "/cache/$MODEL_NAME/$MODEL_REVISION" /model \
+    && python3 -m builder verify /model
+# Settings of this model; an empty argument is none. They are not used when MODEL_NAME names another one at run time.
+ARG QUANTIZATION=bitsandbytes
+ARG DTYPE=bfloat16
+ARG MAX_MODEL_LEN=
+ARG SERVED_MODEL_NAME=
+RUN python3 -c 'import json, os; \
+    names = "MODEL_NAME", "QUANTIZATION", "DTYPE", "MAX_MODEL_LEN", "SERVED_MODEL_NAME"; \
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}; \
+    json.dump(given, open("/settings.json", "w"), indent=2)'
+
+
+# vLLM's CPU build and the worker's packages.
+FROM ${PYTHON_IMAGE} AS cpu-packages
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /app
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+COPY requirements/cpu.lock requirements/
+# The CPU build of PyTorch lies on an index of its own, which is asked for that one package alone.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    grep '^torch==' requirements/cpu.lock > requirements/torch.lock \
+    && python3 -m pip install --quiet --no-deps --retries 1 --extra-index-url "$TORCH_INDEX" \
+        --requirement requirements/torch.lock \
+    && python3 -m pip install --quiet --no-deps --requirement requirements/cpu.lock
+
+
+# A real model of a few megabytes, made here.
+FROM cpu-packages AS tiny
+COPY builder/ builder/
+RUN python3 -m builder tiny /model && python3 -m builder manifest /model \
+    && echo '{"SERVED_MODEL_NAME": "tiny"}' > /settings.json
+
+
+FROM ${CPU_MODEL} AS cpu-model
+
+
+FROM cpu-packages AS cpu
+ARG MODEL_DIR=/workspace/vllm/tiny
+RUN useradd --create-home --uid 10001 worker
+ENV BAKED_MODEL_DIR=${MODEL_DIR} PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1
+COPY --from=cpu-model /model ${MODEL_DIR}
+COPY --from=cpu-model /settings.json /workspace/vllm/settings.json
+COPY . .
+USER 10001
+HEALTHCHECK --interval=30s --start-period=10m CMD ["python3", "-m", "engine.health"]
+LABEL org.opencontainers.image.title="vllm-serverless (CPU)" org.opencontainers.image.licenses="Apache-2.0"
+CMD ["python3", "handler.py"]
+
+
+FROM ${BASE_IMAGE} AS gpu-packages
+WORKDIR /app
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+COPY requirements/gpu.lock requirements/worker.lock requirements/
+# Where the base has vLLM, nothing that vLLM needs is touched: the lock holds what the worker needs beside that.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    lock=$(python3 -c 'from importlib.util import find_spec; print("worker" if find_spec("vllm") else "gpu")') \
+    && python3 -m pip install --quiet --no-deps --requirement "requirements/$lock.lock"
+
+
+FROM gpu-packages AS gpu
+# Off /runpod-volume and whatever else a platform mounts: a volume would hide it.
+ARG MODEL_DIR=/workspace/vllm/phi-4-bnb-4bit
+# The platform's volumes may belong to root: --build-arg WORKER=0 where models are downloaded to one.
+ARG WORKER=10001
+RUN useradd --create-home --uid 10001 worker
+ENV BAKED_MODEL_DIR=${MODEL_DIR} PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1
+COPY --from=model /model ${MODEL_DIR}
+COPY --from=model /settings.json /workspace/vllm/settings.json
+COPY . .
+USER ${WORKER}
+HEALTHCHECK --interval=30s --start-period=10m CMD ["python3", "-m", "engine.health"]
+LABEL org.opencontainers.image.title="vllm-serverless" org.opencontainers.image.licenses="Apache-2.0"
+# The base starts `vllm serve`.
+ENTRYPOINT []
+CMD ["python3", "handler.py"]
