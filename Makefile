@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 TORCH := $(shell grep -h '^torch==' $(LOCKS))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run up test browser unit fuzz check format lock docs clean
+.PHONY: run up test browser unit image-test fuzz check format lock docs clean
 
 run: $(READY)  ## Answer the job of test_input.json with the tiny model
 	@$(BIN)/python handler.py
@@ -21,6 +21,10 @@ test: $(READY) browser  ## Run all tests: the real engine, the real SDK, a real 
 
 unit: $(READY)  ## Run the tests that need no engine
 	@$(BIN)/python -m pytest tests/unit
+
+image-test: $(READY)  ## Build the images for real, on stand-ins for their bases, and let them answer jobs (Debian, root)
+	@command -v buildah debootstrap >/dev/null || { apt-get update -qq && apt-get install -y -qq buildah debootstrap; }
+	@$(BIN)/python -m pytest tests/image --timeout 3600
 
 fuzz: $(READY)  ## Look for an order of events that breaks the loop, among many that the tests do not try
 	@FUZZ_EXAMPLES=$${EXAMPLES:-20000} $(BIN)/python -m pytest tests/unit/test_loop_machine.py --timeout 0

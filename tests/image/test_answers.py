@@ -1,0 +1,53 @@
+"""The images as they are run: each answers a job of the emulator by its own command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from builder.tiny_corpus import example
+from emulator.server import background
+from tests.image.builds import Buildah, stand_in_for_vllm
+from tests.image.conftest import NAME
+from tests.integration.emulator.conftest import Site, settings_with
+
+START_S = 400.0
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_the_images_own_command_answers_a_job_of_the_emulator(
+    target: str, buildah: Buildah, options: list[str], directory: Path, python: str
+) -> None:
+    if target == "gpu":
+        base = stand_in_for_vllm(buildah, directory, python, real=True)
+        buildah.build(target, f"--build-arg=BASE_IMAGE={base}", *options)
+    else:
+        buildah.build(target, "--target=cpu", "--build-arg=CPU_MODEL=model", *options)
+    command = buildah.inspect(target)["Docker"]["config"]["Cmd"]
+    container = buildah.container(target)
+    run = [
+        sys.executable,
+        str(Path(__file__).with_name("in_container.py")),
+        *buildah.command,
+        "--",
+        container,
+        *command,
+    ]
+    with ExitStack() as stack:
+        emulator = stack.enter_context(background(settings_with(command=run, workersMin=1, env=dict(os.environ))))
+        site = Site(emulator.url, stack)
+        job = site.submit({"messages": [{"role": "user", "content": "Hello!"}], "sampling_params": {"temperature": 0}})
+        document = site.ended(job, START_S)
+        log = "\n".join(site.state()["workers"][0]["log"])
+    assert document["status"] == "COMPLETED", log
+    (answer,) = document["output"]
+    assert answer["choices"][0]["message"]["content"] == example("hello").answer
+    assert answer["model"] == NAME
+    assert "the model in the image" in log or "in the image at commit" in log
+    buildah.run("rm", container)
+    buildah.run("rmi", "--force", target)

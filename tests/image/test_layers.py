@@ -1,0 +1,103 @@
+"""The image's layers: what a change of the code makes anew, and that no secret is in any of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.image.builds import ROOT, Buildah, holds, stand_in_for_vllm
+from tests.image.conftest import NAME, TOKEN
+from tests.model_hub import COMMIT, Hub
+
+IMAGE = "worker-layers"
+MODEL = "workspace/vllm/phi-4-bnb-4bit"
+
+
+@pytest.fixture(scope="module")
+def checkout(directory: Path) -> Path:
+    """A copy of what the build can see, to be changed."""
+    copy = directory / "checkout"
+    leave = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", ".hypothesis")
+    shutil.copytree(ROOT, copy, ignore=leave)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def build(buildah: Buildah, options: list[str], directory: Path, python: str, checkout: Path) -> Any:
+    base = stand_in_for_vllm(buildah, directory, python, real=False)
+
+    def build() -> dict[str, Any]:
+        buildah.build(IMAGE, "--layers", f"--build-arg=BASE_IMAGE={base}", *options, context=checkout)
+        return buildah.inspect(IMAGE)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def image(build: Any) -> dict[str, Any]:
+    document: dict[str, Any] = build()
+    return document
+
+
+def layers(image: dict[str, Any]) -> list[str]:
+    found: list[str] = image["OCIv1"]["rootfs"]["diff_ids"]
+    return found
+
+
+def test_the_model_is_whole_in_a_layer_of_its_own(image: dict[str, Any], buildah: Buildah) -> None:
+    assert image["OCIv1"]["rootfs"]["type"] == "layers"
+    files = buildah.files(buildah.container(IMAGE))
+    manifest = json.loads((files / MODEL / "model-manifest.json").read_bytes())
+    assert (manifest["repository"], manifest["revision"], manifest["commit"]) == (NAME, "main", COMMIT)
+    assert all((files / MODEL / file["path"]).stat().st_size == file["size_bytes"] for file in manifest["files"])
+    settings = json.loads((files / "workspace/vllm/settings.json").read_bytes())
+    assert settings == {"MODEL_NAME": NAME, "QUANTIZATION": "bitsandbytes", "DTYPE": "bfloat16"}
+    history = [step.get("created_by", "") for step in image["OCIv1"]["history"]]
+    assert sum("COPY" in step and MODEL in step for step in history) == 1
+
+
+def test_the_worker_starts_as_a_user_of_its_own(image: dict[str, Any]) -> None:
+    config = image["Docker"]["config"]
+    assert config["User"] == "10001"
+    assert config["Cmd"] == ["python3", "handler.py"]
+    assert not config["Entrypoint"]
+    assert config["Healthcheck"]["Test"] == ["CMD", "python3", "-m", "engine.health"]
+    assert config["Labels"]["org.opencontainers.image.title"] == "vllm-serverless"
+
+
+def test_the_image_holds_the_worker_and_nothing_else_of_the_checkout(image: dict[str, Any], buildah: Buildah) -> None:
+    del image
+    files = buildah.files(buildah.container(IMAGE)) / "app"
+    assert {path.name for path in files.iterdir()} == {
+        "LICENSE", "builder", "emulator", "engine", "handler.py", "requirements", "test_input.json"
+    }  # fmt: skip
+
+
+def test_a_change_of_the_code_makes_the_last_layer_anew_and_no_other(
+    image: dict[str, Any], build: Any, checkout: Path, hub: Hub
+) -> None:
+    sent = hub.sent_bytes
+    (checkout / "engine" / "health.py").open("a").write("# changed\n")
+    changed = build()
+
+    before, after = layers(image), layers(changed)
+    assert len(before) == len(after)
+    # The last instructions copy the code and say how it is started, which is no file.
+    different = [number for number, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
+    history = [step for step in image["OCIv1"]["history"] if not step.get("empty_layer")]
+    assert different, "the code is in the image"
+    assert "COPY" in history[different[0]]["created_by"]
+    assert MODEL not in history[different[0]]["created_by"]
+    assert different[0] >= len(before) - 6, (different, len(before))
+    assert hub.sent_bytes == sent, "the model is not loaded again"
+
+
+def test_no_secret_is_in_any_layer_history_or_environment(image: dict[str, Any], buildah: Buildah) -> None:
+    """Byte by byte, in all that the builds have left: every layer of every stage, and every configuration."""
+    assert TOKEN not in json.dumps(image)
+    assert holds(buildah.directory, TOKEN.encode()) == []
+    assert holds(buildah.directory, COMMIT.encode()), "the search finds what is there"
