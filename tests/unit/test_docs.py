@@ -19,8 +19,11 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b|\bDTYPE\b|\bQUANTIZATION\b")
 
 # What a guide names beside the worker's settings: of the build, of the platforms, placeholders, names of their APIs.
-BUILD = {"HF_ENDPOINT", "BASE_URL", "BASE_IMAGE"}
-PLATFORM = {"RUNPOD_INIT_TIMEOUT", "RUNPOD_API_KEY", "EASE_AGENT_URL"}
+BUILD = {
+    *re.findall(r"^ARG (\w+)=", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE),
+    *re.findall(r"\$\{(\w+):?-", (ROOT / "docker-compose.yml").read_text(encoding="utf-8")),
+}
+PLATFORM = {"HF_HOME", "RUNPOD_INIT_TIMEOUT", "RUNPOD_API_KEY", "EASE_AGENT_URL"}
 API = {"REQUEST_COUNT", "QUEUE_DELAY"}
 PLACEHOLDERS = {
     "YOUR_NAME", "YOUR_TOKEN", "YOUR_TENANT", "REGISTRY_AUTH_ID", "TEMPLATE_ID", "ENDPOINT_ID", "SERVERLESS_ID",
