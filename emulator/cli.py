@@ -153,9 +153,13 @@ def _say(line: str) -> None:
 
 
 def _own_worker(endpoint: dict[str, Any]) -> dict[str, Any]:
-    """The endpoint with this repository's worker; its model is the tiny one, unless MODEL_NAME says otherwise."""
+    """The endpoint with this repository's worker.
+
+    Its model is the tiny one, unless MODEL_NAME names another, or this is an image, which says by BAKED_MODEL_DIR where
+    its own is.
+    """
     env = dict(endpoint.get("env", {}))
-    if "MODEL_NAME" not in env and "MODEL_NAME" not in os.environ:
+    if not {"MODEL_NAME", "BAKED_MODEL_DIR"} & {*env, *os.environ}:
         env["MODEL_NAME"] = _tiny_model()
     return {**endpoint, "env": env, "command": [sys.executable, str(_HANDLER)], "cwd": str(_HANDLER.parent)}
 

@@ -35,6 +35,8 @@ def test_a_model_that_is_given_is_not_replaced(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cli, "_tiny_model", lambda: pytest.fail("nobody asked for it"))
     monkeypatch.delenv("MODEL_NAME", raising=False)
     assert cli.read_settings(["--env", "MODEL_NAME=mine"])[0].endpoints[0].env == {"MODEL_NAME": "mine"}
+    monkeypatch.setenv("BAKED_MODEL_DIR", "/workspace/vllm/phi-4-bnb-4bit")
+    assert cli.read_settings([])[0].endpoints[0].env == {}
     monkeypatch.setenv("MODEL_NAME", "mine")
     assert cli.read_settings([])[0].endpoints[0].env == {}
 
