@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from builder.errors import ConfigError, SettingError
@@ -105,14 +105,14 @@ class Layers:
     token_bytes: int
     window: int = 0
 
-    def blocks(self, length: int, in_flight: int) -> int:
+    def blocks(self, length: int, in_flight: int, block_tokens: int = BLOCK_TOKENS) -> int:
         """Return the blocks that a request of this length holds at most; windows let go of what has been computed."""
         match self.kind:
             case "sliding":  # the window may begin and end within a block
-                return -(-min(self.window - 1 + in_flight, length) // BLOCK_TOKENS) + 1
+                return -(-min(self.window - 1 + in_flight, length) // block_tokens) + 1
             case "chunked":
-                return -(-min(self.window + in_flight, length) // BLOCK_TOKENS)
-        return -(-length // BLOCK_TOKENS)
+                return -(-min(self.window + in_flight, length) // block_tokens)
+        return -(-length // block_tokens)
 
 
 @dataclass(frozen=True)
@@ -130,18 +130,21 @@ class Cache:
     def request_bytes(self, length: int, in_flight: int) -> int:
         """Return what one request of this length takes at most, on one GPU.
 
-        vLLM puts layers of each kind into groups of one size and gives blocks of one size to all groups, so the last
-        group of a kind may be padded (`_get_kv_cache_groups_uniform_page_size`).
+        vLLM puts layers of each kind into groups of one size, so the last group of a kind may be padded, and gives
+        blocks of one size to all groups: smaller layers have more tokens in a block, or a block that is not full
+        (`unify_kv_cache_spec_page_size`, `_get_kv_cache_groups_uniform_page_size`).
         """
+        if len({(layers.kind, layers.window) for layers in self.layers}) == 1:  # one group, whatever the sizes
+            return self.token_bytes * BLOCK_TOKENS * self.layers[0].blocks(length, in_flight)
         counts = [layers.count for layers in self.layers]
-        if len({layers.token_bytes for layers in self.layers}) != 1:
-            size = 1  # blocks of several sizes: packed, as if there were no padding
-        else:
-            size = max(counts) if max(counts) < min(counts) * 1.5 else min(counts)
-        return sum(
-            size * -(-layers.count // size) * layers.token_bytes * BLOCK_TOKENS * layers.blocks(length, in_flight)
-            for layers in self.layers
-        )
+        size = max(counts) if max(counts) < min(counts) * 1.5 else min(counts)
+        page = max(layers.token_bytes for layers in self.layers) * BLOCK_TOKENS
+        blocks = 0
+        for layers in self.layers:
+            fits = page % (layers.token_bytes * BLOCK_TOKENS) == 0
+            block_tokens = page // layers.token_bytes if fits else BLOCK_TOKENS
+            blocks += -(-layers.count // size) * layers.blocks(length, in_flight, block_tokens)
+        return page * size * blocks
 
 
 @dataclass(frozen=True)
@@ -230,45 +233,53 @@ def cache_of(config: Any, settings: Settings) -> Cache:
         ConfigError: the config has no attention layers that are understood here.
     """
     text = config.get_text_config()
-    if not (getattr(text, "num_attention_heads", None) and getattr(text, "num_hidden_layers", None)):
+    if not getattr(text, "num_hidden_layers", None) or not getattr(_each_layer(text)[0], "num_attention_heads", None):
         raise ConfigError("the config has no attention heads and layers from which a KV cache could be reckoned")
     if getattr(text, "compress_ratios", None):
         raise ConfigError(f"the compressed KV cache of {text.model_type} cannot be reckoned from its config here")
     width = KV_CACHE_DTYPES[settings.kv_cache_dtype] or _cache_width(config, settings)
-    found: list[Layers] = []
-    notes = []
-    for kind, count in Counter(_kinds(text)).items():
-        match kind:
-            case "full_attention" | "indexed_attention":
-                found.append(Layers("full", count, _token_bytes(text, settings, width, whole=True)))
-            case "sliding_attention" | "chunked_attention":
-                name = kind.removesuffix("_attention")
-                window = getattr(text, "sliding_window" if name == "sliding" else "attention_chunk_size", None)
-                token_bytes = _token_bytes(text, settings, width, whole=False)
-                found.append(Layers(name if window else "full", count, token_bytes, window or 0))
-            case _ if kind != "moe":
-                notes.append(f"The state of {count} layers of the kind {kind} is not counted.")
+    found: Counter[Layers] = Counter()
+    others: Counter[str] = Counter()
+    shared = getattr(text, "num_kv_shared_layers", None) or 0  # the last ones, with the cache of earlier ones
+    for kind, layer in list(zip(_kinds(text), _each_layer(text), strict=True))[: text.num_hidden_layers - shared]:
+        match kind.removesuffix("_attention"):
+            case "full" | "indexed":
+                found[Layers("full", 1, _token_bytes(layer, settings, width))] += 1
+            case "sliding" | "chunked" as name:
+                window = getattr(layer, "sliding_window" if name == "sliding" else "attention_chunk_size", None)
+                found[Layers(name if window else "full", 1, _token_bytes(layer, settings, width), window or 0)] += 1
+            case "moe" | "mlp":
+                pass
+            case _:
+                others[kind] += 1
     if not found:
         raise ConfigError("the config's layers keep no KV cache that is understood here")
-    return Cache(tuple(found), (*notes, *_uncounted(config, found)))
+    notes = [f"The state of {count} layers of the kind {kind} is not counted." for kind, count in others.items()]
+    layers = (replace(layers, count=count) for layers, count in found.items())
+    return Cache(tuple(layers), (*notes, *_uncounted(config)))
+
+
+def _each_layer(text: Any) -> list[Any]:
+    """Return the config of each layer; they differ in some models, such as Gemma 4."""
+    if getattr(text, "is_heterogeneous", False):
+        return list(text.per_layer_config)
+    return [text] * int(text.num_hidden_layers)
 
 
 def _kinds(text: Any) -> list[str]:
-    """Return the kind of each layer that keeps a cache of its own, in transformers' words."""
+    """Return the kind of each layer, in transformers' words."""
     kinds = list(getattr(text, "layer_types", None) or [])
-    if len(kinds) != text.num_hidden_layers:
-        windowed = getattr(text, "sliding_window", None)
-        kinds = ["sliding_attention" if windowed else "full_attention"] * text.num_hidden_layers
-    return kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]
+    if len(kinds) == text.num_hidden_layers:
+        return kinds
+    windowed = getattr(_each_layer(text)[0], "sliding_window", None)
+    return ["sliding_attention" if windowed else "full_attention"] * text.num_hidden_layers
 
 
-def _uncounted(config: Any, found: Sequence[Layers]) -> Iterator[str]:
-    """Say what the layers that were found do not cover."""
+def _uncounted(config: Any) -> Iterator[str]:
+    """Say what attention layers do not cover."""
     text = config.get_text_config()
     if not getattr(text, "layer_types", None) and any(getattr(text, name, None) for name in _STATEFUL):
         yield "The model seems to have recurrent layers: all are counted as attention."
-    if len({layers.token_bytes for layers in found}) > 1:
-        yield "Layers of several sizes: how vLLM packs them is only approximated."
     if getattr(text, "index_head_dim", None):
         yield "The index of its sparse attention is not counted."
     if getattr(config, "is_encoder_decoder", False):
@@ -284,19 +295,16 @@ def _cache_width(config: Any, settings: Settings) -> int:
     return 4 if settings.dtype in ("float", "float32") else 2
 
 
-def _token_bytes(text: Any, settings: Settings, width: int, *, whole: bool) -> int:
-    """Return what a token takes in one layer on one GPU; `whole` if the layer sees the whole text."""
-    if getattr(text, "kv_lora_rank", None):  # MLA: one latent vector, the same on each GPU
-        return int(text.kv_lora_rank + text.qk_rope_head_dim) * width
+def _token_bytes(layer: Any, settings: Settings, width: int) -> int:
+    """Return what a token takes in one layer on one GPU."""
+    if getattr(layer, "kv_lora_rank", None):  # MLA: one latent vector, the same on each GPU
+        return int(layer.kv_lora_rank + layer.qk_rope_head_dim) * width
     heads = next(
         value
         for name in ("num_kv_heads", "num_key_value_heads", "multi_query_group_num", "num_attention_heads")
-        if (value := getattr(text, name, None))
+        if (value := getattr(layer, name, None))
     )
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if whole:  # Gemma 4: where all is seen, heads are fewer and larger
-        heads = getattr(text, "num_global_key_value_heads", None) or heads
-        head = getattr(text, "global_head_dim", None) or head
+    head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
     return int(2 * max(1, heads // settings.tensor_parallel_size) * head * width)
 
 
@@ -313,9 +321,10 @@ def overhead(config: Any, settings: Settings, max_num_seqs: int, max_num_batched
     The CUDA context is not among them: vLLM measures from when it is there, so it lies in what utilization leaves.
     """
     text = config.get_text_config()
-    hidden = getattr(text, "hidden_size", 0)
-    experts = (getattr(text, "num_experts_per_tok", 0) or 0) * (getattr(text, "moe_intermediate_size", 0) or 0)
-    inner = max(_number(getattr(text, "intermediate_size", 0)), experts) // settings.tensor_parallel_size
+    first = _each_layer(text)[0]
+    hidden = getattr(first, "hidden_size", 0)
+    experts = (getattr(first, "num_experts_per_tok", 0) or 0) * _number(getattr(first, "moe_intermediate_size", 0))
+    inner = max(_number(getattr(first, "intermediate_size", 0)), experts) // settings.tensor_parallel_size
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
     captured = sum(size <= max(2 * max_num_seqs, 1) for size in sizes)
     return {
@@ -327,7 +336,7 @@ def overhead(config: Any, settings: Settings, max_num_seqs: int, max_num_batched
 
 
 def _number(value: Any) -> int:
-    return max(value) if isinstance(value, list) else int(value or 0)
+    return max(value) if isinstance(value, (list, tuple)) else int(value or 0)
 
 
 def fit(config: Any, weights_bytes: int, cache: Cache, settings: Settings, gpu: Gpu | None) -> Fit:

@@ -78,10 +78,11 @@ def vllms_request_bytes(vllm: SimpleNamespace, config: Any, length: int, in_flig
     text = config.get_text_config()
     arch = vllms_arch(vllm, config)
     heads = 1 if arch.is_deepseek_mla else max(1, arch.total_num_kv_heads // tensor_parallel)
-    common = {"block_size": 16, "num_kv_heads": heads, "head_size": arch.head_size, "dtype": torch.bfloat16}
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * arch.total_num_hidden_layers
     layers: dict[str, Any] = {}
     for index, kind in enumerate(kinds):
+        size = text.per_layer_config[index].head_dim if text.is_heterogeneous else arch.head_size
+        common = {"block_size": 16, "num_kv_heads": heads, "head_size": size, "dtype": torch.bfloat16}
         if kind == "sliding_attention":
             layers[str(index)] = vllm.specs.SlidingWindowSpec(**common, sliding_window=text.sliding_window)
         elif arch.is_deepseek_mla:
@@ -130,6 +131,20 @@ def test_a_requests_kv_cache_is_what_vllm_accounts_for(
 
     expected = vllms_request_bytes(vllm, config, length, 4096, tensor_parallel)
     assert cache.request_bytes(length, 4096) == expected
+
+
+@pytest.mark.parametrize("wide", [512, 384], ids=["twice as wide", "one and a half times as wide"])
+@pytest.mark.parametrize("length", [1000, 131072])
+def test_layers_of_two_widths_take_what_vllm_accounts_for(length: int, wide: int, vllm: SimpleNamespace) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("gemma4", text_config={"global_head_dim": wide})
+    text = config.get_text_config()
+    assert {layer.head_dim for layer in text.per_layer_config} == {256, wide}
+
+    cache = memory.cache_of(config, Settings())
+
+    assert cache.request_bytes(length, 4096) == vllms_request_bytes(vllm, text, length, 4096, 1)
 
 
 @each_model
