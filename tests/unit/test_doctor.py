@@ -246,6 +246,15 @@ def test_the_worker_tells_what_is_set_and_what_is_misspelt(tmp_path: Path) -> No
     assert "did you mean MAX_NUM_SEQS?" in worker.complaints[0]
 
 
+def test_the_worker_names_no_model_where_none_is_set(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "MODEL_NAME")}
+
+    worker = doctor.ask_worker(None, {**environment, "HOME": str(tmp_path), "BAKED_MODEL_DIR": "/baked"})
+
+    assert "MODEL" not in worker.given
+    assert worker.baked_model == Path("/baked")
+
+
 def test_a_setting_with_which_the_worker_would_not_start_is_told(tmp_path: Path) -> None:
     worker = doctor.ask_worker(None, {**os.environ, "BATCH_INTERVAL_MS": "soon", "HOME": str(tmp_path)})
 

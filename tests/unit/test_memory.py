@@ -264,6 +264,12 @@ def test_mxfp4_experts_make_gpt_oss_as_small_as_its_files(weigh: Callable[..., w
     assert weigh(GPT_OSS_20B.config).size_bytes == pytest.approx(published_files, rel=0.001)
 
 
+def test_mxfp4_is_of_experts_alone_even_if_the_config_does_not_say_so(weigh: Callable[..., weights.Weights]) -> None:
+    silent = {**GPT_OSS_20B.config, "quantization_config": {"quant_method": "mxfp4"}}
+
+    assert weigh(silent).size_bytes == weigh(GPT_OSS_20B.config).size_bytes
+
+
 _LINEAR = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336)
 _GROUP = {"num_bits": 4, "group_size": 128, "type": "int"}
 
@@ -439,11 +445,19 @@ def test_without_a_gpu_only_the_needs_are_told(read: Callable[..., Any], weigh: 
     assert fit.smallest_gpu > fit.weights + fit.request
 
 
+def test_overhead_follows_its_rule_of_thumb(read: Callable[..., Any]) -> None:
+    assert memory.overhead(read(LLAMA_3_1_8B.config), Settings(), 256, 2048) == {
+        "workspaces": GIB // 2,
+        "activations": 2048 * (6 * 4096 + 3 * 14336) * 2,
+        "sampling": 256 * 128256 * 16,
+        "CUDA graphs": 51 * 33 * GIB // 4096,
+    }
+
+
 def test_eager_mode_needs_no_cuda_graphs(read: Callable[..., Any]) -> None:
     config = read(LLAMA_3_1_8B.config)
 
     assert memory.overhead(config, Settings(enforce_eager=True), 256, 2048)["CUDA graphs"] == 0
-    assert memory.overhead(config, Settings(), 256, 2048)["CUDA graphs"] == 51 * 33 * GIB // 4096
 
 
 @pytest.mark.parametrize("text", ["RTX 4090", "rtx4090", "4090", "NVIDIA GeForce RTX 4090"])
@@ -467,3 +481,9 @@ def test_layers_of_two_kinds_share_blocks_of_one_size() -> None:
     cache = Cache((Layers("full", 5, 16), Layers("sliding", 29, 16, 1024)))
 
     assert cache.request_bytes(16000, 0) == 5 * 16 * 16 * (1000 + 6 * 65)
+
+
+def test_kinds_with_nearly_as_many_layers_are_padded_to_the_larger() -> None:
+    cache = Cache((Layers("full", 13, 16), Layers("sliding", 12, 16, 1024)))
+
+    assert cache.request_bytes(16000, 0) == 13 * 16 * 16 * (1000 + 65)
