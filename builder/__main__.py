@@ -64,6 +64,41 @@ def _whole(text: str) -> int:
     return number
 
 
+def _doctor(arguments: argparse.Namespace) -> None:
+    """Print whether the model would run; that something is wrong is an error."""
+    from builder import doctor
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("run", "json")}
+    doctor.diagnose(options, as_json=arguments.json)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="would this model with these settings fit this GPU, and what else is wrong",
+        description=(
+            "Reckon from a model's config.json alone whether its weights and its KV cache fit a GPU, and look at "
+            "versions, disk, token and settings. What is not given here is taken from the variables that the worker "
+            "reads (MODEL_NAME, MAX_MODEL_LEN, ...). It exits with 1 if something is wrong."
+        ),
+    )
+    doctor.add_argument("model", metavar="MODEL", nargs="?", help="directory or hub id (default: the worker's)")
+    doctor.add_argument("--gpu", metavar="NAME_OR_GIB", help="such as L4, A100-80 or 24 (default: this machine's)")
+    for flag, metavar in (
+        ("--max-model-len", "TOKENS"),
+        ("--max-num-seqs", "N"),
+        ("--max-num-batched-tokens", "TOKENS"),
+        ("--gpu-memory-utilization", "SHARE"),
+        ("--tensor-parallel-size", "N"),
+        ("--dtype", "TYPE"),
+        ("--kv-cache-dtype", "TYPE"),
+        ("--quantization", "METHOD"),
+    ):
+        doctor.add_argument(flag, metavar=metavar, help="as for vLLM")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m builder", description="Make what an image or a developer's machine holds."
@@ -129,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         help="copy the model here as well (a new or empty directory) and print this path instead of the cache's",
     )
     tiny.set_defaults(run=_tiny)
+    _add_doctor(commands)
     return parser
 
 

@@ -8,7 +8,12 @@ BuilderError
 │   └── HubUnreachableError
 ├── UnservableError
 ├── WrongFilesError
-└── TrainingError
+├── TrainingError
+├── ModelNotFoundError
+├── ConfigError
+├── UnknownModelError
+├── SettingError
+└── DiagnosisError
 """
 
 
@@ -46,3 +51,23 @@ class WrongFilesError(BuilderError):
 
 class TrainingError(BuilderError):
     """The tiny model did not learn its corpus, or did not read back from its files as it was trained."""
+
+
+class ModelNotFoundError(BuilderError):
+    """There is no config.json where the user said that the model is, or the hub did not give it."""
+
+
+class ConfigError(BuilderError):
+    """The model's config.json does not say what is needed, or cannot be read."""
+
+
+class UnknownModelError(BuilderError):
+    """The model's size can be told neither from its config nor from its files."""
+
+
+class SettingError(BuilderError):
+    """An option or a variable has a value that is not allowed."""
+
+
+class DiagnosisError(BuilderError):
+    """The doctor found something that is wrong."""

@@ -1,4 +1,4 @@
-"""The model hub: what a repository holds, and what its refusals mean. The only file that imports `huggingface_hub`.
+"""The model hub: what a repository holds, its files, and what its refusals mean.
 
 The token comes from `HF_TOKEN` or from the build secret of that name, and from nowhere else.
 """
