@@ -344,7 +344,7 @@ def test_a_disk_that_is_too_small_for_the_model_is_wrong(
     found, text = diagnose({"model": on_hub})
 
     assert found is fine
-    assert f"{constants.HF_HUB_CACHE}: {free / GIB:.2f} GiB free, 14.96 GiB needed" in text
+    assert f"{constants.HF_HOME}/models: {free / GIB:.2f} GiB free, 14.96 GiB needed" in text
 
 
 def test_what_is_already_there_takes_no_more_disk(
