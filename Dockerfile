@@ -52,6 +52,9 @@ FROM ${PYTHON_IMAGE} AS cpu-packages
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /app
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# What vLLM's CPU kernels link to.
+RUN apt-get update && apt-get install --yes --quiet --no-install-recommends libnuma1=2.0.16-1 \
+    && rm -rf /var/lib/apt/lists/*
 COPY requirements/cpu.lock requirements/
 # The CPU build of PyTorch lies on an index of its own, which is asked for that one package alone.
 RUN --mount=type=cache,target=/root/.cache/pip \

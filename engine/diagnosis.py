@@ -48,6 +48,10 @@ _CAUSES: tuple[tuple[str, str], ...] = (
         r"(?:couldn't connect to|LocalEntryNotFoundError|offline mode)",
         "the hub cannot be reached, and {model} is not on this machine",
     ),
+    (
+        r"'_OpNamespace' '_C' object has no attribute",
+        "vLLM's kernels cannot be loaded: a library is missing (libnuma1, on a CPU), or the driver is too old (on a GPU)",
+    ),
     (r"No space left on device", "the disk is full: use a larger disk or a network volume"),
     (
         r"(?:does not appear to have a file named|Can't load the configuration)",

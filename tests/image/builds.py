@@ -140,8 +140,10 @@ def stand_in_for_vllm(buildah: Buildah, directory: Path, python: str, *, real: b
     else:
         (packages / "vllm").mkdir(parents=True)
         (packages / "vllm" / "__init__.py").touch()
-    dockerfile = f'FROM {python}\nCOPY packages /usr/local/lib/python3.11/dist-packages\nENTRYPOINT ["vllm"]\n'
-    (packages.parent / "Dockerfile").write_text(dockerfile, encoding="utf-8")
+    # The CPU build, which stands in for the CUDA build, needs a library that the image has no use for.
+    library = "RUN apt-get update && apt-get install --yes libnuma1" if real else ""
+    copy = 'COPY packages /usr/local/lib/python3.11/dist-packages\nENTRYPOINT ["vllm"]'
+    (packages.parent / "Dockerfile").write_text(f"FROM {python}\n{library}\n{copy}\n", encoding="utf-8")
     tag = f"stand-in/vllm-{'real' if real else 'empty'}"
     buildah.build(tag, context=packages.parent)
     return f"localhost/{tag}"
