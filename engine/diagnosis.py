@@ -50,7 +50,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"'_OpNamespace' '_C' object has no attribute",
-        "vLLM's kernels cannot be loaded: a library is missing (libnuma1, on a CPU), or the driver is too old (on a GPU)",
+        "vLLM's kernels cannot be loaded: a library is missing (on a CPU: libnuma1) or the driver is too old",
     ),
     (r"No space left on device", "the disk is full: use a larger disk or a network volume"),
     (

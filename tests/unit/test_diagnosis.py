@@ -25,7 +25,7 @@ CAUSES = {
     "RevisionNotFoundError: 404": "no such revision: check MODEL_REVISION",
     "org/model is not a local folder and is not a valid model identifier": "there is no model org/model",
     "We couldn't connect to 'the hub' to load the files": "the hub cannot be reached, and org/model is not on this",
-    "AttributeError: '_OpNamespace' '_C' object has no attribute 'init_cpu_memory_env'": "a library is missing (libnuma1",
+    "AttributeError: '_OpNamespace' '_C' object has no attribute 'x'": "is missing (on a CPU: libnuma1)",
     "OSError: [Errno 28] No space left on device": "the disk is full",
     "org/model does not appear to have a file named config.json": "org/model is not whole",
 }
