@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 
 import httpx2
@@ -102,9 +102,15 @@ def repository(name: str, revision: str | None, attempts: int = ATTEMPTS) -> Rep
         )
         for file in info.siblings or []
     ]
+    if outside := [file.path for file in files if _leads_outside(file.path)]:
+        raise HubError(f"{name} has a file that would not stay in its directory: {outside[0]!r}")
     if info.sha is None:
         raise HubError(f"{_endpoint()} names no commit for {name}")
     return Repository(info.id, info.sha, tuple(files))
+
+
+def _leads_outside(path: str) -> bool:
+    return PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts
 
 
 def fetch(source: Repository, file: RemoteFile, target: BinaryIO, attempts: int, stop: threading.Event) -> None:

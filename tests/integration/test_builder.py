@@ -251,6 +251,14 @@ def test_a_repository_without_weights_is_refused(hub: Hub, tmp_path: Path, capsy
     assert one_line(capsys) == "an-org/data holds no weights that vLLM loads (safetensors or PyTorch)"
 
 
+@pytest.mark.parametrize("path", ["../escaped.json", "/etc/escaped.json", "a/../../escaped.json"])
+def test_no_file_leaves_the_directory(hub: Hub, tmp_path: Path, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.repositories[REPO].files[path] = b"{}"
+    assert download(tmp_path / "model") == 1
+    assert one_line(capsys) == f"{REPO} has a file that would not stay in its directory: {path!r}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_hub_that_is_not_there_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
