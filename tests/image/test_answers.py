@@ -27,14 +27,27 @@ def base(buildah: Buildah, directory: Path, python: str) -> Callable[[], str]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("target", ["gpu", "cpu"])
-def test_the_images_own_command_answers_a_job_of_the_emulator(
-    target: str, buildah: Buildah, options: list[str], base: Callable[[], str], hub: Hub
+@pytest.mark.parametrize(
+    ("target", "arguments", "name"),
+    [
+        ("cpu", [], "tiny"),
+        ("gpu", ["BASE_IMAGE"], NAME),
+        ("cpu", ["CPU_MODEL"], NAME),
+    ],
+    ids=["a laptop's, with the model made there", "a GPU's", "a CPU's, with a model of the hub"],
+)
+def test_the_images_own_command_answers_a_job_of_the_emulator(  # noqa: PLR0913, PLR0917
+    target: str,
+    arguments: list[str],
+    name: str,
+    buildah: Buildah,
+    options: list[str],
+    base: Callable[[], str],
+    hub: Hub,
 ) -> None:
-    if target == "gpu":
-        buildah.build(target, f"--build-arg=BASE_IMAGE={base()}", *options)
-    else:
-        buildah.build(target, "--target=cpu", "--build-arg=CPU_MODEL=model", *options)
+    values = {"BASE_IMAGE": base, "CPU_MODEL": lambda: "model"}
+    given = [f"--build-arg={argument}={values[argument]()}" for argument in arguments]
+    buildah.build(target, f"--target={target}", *given, *options)
     asked = len(hub.requests)
     command = buildah.inspect(target)["Docker"]["config"]["Cmd"]
     container = buildah.container(target)
@@ -55,7 +68,7 @@ def test_the_images_own_command_answers_a_job_of_the_emulator(
     assert document["status"] == "COMPLETED", log
     (answer,) = document["output"]
     assert answer["choices"][0]["message"]["content"] == example("hello").answer
-    assert answer["model"] == NAME
+    assert answer["model"] == name
     assert len(hub.requests) == asked, "the worker has its model in the image"
     buildah.run("rm", container)
     buildah.run("rmi", "--force", target)
