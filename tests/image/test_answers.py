@@ -45,7 +45,7 @@ def test_the_images_own_command_answers_a_job_of_the_emulator(  # noqa: PLR0913,
     base: Callable[[], str],
     hub: Hub,
 ) -> None:
-    values = {"BASE_IMAGE": base, "CPU_MODEL": lambda: "model"}
+    values: dict[str, Callable[[], str]] = {"BASE_IMAGE": base, "CPU_MODEL": lambda: "model"}
     given = [f"--build-arg={argument}={values[argument]()}" for argument in arguments]
     buildah.build(target, f"--target={target}", *given, *options)
     asked = len(hub.requests)
