@@ -71,10 +71,11 @@ def main() -> int:
     )
     arguments, rest = parser.parse_known_args()
 
-    from engine import lifecycle
+    from engine import cold_start, lifecycle
     from engine.errors import ConfigurationError
     from engine.settings import Settings
 
+    cold_start.WORKER.ended("interpreter")
     try:
         settings = Settings.read()
         if arguments.rp_serve_api:
@@ -156,7 +157,7 @@ if __name__ == "__main__":
     # At once: all that has to end has ended, and taking vLLM's and torch's modules apart only costs time and errors.
     os._exit(exit_status)
 elif __name__ == "__mp_main__":  # a child that was spawned by vLLM
-    from engine import children, diagnosis
+    from engine import children, notes
 
     children.end_with_parent()
-    diagnosis.note_errors()
+    notes.take()

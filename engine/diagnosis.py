@@ -1,23 +1,10 @@
-"""Why the engine does not start, in one line that a person can act on.
-
-What goes wrong in vLLM's engine process is told to the worker as "see above" alone. So that process notes what it logs
-as an error in a file that both know, and the worker reads it there.
-"""
+"""Why the engine does not start, in one line that a person can act on."""
 
 from __future__ import annotations
 
 import errno
-import logging
-import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-_FILE = "VLLM_SERVERLESS_START_ERRORS"
-# Who logs why the engine's process, or one of its workers, could not start (vLLM 0.32).
-_LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 _LENGTH = 300
 
 # What a message of vLLM, the hub's client or torch stands for: the first that matches is told.
@@ -60,50 +47,15 @@ _CAUSES: tuple[tuple[str, str], ...] = (
 )
 
 
-def note_errors() -> None:
-    """Let this process note, for the worker to read, why the engine does not start."""
-    path = os.environ.get(_FILE)
-    if path is not None:
-        for name in _LOGGERS:
-            logging.getLogger(name).addFilter(_Note(Path(path)))
-
-
-class _Note(logging.Filter):
-    """Writes errors down as they pass. Not a handler: vLLM sets up its logging anew and takes handlers away."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.ERROR and self._path.parent.is_dir():
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"{logging.Formatter().format(record)}\n")
-        return True
-
-
-@contextmanager
-def noted_errors() -> Iterator[Path]:
-    """The file where the engine's processes note their errors, while they start."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "errors"
-        os.environ[_FILE] = str(path)
-        note_errors()
-        try:
-            yield path
-        finally:
-            del os.environ[_FILE]
-
-
-def explain(error: BaseException, noted: Path, model: str) -> str:
+def explain(error: BaseException, noted: str, model: str) -> str:
     """Why the engine does not start.
 
     Args:
         error: what it was told here.
-        noted: the file of what its processes noted.
+        noted: the errors that its processes noted.
         model: the model's name or path.
     """
-    texts = [noted.read_text(encoding="utf-8", errors="replace")] if noted.exists() else []
+    texts = [noted] if noted else []
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:

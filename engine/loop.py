@@ -21,6 +21,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from engine.admission import Admission
+from engine.cold_start import LAST, ColdStart
 from engine.delivery import JobDelivery
 from engine.errors import BusyError, DeliveryError, EngineError, JobError, RefusedDeliveryError, StoppedError
 from engine.platform import LET_GO_S, TAKE_TIMEOUT_S, Delivery
@@ -119,6 +120,7 @@ class JobLoop:
         timeouts: how long things may take.
         tokens_of: tokens in and out of a job that has ended, if the engine has told.
         log_inputs: whether the log shows what jobs ask.
+        start: is told when the first job has been taken, and when its first output is there.
     """
 
     def __init__(  # noqa: PLR0913 (all that it acts on, so that a test can put its own in place)
@@ -131,6 +133,7 @@ class JobLoop:
         timeouts: Timeouts | None = None,
         tokens_of: Callable[[str], tuple[int, int] | None] = lambda _: None,
         log_inputs: bool = False,
+        start: ColdStart | None = None,
     ) -> None:
         self._platform = platform
         self._handler = handler
@@ -139,6 +142,7 @@ class JobLoop:
         self._timeouts = timeouts or Timeouts()
         self._tokens_of = tokens_of
         self._log_inputs = log_inputs
+        self._start = start
         self._jobs: dict[str, _Held] = {}
         self._changed = asyncio.Event()
         self._ending = asyncio.Event()
@@ -233,6 +237,8 @@ class JobLoop:
         if job_id in self._jobs:
             _log.warning("Job %s was delivered again while it runs; it is not run twice", job_id)
             return
+        if self._start is not None:
+            self._start.ended("first_take")
         held = _Held(job_id, time.monotonic())
         self._jobs[job_id] = held
         self._platform.hold(job_id)
@@ -294,6 +300,7 @@ class JobLoop:
                     break
                 if held.first_output_s is None:
                     held.first_output_s = time.monotonic() - held.begun
+                    self._first_output()
                 if isinstance(output, dict) and output.get("error"):
                     return _ToldError(output["error"])
                 await delivery.stream(output)
@@ -301,6 +308,13 @@ class JobLoop:
             # The handler has kept its cancellation to itself: it has not run to its end, or runs on.
             raise asyncio.CancelledError
         return None
+
+    def _first_output(self) -> None:
+        """A job has its first output; the first of all ends the worker's start."""
+        start, self._start = self._start, None
+        if start is not None:
+            start.ended(LAST)
+            start.log("First output")
 
     def _log_end(self, job: dict[str, Any], held: _Held, batches: int) -> None:
         tokens = self._tokens_of(held.id)

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from engine.errors import ConfigurationError
 if TYPE_CHECKING:
     from engine.flags import Flags
     from engine.settings import Settings
+    from engine.variables import Variable
 
 TINY_NAME = "tiny"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -86,6 +87,17 @@ def choose(settings: Settings, flags: Flags) -> Model:
             why = f"{named}, which is nowhere here and is downloaded"
     _log.info("Model %s: %s", path, why)
     return Model(path, tuple(dict.fromkeys([*served, *own_names, *_hub_id(path), path])), to_download)
+
+
+def likely(settings: Settings, variables: Mapping[str, Variable]) -> Path | None:
+    """Where the model will probably be loaded from, as far as it can be told without asking vLLM's parser."""
+    named = variables.get("MODEL_NAME") or variables.get("MODEL")
+    if named is None:
+        return settings.baked_model_dir
+    if Path(named.value).is_dir() or not _HUB_ID.fullmatch(named.value):
+        return Path(named.value)
+    revision = variables.get("MODEL_REVISION") or variables.get("REVISION")
+    return next((path for path, _ in _found(settings, named.value, revision.value if revision else None)), None)
 
 
 def stay_offline(model: Model, flags: Flags) -> None:

@@ -7,6 +7,7 @@ Tested against runpod 1.12; with any other version the worker says so and uses t
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -160,6 +161,11 @@ class Platform:
     def release(self, job_id: str) -> None:
         """From now on the ping does not name the job any more."""
         self._held.remove(job_id)
+
+
+def import_sdk() -> None:
+    """Import the SDK, which takes a second and a half."""
+    importlib.import_module("runpod.serverless.modules.rp_scale")
 
 
 def serve(handler: Callable[..., Any], run: Callable[[Platform], Awaitable[int]], concurrency: int) -> int:

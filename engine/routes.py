@@ -2,6 +2,7 @@
 
 Sleeping, LoRA loading, profiling, scaling, aborting other requests, metrics and the docs are closed, unless
 `ALLOWED_ROUTES` opens them. What the loaded model or this vLLM does not have, vLLM itself answers with 404.
+One route is the worker's own: `/cold_start` tells where the time of its start went.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ SERVING = frozenset(
     {
         "/classify",
         "/cohere/v2/chat",
+        "/cold_start",
         "/detokenize",
         "/generative_scoring",
         "/health",

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
+import importlib
 import logging
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
 
 from engine.batching import interval_s
+from engine.cold_start import WORKER
 from engine.errors import ConfigurationError
 from engine.flags import Flags
 from engine.media import public_session
@@ -36,6 +40,14 @@ REMEMBERED = 16
 FINISHED_KEPT = 4096
 # On a CPU vLLM would take most of the machine's memory for the KV cache and compile for a minute.
 CPU_KV_CACHE_BYTES = 1 * GIB_BYTES
+_ENGINE_MODULES = (
+    "vllm.engine.arg_utils",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+)
+_APP_MODULES = ("vllm.entrypoints.launchers.app", "vllm.entrypoints.launchers.api_server.app_state")
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +108,7 @@ class Server:
 
     def __init__(self, configuration: Configuration) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         _keep_media_public()
@@ -104,8 +117,16 @@ class Server:
         self._batch_interval_s = configuration.settings.batch_interval_ms / 1000
         self.open_routes = SERVING | configuration.settings.allowed_routes
         self._args = parse(configuration.flags, configuration.model)
-        self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs.from_cli_args(self._args), stat_loggers=[_recorder(self.statistics)]
+        start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
+        arguments = AsyncEngineArgs.from_cli_args(self._args)
+        config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        if start_method is None:
+            _fork_processes()
+        self._engine = AsyncLLM.from_vllm_config(
+            config,
+            stat_loggers=[_recorder(self.statistics)],
+            enable_log_requests=arguments.enable_log_requests,
+            disable_log_stats=arguments.disable_log_stats,
         )
         self._idle_at = time.monotonic()
         self._app: App | None = None
@@ -163,6 +184,7 @@ class Server:
 
                 tasks = await self._engine.get_supported_tasks()
                 app = build_app(self._args, tasks, self._engine.model_config)
+                app.add_api_route("/cold_start", WORKER.document)
                 await init_app_state(self._engine, app.state, self._args, tasks)
                 self._lifespan = asyncio.create_task(_live(app))
                 self._app = app
@@ -177,6 +199,38 @@ async def _live(app: Any) -> None:
     """What a server runs around the app: vLLM's periodic log line, a frozen heap. It ends with the loop."""
     async with app.router.lifespan_context(app):
         await asyncio.Event().wait()
+
+
+def _fork_processes() -> None:
+    """Let vLLM fork its processes on a CPU too, where it would spawn them: each would import all of vLLM again.
+
+    It spawns them for other libraries to be loaded first (`LD_PRELOAD`), and OpenMP to read its environment anew.
+    Where these libraries are loaded already and OpenMP is GNU's, which can be told so later, forked ones do as well.
+    """
+    from vllm.platforms import current_platform
+
+    preloaded = {
+        os.path.realpath(path) for path in os.environ.get("LD_PRELOAD", "").replace(" ", ":").split(":") if path
+    }
+    openmp = next((path for path in preloaded if Path(path).name.startswith("libgomp")), None)
+    if current_platform.is_cpu() and openmp is not None and preloaded <= _mapped():
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        library = ctypes.CDLL(openmp)
+        os.register_at_fork(after_in_child=lambda: _bind_threads(library))
+
+
+def _mapped() -> set[str]:
+    """The files that are mapped into this process, its libraries among them."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return {fields[5] for line in lines if len(fields := line.split(maxsplit=5)) > 5}  # noqa: PLR2004 (proc_pid_maps(5))
+
+
+def _bind_threads(openmp: ctypes.CDLL) -> None:
+    """What OpenMP does with its environment as it is loaded, for a forked process: vLLM has set it for this one."""
+    if cpus := os.environ.get("GOMP_CPU_AFFINITY"):
+        os.sched_setaffinity(0, map(int, cpus.split()))
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        openmp.omp_set_num_threads(int(threads))
 
 
 def _set_environment() -> None:
@@ -211,6 +265,19 @@ def _keep_media_public() -> None:
             if not allowed_media_domains:
                 options["connection"] = connection
             super().__init__(*arguments, allowed_media_domains=allowed_media_domains, **options)
+
+
+def import_engine() -> None:
+    """Import what the engine needs, which takes seconds; its forked processes have it then."""
+    _set_environment()
+    for name in _ENGINE_MODULES:
+        importlib.import_module(name)
+
+
+def import_app() -> None:
+    """Import what vLLM's OpenAI app needs beside that."""
+    for name in _APP_MODULES:
+        importlib.import_module(name)
 
 
 def flags() -> Flags:

@@ -1,0 +1,88 @@
+"""A start is told phase by phase, and the phases add up to it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from engine.cold_start import ColdStart
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A clock that a test sets."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_phases_add_up_to_the_whole(clock: Any) -> None:
+    start = ColdStart(begun=99.0)
+    for phase, seconds in (("interpreter", 0.0), ("imports", 6.0), ("app", 0.5)):
+        clock.now += seconds
+        start.ended(phase)
+
+    assert start.document() == {"total_s": 7.5, "phases_s": {"interpreter": 1.0, "imports": 6.0, "app": 0.5}}
+
+
+def test_a_phase_that_is_told_again_or_after_the_end_counts_once(clock: Any) -> None:
+    start = ColdStart(begun=99.0)
+    for phase in ("first_take", "first_take", "first_output", "app"):
+        start.ended(phase)
+        clock.now += 1.0
+
+    assert start.document() == {"total_s": 3.0, "phases_s": {"first_take": 1.0, "first_output": 2.0}}
+
+
+def test_what_the_engines_processes_tell_is_taken_out_of_the_engines_phase(clock: Any) -> None:
+    start = ColdStart(begun=clock.now)
+    clock.now += 10.0
+    lines = "Loading weights took 2.50 seconds\nLoading weights took 3.00 seconds\nsomething else took 9 s\n"
+
+    start.engine_started(
+        lines + "init engine (profile, create kv cache, warmup model) took 4.25 s (compilation: 4 s)\n"
+    )
+
+    assert start.document() == {"total_s": 10.0, "phases_s": {"engine": 2.75, "weights": 3.0, "warm_up": 4.25}}
+
+
+def test_the_engines_processes_cannot_take_longer_than_the_engine(clock: Any) -> None:
+    start = ColdStart(begun=clock.now)
+    clock.now += 1.0
+
+    start.engine_started("Loading weights took 2.50 seconds\n")
+
+    assert start.document() == {"total_s": 1.0, "phases_s": {"engine": 0.0, "weights": 1.0, "warm_up": 0.0}}
+
+
+def test_a_start_is_logged_in_one_line_with_json(caplog: pytest.LogCaptureFixture) -> None:
+    start = ColdStart()
+    start.ended("interpreter")
+
+    with caplog.at_level(logging.INFO):
+        start.log("Cold start")
+
+    (record,) = caplog.records
+    what, document = record.getMessage().split(" {", 1)
+    assert what == "Cold start"
+    assert json.loads("{" + document) == start.document()
+
+
+def test_a_start_begins_with_the_process() -> None:
+    program = (
+        "import time; time.sleep(0.5); from engine.cold_start import WORKER as w; w.ended('x'); print(w.document())"
+    )
+
+    answer = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, timeout=60)
+
+    document = json.loads(answer.stdout.decode().replace("'", '"'))
+    assert 0.5 <= document["total_s"] < 30
