@@ -6,6 +6,7 @@ Source of the format: the HTML standard, section "Server-sent events"; vLLM ends
 from __future__ import annotations
 
 import json
+import math
 import re
 
 from engine.errors import EngineError
@@ -26,6 +27,21 @@ def interval_s(least_s: float, streams: int) -> float:
     Beyond a few streams it grows with their number, so that what deliveries cost together stays the same.
     """
     return max(least_s, streams / MAX_DELIVERIES_PER_S)
+
+
+def interval_tokens(least_s: float, streams: int, step_s: float) -> int:
+    """How many tokens vLLM should make one event of: as many as a stream makes between two of its outputs.
+
+    Events that leave together cost as much to make as events that leave alone. While a few streams run, and nothing is
+    short, each token is an event.
+
+    Args:
+        least_s: least time between two outputs of one stream, in seconds.
+        streams: how many streams share the worker.
+        step_s: how long the engine takes for a token of each stream, in seconds.
+    """
+    interval = interval_s(least_s, streams)
+    return 1 if interval <= least_s or step_s <= 0 else max(math.ceil(interval / step_s), 1)
 
 
 class EventBatcher:

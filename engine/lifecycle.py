@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from engine import children, cold_start, diagnosis, health, models, notes, read_ahead, variables
+from engine import children, cold_start, compile_cache, diagnosis, health, models, notes, read_ahead, variables
 from engine.admission import Admission
 from engine.configuration import Configuration
 from engine.errors import ConfigurationError
@@ -38,7 +38,11 @@ def server() -> Server:
         if _server is None:
             start = cold_start.WORKER
             children.end_with_this_process()
-            _read_ahead()
+            given = variables.read()
+            settings = Settings.read(given)
+            compile_cache.choose(settings.network_volume)
+            if (directory := models.likely(settings, given)) is not None:
+                read_ahead.begin(directory)
             with _no_garbage():
                 from engine import server
 
@@ -51,7 +55,7 @@ def server() -> Server:
             models.stay_offline(model, configuration.flags)
             start.ended("model_files")
             _log.info("Loading the engine")
-            with notes.taken() as noted, _importing_meanwhile(configuration.settings):
+            with notes.taken() as noted, _importing_meanwhile(settings):
                 try:
                     _server = server.Server(configuration)
                 except ConfigurationError:
@@ -60,15 +64,9 @@ def server() -> Server:
                     _log.debug("The engine does not start", exc_info=error)
                     raise ConfigurationError(diagnosis.explain(error, noted.errors, model.path)) from error
                 start.engine_started(noted.lines)
+                compile_cache.tell(noted.lines)
             _log.info("Engine ready, serving %s", ", ".join(model.names))
         return _server
-
-
-def _read_ahead() -> None:
-    given = variables.read()
-    directory = models.likely(Settings.read(given), given)
-    if directory is not None:
-        read_ahead.begin(directory)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from pathlib import Path
 _DIRECTORY = "VLLM_SERVERLESS_START_NOTES"
 # Who logs why the engine's process, or one of its workers, could not start, and what took how long (vLLM 0.32).
 _LOGGERS = (
+    "vllm.compilation.backends",
+    "vllm.compilation.decorators",
     "vllm.model_executor.model_loader.default_loader",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",

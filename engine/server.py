@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
 
-from engine.batching import interval_s
+from engine.batching import interval_s, interval_tokens
 from engine.cold_start import WORKER
 from engine.errors import ConfigurationError
 from engine.flags import Flags
@@ -60,6 +60,8 @@ class Statistics:
     waiting: int = 0
     kv_cache_usage: float = 0.0
     stepped_at: float = 0.0
+    step_s: float = 0.0
+    """What a step takes while requests run, on average, the last ones counting most."""
     generation_tokens: int = 0
     usual_prompt_tokens: float = 512.0
     usual_answer_tokens: float = 512.0
@@ -75,8 +77,15 @@ class Statistics:
         """What the requests that run have been answered so far, on average."""
         return self._answering_tokens / self.running if self.running else 0.0
 
-    def step(self, running: int, waiting: int, kv_cache_usage: float) -> None:
+    def step(self) -> None:
         """The engine has made a step."""
+        now = time.monotonic()
+        if self.running:
+            self.step_s += (now - self.stepped_at - self.step_s) / REMEMBERED
+        self.stepped_at = now
+
+    def load(self, running: int, waiting: int, kv_cache_usage: float) -> None:
+        """What the engine has to do from now on."""
         self.running, self.waiting, self.kv_cache_usage = running, waiting, kv_cache_usage
         if not running:
             self._answering_tokens = 0  # What was aborted is in no other count.
@@ -116,6 +125,7 @@ class Server:
         self._stall_timeout_s = configuration.settings.engine_stall_timeout_s
         self._batch_interval_s = configuration.settings.batch_interval_ms / 1000
         self.open_routes = SERVING | configuration.settings.allowed_routes
+        self._own_pace = configuration.flags.value("stream_interval") is not None
         self._args = parse(configuration.flags, configuration.model)
         start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
         arguments = AsyncEngineArgs.from_cli_args(self._args)
@@ -124,7 +134,7 @@ class Server:
             _fork_processes()
         self._engine = AsyncLLM.from_vllm_config(
             config,
-            stat_loggers=[_recorder(self.statistics)],
+            stat_loggers=self._stat_loggers(),
             enable_log_requests=arguments.enable_log_requests,
             disable_log_stats=arguments.disable_log_stats,
         )
@@ -152,6 +162,20 @@ class Server:
     def batch_interval_s(self) -> float:
         """Least time between two outputs of a stream, in seconds: longer, the more requests run."""
         return interval_s(self._batch_interval_s, self.statistics.running)
+
+    def _stat_loggers(self) -> list[Any]:
+        loggers = [_recorder(self.statistics, self._pace)]
+        if "/metrics" not in self.open_routes:
+            loggers.append(_no_metrics())
+        return loggers
+
+    def _pace(self) -> None:
+        """Let vLLM make events of requests that come from now on as large as their outputs will be."""
+        if self._own_pace:
+            return
+        self._engine.output_processor.stream_interval = interval_tokens(
+            self._batch_interval_s, self.statistics.running, self.statistics.step_s
+        )
 
     def failure(self) -> str | None:
         """What is wrong with the engine for good: its process is dead, or makes no steps; None while it serves.
@@ -322,8 +346,24 @@ def _defaults(given: Flags) -> list[str]:
     return ["--enforce-eager", f"--kv-cache-memory-bytes={CPU_KV_CACHE_BYTES}"]
 
 
-def _recorder(statistics: Statistics) -> Any:
-    """A factory, as vLLM wants it, of a logger that keeps `statistics` up to date."""
+def _no_metrics() -> Any:
+    """In the place of vLLM's own metrics: they are looked up for each token, and no job can read them."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class NoMetrics(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not typed for --strict
+        def __init__(self, vllm_config: Any, engine_indexes: Any = None) -> None:
+            del vllm_config, engine_indexes
+
+        def record(self, *_: Any, **__: Any) -> None:
+            pass
+
+        record_sleep_state = record_admission_rejection = log_engine_initialized = record
+
+    return NoMetrics
+
+
+def _recorder(statistics: Statistics, pace: Callable[[], None]) -> Any:
+    """A factory, as vLLM wants it, of a logger that keeps `statistics` up to date, and the pace of streams."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class Recorder(StatLoggerBase):  # type: ignore[misc]  # vLLM is not typed for --strict
@@ -334,17 +374,18 @@ def _recorder(statistics: Statistics) -> Any:
             self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
         ) -> None:
             del mm_cache_stats, engine_idx
-            statistics.stepped_at = time.monotonic()
+            statistics.step()
             if iteration_stats is not None:
                 statistics.answered(iteration_stats.num_generation_tokens)
                 for request in iteration_stats.finished_requests:
                     statistics.finish(str(request.request_id), request.num_prompt_tokens, request.num_generation_tokens)
             if scheduler_stats is not None:
-                statistics.step(
+                statistics.load(
                     scheduler_stats.num_running_reqs,
                     scheduler_stats.num_waiting_reqs,
                     scheduler_stats.kv_cache_usage,
                 )
+            pace()
             statistics.changed()
 
         def log_engine_initialized(self) -> None:

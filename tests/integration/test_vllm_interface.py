@@ -15,7 +15,16 @@ MOVED = "vLLM has changed what engine/server.py stands on: {}. See how `vllm ser
 
 USED = {
     "vllm.engine.arg_utils.AsyncEngineArgs.from_cli_args": ["args"],
-    "vllm.v1.engine.async_llm.AsyncLLM.from_engine_args": ["engine_args", "stat_loggers"],
+    "vllm.engine.arg_utils.AsyncEngineArgs.create_engine_config": ["usage_context"],
+    "vllm.usage.usage_lib.UsageContext": [],
+    "vllm.v1.engine.async_llm.AsyncLLM.from_vllm_config": [
+        "vllm_config",
+        "stat_loggers",
+        "enable_log_requests",
+        "disable_log_stats",
+    ],
+    "vllm.v1.engine.output_processor.OutputProcessor": ["stream_interval"],
+    "vllm.v1.metrics.loggers.PrometheusStatLogger": ["vllm_config", "engine_indexes"],
     "vllm.v1.engine.async_llm.AsyncLLM.get_num_unfinished_requests": ["self"],
     "vllm.v1.engine.async_llm.AsyncLLM.get_supported_tasks": ["self"],
     "vllm.v1.engine.async_llm.AsyncLLM.shutdown": ["self"],
