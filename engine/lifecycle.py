@@ -71,7 +71,7 @@ def server() -> Server:
 
 @contextmanager
 def _no_garbage() -> Iterator[None]:
-    """Imports make hardly any garbage, and looking for it takes an eighth of their time.
+    """Imports make hardly any garbage, and looking for it takes a fifth of their time.
 
     What they have made is not looked at again, and so stays shared with the processes that are forked.
     """
