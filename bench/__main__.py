@@ -1,164 +1,142 @@
-"""`python -m bench`: the worker behind the emulator beside vLLM's own server, on the tiny model, in interleaved rounds.
+"""The command line: `python -m bench` measures under load, `python -m bench cold` measures starts.
 
-Each client asks for a streamed chat of 64 tokens as soon as its last one has ended (closed loop). Printed are medians
-over the rounds: requests a second, and the time to the first token (TTFT) in milliseconds. Machines are noisy: it is
-the ratios that count.
+Exit codes: 0 measured, 1 nothing could be measured (one line on stderr says why), 2 the command line is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import os
-import re
-import socket
-import statistics
-import subprocess
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
+from types import FrameType
 
-import aiohttp
+import uvloop
 
-_ROOT = Path(__file__).parent.parent
-_START_S = 300.0
-_TOKENS = 64
-_BODY = {
-    "model": "tiny",
-    "messages": [{"role": "user", "content": "Tell me a long story."}],
-    "stream": True,
-    "max_tokens": _TOKENS,
-    "ignore_eos": True,
-}
-_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+from bench import cold, machine, plots, report, servers
+from bench.compare import Results, compare
+from bench.scenarios import SEED, Scenario, default_scenarios, full_scenarios
+from bench.servers import OURS, PEER, VLLM, Server, ServerError
+
+_IDLE_S = 3.0
+_CLIENTS = [1, 8, 24, 64]
+_FULL_CLIENTS = [1, 8, 24, 64, 256]
 
 
-def main() -> None:
-    """Run the measurement and print its table."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], metavar="N")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="length of one measurement")
-    arguments = parser.parse_args()
-    model = subprocess.run([sys.executable, "-m", "builder", "tiny"], cwd=_ROOT, stdout=subprocess.PIPE, check=True)
-    with ExitStack() as stack:
-        path = model.stdout.decode().strip()
-        urls = {"vLLM alone": stack.enter_context(vllm_alone(path)), "this worker": stack.enter_context(worker(path))}
-        asyncio.run(compare(urls, arguments.clients, arguments.rounds, arguments.seconds))
-
-
-@contextmanager
-def vllm_alone(model: str) -> Iterator[str]:
-    """VLLM's own server; its OpenAI base URL."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    arguments = ["-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"]
-    arguments += [f"--model={model}", "--served-model-name=tiny", "--disable-uvicorn-access-log"]
-    with started(arguments) as process:
-        del process
-        yield f"http://127.0.0.1:{port}/v1"
-
-
-@contextmanager
-def worker(model: str) -> Iterator[str]:
-    """The emulator with one worker; its OpenAI base URL."""
-    options = ["--port=0", "--workers-min=1", "--workers-max=1", "--quiet", "--no-rate-limits"]
-    variables = [f"--env=MODEL_NAME={model}", "--env=SERVED_MODEL_NAME=tiny"]
-    with started(["-m", "emulator", *options, *variables]) as process:
-        if process.stdout is None:
-            raise RuntimeError("the emulator has no output")
-        lines = (re.search(r"listens on (\S+)", line.decode()) for line in process.stdout)
-        yield next(found[1] for found in lines if found) + "/v2/local/openai/v1"
-
-
-@contextmanager
-def started(arguments: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with the block."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=_ROOT,
-        env={**os.environ, **_ENVIRONMENT},
-        stdout=subprocess.PIPE if "emulator" in arguments else subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    result = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measures this worker beside vLLM's own server and worker-vllm: same machine, same tiny model, "
+        "same settings, in interleaved rounds. The machine should do nothing else meanwhile.",
     )
+    result.add_argument("--full", action="store_true", help="all scenarios (about an hour and a half) and 256 clients")
+    result.add_argument("--clients", type=int, nargs="+", metavar="N", help="numbers of clients (default: 1 8 24 64)")
+    result.add_argument("--seconds", type=float, default=4.0, metavar="S", help="length of a measurement (default: 4)")
+    _common(result)
+    starts = result.add_subparsers(dest="command").add_parser(
+        "cold", description="Measures starts: from the worker's exec to the first token of a job that waits already."
+    )
+    starts.add_argument("--model", choices=cold.MODELS, default="tiny", help="tiny, or made-up weights of 1 GB")
+    starts.add_argument(
+        "--cache", choices=cold.CACHES, default="cold", help="whether files are in memory (default: cold)"
+    )
+    _common(starts)
+    return result
+
+
+def _common(of: argparse.ArgumentParser) -> None:
+    of.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of runpod-workers/worker-vllm to compare with")
+    of.add_argument("--rounds", type=int, default=7, metavar="N", help="how many times (default: 7)")
+    of.add_argument(
+        "--out", type=Path, default=Path("bench-results"), metavar="DIR", help="for results (default: bench-results)"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; return the exit code."""
+    arguments = parser().parse_args(argv)
+    if arguments.peer is not None and not (arguments.peer / "src" / "main.py").is_file():
+        sys.stderr.write(f"{arguments.peer} is no checkout of worker-vllm: it has no src/main.py\n")
+        return 2
+    # The servers end with the blocks that started them, so a signal must unwind those.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(60)
+        if arguments.command == "cold":
+            return cold.run(arguments.model, arguments.cache, arguments.rounds, arguments.peer, arguments.out)
+        return _measure(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted; the rounds that were complete are in the results\n")
+        return 1
 
 
-async def compare(urls: dict[str, str], clients: list[int], rounds: int, seconds: float) -> None:
-    """Measure each of the servers in turn, round by round, and print the medians."""
-    # Idle connections are closed from here, before a server does so while a request is on its way.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
-    headers = {"Authorization": "Bearer local"}
-    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
-        for url in urls.values():
-            await ready(session, url)
-        sys.stdout.write(f"{'':12} {'clients':>7} {'requests/s':>10} {'TTFT p50 ms':>11} {'TTFT p95 ms':>11}\n")
-        for count in clients:
-            found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in urls}
-            for _ in range(rounds):
-                for name, url in urls.items():
-                    found[name].append(await measure(session, url, count, seconds))
-            for name, measured in found.items():
-                rate, p50, p95 = (statistics.median(column) for column in zip(*measured, strict=True))
-                sys.stdout.write(f"{name:12} {count:7} {rate:10.1f} {1000 * p50:11.0f} {1000 * p95:11.0f}\n")
-                sys.stdout.flush()
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
-async def ready(session: aiohttp.ClientSession, url: str) -> None:
-    """Wait until the first answer has come."""
-    deadline = time.monotonic() + _START_S
-    while True:
+def _measure(arguments: argparse.Namespace) -> int:
+    clients = arguments.clients or (_FULL_CLIENTS if arguments.full else _CLIENTS)
+    scenarios: list[Scenario] = (full_scenarios if arguments.full else default_scenarios)(clients)
+    with ExitStack() as stack:
+        ready = start_all(stack, arguments.peer, arguments.out / "logs")
+        if not ready:
+            return 1
+        about = {
+            **machine.machine(),
+            **machine.versions(arguments.peer),
+            "load": f"{arguments.rounds} rounds, {arguments.seconds:g} s each, seed {SEED}, tiny model, eager",
+            **{f"idle CPU of {name}, cores": f"{cores:.2f}" for name, cores in _idle_cpu(ready).items()},
+        }
+
+        def after_round(results: Results, rounds: int) -> None:
+            _say(f"round {rounds} of {arguments.rounds} is complete")
+            report.write_json(arguments.out / "results.json", report.document(results, about))
+            report.write_text(arguments.out / "results.txt", report.text(results, about, rounds))
+
+        measured = compare(ready, scenarios, arguments.rounds, arguments.seconds, after_round)
+        results = uvloop.run(measured)
+    sys.stdout.write(report.text(results, about, arguments.rounds))
+    files = plots.write_plots(results, arguments.out)
+    _say(f"Written: {arguments.out / 'results.json'}, {arguments.out / 'results.txt'}, and {len(files)} plots")
+    return 0
+
+
+def start_all(stack: ExitStack, peer: Path | None, logs: Path) -> list[Server]:
+    """Start the servers one by one; one that does not start is left out, with a line that says so."""
+    model, gpu = servers.tiny_model(), machine.gpu() is not None
+    starts: dict[str, Callable[[], AbstractContextManager[Server]]] = {
+        VLLM: partial(servers.vllm_alone, model, logs, gpu=gpu),
+        OURS: partial(servers.this_worker, model, logs, gpu=gpu),
+    }
+    if peer is not None:
+        starts[PEER] = partial(servers.peer_worker, model, logs, gpu=gpu, checkout=peer)
+    ready = []
+    for start in starts.values():
         try:
-            await chat(session, url)
-        except (aiohttp.ClientError, RuntimeError):
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.5)
+            server = stack.enter_context(start())
+        except ServerError as error:
+            _say(str(error))
         else:
-            return
+            _say(f"{server.name} is ready after {server.ready_s:.1f} s")
+            ready.append(server)
+    return ready
 
 
-async def measure(session: aiohttp.ClientSession, url: str, clients: int, seconds: float) -> tuple[float, float, float]:
-    """Requests a second, median and 95th percentile of the time to first token in seconds."""
-    firsts: list[float] = []
-    begun = time.monotonic()
-
-    async def client() -> None:
-        while time.monotonic() - begun < seconds:
-            firsts.append(await chat(session, url))
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    elapsed = time.monotonic() - begun
-    firsts.sort()
-    return len(firsts) / elapsed, statistics.median(firsts), firsts[int(0.95 * (len(firsts) - 1))]
+def _idle_cpu(ready: list[Server]) -> dict[str, float]:
+    """How many cores each server takes while none is asked anything: all run beside the one that is measured."""
+    before = [server.all_cpu_s() for server in ready]
+    time.sleep(_IDLE_S)
+    return {server.name: (server.all_cpu_s() - cpu_s) / _IDLE_S for server, cpu_s in zip(ready, before, strict=True)}
 
 
-async def chat(session: aiohttp.ClientSession, url: str) -> float:
-    """One streamed chat; seconds to its first token.
-
-    Raises:
-        RuntimeError: it was refused, or did not end as it has to.
-    """
-    begun = time.monotonic()
-    first: float | None = None
-    tail = b""
-    async with session.post(f"{url}/chat/completions", json=_BODY) as answer:
-        if answer.status != 200:  # noqa: PLR2004 (OK)
-            raise RuntimeError(f"status {answer.status}: {await answer.text()}")
-        async for chunk in answer.content.iter_any():
-            if first is None and re.search(rb'"content":"[^"]', chunk):
-                first = time.monotonic() - begun
-            tail = (tail + chunk)[-32:]
-    if first is None or not tail.endswith(b"data: [DONE]\n\n"):
-        raise RuntimeError(f"the stream ends with {tail!r}")
-    return first
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
