@@ -17,7 +17,7 @@ _ENVELOPE_BYTES = len('{"output": ""}')
 # The most bytes that JSON makes of one character: a control character becomes six (`\u001f`).
 _WORST_ESCAPE_BYTES = 6
 # A delivery costs half a millisecond of the one core that vLLM's app runs on too: at most a tenth of it.
-MAX_DELIVERIES_PER_S = 200
+MAX_DELIVERIES_PER_S = 160
 _EVENT = re.compile(r".*?(?:\n\n|\r\n\r\n)|.+\Z", re.DOTALL)
 
 

@@ -47,7 +47,7 @@ class Settings(BaseModel):
     )
     batch_interval_ms: Annotated[int, Field(ge=0, le=10_000)] = Field(
         20,
-        description="Least time between two batches of a stream, in milliseconds; longer while more than four streams "
+        description="Least time between two batches of a stream, in milliseconds; longer while more than three streams "
         "run. The first batch never waits.",
     )
     drain_timeout_s: float = Field(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engine.batching import MAX_DELIVERIES_PER_S, EventBatcher, interval_s
+from engine.batching import MAX_DELIVERIES_PER_S, EventBatcher, interval_s, interval_tokens
 from engine.errors import EngineError
 
 # Text that is awkward to cut and to escape: characters of one to four bytes, joiners, controls, both line endings.
@@ -96,9 +96,25 @@ def test_a_cap_without_room_for_a_character_is_refused() -> None:
 
 
 def test_a_few_streams_are_delivered_as_often_as_is_set() -> None:
-    assert interval_s(0.02, 1) == interval_s(0.02, 4) == 0.02
+    assert interval_s(0.02, 1) == interval_s(0.02, 3) == 0.02
 
 
 def test_many_streams_share_what_deliveries_may_cost() -> None:
     for streams in (5, 64, 256):
         assert streams / interval_s(0.02, streams) == pytest.approx(MAX_DELIVERIES_PER_S)
+
+
+def test_a_few_streams_have_an_event_for_each_token() -> None:
+    assert interval_tokens(0.02, 3, 0.004) == 1
+
+
+def test_before_the_engine_has_made_a_step_each_token_is_an_event() -> None:
+    assert interval_tokens(0.02, 64, 0.0) == 1
+
+
+def test_many_streams_have_an_event_for_each_output() -> None:
+    for streams, step_s in ((5, 0.01), (24, 0.009), (64, 0.02), (256, 0.5)):
+        tokens = interval_tokens(0.02, streams, step_s)
+
+        # No later than a token after the next output is due, so that each event leaves at once.
+        assert interval_s(0.02, streams) <= tokens * step_s < interval_s(0.02, streams) + step_s
