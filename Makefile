@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 TORCH := $(shell grep -h '^torch==' $(LOCKS))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run up test browser unit image-test fuzz check format lock docs clean
+.PHONY: run up test browser unit image-test fuzz bench check format lock docs clean
 
 run: $(READY)  ## Answer the job of test_input.json with the tiny model
 	@$(BIN)/python handler.py
@@ -28,6 +28,9 @@ image-test: $(READY)  ## Build the images for real, on stand-ins for their bases
 
 fuzz: $(READY)  ## Look for an order of events that breaks the loop, among many that the tests do not try
 	@FUZZ_EXAMPLES=$${EXAMPLES:-20000} $(BIN)/python -m pytest tests/unit/test_loop_machine.py --timeout 0
+
+bench: $(READY)  ## Measure the worker beside vLLM's own server; ARGS="--peer DIR" adds worker-vllm, ARGS=cold measures starts
+	@$(BIN)/python -m bench $(ARGS)
 
 check: $(READY)  ## Lint, formatting and types
 	@$(BIN)/ruff check .

@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
         "same settings, in interleaved rounds. The machine should do nothing else meanwhile.",
     )
     result.add_argument("--full", action="store_true", help="all scenarios (about an hour and a half) and 256 clients")
-    result.add_argument("--clients", type=int, nargs="+", metavar="N", help="numbers of clients (default: 1 8 24 64)")
+    result.add_argument(
+        "--clients", type=_positive, nargs="+", metavar="N", help="numbers of clients (default: 1 8 24 64)"
+    )
     result.add_argument("--seconds", type=float, default=4.0, metavar="S", help="length of a measurement (default: 4)")
     _common(result)
     starts = result.add_subparsers(dest="command").add_parser(
@@ -49,9 +51,16 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
 def _common(of: argparse.ArgumentParser) -> None:
     of.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of runpod-workers/worker-vllm to compare with")
-    of.add_argument("--rounds", type=int, default=7, metavar="N", help="how many times (default: 7)")
+    of.add_argument("--rounds", type=_positive, default=7, metavar="N", help="how many times (default: 7)")
     of.add_argument(
         "--out", type=Path, default=Path("bench-results"), metavar="DIR", help="for results (default: bench-results)"
     )
@@ -88,7 +97,8 @@ def _measure(arguments: argparse.Namespace) -> int:
         about = {
             **machine.machine(),
             **machine.versions(arguments.peer),
-            "load": f"{arguments.rounds} rounds, {arguments.seconds:g} s each, seed {SEED}, tiny model, eager",
+            "settings": "tiny model, eager, VLLM_CPU_KVCACHE_SPACE=1, all else stock (worker-vllm: 30 jobs at once)",
+            "load": f"{arguments.rounds} rounds, {arguments.seconds:g} s each, seed {SEED}",
             **{f"idle CPU of {name}, cores": f"{cores:.2f}" for name, cores in _idle_cpu(ready).items()},
         }
 

@@ -57,13 +57,12 @@ def run(model: str, cache: str, rounds: int, peer: Path | None, out: Path) -> in
     names = [OURS] if peer is None else [OURS, PEER]
     found: dict[str, list[Start | None]] = {name: [] for name in names}
     errors: list[str] = []
-    emptied = "warm"
+    # What a cold start reads from the disk: Python and its packages are among it for each worker.
+    files = [Path(path), *([] if peer is None else [peer])] if cache == "cold" else []
     for number in range(rounds):
         for name in names if number % 2 == 0 else reversed(names):
-            if cache == "cold":
-                emptied = empty_file_cache([Path(path), *([] if peer is None else [peer])])
             try:
-                start = uvloop.run(_start(name, path, peer, out / "logs"))
+                start = uvloop.run(_start(name, path, peer, files, out / "logs"))
                 _say(f"round {number + 1} of {rounds}: {name}, first token after {start.first_token_s:.2f} s")
             except (ServerError, FaultyAnswerError) as error:
                 start = None
@@ -74,7 +73,7 @@ def run(model: str, cache: str, rounds: int, peer: Path | None, out: Path) -> in
         **machine.machine(),
         **machine.versions(peer),
         "model": f"{model} ({_size_mib(path):.0f} MiB of weights)",
-        "file cache": emptied,
+        "file cache": how_emptied() if files else "warm",
         "rounds": str(rounds),
     }
     target = targets.cold_target(ratios(found), model, cache)
@@ -136,8 +135,8 @@ def read_phases(log: Iterable[str]) -> dict[str, float]:
     return {}
 
 
-async def _start(name: str, model: str, peer: Path | None, logs: Path) -> Start:
-    """One start of one worker, in an emulator that has none yet."""
+async def _start(name: str, model: str, peer: Path | None, files: Sequence[Path], logs: Path) -> Start:
+    """One start of one worker, in an emulator that has none yet; `files` is what the system is to forget before."""
     gpu = machine.gpu() is not None
     given: AbstractContextManager[list[str]] = nullcontext(servers.worker_options(model, gpu=gpu))
     if name == PEER and peer is not None:
@@ -146,6 +145,9 @@ async def _start(name: str, model: str, peer: Path | None, logs: Path) -> Start:
         # The first job that waits has a worker started.
         scaling = ["--workers-min=0", "--scaler-type=REQUEST_COUNT", "--scaler-value=1"]
         with servers.emulator(name, [*scaling, *options], logs) as (platform, _):
+            # After the emulator's own start, which has read Python and packages that the worker reads as well.
+            if files:
+                empty_file_cache(files)
             return await _first_token(platform)
 
 
@@ -166,23 +168,29 @@ async def _first_token(platform: Platform) -> Start:
     return Start(first_token_s, worker["readyAt"] - worker["startedAt"], read_phases(worker["log"]))
 
 
-def empty_file_cache(directories: Sequence[Path]) -> str:
-    """Have the system forget what it has read of files; return how that was done.
+def how_emptied() -> str:
+    """How `empty_file_cache` goes about it here."""
+    if os.access(_DROP_CACHES, os.W_OK):
+        return f"cold: {_DROP_CACHES}"
+    return "cold: posix_fadvise(DONTNEED) on Python, its packages, the model and the peer"
+
+
+def empty_file_cache(directories: Sequence[Path]) -> None:
+    """Have the system forget what it has read of files.
 
     The whole cache where that is allowed (root); otherwise each file of Python, its packages and these directories is
-    let go, which leaves what running processes have mapped.
+    let go. Either way what running processes have mapped stays: the interpreter and few libraries, as nothing here
+    imports torch.
     """
     os.sync()
-    try:
+    if os.access(_DROP_CACHES, os.W_OK):
         _DROP_CACHES.write_text("1\n", encoding="ascii")
-    except OSError:
-        paths = sysconfig.get_paths()
-        for directory in {Path(paths["stdlib"]), Path(paths["purelib"]), Path(paths["platlib"]), *directories}:
-            for file in directory.rglob("*"):
-                if file.is_file():
-                    _let_go(file)
-        return "cold: posix_fadvise(DONTNEED) on Python, its packages, the model and the peer"
-    return "cold: /proc/sys/vm/drop_caches"
+        return
+    paths = sysconfig.get_paths()
+    for directory in {Path(paths["stdlib"]), Path(paths["purelib"]), Path(paths["platlib"]), *directories}:
+        for file in directory.rglob("*"):
+            if file.is_file():
+                _let_go(file)
 
 
 def _let_go(file: Path) -> None:

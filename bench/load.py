@@ -97,7 +97,7 @@ async def ask(address: Address, body: bytes, due_s: float | None = None, limit_s
             finally:
                 transport.abort()
     except TimeoutError:
-        exchange.failure = f"no end within {limit_s:.0f} s"
+        exchange.failure = f"no end within {limit_s:g} s"
     except OSError as error:
         exchange.failure = f"{type(error).__name__}: {error.strerror or error}"
     exchange.ended_s = time.monotonic()

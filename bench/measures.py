@@ -6,6 +6,12 @@ An *arrival* is a piece that the socket gave, if text became visible with it. Of
 - Inter-token latency (ITL), per token: the time from one arrival to the next, shared equally among the tokens of the
   latter. What a reader sees as speed, whatever the packaging: 10 tokens after 100 ms are ten times 10 ms.
 - Gap: the time from one arrival to the next, once, however many tokens came. What stutters.
+- Time in queue: from a job's submission until the worker takes it, as the emulator has it.
+- Worker CPU: of all processes of the server but vLLM's engine core and the engine's workers. That is vLLM's API server;
+  this worker and the SDK's ping; worker-vllm's proxy, its ping and its `vllm serve`. The emulator is not among them.
+- Deliveries: POSTs of an output, the last one that ends the job left out; of the last 200 jobs of a measurement.
+- Memory: PSS (shared pages count once) of all processes, engine included, after each measurement; the greatest is the
+  peak.
 
 Percentiles are over all tokens, gaps or requests of one measurement. Tokens whose text is held back (half a character)
 count with the arrival that shows it. An answer counts only if it is whole: status 200, `[DONE]` at its end if it

@@ -15,8 +15,8 @@ from bench.measures import FIGURES
 from bench.scenarios import Scenario
 from bench.servers import OURS, PEER, VLLM
 
-_NAME_WIDTH = 28
-_WIDTH = 26
+_NAME_WIDTH = 26
+_WIDTH = 28
 _RATIO_WIDTH = 11
 # Ratios that say nothing: counts, and what only the bench itself is.
 _NO_RATIO = {"requests", "errors", "client_cpu"}
@@ -27,6 +27,7 @@ def text(results: Results, about: Mapping[str, str], rounds: int) -> str:
     parts = [
         "\n".join(f"{name}: {value}" for name, value in about.items()),
         (measures.__doc__ or "").strip(),
+        *([f"Capacity: vLLM alone served {number(results.capacity)} requests/s."] if results.capacity else []),
         f"Medians over {rounds} rounds (least .. greatest); ratios are medians of the rounds' own ratios.",
         *(_table(results, scenario) for scenario in results.scenarios),
         "\n".join(targets.lines(targets.speed_targets(results), rounds)),
@@ -118,7 +119,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count, and no exponent."""
+    """Three digits that count, four decimal places at most, and no exponent."""
     if value == int(value) or abs(value) >= 100:  # noqa: PLR2004 (three digits)
         return f"{value:.0f}"
-    return f"{value:.3g}"
+    return f"{value:.3g}" if abs(value) >= 0.01 else f"{value:.4f}"  # noqa: PLR2004 (no exponent, and no more places)
