@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 # A job always ends, by its policy if by nothing else.
 _FOREVER_S = 8 * 24 * 3600.0
 _CLIENT_CLOSED_REQUEST = 499
+_LAST_EVENT = "data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -161,47 +162,56 @@ async def _first_answer(request: Request, endpoint: Endpoint, job: Job, *, strea
 
 
 class _EventStream(StreamingResponse):
-    """A job's outputs as they come. However it ends, by a client that hangs up too, the job has ended with it."""
+    """A job's outputs as they come, until OpenAI's last event or the job's end.
+
+    A client that hangs up before cancels the job. One that has the last event does not wait for the job's result, and
+    may hang up, as OpenAI's own does: the job ends by itself.
+    """
 
     def __init__(self, endpoint: Endpoint, job: Job) -> None:
-        super().__init__(_events(endpoint, job), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(self._events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.admitted = ExitStack()
         self._endpoint = endpoint
         self._job = job
+        self._complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.admitted:
             try:
                 await super().__call__(scope, receive, send)
             finally:
-                self._endpoint.queue.cancel(self._job.id)
+                if not self._complete:
+                    self._endpoint.queue.cancel(self._job.id)
 
+    async def _events(self) -> AsyncIterator[str]:
+        """The outputs as they come, and a last event that says why where the job fails."""
+        job = self._job
+        outputs, sent = job.outputs, 0
+        unread = asyncio.get_running_loop().create_future()
 
-async def _events(endpoint: Endpoint, job: Job) -> AsyncIterator[str]:
-    """The outputs as they come, and a last event that says why where the job fails."""
-    outputs, sent = job.outputs, 0
-    unread = asyncio.get_running_loop().create_future()
+        def look() -> bool | None:
+            return job.status.final or len(outputs) > sent or job.outputs is not outputs or None
 
-    def look() -> bool | None:
-        return job.status.final or len(outputs) > sent or job.outputs is not outputs or None
-
-    while True:
-        await endpoint.waiting.until(job_topic(job.id), look, _FOREVER_S, unread)
-        if job.outputs is not outputs:
-            # It was queued anew: another worker begins at the beginning, but what is sent is sent.
-            failure = Failure.of(HTTPStatus.INTERNAL_SERVER_ERROR, "the worker was lost before the answer was complete")
-            yield failure.event()
-            return
-        ended = job.status.final
-        fresh = outputs[sent:]
-        sent += len(fresh)
-        for output in fresh:
-            yield output if isinstance(output, str) else f"data: {json.dumps(output)}\n\n"
-        if ended:
-            failed = failure_of(job)
-            if failed is not None:
-                yield failed.event()
-            return
+        while True:
+            await self._endpoint.waiting.until(job_topic(job.id), look, _FOREVER_S, unread)
+            if job.outputs is not outputs:
+                # It was queued anew: another worker begins at the beginning, but what is sent is sent.
+                lost = "the worker was lost before the answer was complete"
+                yield Failure.of(HTTPStatus.INTERNAL_SERVER_ERROR, lost).event()
+                return
+            ended = job.status.final
+            fresh = outputs[sent:]
+            sent += len(fresh)
+            for output in fresh:
+                text = output if isinstance(output, str) else f"data: {json.dumps(output)}\n\n"
+                self._complete = text.endswith(_LAST_EVENT)
+                yield text
+            if ended:
+                failed = failure_of(job)
+                if failed is not None:
+                    yield failed.event()
+            if ended or self._complete:
+                return
 
 
 def _value(job: Job) -> Any:

@@ -62,10 +62,15 @@ class ColdStart:
             self._phases[phase] = min(seconds, self._phases["engine"])
             self._phases["engine"] -= self._phases[phase]
 
+    @property
+    def total_s(self) -> float:
+        """From the beginning to the end of the last phase."""
+        return self._last - self._begun
+
     def document(self) -> dict[str, object]:
         """`{"total_s": 14.2, "phases_s": {"interpreter": 0.05, ...}}`: the phases that have ended, in their order."""
         return {
-            "total_s": round(self._last - self._begun, 3),
+            "total_s": round(self.total_s, 3),
             "phases_s": {phase: round(seconds, 3) for phase, seconds in self._phases.items()},
         }
 

@@ -65,7 +65,7 @@ def server() -> Server:
                     raise ConfigurationError(diagnosis.explain(error, noted.errors, model.path)) from error
                 start.engine_started(noted.lines)
                 compile_cache.tell(noted.lines)
-            _log.info("Engine ready, serving %s", ", ".join(model.names))
+            _log.info("Engine ready after %.1f s, serving %s", start.total_s, ", ".join(model.names))
         return _server
 
 

@@ -150,6 +150,27 @@ def test_a_worker_lost_within_a_stream_ends_it_with_an_error(site: Site) -> None
         time.sleep(0.01)
 
 
+def test_a_stream_is_over_with_its_last_event_and_its_job_ends_by_itself(site: Site) -> None:
+    jobs: list[str] = []
+    over = threading.Event()
+
+    def work(job: dict[str, Any]) -> None:
+        jobs.append(job["id"])
+        site.stream(job["id"], "data: 1\n\ndata: [DONE]\n\n")
+        assert over.wait(10)
+        assert site.status(job["id"])["status"] == "IN_PROGRESS"
+        site.done(job["id"], output=["data: 1\n\ndata: [DONE]\n\n"])
+
+    def request() -> httpx.Response:
+        answer = site.client.post("/openai/v1/chat/completions", json={**CHAT, "stream": True})
+        over.set()
+        return answer
+
+    assert with_worker(site, work, request).text == "data: 1\n\ndata: [DONE]\n\n"
+    assert site.status(jobs[0])["status"] == "COMPLETED"
+    assert site.emulator.endpoints["ep"].limiter._running["openai"] == 0
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_cancels_its_job(start: Start, stream: bool) -> None:
     site = start(longPoll=10)
