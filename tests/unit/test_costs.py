@@ -1,6 +1,6 @@
 """The regression gate: what a job and a token cost, counted and not timed, so that no machine's mood decides.
 
-The bounds are what was counted when they were set, and a tenth more. Where one is broken on purpose, set it anew, and say
+The bounds are what was counted when they were set, and a tenth more. Set one that is broken on purpose anew, and say
 why in docs/performance.md.
 """
 
