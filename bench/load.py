@@ -105,32 +105,38 @@ async def ask(address: Address, body: bytes, due_s: float | None = None, limit_s
 
 
 async def closed_loop(address: Address, body: bytes, clients: int, seconds: float) -> list[Exchange]:
-    """So many clients, each of which asks anew when its answer has ended, for so long; the last answers are awaited."""
-    exchanges: list[Exchange] = []
-    ends_at = time.monotonic() + seconds
+    """So many clients, each of which asks anew when its answer has ended, for so long.
 
-    async def client() -> None:
-        while time.monotonic() < ends_at:
+    Each asks once at least, and the last answers are awaited.
+    """
+    exchanges: list[Exchange] = []
+
+    async def client(ends_at: float) -> None:
+        while True:
             exchange = await ask(address, body)
             exchanges.append(exchange)
+            if time.monotonic() >= ends_at:
+                return
             if exchange.refused:
                 await asyncio.sleep(_AFTER_REFUSAL_S)
 
     with _no_collections():
-        await asyncio.gather(*(client() for _ in range(clients)))
+        # The clock starts here: the collection before may have taken a while.
+        ends_at = time.monotonic() + seconds
+        await asyncio.gather(*(client(ends_at) for _ in range(clients)))
     return exchanges
 
 
 async def open_loop(address: Address, body: bytes, arrivals: Sequence[float]) -> list[Exchange]:
     """One request at each of these times, in seconds from now; the last answers are awaited."""
-    begun = time.monotonic()
 
-    async def client(at: float) -> Exchange:
-        await asyncio.sleep(begun + at - time.monotonic())
-        return await ask(address, body, begun + at)
+    async def client(due_s: float) -> Exchange:
+        await asyncio.sleep(due_s - time.monotonic())
+        return await ask(address, body, due_s)
 
     with _no_collections():
-        return await asyncio.gather(*(client(at) for at in arrivals))
+        begun = time.monotonic()
+        return await asyncio.gather(*(client(begun + at) for at in arrivals))
 
 
 @contextmanager
