@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,22 @@ from engine import read_ahead
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that the system is asked to read."""
-    names: list[str] = []
+    """The files that are read, with how much of them."""
+    read: list[str] = []
+    open_file = Path.open
 
-    def advise(descriptor: int, start: int, length: int, advice: int) -> None:
-        assert (start, length, advice) == (0, 0, os.POSIX_FADV_WILLNEED)
-        names.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+    class Counted(io.FileIO):
+        def readinto(self, buffer: Any, /) -> int:
+            count = super().readinto(buffer) or 0
+            read.append(f"{Path(str(self.name)).name} {count}")
+            return count
 
-    monkeypatch.setattr(os, "posix_fadvise", advise)
-    return names
+    def opened(path: Path, mode: str = "r", **options: Any) -> Any:
+        return Counted(path) if mode == "rb" else open_file(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(read_ahead, "_PIECE_BYTES", 2)
+    return read
 
 
 def begin(directory: Path) -> None:
@@ -36,11 +43,11 @@ def begin(directory: Path) -> None:
 
 def test_the_weights_are_read_and_nothing_else(tmp_path: Path, asked: list[str]) -> None:
     for name in ("b.safetensors", "a.safetensors", "config.json", "tokenizer.json"):
-        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).write_bytes(b"xyz")
 
     begin(tmp_path)
 
-    assert asked == ["a.safetensors", "b.safetensors"]
+    assert asked == [f"{name}.safetensors {count}" for name in "ab" for count in (2, 1, 0)]
 
 
 def test_weights_that_fill_the_memory_are_left_alone(
