@@ -15,6 +15,7 @@ from pathlib import Path
 _ROOT = "VLLM_CACHE_ROOT"
 # What vLLM 0.32 logs as it uses what it has compiled earlier, and as it compiles.
 _USED = re.compile(r"Directly load (?:AOT compilation|the compiled graph)")
+_FAILED = re.compile(r"Compiling model again due to a load failure from \S+, reason: (.*)")
 _MADE = re.compile(r"(?:Compiling a graph|saved AOT compiled function)")
 
 _log = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ def tell(lines: str) -> None:
         lines: what the engine's processes logged.
     """
     root = os.environ.get(_ROOT) or "~/.cache/vllm"
-    if _MADE.search(lines):
+    if failed := _FAILED.search(lines):
+        _log.warning("Compile cache %s: not used, as vLLM cannot load what is there: %s", root, failed[1])
+    elif _MADE.search(lines):
         _log.info("Compile cache %s: nothing for this model, these flags and this vLLM; the next start finds it", root)
     elif _USED.search(lines):
         _log.info("Compile cache %s: used", root)
