@@ -45,7 +45,7 @@ def test_what_the_user_says_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("Compiling a graph for compile range (1, 2) takes 9.00 s", ["nothing for this model"]),
         ("saved AOT compiled function to /x", ["nothing for this model"]),
         (
-            "Compiling model again due to a load failure from /x, reason: no attribute 'y'\nsaved AOT compiled function",
+            "Compiling model again due to a load failure from /x, reason: no attribute 'y'\nsaved AOT compiled",
             ["not used, as vLLM cannot load what is there: no attribute 'y'"],
         ),
         ("Loading weights took 1.00 s", []),
