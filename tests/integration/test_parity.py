@@ -10,6 +10,7 @@ import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import pytest
 
 from engine.routes import SERVING
@@ -22,6 +23,7 @@ from tests.integration.parity_cases import (
     EMBEDDED,
     NOT_COMPARED,
     OF_ONE_TOKEN,
+    PLACE,
     REFUSED,
     STREAMED_ONLY,
     USAGE,
@@ -98,7 +100,8 @@ def test_the_cases_with_tools_call_one(name: str, both: Both) -> None:
     (choice,) = both.queued(BOTH_WAYS[name]).body["choices"]
 
     (call,) = choice["message"]["tool_calls"]
-    assert json.loads(call["function"]["arguments"]) in ({}, {"city": "Paris", "days": 1}, {"city": "Rome", "days": 1})
+    # Which city, and whether one at all, is for the model to say, which is trained anew on each machine.
+    jsonschema.validate(json.loads(call["function"]["arguments"]), {**PLACE, "required": []})
 
 
 def test_the_case_with_reasoning_reasons(both: Both) -> None:
