@@ -234,6 +234,14 @@ def test_a_value_that_is_not_allowed_is_told_by_name(name: str, text: str) -> No
         doctor.read_settings({name: text})
 
 
+@pytest.fixture
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking the worker imports vLLM, which may take long on a busy machine."""
+    monkeypatch.setattr(doctor, "_WORKER_TIMEOUT_S", 240)
+
+
+@pytest.mark.usefixtures("_patient")
+@pytest.mark.timeout(300)
 def test_the_worker_tells_what_is_set_and_what_is_misspelt(tmp_path: Path) -> None:
     environment = {**os.environ, "MAX_MODEL_LEN": "16k", "MAX_NUM_SEQ": "3", "HF_TOKEN": TOKEN, "HOME": str(tmp_path)}
 
@@ -246,6 +254,8 @@ def test_the_worker_tells_what_is_set_and_what_is_misspelt(tmp_path: Path) -> No
     assert "did you mean MAX_NUM_SEQS?" in worker.complaints[0]
 
 
+@pytest.mark.usefixtures("_patient")
+@pytest.mark.timeout(300)
 def test_the_worker_names_no_model_where_none_is_set(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "MODEL_NAME")}
 
@@ -255,6 +265,8 @@ def test_the_worker_names_no_model_where_none_is_set(tmp_path: Path) -> None:
     assert worker.baked_model == Path("/baked")
 
 
+@pytest.mark.usefixtures("_patient")
+@pytest.mark.timeout(300)
 def test_a_setting_with_which_the_worker_would_not_start_is_told(tmp_path: Path) -> None:
     worker = doctor.ask_worker(None, {**os.environ, "BATCH_INTERVAL_MS": "soon", "HOME": str(tmp_path)})
 
