@@ -32,7 +32,7 @@ _WEIGHTS = tuple(
     re.compile(rf"(?!(training_args|optimizer|scheduler|rng_state|scaler|adapter_model)).+\.{kind}")
     for kind in ("safetensors", "bin", "pth?")
 )
-_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,5 +184,5 @@ def _has_its_others(name: str, weights: set[str]) -> bool:
     """Whether a shard's others are there: its name tells how many there are."""
     if (shard := _SHARD.fullmatch(name)) is None:
         return True
-    stem, count, suffix = shard["stem"], shard["count"], shard["suffix"]
-    return all(f"{stem}-{number:05}-of-{count}{suffix}" in weights for number in range(1, int(count) + 1))
+    stem, count, suffix, width = shard["stem"], shard["count"], shard["suffix"], len(shard["number"])
+    return all(f"{stem}-{number:0{width}}-of-{count}{suffix}" in weights for number in range(1, int(count) + 1))

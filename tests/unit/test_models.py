@@ -221,6 +221,7 @@ PYTORCH = "pytorch_model-00001-of-00002.bin pytorch_model-00002-of-00002.bin"
             f"config.json tokenizer.model {SHARDS} model.safetensors.index.json consolidated.safetensors.index.json",
             True,
         ),
+        ("config.json tokenizer.json model-00001-of-000001.safetensors", True),
         ("config.json tokenizer.json model-00001-of-00030.safetensors", False),
         ("config.json tokenizer.json model-00001-of-00002.safetensors model.safetensors.index.json", False),
         (f"config.json tokenizer.json model-00001-of-00002.safetensors {PYTORCH}", False),
