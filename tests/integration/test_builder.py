@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -273,6 +275,48 @@ def test_a_hub_that_is_not_there_is_told(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert main(["download", REPO, str(tmp_path), "--attempts=2"]) == 1
     assert one_line(capsys).startswith("http://127.0.0.1:9 cannot be reached, also after several tries")
+
+
+def test_a_portals_page_in_the_place_of_the_hubs_answer_is_told(
+    hub: Hub, broken: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken("", Fault(body=b"<html>Log in to the network"))
+    assert download(tmp_path / "model") == 1
+    assert one_line(capsys).startswith(f"{hub.url} answers with something that is not the hub's: see what is there")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_file_that_the_client_cannot_load_is_refused_before_anything_is_loaded(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repositories[REPO].sizes[SECOND] = 60_000_000_000
+    assert download(tmp_path) == 1
+    assert one_line(capsys).startswith(
+        f"{SECOND} of {REPO} has 60 GB, and the hub gives files above 50 GB over the Xet protocol alone: load the"
+    )
+    assert hub.sent_bytes == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_told_and_leaves_none_behind(
+    hub: Hub,
+    tmp_path: Path,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A file in the place of a lock would outlive a process that is killed, and the next ones would wait for ever."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    hub.repositories[REPO].always["config.json"] = Fault(503)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert download(tmp_path) == 1
+    assert f"the disk of {tmp_path} has no locks: let one process at a time" in capsys.readouterr().err
+    hub.repositories[REPO].always.clear()
+    assert download(tmp_path) == 0
+    assert main(["verify", str(tmp_path)]) == 0
 
 
 def test_a_directory_that_holds_something_else_is_left_alone(

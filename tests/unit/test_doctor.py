@@ -273,6 +273,15 @@ def test_a_setting_with_which_the_worker_would_not_start_is_told(tmp_path: Path)
     assert "BATCH_INTERVAL_MS='soon' is not allowed" in worker.complaints[0]
 
 
+def test_a_worker_that_does_not_say_its_settings_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_WORKER_TIMEOUT_S", 0.01)
+
+    worker = doctor.ask_worker(str(tmp_path), {"MAX_MODEL_LEN": "64"})
+
+    assert worker.given["MAX_MODEL_LEN"] == "64"
+    assert worker.complaints == ("the worker has not said within 0.01 s what it makes of the settings",)
+
+
 def test_without_vllm_settings_are_not_checked_and_that_is_said(
     llama: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
