@@ -476,7 +476,7 @@ def test_the_command_ends_with_0_when_it_fits_and_with_1_when_it_does_not(
 def test_a_wrong_option_is_one_line_on_stderr(
     llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, llama, "--gpu", "abacus") == 1
+    assert run(monkeypatch, llama, "--gpu", "abacus") == 2
 
     printed = capsys.readouterr()
     assert printed.out == ""
