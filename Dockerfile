@@ -1,9 +1,8 @@
-# syntax=docker/dockerfile:1.7
-#
 # The worker with its model inside.
 #
 #   docker build -t IMAGE .                    for a GPU: vLLM's own image, the model of the hub in a layer of its own
 #   docker build -t IMAGE --target cpu .       for a laptop: vLLM's CPU build, with the tiny model
+#   docker build -t IMAGE --target cpu-hub .   the same, with the model of the hub
 #
 # docs/deploy.md tells what the build arguments do. What changes most often comes last: a change of the code rebuilds the
 # last layer alone.
@@ -13,8 +12,12 @@ ARG BASE_URL=docker.io
 # An image with vLLM 0.32, or any with CUDA and Python from 3.11 (then vLLM is installed into it).
 ARG BASE_IMAGE=${BASE_URL}/vllm/vllm-openai:v0.32.0
 ARG PYTHON_IMAGE=${BASE_URL}/library/python:3.11.14-slim-bookworm
-# What the CPU image holds: `tiny`, which is made, or `model`, which is downloaded.
-ARG CPU_MODEL=tiny
+# The model of the hub.
+ARG MODEL_NAME=unsloth/phi-4-bnb-4bit
+ARG MODEL_REVISION=main
+# What the image's labels say of this repository: its version, and where it is.
+ARG VERSION=0.1.0
+ARG SOURCE=
 
 
 # What downloads and verifies a model.
@@ -24,13 +27,15 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_AC
 COPY requirements/builder.lock requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m pip install --quiet --no-deps --requirement requirements/builder.lock
-COPY builder/ builder/
+# What a download needs, and no more: a change of the other commands loads no model anew.
+COPY builder/__init__.py builder/__main__.py builder/download.py builder/errors.py builder/hub.py builder/manifest.py \
+    builder/selection.py builder/structure.py builder/verify.py builder/
 
 
 # The model, whole and verified. The cache keeps what a broken build has downloaded; the token is in no layer.
 FROM builder AS model
-ARG MODEL_NAME=unsloth/phi-4-bnb-4bit
-ARG MODEL_REVISION=main
+ARG MODEL_NAME
+ARG MODEL_REVISION
 ARG HF_ENDPOINT=https://huggingface.co
 RUN --mount=type=secret,id=HF_TOKEN --mount=type=cache,target=/cache \
     python3 -m builder download "$MODEL_NAME" "/cache/$MODEL_NAME/$MODEL_REVISION" --revision "$MODEL_REVISION" --update \
@@ -71,25 +76,45 @@ RUN python3 -m builder tiny /model && python3 -m builder manifest /model \
     && echo '{"SERVED_MODEL_NAME": "tiny"}' > /settings.json
 
 
-FROM ${CPU_MODEL} AS cpu-model
-
-
 FROM cpu-packages AS cpu
 ARG MODEL_DIR=/workspace/vllm/tiny
 RUN useradd --create-home --uid 10001 worker
 ENV BAKED_MODEL_DIR=${MODEL_DIR} PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1
-COPY --from=cpu-model /model ${MODEL_DIR}
-COPY --from=cpu-model /settings.json /workspace/vllm/settings.json
+COPY --from=tiny /model ${MODEL_DIR}
+COPY --from=tiny /settings.json /workspace/vllm/settings.json
 COPY . .
 USER 10001
 HEALTHCHECK --interval=30s --start-period=10m CMD ["python3", "-m", "engine.health"]
-LABEL org.opencontainers.image.title="vllm-serverless (CPU)" org.opencontainers.image.licenses="Apache-2.0"
+ARG VERSION
+ARG SOURCE
+LABEL org.opencontainers.image.title="vllm-serverless (CPU)" \
+    org.opencontainers.image.description="A serverless worker that runs vLLM in process, on a CPU, with a model inside" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.source="${SOURCE}" \
+    org.opencontainers.image.version="${VERSION}"
 CMD ["python3", "handler.py"]
+
+
+FROM cpu AS cpu-hub
+ARG MODEL_DIR=/workspace/vllm/model
+ENV BAKED_MODEL_DIR=${MODEL_DIR}
+COPY --from=model /model ${MODEL_DIR}
+COPY --from=model /settings.json /workspace/vllm/settings.json
+ARG MODEL_NAME
+ARG MODEL_REVISION
+LABEL vllm-serverless.model="${MODEL_NAME}" vllm-serverless.model.revision="${MODEL_REVISION}"
 
 
 FROM ${BASE_IMAGE} AS gpu-packages
 WORKDIR /app
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# Where `python3` is too old, as on Ubuntu 22.04, a later Python beside it takes its name.
+RUN is_new="import sys; sys.exit(sys.version_info < (3, 11))"; \
+    python3 -c "$is_new" 2>/dev/null \
+    || ln -sf "$(command -v python3.13 || command -v python3.12 || command -v python3.11)" /usr/local/bin/python3; \
+    hash -r; \
+    { python3 -c "$is_new" && python3 -m pip --version; } >/dev/null 2>&1 \
+    || { echo "BASE_IMAGE has no Python from 3.11 with pip" >&2; exit 1; }
 COPY requirements/gpu.lock requirements/worker.lock requirements/
 # Where the base has vLLM, nothing that vLLM needs is touched: the lock holds what the worker needs beside that.
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -109,7 +134,17 @@ COPY --from=model /settings.json /workspace/vllm/settings.json
 COPY . .
 USER ${WORKER}
 HEALTHCHECK --interval=30s --start-period=10m CMD ["python3", "-m", "engine.health"]
-LABEL org.opencontainers.image.title="vllm-serverless" org.opencontainers.image.licenses="Apache-2.0"
+ARG MODEL_NAME
+ARG MODEL_REVISION
+ARG VERSION
+ARG SOURCE
+LABEL org.opencontainers.image.title="vllm-serverless" \
+    org.opencontainers.image.description="A serverless worker that runs vLLM in process, with a model inside" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.source="${SOURCE}" \
+    org.opencontainers.image.version="${VERSION}" \
+    vllm-serverless.model="${MODEL_NAME}" \
+    vllm-serverless.model.revision="${MODEL_REVISION}"
 # The base starts `vllm serve`.
 ENTRYPOINT []
 CMD ["python3", "handler.py"]

@@ -23,7 +23,8 @@ unit: $(READY)  ## Run the tests that need no engine
 	@$(BIN)/python -m pytest tests/unit
 
 image-test: $(READY)  ## Build the images for real, on stand-ins for their bases, and let them answer jobs (Debian, root)
-	@command -v buildah debootstrap >/dev/null || { apt-get update -qq && apt-get install -y -qq buildah debootstrap; }
+	@{ command -v buildah && command -v debootstrap; } >/dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq buildah debootstrap; }
 	@$(BIN)/python -m pytest tests/image --timeout 3600
 
 fuzz: $(READY)  ## Look for an order of events that breaks the loop, among many that the tests do not try

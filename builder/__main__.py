@@ -1,17 +1,18 @@
 """The command line: `python -m builder COMMAND`.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed with one line on stderr that says why,
-2 the command line itself was wrong, 130 interrupted.
+Results go to stdout, everything else to stderr. A failure is one line on stderr that says why, and an exit code of
+`errors.EXIT_CODES`.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.errors import BuilderError
+from builder.errors import EXIT_CODES, BuilderError, DiskSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,11 +41,12 @@ def _download(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    """Print how much is right."""
+    """Print how much is right, and how fast it was read and hashed."""
     from builder import verify
 
-    manifest = verify.verify(arguments.directory, offline=arguments.offline)
-    sys.stdout.write(f"{len(manifest.files)} files, {manifest.size_bytes:,} bytes: all right\n")
+    manifest, hashing_s = verify.verify(arguments.directory, offline=arguments.offline)
+    speed = manifest.size_bytes / 1e9 / hashing_s
+    sys.stdout.write(f"{len(manifest.files)} files, {manifest.size_bytes:,} bytes at {speed:.2f} GB/s: all right\n")
 
 
 def _manifest(arguments: argparse.Namespace) -> None:
@@ -53,7 +55,7 @@ def _manifest(arguments: argparse.Namespace) -> None:
 
     directory: Path = arguments.directory
     structure.check(directory)
-    manifest.Manifest.of(manifest.hashed(directory, manifest.present(directory))).write(directory)
+    manifest.of_directory(directory).write(directory)
     sys.stdout.write(f"{directory / manifest.NAME}\n")
 
 
@@ -101,7 +103,10 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m builder", description="Make what an image or a developer's machine holds."
+        prog="python -m builder",
+        description="Make what an image or a developer's machine holds.",
+        epilog="exit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -140,7 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     manifest = commands.add_parser(
         "manifest",
         help="write the manifest of a model that is there already",
-        description="Look whether the directory holds a model that loads, and write down its files and their hashes.",
+        description=(
+            "Look whether the directory holds a model that loads, and write down its files and their hashes. What a "
+            "download has written there of the model's origin is kept while its files are unchanged."
+        ),
     )
     manifest.add_argument("directory", metavar="DIR", type=Path)
     manifest.set_defaults(run=_manifest)
@@ -174,9 +182,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
         run(arguments)
-    except (BuilderError, OSError) as error:
+    except BuilderError as error:
         sys.stderr.write(f"builder: {error}\n")
-        return 1
+        return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"builder: {error}\n")
+        return (DiskSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else BuilderError).exit_code
     except KeyboardInterrupt:
         sys.stderr.write("builder: interrupted\n")
         return 130

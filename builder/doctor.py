@@ -96,14 +96,19 @@ def ask_worker(model: str | None, environment: Mapping[str, str]) -> Worker:
     if importlib.util.find_spec("vllm") is None:
         return Worker(plain, _path(plain.get("BAKED_MODEL_DIR")), installed=False)
     asked = {name: value for name, value in environment.items() if name != "MODEL"}
-    done = subprocess.run(
-        [sys.executable, str(_HANDLER), "--print-config"],
-        env={**asked, "MODEL_NAME": named or _UNNAMED},
-        capture_output=True,
-        text=True,
-        timeout=_WORKER_TIMEOUT_S,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, str(_HANDLER), "--print-config"],
+            env={**asked, "MODEL_NAME": named or _UNNAMED},
+            capture_output=True,
+            text=True,
+            timeout=_WORKER_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Worker(
+            plain, None, (f"the worker has not said within {_WORKER_TIMEOUT_S} s what it makes of the settings",)
+        )
     said = [line for line in done.stderr.splitlines() if line.strip()]
     if done.returncode:
         return Worker(plain, None, tuple(line for line in said if not line.startswith("INFO")) or ("no reason given",))

@@ -7,6 +7,7 @@ there: a directory that was left half-way is no model to any loader. What a brok
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -27,6 +28,7 @@ from builder.verify import is_the_hubs
 
 # No loader takes a directory without one of these for a model.
 _LAST = ("config.json", "params.json")
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 _WRONG_CONTENTS = 3
 _PARALLEL = 8
 
@@ -124,6 +126,12 @@ class _Download:
         self._files = sorted((file for file in source.files if file.path in wanted), key=lambda file: file.size_bytes)
         if not any(selection.is_weights(file.path) for file in self._files):
             raise UnservableError(f"{source.name} holds no weights that vLLM loads (safetensors or PyTorch)")
+        if (largest := self._files[-1]).size_bytes > hub.LARGEST_BYTES:
+            raise UnservableError(
+                f"{largest.path} of {source.name} has {largest.size_bytes / 1e9:.0f} GB, and the hub gives files above "
+                f"{hub.LARGEST_BYTES / 1e9:.0f} GB over the Xet protocol alone: load the model with `hf download "
+                f"{source.name} --local-dir DIR`, then write its manifest with `python -m builder manifest DIR`"
+            )
         self._unfinished = directory / UNFINISHED
         self._stop = threading.Event()
 
@@ -231,12 +239,17 @@ class _Part(io.FileIO):
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Hold the directory against other processes; say so when that means waiting."""
-    lock = FileLock(directory / LOCK)
+    # Not the file that stands in for a lock where there are none: it outlives a process that is killed.
+    lock = FileLock(directory / LOCK, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         _say(f"another process is downloading to {directory}: waiting for it")
         lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _say(f"the disk of {directory} has no locks: let one process at a time download to it (hashes tell)")
     try:
         yield
     finally:

@@ -42,6 +42,8 @@ from builder.errors import BuilderError, DiskSpaceError, HubError, HubUnreachabl
 
 SECRET = Path("/run/secrets/HF_TOKEN")
 ATTEMPTS = 8
+# What the hub's client loads over plain HTTP: larger files come over the Xet protocol alone.
+LARGEST_BYTES = constants.MAX_HTTP_DOWNLOAD_SIZE
 _LONGEST_WAIT_S = 60
 
 T = TypeVar("T")
@@ -183,6 +185,11 @@ def _told(name: str, revision: str | None) -> Iterator[None]:
         raise
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
         raise _in_words(error, name, revision) from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise HubError(
+            f"{_endpoint()} answers with something that is not the hub's: see what is there (a login page? a mirror "
+            "that does not speak the hub's protocol?), and set HF_ENDPOINT to the hub or to a mirror of it"
+        ) from error
 
 
 def _in_words(error: Exception, name: str, revision: str | None) -> BuilderError:

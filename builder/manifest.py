@@ -115,6 +115,29 @@ class Manifest(BaseModel):
         return sum(file.size_bytes for file in self.files)
 
 
+def of_directory(directory: Path) -> Manifest:
+    """The manifest of what the directory holds now.
+
+    The origin that a manifest there names is kept, if its files are still those.
+
+    Raises:
+        WrongFilesError: they are not.
+        OSError: a file cannot be read.
+    """
+    files = hashed(directory, present(directory))
+    before = Manifest.read(directory)
+    if before is None or before.repository is None:
+        return Manifest.of(files)
+    if changed := {file.path for file in before.files} ^ {file.path for file in files} or {
+        file.path for file in files if file not in before.files
+    }:
+        raise WrongFilesError(
+            f"{directory} was {before.repository} at {before.commit}, and is not any more ({min(changed)}): "
+            f"download it anew, or remove {NAME} to have one of what is there now"
+        )
+    return Manifest.of(files, before.repository, before.revision, before.commit)
+
+
 def present(directory: Path) -> list[str]:
     """The paths of all files in the directory that are the model's, sorted."""
     return sorted(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from builder import hub, structure
 from builder.errors import WrongFilesError
@@ -14,15 +16,19 @@ from builder.manifest import File, Manifest, hashed, present
 _ATTEMPTS = 3
 
 
-def verify(directory: Path, *, offline: bool = False) -> Manifest:
+class Verified(NamedTuple):
+    """What is right: the manifest, and how long reading and hashing its files took, in seconds."""
+
+    manifest: Manifest
+    hashing_s: float
+
+
+def verify(directory: Path, *, offline: bool = False) -> Verified:
     """Check every file's size and hash against the manifest and the hub, and that the model can be loaded.
 
     Args:
         directory: of the model.
         offline: do not ask the hub.
-
-    Returns:
-        The directory's manifest.
 
     Raises:
         WrongFilesError: files are missing or wrong, or there is no manifest; a line for each.
@@ -37,13 +43,14 @@ def verify(directory: Path, *, offline: bool = False) -> Manifest:
             f"{directory} has no manifest: its download was not finished (run `python -m builder download` again), "
             "or it was made otherwise (then `python -m builder manifest` writes one)"
         )
-    _complain(_sizes(directory, manifest))
-    _complain(_contents(directory, manifest))
+    begun = time.perf_counter()
+    _complain(_against_manifest(directory, manifest))
+    hashing_s = time.perf_counter() - begun
     if manifest.repository and not offline:
         source = hub.repository(manifest.repository, manifest.commit, _ATTEMPTS)
         _complain(_beside_the_hub(directory, manifest, source))
     structure.check(directory)
-    return manifest
+    return Verified(manifest, hashing_s)
 
 
 def is_the_hubs(path: Path, file: File, remote: hub.RemoteFile) -> bool:
@@ -60,26 +67,28 @@ def _complain(problems: Iterable[str]) -> None:
         raise WrongFilesError("\n".join(lines))
 
 
-def _sizes(directory: Path, manifest: Manifest) -> Iterator[str]:
-    for file in manifest.files:
-        path = directory / file.path
-        if not path.is_file():
-            yield f"{file.path}: missing"
-        elif (size := path.stat().st_size) != file.size_bytes:
-            what = "cut short" if size < file.size_bytes else "too long"
-            yield f"{file.path}: {what}, {size:,} bytes of {file.size_bytes:,}"
+def _against_manifest(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with each file, all of them read: one that is cut short does not hide one that is changed."""
+    there = [file.path for file in manifest.files if (directory / file.path).is_file()]
+    held = {file.path: file for file in hashed(directory, there)}
+    owners = {file.sha256: file.path for file in manifest.files}
+    for right in manifest.files:
+        file = held.get(right.path)
+        if file is None:
+            yield f"{right.path}: missing"
+        elif file.sha256 != right.sha256:
+            yield f"{right.path}: {_difference(file, right, owners.get(file.sha256))}"
     for stranger in sorted(set(present(directory)) - {file.path for file in manifest.files}):
         yield f"{stranger}: not in the manifest"
 
 
-def _contents(directory: Path, manifest: Manifest) -> Iterator[str]:
-    owners = {file.sha256: file.path for file in manifest.files}
-    for file, right in zip(hashed(directory, [file.path for file in manifest.files]), manifest.files, strict=True):
-        if file.sha256 != right.sha256:
-            owner = owners.get(file.sha256)
-            yield f"{file.path}: " + (
-                f"swapped, it holds {owner}" if owner else f"changed, its sha256 is {file.sha256}"
-            )
+def _difference(file: File, right: File, owner: str | None) -> str:
+    if owner:
+        return f"swapped, it holds {owner}"
+    if file.size_bytes == right.size_bytes:
+        return f"changed, its sha256 is {file.sha256}"
+    what = "cut short" if file.size_bytes < right.size_bytes else "too long"
+    return f"{what}, {file.size_bytes:,} bytes of {right.size_bytes:,}"
 
 
 def _beside_the_hub(directory: Path, manifest: Manifest, source: hub.Repository) -> Iterator[str]:

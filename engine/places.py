@@ -1,13 +1,15 @@
 """Where a model of the hub may lie on this machine, and how it gets there if it does not.
 
 `python -m builder download` writes a manifest last, so a directory of ours with a manifest is whole. A cache of the
-hub's client has no such mark; there the files that the weights' index names have to be there.
+hub's client has no such mark; there configuration, tokenizer and all shards of one set of weights have to be there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,14 @@ _MANIFEST = "model-manifest.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAIN = "main"
 _TAIL_BYTES = 4096
+_CONFIGS = {"config.json", "params.json"}
+_TOKENIZER = re.compile(r"tokenizer\.json|tekken\.json|vocab\.(json|txt)|.+\.(model|tiktoken)")
+# Weights by their kind, in the order in which vLLM looks for them; what training leaves and adapters are none.
+_WEIGHTS = tuple(
+    re.compile(rf"(?!(training_args|optimizer|scheduler|rng_state|scaler|adapter_model)).+\.{kind}")
+    for kind in ("safetensors", "bin", "pth?")
+)
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +110,33 @@ def download(name: str, directory: Path, revision: str | None) -> None:
             sys.stderr.buffer.flush()
             tail = (tail + chunk)[-_TAIL_BYTES:]
     if process.returncode:
-        lines = re.split(r"[\r\n]+", tail.decode(errors="replace").strip())
-        raise ConfigurationError(lines[-1].removeprefix("builder: ") or f"{name} could not be downloaded")
+        raise ConfigurationError(
+            _why(name, process.returncode, tail.decode(errors="replace")) + _who_may_not(directory)
+        )
+
+
+def _why(name: str, status: int, said: str) -> str:
+    """Why a download ended: the builder's own last words, if they are its last; progress and tracebacks are none."""
+    ended = f"the download of {name} ended with {status}"
+    if status < 0:
+        hint = ": out of memory?" if -status == signal.SIGKILL else ""
+        return f"{ended} (killed by {signal.Signals(-status).name}{hint})"
+    before, marked, told = ("\n" + re.sub(r"\r+", "\n", said)).rpartition("\nbuilder: ")
+    lines = [line.strip() for line in (told or before).splitlines() if line.strip()]
+    if marked and not any(line.startswith("Traceback") for line in lines):
+        return "; ".join(lines)
+    return f"{ended}: {lines[-1]}" if lines else ended
+
+
+def _who_may_not(directory: Path) -> str:
+    """What to do where the worker's user may not write to the volume."""
+    place = next(path for path in (directory, *directory.absolute().parents) if os.access(path, os.F_OK))
+    if os.access(place, os.W_OK):
+        return ""
+    return (
+        f". The worker runs as user {os.getuid()}, who may not write to {place}: build the image with WORKER=0, "
+        "or change the volume's owner"
+    )
 
 
 def _chunks(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
@@ -122,14 +157,32 @@ def _commits(repository: Path, revision: str | None) -> list[str]:
 
 
 def _is_whole(snapshot: Path) -> bool:
-    """Whether all that the weights' index names is there, or weights without an index are."""
-    if not any((snapshot / name).is_file() for name in ("config.json", "params.json")):
+    """Whether configuration, tokenizer and one set of weights are there, as far as names tell."""
+    names = {path.name for path in snapshot.glob("*") if path.is_file()}
+    if not names & _CONFIGS or not any(map(_TOKENIZER.fullmatch, names)):
         return False
-    indexes = list(snapshot.glob("*.index.json"))
+    for kind in _WEIGHTS:
+        if weights := {name for name in names if kind.fullmatch(name)}:
+            if indexes := [
+                name for name in names if kind.fullmatch(name.removesuffix(".index.json")) and name not in weights
+            ]:
+                return any(_has_all(snapshot, index) for index in indexes)
+            return all(_has_its_others(name, weights) for name in weights)
+    return False
+
+
+def _has_all(snapshot: Path, index: str) -> bool:
+    """Whether all shards that an index names are there."""
     try:
-        shards = {shard for index in indexes for shard in json.loads(index.read_bytes())["weight_map"].values()}
-    except (OSError, ValueError, LookupError, TypeError):
+        shards = set(json.loads((snapshot / index).read_bytes())["weight_map"].values())
+        return bool(shards) and all((snapshot / shard).is_file() for shard in shards)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
-    if shards:
-        return all((snapshot / shard).is_file() for shard in shards)
-    return any(path.is_file() for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth") for path in snapshot.glob(kind))
+
+
+def _has_its_others(name: str, weights: set[str]) -> bool:
+    """Whether a shard's others are there: its name tells how many there are."""
+    if (shard := _SHARD.fullmatch(name)) is None:
+        return True
+    stem, count, suffix, width = shard["stem"], shard["count"], shard["suffix"], len(shard["number"])
+    return all(f"{stem}-{number:0{width}}-of-{count}{suffix}" in weights for number in range(1, int(count) + 1))

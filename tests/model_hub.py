@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "c0ffee" + "0" * 34
 LARGE_BYTES = 64 * 1024
 _PIECE_BYTES = 64 * 1024
+_LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Fault:
         cut_at: end the connection after so many bytes of the content.
         piece_s: wait so long before each piece of 64 KiB.
         flip: send the content with its last bit turned.
+        until: answer only once this holds.
+        pause_at: wait for that after so many bytes of the content, rather than before the answer.
+        body: answer with it, as HTML, in place of what was asked for.
     """
 
     status: int | None = None
@@ -41,6 +45,9 @@ class Fault:
     cut_at: int | None = None
     piece_s: float = 0.0
     flip: bool = False
+    until: Callable[[], bool] = lambda: True
+    pause_at: int = 0
+    body: bytes | None = None
 
 
 @dataclass
@@ -53,6 +60,7 @@ class Repository:
         missing: who has no `token` is told that there is nothing.
         faults: what happens to the next requests of a path, one each.
         always: what happens to all requests of a path.
+        sizes: in bytes, of files that are said to be larger than they are.
     """
 
     files: dict[str, bytes]
@@ -61,6 +69,7 @@ class Repository:
     gated: bool = False
     faults: dict[str, deque[Fault]] = field(default_factory=dict)
     always: dict[str, Fault] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, directory: Path) -> Repository:
@@ -81,11 +90,28 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     tokens_at_cdn: list[str] = field(default_factory=list)
     sent_bytes: int = 0
+    closed: threading.Event = field(default_factory=threading.Event)
+    _counting: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def environment(self) -> dict[str, str]:
-        """Lets a client ask this hub."""
-        return {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        """Lets a client in another process ask this hub, and be patient while it waits for a test."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_OFFLINE": "",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "300",
+        }
+
+    def count(self, size: int) -> None:
+        """Add to what was sent: several threads do."""
+        with self._counting:
+            self.sent_bytes += size
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Return once the condition holds, or once nobody needs it any more."""
+        while not condition() and not self.closed.wait(_LOOK_S):
+            pass
 
 
 @contextmanager
@@ -98,6 +124,7 @@ def running() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closed.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -150,11 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(name, revision)
         if repository is None:
             return
-        fault = repository.fault("")
-        if fault.status:
-            self._refuse(fault.status, "", "broken", fault.headers)
+        if self._broken(repository.fault("")):
             return
-        siblings = [_sibling(path, content) for path, content in repository.files.items()]
+        siblings = [_sibling(path, content, repository.sizes.get(path)) for path, content in repository.files.items()]
         self._answer(200, json.dumps({"id": name, "sha": repository.commit, "siblings": siblings}).encode())
 
     def _file(self, name: str, revision: str, path: str) -> None:
@@ -173,8 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, repository: Repository, path: str, headers: Mapping[str, str]) -> None:
         fault = repository.fault(path)
-        if fault.status:
-            self._refuse(fault.status, "", "broken", fault.headers)
+        if self._broken(fault):
             return
         content = repository.files[path]
         if fault.flip:
@@ -192,14 +216,28 @@ class _Handler(BaseHTTPRequestHandler):
         end = len(content) if fault.cut_at is None else min(len(content), start + fault.cut_at)
         for at in range(start, end, _PIECE_BYTES):
             time.sleep(fault.piece_s)
+            if at - start >= fault.pause_at:
+                self.hub.wait(fault.until)
             piece = content[at : min(at + _PIECE_BYTES, end)]
+            # It is counted first: who has it may look at once.
+            self.hub.count(len(piece))
             try:
                 self.wfile.write(piece)
             except OSError:  # The client has gone.
+                self.hub.count(-len(piece))
                 self.close_connection = True
                 return
-            self.hub.sent_bytes += len(piece)
         self.close_connection = end < len(content)
+
+    def _broken(self, fault: Fault) -> bool:
+        """Whether the fault takes the answer's place."""
+        if fault.status or fault.body is not None:
+            self.hub.wait(fault.until)
+        if fault.status:
+            self._refuse(fault.status, "", "broken", fault.headers)
+        elif fault.body is not None:
+            self._answer(200, fault.body, {"Content-Type": "text/html"})
+        return bool(fault.status) or fault.body is not None
 
     def _refuse(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         told = {"X-Error-Code": code, "X-Error-Message": message} if code else {}
@@ -214,8 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def _sibling(path: str, content: bytes) -> dict[str, object]:
-    size = len(content)
+def _sibling(path: str, content: bytes, said_bytes: int | None) -> dict[str, object]:
+    size = len(content) if said_bytes is None else said_bytes
     sibling: dict[str, object] = {"rfilename": path, "size": size, "blobId": _git_sha1(content)}
     if size >= LARGE_BYTES:
         sibling["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 130}

@@ -71,7 +71,10 @@ def test_the_worker_starts_as_a_user_of_its_own(image: dict[str, Any]) -> None:
     assert config["Cmd"] == ["python3", "handler.py"]
     assert not config["Entrypoint"]
     assert config["Healthcheck"]["Test"] == ["CMD", "python3", "-m", "engine.health"]
-    assert config["Labels"]["org.opencontainers.image.title"] == "vllm-serverless"
+    labels = config["Labels"]
+    assert labels["org.opencontainers.image.title"] == "vllm-serverless"
+    assert labels["org.opencontainers.image.version"] == "0.1.0"
+    assert (labels["vllm-serverless.model"], labels["vllm-serverless.model.revision"]) == (NAME, "main")
 
 
 def test_the_image_holds_the_worker_and_nothing_else_of_the_checkout(image: dict[str, Any], buildah: Buildah) -> None:
@@ -82,11 +85,13 @@ def test_the_image_holds_the_worker_and_nothing_else_of_the_checkout(image: dict
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("path", ["engine/health.py", "builder/doctor.py"])
 def test_a_change_of_the_code_makes_the_last_layer_anew_and_no_other(
-    image: dict[str, Any], build: Any, checkout: Path, hub: Hub
+    path: str, build: Any, checkout: Path, hub: Hub
 ) -> None:
-    sent = hub.sent_bytes
-    module = checkout / "engine" / "health.py"
+    """Also of the builder's, where it has no part in a download."""
+    image, sent = build(), hub.sent_bytes
+    module = checkout / path
     module.write_text(module.read_text() + "# changed\n")
     changed = build()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,80 @@ def dockerfile_arguments() -> dict[str, str]:
 
 @pytest.mark.parametrize("service", ["vllm", "emulator"])
 def test_build_arguments_are_the_dockerfiles_with_its_defaults(service: str) -> None:
+    """One without a value is the environment's, and is not given to the build where that has none."""
+    written = yaml.safe_load(COMPOSE)["services"][service]["build"]["args"]
     arguments = document()["services"][service]["build"]["args"]
-    assert arguments
-    assert {name: value or "" for name, value in arguments.items()}.items() <= dockerfile_arguments().items()
+    with_value = {name: value or "" for name, value in arguments.items() if written[name] is not None}
+    assert with_value
+    assert with_value.items() <= dockerfile_arguments().items()
+    assert arguments.keys() <= dockerfile_arguments().keys()
+
+
+def test_compose_takes_the_arguments_that_the_guide_offers() -> None:
+    guide = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    table = guide[guide.index("| Variable | Without it | |") : guide.index("These settings are the model's")]
+    offered = set(re.findall(r"`([A-Z_]+)`", "".join(row.split("|")[1] for row in table.splitlines() if "|" in row)))
+    assert {"MODEL_NAME", "BASE_IMAGE"} <= offered
+    assert offered <= document()["services"]["vllm"]["build"]["args"].keys()
+
+
+def test_the_dockerfile_names_this_version_and_needs_no_other_registry() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert dockerfile_arguments()["VERSION"] == project["version"]
+    assert "syntax=" not in DOCKERFILE
+
+
+def test_the_download_stage_has_every_module_that_it_imports() -> None:
+    """It is copied module by module, so that a change of the others loads no model anew."""
+    stage = DOCKERFILE[DOCKERFILE.index(" AS builder") : DOCKERFILE.index(" AS model")]
+    copied = set(re.findall(r"builder/(\w+)\.py", stage))
+    named = "import sys, builder.__main__, builder.download, builder.verify; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", named], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {name.removeprefix("builder.") for name in done.stdout.split() if name.startswith("builder.")}
+    assert copied == {"__init__", *imported}
+
+
+def _python(directory: Path, name: str, version: str) -> None:
+    """A Python that says it has this version, and that it has pip."""
+    program = directory / name
+    text = f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} -c "import sys; sys.version_info = {version}; $2"\n'
+    program.write_text(text, encoding="utf-8")
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("pythons", "taken"),
+    [
+        ({"python3": "(3, 12)"}, None),
+        ({"python3": "(3, 10)", "python3.11": "(3, 11)"}, "python3.11"),
+        ({"python3": "(3, 10)"}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_base_whose_python3_is_too_old_has_a_later_one_take_its_name(
+    tmp_path: Path, pythons: dict[str, str], taken: str | None
+) -> None:
+    step = re.search(r"^RUN (is_new=.*?)(?<!\\)$", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    assert step
+    first, base = tmp_path / "first", tmp_path / "base"
+    first.mkdir()
+    base.mkdir()
+    for name, version in pythons.items():
+        _python(base, name, version)
+    (base / "ln").symlink_to("/bin/ln")
+    command = step[1].replace("/usr/local/bin", str(first))
+    environment = {"PATH": f"{first}:{base}"}
+    done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    link = first / "python3"
+    if taken:
+        assert done.returncode == 0, done.stderr
+        assert link.readlink() == base / taken
+    elif taken is None:
+        assert done.returncode == 0, done.stderr
+        assert not link.exists()
+    else:
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == "BASE_IMAGE has no Python from 3.11 with pip"
 
 
 def test_variables_become_build_arguments_and_the_images_name() -> None:

@@ -234,6 +234,14 @@ def test_a_value_that_is_not_allowed_is_told_by_name(name: str, text: str) -> No
         doctor.read_settings({name: text})
 
 
+@pytest.fixture
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking the worker imports vLLM, which may take long on a busy machine."""
+    monkeypatch.setattr(doctor, "_WORKER_TIMEOUT_S", 240)
+
+
+@pytest.mark.usefixtures("_patient")
+@pytest.mark.timeout(300)
 def test_the_worker_tells_what_is_set_and_what_is_misspelt(tmp_path: Path) -> None:
     environment = {**os.environ, "MAX_MODEL_LEN": "16k", "MAX_NUM_SEQ": "3", "HF_TOKEN": TOKEN, "HOME": str(tmp_path)}
 
@@ -246,6 +254,8 @@ def test_the_worker_tells_what_is_set_and_what_is_misspelt(tmp_path: Path) -> No
     assert "did you mean MAX_NUM_SEQS?" in worker.complaints[0]
 
 
+@pytest.mark.usefixtures("_patient")
+@pytest.mark.timeout(300)
 def test_the_worker_names_no_model_where_none_is_set(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "MODEL_NAME")}
 
@@ -255,10 +265,21 @@ def test_the_worker_names_no_model_where_none_is_set(tmp_path: Path) -> None:
     assert worker.baked_model == Path("/baked")
 
 
+@pytest.mark.usefixtures("_patient")
+@pytest.mark.timeout(300)
 def test_a_setting_with_which_the_worker_would_not_start_is_told(tmp_path: Path) -> None:
     worker = doctor.ask_worker(None, {**os.environ, "BATCH_INTERVAL_MS": "soon", "HOME": str(tmp_path)})
 
     assert "BATCH_INTERVAL_MS='soon' is not allowed" in worker.complaints[0]
+
+
+def test_a_worker_that_does_not_say_its_settings_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_WORKER_TIMEOUT_S", 0.01)
+
+    worker = doctor.ask_worker(str(tmp_path), {"MAX_MODEL_LEN": "64"})
+
+    assert worker.given["MAX_MODEL_LEN"] == "64"
+    assert worker.complaints == ("the worker has not said within 0.01 s what it makes of the settings",)
 
 
 def test_without_vllm_settings_are_not_checked_and_that_is_said(
@@ -455,7 +476,7 @@ def test_the_command_ends_with_0_when_it_fits_and_with_1_when_it_does_not(
 def test_a_wrong_option_is_one_line_on_stderr(
     llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, llama, "--gpu", "abacus") == 1
+    assert run(monkeypatch, llama, "--gpu", "abacus") == 2
 
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -14,7 +14,16 @@ import pytest
 from builder import memory, weights
 from builder.errors import ConfigError, SettingError, UnknownModelError
 from builder.memory import GIB, Cache, Gpu, Layers, Settings
-from tests.configs import DEEPSEEK_V2_LITE, GEMMA_3_4B, GPT_OSS_20B, LLAMA_3_1_8B, PHI_4_4BIT, PUBLISHED, Published
+from tests.configs import (
+    DEEPSEEK_V2_LITE,
+    GEMMA_3_4B,
+    GPT_OSS_20B,
+    LLAMA_3_1_8B,
+    PHI_4_4BIT,
+    PUBLISHED,
+    QWEN3_30B_A3B,
+    Published,
+)
 
 RTX_4090 = memory.gpu_named("RTX 4090")
 
@@ -392,6 +401,39 @@ def test_phi_4_in_four_bits_fits_24_gb_with_room_for_three_whole_requests(
     assert fit.request == 3.125 * GIB
     assert fit.weights / GIB == pytest.approx(9.06, abs=0.01)
     assert 3 < (fit.sequences or 0) < 4
+
+
+@pytest.mark.parametrize(
+    ("model", "weights_gib", "request_gib", "thousands"),
+    [
+        # 8.03e9 parameters of 2 bytes; 131072 tokens, 32 layers, 8 heads of 128, keys and values, 2 bytes: 16 GiB.
+        pytest.param(LLAMA_3_1_8B, 14.96, 16.0, (29, 131, 131), id="Llama 3.1 8B"),
+        # 30.5e9 parameters of 2 bytes; 40960 tokens, 48 layers, 4 heads of 128.
+        pytest.param(QWEN3_30B_A3B, 56.87, 3.75, (0, 0, 40), id="Qwen3 30B A3B"),
+        # 4.25 bits for experts, 2 bytes for the rest; 131072 tokens in 12 of 24 layers, 8 heads of 64, and 12 windows.
+        pytest.param(GPT_OSS_20B, 12.8, 3.1, (131, 131, 131), id="gpt-oss 20B"),
+        # 4.3e9 parameters of 2 bytes; 131072 tokens in 5 of 34 layers, 4 heads of 256 (padded to 6), and 29 windows.
+        pytest.param(GEMMA_3_4B, 8.01, 3.1, (131, 131, 131), id="Gemma 3 4B"),
+        # 15.7e9 parameters of 2 bytes; 163840 tokens, 27 layers, 512 and 64 latent values.
+        pytest.param(DEEPSEEK_V2_LITE, 29.26, 4.75, (0, 163, 163), id="DeepSeek V2 Lite"),
+    ],
+)
+def test_public_models_fit_the_gpus_that_arithmetic_says(  # noqa: PLR0913, PLR0917
+    model: Published,
+    weights_gib: float,
+    request_gib: float,
+    thousands: tuple[int, int, int],
+    read: Callable[..., Any],
+    weigh: Callable[..., weights.Weights],
+) -> None:
+    """The longest request, in thousands of tokens, on an L4 (24 GB), an L40S (48 GB) and an A100 of 80 GB."""
+    for name, longest in zip(("L4", "L40S", "A100-80"), thousands, strict=True):
+        fit = fit_of(model, read, weigh, gpu=memory.gpu_named(name))
+
+        assert fit.weights / GIB == pytest.approx(weights_gib, rel=0.005)
+        assert fit.request / GIB == pytest.approx(request_gib, rel=0.005)
+        assert (fit.longest or 0) // 1000 == longest, name
+        assert fit.fits is (fit.longest == model.model_length), name
 
 
 def test_a_length_that_does_not_fit_is_told_with_the_longest_that_does(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,7 @@ class Machine:
         snapshot = cache / name / "snapshots" / commit
         snapshot.mkdir(parents=True)
         (snapshot / "config.json").write_text("{}")
+        (snapshot / "tokenizer.json").write_text("{}")
         (snapshot / "model-00001-of-00001.safetensors").write_text("")
         index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
         (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -194,11 +197,101 @@ def test_names_in_the_platforms_cache_are_matched_without_case_and_without_refer
     assert machine.choose(NAME).to_download, "one of two snapshots would be a guess"
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model-00001-of-00001.safetensors"])
 def test_a_half_cached_model_is_not_taken(machine: Machine, missing: str) -> None:
     (Path(machine.cached(machine.platforms_cache)) / missing).unlink()
 
     assert machine.choose(NAME).to_download == (NAME, None)
+
+
+SHARDS = "model-00001-of-00002.safetensors model-00002-of-00002.safetensors"
+PYTORCH = "pytorch_model-00001-of-00002.bin pytorch_model-00002-of-00002.bin"
+
+
+@pytest.mark.parametrize(
+    ("held", "whole"),
+    [
+        ("config.json tokenizer.json model.safetensors", True),
+        (f"config.json tokenizer.json {SHARDS}", True),
+        (f"config.json tokenizer.json {SHARDS} model.safetensors.index.json", True),
+        (f"config.json vocab.json merges.txt {PYTORCH} pytorch_model.bin.index.json", True),
+        ("params.json tekken.json consolidated.safetensors", True),
+        (f"config.json tokenizer.model {SHARDS} model.safetensors.index.json pytorch_model.bin.index.json", True),
+        (
+            f"config.json tokenizer.model {SHARDS} model.safetensors.index.json consolidated.safetensors.index.json",
+            True,
+        ),
+        ("config.json tokenizer.json model-00001-of-000001.safetensors", True),
+        ("config.json tokenizer.json model-00001-of-00030.safetensors", False),
+        ("config.json tokenizer.json model-00001-of-00002.safetensors model.safetensors.index.json", False),
+        (f"config.json tokenizer.json model-00001-of-00002.safetensors {PYTORCH}", False),
+        ("config.json tokenizer.json training_args.bin", False),
+        ("config.json tokenizer.json optimizer.pt rng_state_0.pth scheduler.pt", False),
+        ("config.json tokenizer.json adapter_model.safetensors", False),
+        ("config.json model.safetensors tokenizer_config.json", False),
+        ("config.json tokenizer.json model.safetensors.index.json", False),
+        ("tokenizer.json model.safetensors", False),
+    ],
+)
+def test_a_cache_counts_as_whole_by_its_configuration_tokenizer_and_one_set_of_weights(
+    machine: Machine, held: str, whole: bool
+) -> None:
+    """Each index names the two shards of its stem and kind."""
+    snapshot = machine.platforms_cache / "models--org--a--model" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name in held.split():
+        stem, _, kind = name.removesuffix(".index.json").rpartition(".")
+        shards = [f"{stem}-0000{number}-of-00002.{kind}" for number in (1, 2)]
+        (snapshot / name).write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}))
+
+    assert (machine.choose(NAME).path == str(snapshot)) == whole
+
+
+def _saying(text: str, end: str) -> list[str]:
+    """A command that says something on stderr and then ends."""
+    return [sys.executable, "-c", f"import os, signal, sys; sys.stderr.write({text!r}); sys.stderr.flush(); {end}"]
+
+
+@pytest.mark.parametrize(
+    ("said", "end", "told"),
+    [
+        (
+            "builder: org/a at c0ffee: 3 files\nDownloading: 12%|#  \rDownloading: 45%|###  ",
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "the download of Org/A ended with -9 (killed by SIGKILL: out of memory?)",
+        ),
+        ("", "os.kill(os.getpid(), signal.SIGTERM)", "the download of Org/A ended with -15 (killed by SIGTERM)"),
+        ("builder: begun\nDownloading: 45%|###\rbuilder: it is gated\n", "sys.exit(3)", "it is gated"),
+        ("builder: a.txt: missing\nb.txt: missing\n", "sys.exit(4)", "a.txt: missing; b.txt: missing"),
+        (
+            "builder: begun\nTraceback (most …):\n  line\nKeyError: 1\n",
+            "sys.exit(1)",
+            "the download of Org/A ended with 1: KeyError: 1",
+        ),
+        ("", "sys.exit(1)", "the download of Org/A ended with 1"),
+    ],
+)
+def test_a_download_that_fails_gives_the_builders_reason_and_no_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, end: str, told: str
+) -> None:
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: real(_saying(said, end), **options))
+
+    with pytest.raises(ConfigurationError) as raised:
+        Model(str(tmp_path / "models" / "a"), (), ("Org/A", None)).download()
+    assert str(raised.value) == told
+
+
+def test_a_volume_that_the_workers_user_may_not_write_to_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.Popen
+    command = _saying("builder: [Errno 13] Permission denied\n", "sys.exit(1)")
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: real(command, **options))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK and path.exists())
+
+    with pytest.raises(ConfigurationError, match=f"Permission denied.* may not write to {tmp_path}: build .* WORKER=0"):
+        Model(str(tmp_path / "models" / "a"), (), ("Org/A", None)).download()
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,37 @@ T = "merges.txt special_tokens_map.json tokenizer.json tokenizer_config.json voc
             id="code of its own, and what training left",
         ),
         pytest.param(
+            f"config.json {M} params.json consolidated-00001-of-00002.safetensors "
+            "consolidated-00002-of-00002.safetensors consolidated.safetensors.index.json tokenizer.json",
+            f"config.json {M} params.json tokenizer.json",
+            id="mistralai/Mistral-Large-Instruct-2411, whose other form has an index too",
+        ),
+        pytest.param(
+            "consolidated-00001-of-00001.safetensors consolidated.safetensors.index.json params.json tekken.json",
+            "consolidated-00001-of-00001.safetensors consolidated.safetensors.index.json params.json tekken.json",
+            id="mistral's own format alone, in shards",
+        ),
+        pytest.param(
+            "config.json model-00001-of-000163.safetensors model.safetensors.index.json tokenizer.json",
+            "config.json model-00001-of-000163.safetensors model.safetensors.index.json tokenizer.json",
+            id="deepseek-ai/DeepSeek-V3, whose counts are wider",
+        ),
+        pytest.param(
+            f"config.json model.safetensors {M} tokenizer.json",
+            f"config.json {M} tokenizer.json",
+            id="the same weights whole and in shards",
+        ),
+        pytest.param(
+            "adapter_config.json adapter_model.safetensors config.json pytorch_model.bin tokenizer.json",
+            "adapter_config.json config.json pytorch_model.bin tokenizer.json",
+            id="an adapter beside its base",
+        ),
+        pytest.param(
+            "adapter_config.json adapter_model.safetensors tokenizer.json",
+            "adapter_config.json tokenizer.json",
+            id="an adapter alone, which is no model",
+        ),
+        pytest.param(
             "README.md model-Q4_K_M.gguf",
             "",
             id="GGUF alone",

@@ -385,9 +385,9 @@ def test_the_command_prints_the_directory_that_it_filled(tmp_path: Path, capsys:
 
 
 @pytest.mark.usefixtures("stub_training")
-def test_a_refused_directory_is_exit_code_1_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_directory_is_exit_code_2_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert command_line.main(["tiny", str(tmp_path / "file")]) == 1
+    assert command_line.main(["tiny", str(tmp_path / "file")]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == f"builder: {tmp_path / 'file'} is not a directory\n"
