@@ -26,6 +26,7 @@ from engine.errors import ConfigurationError
 from engine.flags import Flags
 from engine.media import public_session
 from engine.routes import SERVING
+from engine.secrets import redacted
 
 if TYPE_CHECKING:
     from engine.configuration import Configuration
@@ -330,7 +331,7 @@ def parse(given: Flags, model: Model) -> Any:
         args = given.parser.parse_args(arguments)
         validate_parsed_serve_args(args)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"vLLM does not accept the settings: {error}") from error
+        raise ConfigurationError(f"vLLM does not accept the settings: {redacted(str(error))}") from error
     return args
 
 
