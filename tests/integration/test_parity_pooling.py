@@ -47,6 +47,8 @@ def _served(model: str, more: Mapping[str, str], log: Path) -> Iterator[Both]:
     with serving() as queue, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         environment = {**VLLM_ENVIRONMENT, **queue.environment, **more, "HTTP_PORT": str(port)}
         environment |= {"MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny", "RUNNER": "pooling"}
+        # One at a time, and nothing from before: what is computed together would change the last bits of a number.
+        environment |= {"MAX_NUM_SEQS": "1", "ENABLE_PREFIX_CACHING": "false"}
         with running(["-m", "tests.served_worker"], environment, log) as process:
             process.wait_for(queue.has_worker, START_S)
             yield Both(queue, client)

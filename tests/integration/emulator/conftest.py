@@ -169,7 +169,8 @@ def _llm(model: str, **flags: str) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def llm(tiny_model: str) -> Iterator[Site]:
     """The platform with the real worker and the tiny model, ready; for the clients and the documentation."""
-    with site_with(**_llm(tiny_model, TOOL_CALL_PARSER="hermes", ENABLE_AUTO_TOOL_CHOICE="true")) as running:
+    flags = {"TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": "true", "ALLOWED_ROUTES": "/metrics"}
+    with site_with(**_llm(tiny_model, **flags)) as running:
         running.idle_workers(1, LLM_START_S)
         yield running
 
