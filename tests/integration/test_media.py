@@ -33,7 +33,7 @@ def url() -> Iterator[str]:
         def do_GET(self) -> None:
             if self.path.startswith("/to/"):
                 self.send_response(302)
-                self.send_header("Location", url.replace("127.0.0.1", self.path.removeprefix("/to/")))
+                self.send_header("Location", address.replace("127.0.0.1", self.path.removeprefix("/to/")))
                 self.end_headers()
                 return
             self.send_response(200)
@@ -45,10 +45,10 @@ def url() -> Iterator[str]:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as web:
-        url = f"http://127.0.0.1:{web.server_port}/picture.png"
+        address = f"http://127.0.0.1:{web.server_port}/picture.png"
         thread = threading.Thread(target=web.serve_forever)
         thread.start()
-        yield url
+        yield address
         web.shutdown()
         thread.join()
 

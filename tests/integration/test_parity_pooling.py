@@ -35,7 +35,7 @@ def embedding_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def classifier(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     folder = tmp_path_factory.mktemp("classifier")
-    with _served(_with_head(Path(tiny_model), folder / "model"), {}, folder / "log") as both:
+    with _served(with_head(Path(tiny_model), folder / "model"), {}, folder / "log") as both:
         yield both
 
 
@@ -54,7 +54,7 @@ def _served(model: str, more: Mapping[str, str], log: Path) -> Iterator[Both]:
             yield Both(queue, client)
 
 
-def _with_head(model: Path, folder: Path) -> str:
+def with_head(model: Path, folder: Path) -> str:
     """A copy of the model with a head of classes: their weights are rows of its embedding."""
     from safetensors.torch import load_file, save_file
 
