@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine import models, variables
-from engine.flags import Flags, redacted
+from engine.flags import Flags
+from engine.secrets import HIDDEN, names_secret, redacted
 from engine.settings import Settings, is_secret
 
 if TYPE_CHECKING:
     from engine.models import Model
-
-_SECRET = re.compile(r"token|secret|password|(^|_)key($|_)", re.IGNORECASE)
-_NO_SECRET = {"max_num_batched_tokens", "max_num_scheduled_tokens", "max_num_queued_tokens", "spec_tokens"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Configuration:
         yield "# The worker's own settings"
         for name in Settings.model_fields:
             value = getattr(self.settings, name)
-            shown = "(hidden)" if value is not None and is_secret(name) else value
+            shown = HIDDEN if value is not None and is_secret(name) else value
             yield _line(name, shown, given[name.upper()].source if name.upper() in given else "default")
         yield "# vLLM's flags"
         args = vars(server.parse(self.flags, self.model))
@@ -63,15 +60,9 @@ class Configuration:
                 source = flag.source if written == name else f"{flag.source}, {flag.name}"
             else:
                 source = "default" if value == default else "worker's default"
-            yield _line(name, _masked(name, value), source)
+            yield _line(name, HIDDEN if value and names_secret(name) else value, source)
 
 
 def _line(name: str, value: Any, source: str) -> str:
     text = " ".join(str(getattr(value, "value", value)).split())
-    return redacted(f"{name.upper()}={text}  ({source})")
-
-
-def _masked(name: str, value: Any) -> Any:
-    if value and _SECRET.search(name) and name not in _NO_SECRET:
-        return "(hidden)"
-    return value
+    return redacted(f"{name.upper()}={text}") + f"  ({source})"

@@ -7,6 +7,9 @@ Each flag of `vllm serve` is a variable of the same name: `--max-model-len` is `
 3. `VLLM_CONFIG_FILE`, the YAML file that `vllm serve --config` takes
 4. the environment
 5. `VLLM_EXTRA_ARGS`, written as on a command line
+
+Where the file or the extra arguments are the image's own, they are part of 2. Of a flag and its other name at the same
+place, the other name wins, as it does in worker-vllm.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigurationError
+from engine.secrets import redacted
 from engine.variables import ENVIRONMENT, Variable, as_text
 
 EXTRA = "VLLM_EXTRA_ARGS"
@@ -47,9 +51,27 @@ RETIRED = {
     "BATCH_SIZE_GROWTH_FACTOR": "use BATCH_INTERVAL_MS: batches grow with the platform's latency by themselves",
     "DEFAULT_MIN_BATCH_SIZE": "use BATCH_INTERVAL_MS; the first token never waits",
     "MIN_BATCH_SIZE": "use BATCH_INTERVAL_MS; the first token never waits",
+    "DISABLE_FRONTEND_MULTIPROCESSING": "there is no server, and so no process of its own for it",
     "DISABLE_LOG_REQUESTS": "use ENABLE_LOG_REQUESTS=false",
+    "DISABLE_MM_PREPROCESSOR_CACHE": "use MM_PROCESSOR_CACHE_GB=0",
+    "ENABLE_LORA_BIAS": "vLLM has no biases of adapters any more",
+    "ENABLE_MULTIMODAL_ENCODER_DATA_PARALLEL": "use MM_ENCODER_TP_MODE=data",
+    "EPLB_LOG_BALANCEDNESS": "use EPLB_CONFIG",
+    "EPLB_STEP_INTERVAL": "use EPLB_CONFIG",
+    "EPLB_WINDOW_SIZE": "use EPLB_CONFIG",
     "GUIDED_DECODING_BACKEND": "use STRUCTURED_OUTPUTS_CONFIG",
+    "GUIDED_DECODING_DISABLE_ADDITIONAL_PROPERTIES": "use STRUCTURED_OUTPUTS_CONFIG",
+    "GUIDED_DECODING_DISABLE_ANY_WHITESPACE": "use STRUCTURED_OUTPUTS_CONFIG",
+    "GUIDED_DECODING_DISABLE_FALLBACK": "use STRUCTURED_OUTPUTS_CONFIG",
+    "LOGITS_PROCESSOR_PATTERN": "use LOGITS_PROCESSORS",
+    "LORA_EXTRA_VOCAB_SIZE": "vLLM takes no adapters with tokens of their own any more",
     "MAX_CONTEXT_LEN_TO_CAPTURE": "use MAX_CUDAGRAPH_CAPTURE_SIZE",
+    "MAX_LONG_PARTIAL_PREFILLS": "vLLM has no such limit any more",
+    "MAX_NUM_PARTIAL_PREFILLS": "vLLM has no such limit any more",
+    "NGRAM_PROMPT_LOOKUP_MAX": "use SPECULATIVE_CONFIG",
+    "NGRAM_PROMPT_LOOKUP_MIN": "use SPECULATIVE_CONFIG",
+    "NUM_LOOKAHEAD_SLOTS": "use SPECULATIVE_CONFIG",
+    "NUM_REDUNDANT_EXPERTS": "use EPLB_CONFIG",
     "NUM_SPECULATIVE_TOKENS": "use SPECULATIVE_CONFIG",
     "OVERRIDE_POOLER_CONFIG": "use POOLER_CONFIG",
     "RAW_OPENAI_OUTPUT": "an OpenAI job's output is vLLM's, as it is",
@@ -60,6 +82,7 @@ RETIRED = {
     "SPECULATIVE_MODEL": "use SPECULATIVE_CONFIG",
     "SWAP_SPACE": "vLLM has no swap space any more",
     "TASK": "use RUNNER and CONVERT",
+    "TRANSFORMERS_VERSION": "transformers is installed with the image",
     "VLLM_API_KEY": "the platform authenticates clients",
     "VLLM_ATTENTION_BACKEND": "use ATTENTION_BACKEND",
     "VLLM_PORT": "there is no server, and so no port",
@@ -76,13 +99,12 @@ NOT_OURS = {
     "ssl_keyfile", "uds", "uvicorn_log_level",
 }  # fmt: skip
 
-# Variables of others, however close their names come to ours.
+# Variables of others, unless they are a letter away from ours.
 _FOREIGN = re.compile(
     r"(AWS|CUDA|GIT|GPG|HF|HUGGING_?FACE|LC|LD|NCCL|NVIDIA|OMP|PATH|PIP|PYTHON|PYTEST|PYTORCH|RUNPOD|SSH|TORCH|"
     r"TOKENIZERS|TRANSFORMERS|TRITON|UV|VIRTUAL|VLLM|XDG)(_|$)"
 )
-_CLOSE = 0.85
-_TOKEN = re.compile(r"hf_\w+")
+_CLOSE, _LETTER_AWAY = 0.85, 0.95
 
 _log = logging.getLogger(__name__)
 
@@ -122,14 +144,12 @@ class Flags:
         """
         faults: list[str] = []
         environment = {name: one for name, one in variables.items() if one.source == ENVIRONMENT}
-        self._take_variables({name: one for name, one in variables.items() if name not in environment}, faults)
-        if file := variables.get("VLLM_CONFIG_FILE"):
-            self._take_file(Path(file.value), faults)
-        self._take_variables(environment, faults)
-        if extra := variables.get(EXTRA):
-            self._take_arguments(extra.value, faults)
+        self._take_all({name: one for name, one in variables.items() if name not in environment}, faults)
+        baked = dict(self.given)
+        self._take_all(environment, faults)
         if faults:
             raise ConfigurationError("\n".join(faults))
+        self._leave_out_what_is_for_another_model(baked)
         self._warn(variables, settings)
 
     def value(self, dest: str) -> Any:
@@ -142,12 +162,23 @@ class Flags:
         chosen = (given for dest, given in self.given.items() if dest not in ("model", "served_model_name"))
         return [argument for given in chosen for argument in given.arguments]
 
-    def _take_variables(self, variables: Mapping[str, Variable], faults: list[str]) -> None:
-        for alias, dest in ALIASES.items():
-            if alias in variables and dest.upper() not in variables:
-                self._take(dest, alias, variables[alias], faults)
+    def _take_all(self, variables: Mapping[str, Variable], faults: list[str]) -> None:
+        if file := variables.get("VLLM_CONFIG_FILE"):
+            self._take_file(Path(file.value), faults)
         for name, variable in variables.items():
             self._take(name.lower(), name, variable, faults)
+        for alias, dest in ALIASES.items():
+            if alias in variables:
+                self._take(dest, alias, variables[alias], faults)
+        if extra := variables.get(EXTRA):
+            self._take_arguments(extra, faults)
+
+    def _leave_out_what_is_for_another_model(self, baked: Mapping[str, Given]) -> None:
+        """Forget the image's flags where a config file or extra arguments name another model than the image does."""
+        image = baked["model"].value if "model" in baked else None
+        if image is not None and str(self.value("model")).lower() != image.lower():
+            _log.info("The image's settings are for %s, and so not used", image)
+            self.given = {dest: given for dest, given in self.given.items() if baked.get(dest) is not given}
 
     def _take_file(self, file: Path, faults: list[str]) -> None:
         import yaml
@@ -155,7 +186,7 @@ class Flags:
         try:
             document = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
-            faults.append(f"VLLM_CONFIG_FILE={str(file)!r} cannot be read: {error}")
+            faults.append(f"VLLM_CONFIG_FILE={str(file)!r} cannot be read: {redacted(str(error))}")
             return
         if not isinstance(document, dict):
             faults.append(f"VLLM_CONFIG_FILE={str(file)!r} does not hold flags and values, as in `max-model-len: 8192`")
@@ -185,10 +216,10 @@ class Flags:
         except (ValueError, argparse.ArgumentError) as error:
             faults.append(f"{name}={redacted(variable.value)!r} ({variable.source}) is not allowed: {_reason(error)}")
 
-    def _take_arguments(self, text: str, faults: list[str]) -> None:
+    def _take_arguments(self, extra: Variable, faults: list[str]) -> None:
         """Take what is written as on a command line: each option with the values after it."""
         try:
-            words = shlex.split(text)
+            words = shlex.split(extra.value)
         except ValueError as error:
             faults.append(f"{EXTRA} cannot be split into arguments: {error}")
             return
@@ -196,15 +227,14 @@ class Flags:
         names: dict[str, str] = {}
         dest, unknown = "", False
         for word in words:
-            option, _, _ = word.partition("=")
-            name = "--" + option[2:].partition(".")[0].rstrip("+").replace("_", "-") if word[:2] == "--" else option
+            name = _option(word)
             action = self._options.get(name)
             if action is not None:
                 dest, unknown = action.dest, False
                 names[dest] = name
             elif word.startswith("--") or not (dest or unknown):
                 meant = self._meant(name.lstrip("-").replace("-", "_"), self.actions)
-                faults.append(f"{EXTRA} has {redacted(word)!r}, which is not a flag of vLLM{meant}")
+                faults.append(f"{EXTRA} has {redacted(word.partition('=')[0])!r}, which is not a flag of vLLM{meant}")
                 dest, unknown = "", True
             if dest:
                 found.setdefault(dest, []).append(word)
@@ -213,7 +243,7 @@ class Flags:
                 _log.warning("%s in %s is ignored: %s", names[dest], EXTRA, _why_not(dest))
                 continue
             try:
-                self._set(dest, names[dest], EXTRA, arguments)
+                self._set(dest, names[dest], EXTRA if extra.source == ENVIRONMENT else extra.source, arguments)
             except (ValueError, argparse.ArgumentError) as error:
                 faults.append(f"{EXTRA} has {redacted(' '.join(arguments))!r}, which is not allowed: {_reason(error)}")
 
@@ -231,15 +261,16 @@ class Flags:
                 _log.warning("%s is an old name: use %s", name, ALIASES[name].upper())
         known = {*(dest.upper() for dest in [*self.actions, *NOT_OURS]), *settings, *ALIASES, *RETIRED}
         for name, variable in variables.items():
-            if name in known or (variable.source == ENVIRONMENT and _FOREIGN.match(name)):
+            if name in known:
                 continue
-            meant = self._meant(name, known - {dest.upper() for dest in NOT_OURS})
+            close = _LETTER_AWAY if _FOREIGN.match(name) else _CLOSE
+            meant = self._meant(name, known - {dest.upper() for dest in NOT_OURS}, close)
             if meant or variable.source != ENVIRONMENT:
                 _log.warning("%s is set (%s), and there is no such setting%s", name, variable.source, meant)
 
     @staticmethod
-    def _meant(name: str, known: Iterable[str]) -> str:
-        close = difflib.get_close_matches(name, known, 1, _CLOSE)
+    def _meant(name: str, known: Iterable[str], cutoff: float = _CLOSE) -> str:
+        close = difflib.get_close_matches(name, known, 1, cutoff)
         if not close:
             return ""
         return f": did you mean {close[0] if name.isupper() else '--' + close[0].replace('_', '-')}?"
@@ -249,9 +280,12 @@ def _why_not(dest: str) -> str:
     return "set HF_TOKEN in its place" if dest == "hf_token" else "the worker is no server"
 
 
-def redacted(text: str) -> str:
-    """The text without the hub's tokens."""
-    return _TOKEN.sub("hf_...", text)
+def _option(word: str) -> str:
+    """The option that a word of a command line names, as vLLM's parser has it, if it names one."""
+    if re.fullmatch(r"-O=?\w*", word):
+        return "--optimization-level"
+    option = word.partition("=")[0].partition(".")[0].rstrip("+")
+    return option.replace("_", "-") if option.startswith("--") else option
 
 
 def _arguments(action: argparse.Action, text: str) -> list[str]:
@@ -262,9 +296,13 @@ def _arguments(action: argparse.Action, text: str) -> list[str]:
             raise ValueError("it is `true` or `false`")
         if text.lower() in TRUE:
             return [option]
-        return ["--no-" + option[2:]] if len(action.option_strings) > 1 else []
+        negated = "--no-" + option[2:]
+        return [negated] if negated in action.option_strings else []
     if action.nargs == "+":
-        return [option, *_items(text)]
+        items = _items(text)
+        if not items and action.default:
+            raise ValueError("vLLM has no way to say that the list is empty")
+        return [option, *items] if items else []
     if isinstance(action.default, list) and isinstance(action, argparse._AppendAction):  # noqa: SLF001 (no public one)
         return [f"{option}={item}" for item in _items(text)]
     return [f"{option}={text}"]

@@ -56,7 +56,7 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
             if response.content_type == "text/event-stream":
                 async with aclosing(_stream(response, engine)) as batches:
                     async for batch in batches:
-                        for output in native.deltas(batch) if request.native else [batch]:
+                        for output in native.deltas(batch, request.warnings) if request.native else [batch]:
                             yield output
             else:
                 yield _document(response.content_type, await response.body(), request.path)

@@ -75,6 +75,8 @@ def choose(settings: Settings, flags: Flags) -> Model:
         if named.startswith(("/", "./", "../", "~")) and not Path(named).is_dir():
             raise ConfigurationError(f"MODEL_NAME is {named!r}, and there is no such directory")
         path, why = named, "named by MODEL_NAME"
+        there = places.held(Path(named))
+        own_names = [there.repository] if there is not None and there.repository else []
     else:
         own_names = [named]
         revision: str | None = flags.value("revision")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
 from engine.errors import ClosedRouteError, InvalidInputError
 from engine.routes import SERVING
@@ -35,7 +35,7 @@ class Request:
     """One call of vLLM's app.
 
     `body` is JSON in UTF-8, or None for a GET. `native` is true for a job in the top-level form, whose stream comes
-    back as dicts with the new text rather than as SSE text.
+    back as dicts with the new text rather than as SSE text. `warnings` are for who sent the job.
     """
 
     method: str
@@ -43,6 +43,7 @@ class Request:
     query: str = ""
     body: bytes | None = None
     native: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 class _Input(BaseModel):
@@ -84,16 +85,9 @@ class _NativeInput(_Input):
     stream: StrictBool = False
     model: StrictStr | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_what_is_retired(cls, value: dict[str, Any]) -> dict[str, Any]:
-        retired = sorted(RETIRED_FIELDS & value.keys())
-        if retired:
-            _log.warning("A job's %s is ignored: batches follow BATCH_INTERVAL_MS", ", ".join(retired))
-        return {name: part for name, part in value.items() if name not in RETIRED_FIELDS}
-
     def _post(self, path: str, field: str, value: Any, defaults: dict[str, Any]) -> Request:
-        body = {**defaults, **self.sampling_params}
+        body = {**self.sampling_params}
+        body |= {name: default for name, default in defaults.items() if body.get(name) is None}
         for name in (field, "stream", "model"):
             if name in self.sampling_params:
                 raise InvalidInputError(f"sampling_params holds {name!r}, which belongs at the top level of the input")
@@ -158,17 +152,28 @@ def parse(job: dict[str, Any], max_model_len: int, open_routes: frozenset[str] =
     value = job.get("input")
     if not isinstance(value, dict):
         raise InvalidInputError(f"the job's input has to be a JSON object. Accepted:\n{ACCEPTED}")
+    value, warnings = _without_retired(value)
     form = next((_FORMS[field] for field in _FORMS if field in value), None)
     if form is None:
         raise InvalidInputError(f"the job's input is none of the accepted forms:\n{ACCEPTED}")
     try:
-        request = form.model_validate(value).request(max_model_len)
+        request = replace(form.model_validate(value).request(max_model_len), warnings=warnings)
     except ValidationError as error:
         faults = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in error.errors())
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED}") from None
     if request.path not in open_routes:
         raise ClosedRouteError(request.path, sorted(open_routes))
     return request
+
+
+def _without_retired(value: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The input without the fields that are retired, and what is to be said of them."""
+    retired = ", ".join(sorted(RETIRED_FIELDS & value.keys()))
+    if not retired:
+        return value, ()
+    _log.warning("A job's %s is ignored: batches follow BATCH_INTERVAL_MS", retired)
+    rest = {name: part for name, part in value.items() if name not in RETIRED_FIELDS}
+    return rest, (f"{retired}: ignored, as the worker sets the size of batches",)
 
 
 def _call(field: str, route: str, body: dict[str, Any] | None) -> Request:

@@ -1,7 +1,8 @@
 """The routes of vLLM's app that a job may call: those that serve a request, and no administration.
 
 Sleeping, LoRA loading, profiling, scaling, aborting other requests, metrics and the docs are closed, unless
-`ALLOWED_ROUTES` opens them. What the loaded model or this vLLM does not have, vLLM itself answers with 404.
+`ALLOWED_ROUTES` opens them. So are routes that do half of a request (a prompt rendered, tokens in and out), and those
+that another worker could not answer. What the loaded model or this vLLM does not have, vLLM itself answers with 404.
 One route is the worker's own: `/cold_start` tells where the time of its start went.
 """
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import functools
 import importlib
 import logging
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
@@ -26,6 +27,7 @@ from engine.errors import ConfigurationError
 from engine.flags import Flags
 from engine.media import public_session
 from engine.routes import SERVING
+from engine.secrets import redacted
 
 if TYPE_CHECKING:
     from engine.configuration import Configuration
@@ -207,6 +209,7 @@ class Server:
                 from vllm.entrypoints.launchers.app import build_app
 
                 tasks = await self._engine.get_supported_tasks()
+                _find_adapters_of(tuple(self._args.served_model_name))
                 app = build_app(self._args, tasks, self._engine.model_config)
                 app.add_api_route("/cold_start", WORKER.document)
                 await init_app_state(self._engine, app.state, self._args, tasks)
@@ -266,7 +269,7 @@ def _set_environment() -> None:
 
 
 def _keep_media_public() -> None:
-    """Let vLLM fetch media as `engine.media` does, unless `ALLOWED_MEDIA_DOMAINS` says from where: then vLLM checks."""
+    """Let vLLM fetch media as `engine.media` does; from where `ALLOWED_MEDIA_DOMAINS` says, vLLM checks of the URL."""
     from vllm.connections import HTTPConnection
     from vllm.exceptions import VLLMValidationError
     from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
@@ -274,21 +277,45 @@ def _keep_media_public() -> None:
     class PublicConnection(HTTPConnection):  # type: ignore[misc]  # vLLM is not typed for --strict
         session: aiohttp.ClientSession | None = None
 
+        def __init__(self, hosts: tuple[str, ...]) -> None:
+            super().__init__()
+            self.hosts = hosts
+
         async def get_async_client(self) -> aiohttp.ClientSession:
-            self.session = self.session or public_session(VLLMValidationError)
+            self.session = self.session or public_session(VLLMValidationError, self.hosts)
             return self.session
 
         def get_sync_client(self) -> Any:
             raise VLLMValidationError("media is fetched asynchronously alone")
 
-    connection = PublicConnection()
+    connection = functools.cache(PublicConnection)
 
     @MEDIA_CONNECTOR_REGISTRY.register("http")
     class PublicMediaConnector(MediaConnector):  # type: ignore[misc]
         def __init__(self, *arguments: Any, allowed_media_domains: list[str] | None = None, **options: Any) -> None:
-            if not allowed_media_domains:
-                options["connection"] = connection
+            options["connection"] = connection(tuple(allowed_media_domains or ()))
             super().__init__(*arguments, allowed_media_domains=allowed_media_domains, **options)
+
+
+def _find_adapters_of(names: tuple[str, ...]) -> None:
+    """Let vLLM find adapters that say any of the model's names for their base: it compares with its directory alone."""
+    from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+
+    class OfAnyName(LoRAResolver):  # type: ignore[misc]  # vLLM is not typed for --strict
+        def __init__(self, resolver: Any) -> None:
+            self.resolver = resolver
+
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+            path = PurePosixPath(lora_name)
+            if path.is_absolute() or ".." in path.parts:
+                return None  # A job's name is joined to the directory of adapters, and is not to leave it.
+            for name in dict.fromkeys((base_model_name, *names)):
+                if (found := await self.resolver.resolve_lora(name, lora_name)) is not None:
+                    return found
+            return None
+
+    resolvers = LoRAResolverRegistry.resolvers
+    resolvers.update({name: OfAnyName(resolver) for name, resolver in resolvers.items()})
 
 
 def import_engine() -> None:
@@ -330,7 +357,7 @@ def parse(given: Flags, model: Model) -> Any:
         args = given.parser.parse_args(arguments)
         validate_parsed_serve_args(args)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"vLLM does not accept the settings: {error}") from error
+        raise ConfigurationError(f"vLLM does not accept the settings: {redacted(str(error))}") from error
     return args
 
 

@@ -30,7 +30,8 @@ def read(environment: Mapping[str, str] = os.environ) -> dict[str, Variable]:
     """All variables by their name in capitals; an empty one counts as not set.
 
     `BAKED_SETTINGS_FILE` is a JSON object of variables and values: `{"MAX_MODEL_LEN": 8192}`. What it says of one model
-    is not for another: where it has `MODEL_NAME`, and the environment names another model, all of it is left out.
+    is not for another: where it has `MODEL_NAME`, and the environment names another model, all of it is left out
+    (where a config file or extra arguments do, vLLM's flags are: `engine.flags`).
 
     Raises:
         ConfigurationError: the image's file cannot be read.

@@ -24,6 +24,8 @@ FLAGS = {
     "REASONING_PARSER": "granite",
     "STRUCTURED_OUTPUTS_CONFIG": '{"enable_in_reasoning": true}',
     "ENABLE_TOKENIZER_INFO_ENDPOINT": "true",
+    # What a side has answered before is to change nothing, to the last bit of a log-probability.
+    "ENABLE_PREFIX_CACHING": "false",
 }
 
 
@@ -65,8 +67,8 @@ def vllm_alone(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"]
     arguments += [f"--model={tiny_model}", "--served-model-name", "tiny", tiny_model]
     for name, value in FLAGS.items():
-        flag = "--" + name.lower().replace("_", "-")
-        arguments += [flag] if value == "true" else [flag, value]
+        flag = name.lower().replace("_", "-")
+        arguments += {"true": [f"--{flag}"], "false": [f"--no-{flag}"]}.get(value, [f"--{flag}", value])
     log = tmp_path_factory.mktemp("vllm") / "log"
     with (
         running(arguments, VLLM_ENVIRONMENT, log) as process,

@@ -14,6 +14,7 @@ from engine import models, server, variables
 from engine.errors import ConfigurationError
 from engine.flags import NOT_OURS, RETIRED, Flags
 from engine.settings import Settings
+from tests.integration.conftest import START_S
 from tests.processes import VLLM_ENVIRONMENT, running
 
 # Importing vLLM and torch warns of their own deprecations.
@@ -48,6 +49,7 @@ EFFECTIVE: list[tuple[dict[str, str], str, Any]] = [
     ({"ENABLE_PROMPT_EMBEDS": "true"}, "model_config.enable_prompt_embeds", True),
     ({"ASYNC_SCHEDULING": "no"}, "scheduler_config.async_scheduling", False),
     ({"USE_TQDM_ON_LOAD": "off"}, "load_config.use_tqdm_on_load", False),
+    ({"DATA_PARALLEL_MULTI_PORT_EXTERNAL_LB": "false"}, "parallel_config.data_parallel_size", 1),
     # One of several words.
     ({"DTYPE": "float32"}, "model_config.dtype", "torch.float32"),
     ({"LOAD_FORMAT": "dummy"}, "load_config.load_format", "dummy"),
@@ -80,6 +82,7 @@ EFFECTIVE: list[tuple[dict[str, str], str, Any]] = [
     # Lists.
     ({"IGNORE_PATTERNS": '["a/*", "b/*"]'}, "load_config.ignore_patterns", ["a/*", "b/*"]),
     ({"IGNORE_PATTERNS": "a/*,b/*"}, "load_config.ignore_patterns", ["a/*", "b/*"]),
+    ({"LOGITS_PROCESSORS": "[]"}, "model_config.logits_processors", None),
     ({"LOGITS_PROCESSORS": "one:A two:B"}, "model_config.logits_processors", ["one:A", "two:B"]),
     # LoRA.
     ({"ENABLE_LORA": "true", "MAX_LORAS": "3"}, "lora_config.max_loras", 3),
@@ -90,6 +93,10 @@ EFFECTIVE: list[tuple[dict[str, str], str, Any]] = [
     ({"VLLM_EXTRA_ARGS": "--max-num-seqs 3 --seed=5"}, "scheduler_config.max_num_seqs", 3),
     ({"VLLM_EXTRA_ARGS": "--max_num_seqs 3"}, "scheduler_config.max_num_seqs", 3),
     ({"VLLM_EXTRA_ARGS": "-tp 1 --no-enable-prefix-caching"}, "cache_config.enable_prefix_caching", False),
+    ({"VLLM_EXTRA_ARGS": "-O1"}, "optimization_level.value", 1),
+    ({"VLLM_EXTRA_ARGS": "-O=2 --seed 1"}, "optimization_level.value", 2),
+    ({"VLLM_EXTRA_ARGS": "-O 3 --seed 1"}, "optimization_level.value", 3),
+    ({"VLLM_EXTRA_ARGS": "-cc.cudagraph_mode NONE"}, "compilation_config.cudagraph_mode.name", "NONE"),
     (
         {"VLLM_EXTRA_ARGS": "--compilation-config.cudagraph_mode NONE --compilation-config.mode 0"},
         "compilation_config.mode.name",
@@ -168,6 +175,10 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
     ({"VLLM_EXTRA_ARGS": "'--seed"}, "VLLM_EXTRA_ARGS cannot be split into arguments: No closing quotation"),
     ({"VLLM_EXTRA_ARGS": "serve --seed 1"}, "VLLM_EXTRA_ARGS has 'serve', which is not a flag of vLLM"),
     ({"VLLM_CONFIG_FILE": "/nowhere.yaml"}, "VLLM_CONFIG_FILE='/nowhere.yaml' cannot be read"),
+    (
+        {"IGNORE_PATTERNS": "[]"},
+        "IGNORE_PATTERNS='[]' (environment) is not allowed: vLLM has no way to say that the list",
+    ),
 ]
 
 
@@ -195,6 +206,9 @@ def test_flags_that_do_not_go_together_are_vllms_to_refuse(tiny_model: str) -> N
         ("ENABLE_PREFIX_CACHE", "ENABLE_PREFIX_CACHING"),
         ("DRAIN_TIMEOUT", "DRAIN_TIMEOUT_S"),
         ("MAX_CONCURENCY", "MAX_CONCURRENCY"),
+        ("VLLM_EXTRA_ARG", "VLLM_EXTRA_ARGS"),
+        ("HF_OVERRIDE", "HF_OVERRIDES"),
+        ("TOKENIZERS_NAME", "TOKENIZER_NAME"),
     ],
 )
 def test_a_misspelt_variable_is_told_with_a_suggestion(name: str, meant: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -221,6 +235,14 @@ def test_variables_that_are_not_ours_are_left_alone(caplog: pytest.LogCaptureFix
 
     assert flags.given == {}
     assert caplog.messages == []
+
+
+def test_no_variable_of_vllms_own_is_taken_for_a_misspelt_one(caplog: pytest.LogCaptureFixture) -> None:
+    import vllm.envs
+
+    flags_of(dict.fromkeys(vllm.envs.environment_variables, "x"))
+
+    assert [message for message in caplog.messages if "there is no such setting" in message] == []
 
 
 @pytest.mark.parametrize("name", [*RETIRED, "OPENAI_SERVED_MODEL_NAME_OVERRIDE", "CUSTOM_CHAT_TEMPLATE"])
@@ -265,6 +287,49 @@ def test_later_sources_win(tmp_path: Path) -> None:
     assert (flags.value("enforce_eager"), flags.value("hf_overrides")) == (True, {"rope_theta": 5})
 
 
+@pytest.mark.parametrize(
+    ("given", "dest", "value"),
+    [
+        ({"MODEL": "/b", "MODEL_NAME": "org/a"}, "model", "org/a"),
+        ({"REVISION": "b", "MODEL_REVISION": "a"}, "revision", "a"),
+        ({"TOKENIZER": "/b", "TOKENIZER_NAME": "/a"}, "tokenizer", "/a"),
+        ({"SERVED_MODEL_NAME": "b", "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "a"}, "served_model_name", ["a"]),
+        ({"CHAT_TEMPLATE": "b", "CUSTOM_CHAT_TEMPLATE": "a"}, "chat_template", "a"),
+    ],
+)
+def test_of_a_flag_and_its_other_name_the_other_name_wins_as_in_worker_vllm(
+    given: dict[str, str], dest: str, value: Any
+) -> None:
+    assert flags_of(given).value(dest) == value
+    assert flags_of(dict(reversed(given.items()))).value(dest) == value
+
+
+def test_extra_arguments_of_the_image_give_way_to_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"VLLM_EXTRA_ARGS": "--seed 1 --max-num-seqs 1", "MAX_NUM_SEQS": 3}')
+
+    flags = flags_of({"SEED": "2"}, tmp_path)
+
+    assert (flags.value("seed"), flags.value("max_num_seqs")) == (2, 1)
+    assert flags.given["max_num_seqs"].source == str(tmp_path / "settings.json")
+
+
+@pytest.mark.parametrize("how", ["arguments", "file"])
+@pytest.mark.parametrize(("model", "used"), [("org/Another", False), ("org/baked", True)])
+def test_what_the_image_was_built_with_is_not_used_for_another_model_wherever_that_is_named(
+    how: str, model: str, used: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.json").write_text('{"MODEL_NAME": "org/Baked", "QUANTIZATION": "bitsandbytes", "SEED": 5}')
+    file = tmp_path / "vllm.yaml"
+    file.write_text(f"model: {model}\n")
+    named = {"VLLM_EXTRA_ARGS": f"--model {model}"} if how == "arguments" else {"VLLM_CONFIG_FILE": str(file)}
+
+    flags = flags_of({**named, "SEED": "6"}, tmp_path)
+
+    assert flags.value("model") == model
+    assert flags.value("quantization") == ("bitsandbytes" if used else None)
+    assert flags.value("seed") == 6
+
+
 def test_a_variable_of_the_image_is_overridden_by_its_other_name_in_the_environment(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps({"MODEL_NAME": "baked", "SERVED_MODEL_NAME": ["a", "b"]}))
 
@@ -292,9 +357,20 @@ def test_a_mistake_in_the_config_file_is_told(text: str, said: str, tmp_path: Pa
     assert said.format(file) in str(caught.value)
 
 
-def test_a_token_is_shown_in_no_error() -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"VLLM_EXTRA_ARGS": "--hf-tokn=hf_verysecret --seed hf_verysecret"},
+        {"VLLM_EXTRA_ARGS": "--api-kye=sk-verysecret"},
+        {"VLLM_EXTRA_ARGS": "--api-kye sk-verysecret"},
+        {"VLLM_EXTRA_ARGS": '--kv-transfer-config \'{"api_key": "sk-verysecret"\''},
+        {"VLLM_EXTRA_ARGS": "--api-key sk-verysecret --seed x"},
+        {"KV_TRANSFER_CONFIG": '{"kv_connector_extra_config": {"password": "verysecret"}'},
+    ],
+)
+def test_a_secret_is_shown_in_no_error(given: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        flags_of({"VLLM_EXTRA_ARGS": "--hf-tokn=hf_verysecret --seed hf_verysecret"})
+        flags_of(given)
 
     assert "verysecret" not in str(caught.value)
 
@@ -330,13 +406,18 @@ def test_the_effective_configuration_is_printed_with_its_sources_and_without_sec
         "MODEL_NAME": tiny_model,
         "MAX_MODEL_LEN": "1k",
         "HF_TOKEN": "hf_verysecret",
-        "VLLM_EXTRA_ARGS": "--max-num-seqs 4 --hf-token hf_alsosecret",
+        "API_KEY": "sk-verysecret",
+        "VLLM_API_KEY": "sk-verysecret",
+        "VLLM_EXTRA_ARGS": "--max-num-seqs 4 --hf-token hf_alsosecret --api-key sk-one-secret sk-two-secret",
+        "ADDITIONAL_CONFIG": '{"store": {"accessKey": "verysecret", "password": "\\"verysecret"}, "shown": 1}',
+        "LONG_PREFILL_TOKEN_THRESHOLD": "100",
+        "TOKENIZER_NAME": tiny_model,
         "KV_TRANSFER_CONFIG": "",
         "BATCH_SIZE_GROWTH_FACTOR": "3",
     }
 
     with running(["handler.py", "--print-config"], environment, tmp_path / "log") as process:
-        assert process.popen.wait(60) == 0
+        assert process.popen.wait(START_S) == 0
         lines = process.log.splitlines()
 
     for line in [
@@ -349,6 +430,11 @@ def test_the_effective_configuration_is_printed_with_its_sources_and_without_sec
         "MAX_NUM_SEQS=4  (VLLM_EXTRA_ARGS)",
         "ENFORCE_EAGER=True  (worker's default)",
         "SEED=0  (default)",
+        f"TOKENIZER={tiny_model}  (environment, TOKENIZER_NAME)",
+        "TOKENIZER_MODE=auto  (default)",
+        "LONG_PREFILL_TOKEN_THRESHOLD=100  (environment)",
+        "ADDITIONAL_CONFIG={'store': {'accessKey': (hidden), 'password': (hidden)}, 'shown': 1}  (environment)",
+        "VLLM_EXTRA_ARGS=--max-num-seqs 4 --hf-token (hidden) --api-key (hidden)  (environment)",
     ]:
         assert line in lines
     assert "secret" not in process.log.replace("without secrets", "")

@@ -19,8 +19,8 @@ from tests.processes import VLLM_ENVIRONMENT, Process, running
 RANK = 8
 
 
-def write_adapter(folder: Path, model: Path, seed: int) -> None:
-    """An adapter as PEFT writes it, whose weights turn every answer into another."""
+def write_adapter(folder: Path, model: Path, seed: int, base: str | None = None) -> None:
+    """An adapter as PEFT writes it, whose weights turn every answer into another; made for `base`, or the directory."""
     config = json.loads((model / "config.json").read_text())
     size = config["hidden_size"]
     random = torch.Generator().manual_seed(seed)
@@ -35,7 +35,7 @@ def write_adapter(folder: Path, model: Path, seed: int) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     adapter = {
         "peft_type": "LORA",
-        "base_model_name_or_path": str(model),
+        "base_model_name_or_path": base or str(model),
         "r": RANK,
         "lora_alpha": RANK,
         "target_modules": ["o_proj"],
@@ -52,13 +52,21 @@ def queue() -> Iterator[JobQueue]:
 
 
 @pytest.fixture(scope="module")
-def lora_worker(queue: JobQueue, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    folder = tmp_path_factory.mktemp("adapters")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def lora_worker(queue: JobQueue, tiny_model: str, adapters: Path) -> Iterator[Process]:
+    folder = adapters
     write_adapter(folder / "named-at-start", Path(tiny_model), 1)
     write_adapter(folder / "on-demand" / "named-by-a-job", Path(tiny_model), 2)
+    write_adapter(folder / "on-demand" / "of-a-hub-id", Path(tiny_model), 3, "org/Tiny")
+    write_adapter(folder / "on-demand" / "of-another-model", Path(tiny_model), 4, "org/Another")
+    write_adapter(folder / "elsewhere", Path(tiny_model), 5)
     flags = {
         "MODEL_NAME": tiny_model,
-        "SERVED_MODEL_NAME": "tiny",
+        "SERVED_MODEL_NAME": "tiny,org/Tiny",
         "ENABLE_LORA": "true",
         "MAX_LORA_RANK": str(RANK),
         "MAX_LORAS": "2",
@@ -80,19 +88,23 @@ def chat(queue: JobQueue, model: str) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("lora_worker")
 def test_each_adapter_is_a_model_with_answers_of_its_own(queue: JobQueue) -> None:
-    answers = {name: chat(queue, name) for name in ("tiny", "named-at-start", "named-by-a-job")}
+    names = ("tiny", "named-at-start", "named-by-a-job", "of-a-hub-id")
+    answers = {name: chat(queue, name) for name in names}
 
     assert {name: answer["model"] for name, answer in answers.items()} == {name: name for name in answers}
     said = {answer["choices"][0]["message"]["content"] for answer in answers.values()}
-    assert len(said) == 3
+    assert len(said) == len(names)
     assert example("ok").answer in said
     (models,) = queue.run({"openai_route": "/v1/models"}).wait()
-    assert {"tiny", "named-at-start", "named-by-a-job"} <= {model["id"] for model in models["data"]}
+    assert set(names) <= {model["id"] for model in models["data"]}
 
 
 @pytest.mark.usefixtures("lora_worker")
-def test_an_adapter_that_is_nowhere_is_not_found(queue: JobQueue) -> None:
-    asked = {"model": "named-nowhere", "messages": example("ok").messages}
+@pytest.mark.parametrize(
+    "name", ["named-nowhere", "of-another-model", "../elsewhere", "x/../../elsewhere", "{}/elsewhere"]
+)
+def test_an_adapter_that_is_nowhere_or_elsewhere_is_not_found(name: str, queue: JobQueue, adapters: Path) -> None:
+    asked = {"model": name.format(adapters), "messages": example("ok").messages}
 
     error = queue.run({"openai_route": "/v1/chat/completions", "openai_input": asked}).error()
 

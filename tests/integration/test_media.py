@@ -31,6 +31,11 @@ def url() -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path.startswith("/to/"):
+                self.send_response(302)
+                self.send_header("Location", address.replace("127.0.0.1", self.path.removeprefix("/to/")))
+                self.end_headers()
+                return
             self.send_response(200)
             self.send_header("Content-Type", "image/png")
             self.end_headers()
@@ -40,9 +45,10 @@ def url() -> Iterator[str]:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as web:
+        address = f"http://127.0.0.1:{web.server_port}/picture.png"
         thread = threading.Thread(target=web.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{web.server_port}/picture.png"
+        yield address
         web.shutdown()
         thread.join()
 
@@ -73,6 +79,12 @@ def test_a_private_address_is_refused_in_any_spelling(host: str, url: str) -> No
 
 def test_a_private_host_that_a_setting_names_is_allowed(url: str) -> None:
     assert fetch(url, ["127.0.0.1"]) == (4, 3)
+
+
+def test_a_named_host_redirects_to_public_addresses_and_itself_alone(url: str) -> None:
+    assert fetch(url.replace("picture.png", "to/127.0.0.1"), ["127.0.0.1"]) == (4, 3)
+    with pytest.raises(Exception, match="public addresses alone"):
+        fetch(url.replace("picture.png", "to/127.0.0.2"), ["127.0.0.1"])
 
 
 def test_with_named_hosts_all_others_are_refused(url: str) -> None:

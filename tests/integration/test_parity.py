@@ -10,7 +10,6 @@ import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-import jsonschema
 import pytest
 
 from engine.routes import SERVING
@@ -23,7 +22,6 @@ from tests.integration.parity_cases import (
     EMBEDDED,
     NOT_COMPARED,
     OF_ONE_TOKEN,
-    PLACE,
     REFUSED,
     STREAMED_ONLY,
     USAGE,
@@ -56,7 +54,7 @@ def both(job_queue: JobQueue, vllm_alone: httpx.Client) -> Both:
 
 @pytest.mark.parametrize("name", AT_ONCE)
 def test_an_answer_is_what_vllm_answers(name: str, both: Both) -> None:
-    queued, direct = both.queued(AT_ONCE[name]), both.direct(AT_ONCE[name])
+    queued, direct = both.pair(AT_ONCE[name])
 
     assert direct.status == queued.status == HTTPStatus.OK
     assert plain(queued.body) == plain(direct.body)
@@ -64,7 +62,7 @@ def test_an_answer_is_what_vllm_answers(name: str, both: Both) -> None:
 
 @pytest.mark.parametrize("name", STREAMED)
 def test_a_stream_is_what_vllm_streams(name: str, both: Both) -> None:
-    queued, direct = both.queued(STREAMED[name]), both.direct(STREAMED[name])
+    queued, direct = both.pair(STREAMED[name], joined)
 
     assert direct.status == queued.status == HTTPStatus.OK
     assert joined(queued.body) == joined(direct.body)
@@ -72,7 +70,7 @@ def test_a_stream_is_what_vllm_streams(name: str, both: Both) -> None:
 
 @pytest.mark.parametrize("name", OF_ONE_TOKEN)
 def test_a_stream_of_one_token_has_the_very_events_of_vllm(name: str, both: Both) -> None:
-    queued, direct = both.queued(OF_ONE_TOKEN[name]), both.direct(OF_ONE_TOKEN[name])
+    queued, direct = both.pair(OF_ONE_TOKEN[name], events)
 
     assert events(queued.body) == events(direct.body)
     assert len(events(direct.body)) > 1
@@ -100,8 +98,9 @@ def test_the_cases_with_tools_call_one(name: str, both: Both) -> None:
     (choice,) = both.queued(BOTH_WAYS[name]).body["choices"]
 
     (call,) = choice["message"]["tool_calls"]
-    # Which city, and whether one at all, is for the model to say, which is trained anew on each machine.
-    jsonschema.validate(json.loads(call["function"]["arguments"]), {**PLACE, "required": []})
+    # Which of the allowed values it takes is a near tie.
+    allowed = [{"city": city, "days": days} for city in ("Paris", "Rome") for days in (1, 2)]
+    assert json.loads(call["function"]["arguments"]) in [{}, *allowed]
 
 
 def test_the_case_with_reasoning_reasons(both: Both) -> None:
@@ -120,10 +119,14 @@ def test_every_route_that_a_job_may_call_is_compared() -> None:
 
 
 def test_the_first_batch_comes_before_the_answer_has_ended(job_queue: JobQueue) -> None:
-    case = chat("long-story").streamed()
+    # Half a minute of work, whose first batch comes long before its end on a busy machine too.
+    case = chat("long-story", n=24, temperature=1, max_tokens=1900, ignore_eos=True).streamed()
 
     job = job_queue.submit({"openai_route": case.route, "openai_input": case.body})
     first = job.first_output()
 
+    assert events(first)
     assert job.status()["status"] == "IN_PROGRESS"
-    assert len(first) < len("".join(job.wait()))
+    job_queue.cancel(job)
+    job.wait()
+    assert job.status()["status"] == "CANCELLED"

@@ -35,7 +35,7 @@ def embedding_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def classifier(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     folder = tmp_path_factory.mktemp("classifier")
-    with _served(_with_head(Path(tiny_model), folder / "model"), {}, folder / "log") as both:
+    with _served(with_head(Path(tiny_model), folder / "model"), {}, folder / "log") as both:
         yield both
 
 
@@ -47,12 +47,14 @@ def _served(model: str, more: Mapping[str, str], log: Path) -> Iterator[Both]:
     with serving() as queue, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         environment = {**VLLM_ENVIRONMENT, **queue.environment, **more, "HTTP_PORT": str(port)}
         environment |= {"MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny", "RUNNER": "pooling"}
+        # One at a time, and nothing from before: what is computed together would change the last bits of a number.
+        environment |= {"MAX_NUM_SEQS": "1", "ENABLE_PREFIX_CACHING": "false"}
         with running(["-m", "tests.served_worker"], environment, log) as process:
             process.wait_for(queue.has_worker, START_S)
             yield Both(queue, client)
 
 
-def _with_head(model: Path, folder: Path) -> str:
+def with_head(model: Path, folder: Path) -> str:
     """A copy of the model with a head of classes: their weights are rows of its embedding."""
     from safetensors.torch import load_file, save_file
 

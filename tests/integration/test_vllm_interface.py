@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from engine import server
+from engine.routes import SERVING
+
 # Importing vLLM and torch warns of their own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -72,6 +75,46 @@ def test_vllms_statistics_have_what_the_server_reads(name: str, fields: list[str
 
     missing = [field for field in fields if not hasattr(statistics, field)]
     assert not missing, MOVED.format(f"{name} has no {', '.join(missing)}")
+
+
+CLOSED = {
+    "documentation": {"/docs", "/docs/oauth2-redirect", "/openapi.json", "/redoc"},
+    "of the process, not of a request": {"/kv_event_sources", "/load", "/metrics", "/ping"},
+    "administration": {"/inference/v1/abort_requests", "/is_scaling_elastic_ep", "/scale_elastic_ep"},
+    "any other route under one name": {"/invocations"},
+    "half of a request": {
+        "/inference/v1/generate",
+        "/v1/chat/completions/derender",
+        "/v1/chat/completions/render",
+        "/v1/completions/derender",
+        "/v1/completions/render",
+        "/v1/messages/render",
+        "/v1/responses/render",
+    },
+    "of a request that another worker has": {"/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"},
+    "a connection that stays": {"/v1/realtime"},
+    "experimental, and of few models": {"/v1/systemone"},
+}
+# Ours, and one that vLLM has only with the package `cohere`.
+NOT_VLLMS = {"/cold_start", "/cohere/v2/chat"}
+
+
+def test_every_route_of_vllms_is_open_or_closed_for_a_reason() -> None:
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.tasks import FRONTEND_TASKS, GENERATION_TASKS, POOLING_TASKS
+
+    class AnyModel:
+        """What vLLM asks of a model here: each kind of route."""
+
+        def get_pooling_task(self, _: object) -> str:
+            return "embed"
+
+    args = server.flags().parser.parse_args(["--enable-tokenizer-info-endpoint"])
+    app = build_app(args, (*GENERATION_TASKS, *POOLING_TASKS, *FRONTEND_TASKS), AnyModel())
+    closed = set[str]().union(*CLOSED.values())
+
+    assert {route.path for route in app.routes} == (SERVING - NOT_VLLMS) | closed, "vLLM's routes are others now"
+    assert not SERVING & closed
 
 
 def _find(name: str) -> Any:

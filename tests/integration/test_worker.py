@@ -62,6 +62,34 @@ def test_an_unstreamed_top_level_prompt_runs_to_its_end(job_queue: JobQueue) -> 
     assert output["usage"]["completion_tokens"] > 16
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {
+            "messages": example("ok").messages,
+            "sampling_params": {"temperature": 0, "logprobs": True, "top_logprobs": 2},
+        },
+        {
+            "prompt": example("raw-months").prompt,
+            "sampling_params": {"temperature": 0, "logprobs": 2, "max_tokens": 20},
+        },
+    ],
+    ids=["chat", "completion"],
+)
+def test_the_native_forms_logprobs_are_openais_streamed_or_not(asked: dict[str, Any], job_queue: JobQueue) -> None:
+    (whole,) = job_queue.run(asked).wait()
+    deltas = job_queue.run({**asked, "stream": True, "batch_size": 5}).wait()
+
+    of_all = whole["choices"][0]["logprobs"]
+    for name, items in of_all.items():
+        streamed = [item for delta in deltas for item in delta.get("logprobs", {}).get(name) or []]
+        assert len(streamed) == len(items or [])
+    tokens = of_all.get("tokens") or [token["token"] for token in of_all["content"]]
+    assert "".join(tokens).startswith("".join(delta["text"] for delta in deltas))
+    assert len(tokens) == deltas[-1]["usage"]["completion_tokens"]
+    assert deltas[-1]["warnings"] == ["batch_size: ignored, as the worker sets the size of batches"]
+
+
 def test_a_job_without_a_model_name_is_answered_by_the_model_that_is_served(job_queue: JobQueue) -> None:
     (output,) = job_queue.run({"openai_route": "/v1/chat/completions", "openai_input": GOOD["messages"] and {
         "messages": GOOD["messages"], **GREEDY}}).wait()  # fmt: skip

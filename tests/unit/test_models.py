@@ -142,6 +142,12 @@ def test_a_named_directory_is_served_as_it_is_and_has_to_be_there(machine: Machi
         machine.choose("/nowhere/model")
 
 
+def test_a_named_directory_with_a_manifest_answers_to_its_hub_id_too(machine: Machine) -> None:
+    path = machine.whole(machine.image)
+
+    assert machine.choose(path, served_model_name=["a"]).names == ("a", NAME, path)
+
+
 def test_the_places_are_looked_at_in_their_order_and_the_log_says_which(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,6 +69,8 @@ def test_messages_at_the_top_level_are_a_chat() -> None:
 def test_a_prompt_at_the_top_level_has_no_limit_of_sixteen_tokens() -> None:
     assert body_of({"prompt": "x"})["max_tokens"] == 2048
     assert body_of({"prompt": "x", "sampling_params": {"max_tokens": 5}})["max_tokens"] == 5
+    assert body_of({"prompt": "x", "sampling_params": {"max_tokens": None}})["max_tokens"] == 2048
+    assert body_of({"prompt": "x", "sampling_params": {"max_tokens": 0}})["max_tokens"] == 0
 
 
 def test_a_streamed_top_level_job_asks_for_usage_unless_it_says_otherwise() -> None:
@@ -179,8 +182,23 @@ def test_a_prompt_can_ask_for_the_chat_template() -> None:
 
 
 @pytest.mark.parametrize("field", RETIRED_FIELDS)
-def test_a_field_that_said_how_to_batch_is_ignored_and_told(field: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert body_of({"messages": MESSAGES, field: 3}) == body_of({"messages": MESSAGES})
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"messages": MESSAGES},
+        {"prompt": "x"},
+        {"openai_route": "/v1/completions", "openai_input": {"prompt": "x"}},
+        {"route": "/tokenize", "body": {"prompt": "x"}},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_a_field_that_said_how_to_batch_is_ignored_and_told(
+    value: dict[str, Any], field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = request_of({**value, field: 3})
+
+    assert replace(asked, warnings=()) == request_of(value)
+    assert asked.warnings == (f"{field}: ignored, as the worker sets the size of batches",)
     assert caplog.messages == [f"A job's {field} is ignored: batches follow BATCH_INTERVAL_MS"]
 
 

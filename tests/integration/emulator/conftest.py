@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from emulator.server import Emulator, EmulatorSettings, background
+from tests.integration.test_parity_pooling import with_head
 from tests.processes import VLLM_ENVIRONMENT
 
 KEY = "a-key-of-the-tests"
@@ -169,7 +170,8 @@ def _llm(model: str, **flags: str) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def llm(tiny_model: str) -> Iterator[Site]:
     """The platform with the real worker and the tiny model, ready; for the clients and the documentation."""
-    with site_with(**_llm(tiny_model, TOOL_CALL_PARSER="hermes", ENABLE_AUTO_TOOL_CHOICE="true")) as running:
+    flags = {"TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": "true", "ALLOWED_ROUTES": "/metrics"}
+    with site_with(**_llm(tiny_model, **flags)) as running:
         running.idle_workers(1, LLM_START_S)
         yield running
 
@@ -178,6 +180,15 @@ def llm(tiny_model: str) -> Iterator[Site]:
 def embedder(tiny_model: str) -> Iterator[Site]:
     """The same with a model that embeds."""
     with site_with(**_llm(tiny_model, RUNNER="pooling", CONVERT="embed")) as running:
+        running.idle_workers(1, LLM_START_S)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def classifier(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The same with a model that classifies."""
+    model = with_head(Path(tiny_model), tmp_path_factory.mktemp("classifier") / "model")
+    with site_with(**_llm(model, RUNNER="pooling")) as running:
         running.idle_workers(1, LLM_START_S)
         yield running
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from engine.routes import SERVING
 from tests.integration.emulator.conftest import KEY, REPOSITORY, Site
 
 _PART = re.compile(r"^## (?P<title>[^\n]*)$|^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -44,7 +45,9 @@ def example_id(example: Example) -> str:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=example_id)
 def test_an_example_of_the_documentation_works(example: Example, request: pytest.FixtureRequest) -> None:
-    site: Site = request.getfixturevalue("embedder" if "that embeds" in example.title else "llm")
+    kinds = {"that embeds": "embedder", "that classifies": "classifier"}
+    kind = next((fixture for words, fixture in kinds.items() if words in example.title), "llm")
+    site: Site = request.getfixturevalue(kind)
     url = site.openai_url.removesuffix("/openai/v1")
 
     if example.language == "json":
@@ -83,6 +86,12 @@ def test_the_readmes_python_works(llm: Site) -> None:
 
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
+
+
+def test_every_open_route_is_named() -> None:
+    text = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+
+    assert [route for route in sorted(SERVING) if f"`{route}`" not in text] == []
 
 
 def test_each_route_has_a_job_a_curl_and_a_python_example() -> None:

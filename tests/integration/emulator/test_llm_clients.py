@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -169,12 +170,28 @@ def test_errors_are_the_classes_that_the_client_has_for_them(client: openai.Open
 
 
 def test_a_stream_that_is_hung_up_ends_its_job(client: openai.OpenAI, llm: Site) -> None:
-    with client.chat.completions.create(
-        model="tiny", messages=messages_of(STORY), stream=True, extra_body={"ignore_eos": True}
-    ) as stream:
-        next(stream)
+    def running() -> int:
+        (text,) = llm.ended(llm.submit({"route": "/metrics"}))["output"]
+        found = re.search(r"^vllm:num_requests_running{.*} (\S+)$", text, re.MULTILINE)
+        assert found is not None
+        return int(float(found[1]))
 
-    assert eventually(lambda: llm.health()["jobs"]["inProgress"] == 0)
+    # Half a minute of work, so that the hang-up comes well before its end on a busy machine too.
+    with client.chat.completions.create(
+        model="tiny",
+        messages=messages_of(STORY),
+        stream=True,
+        n=24,
+        max_tokens=1900,
+        temperature=1,
+        extra_body={"ignore_eos": True},
+    ) as stream:
+        first = next(stream)
+        eventually(lambda: running() == 24)
+
+    eventually(lambda: running() == 0, 10)
+    (status,) = [job["status"] for job in llm.state()["jobs"] if job["id"] in first.id]
+    assert status == "CANCELLED"
 
 
 def test_the_asynchronous_client_asks_many_at_once(llm: Site) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -54,6 +56,24 @@ class Site:
     def status(self, job_id: str) -> dict[str, Any]:
         document: dict[str, Any] = self.client.get(f"/status/{job_id}").raise_for_status().json()
         return document
+
+
+def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Wait until the condition holds; a failed test if it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"it is not so within {timeout_s} s")
+        time.sleep(0.01)
+
+
+def hang_up(via: httpx.Client, method: str, path: str, once: Callable[[], object], document: Any = None) -> None:
+    """Send what this client would, and hang up without an answer as soon as it is so."""
+    request = via.build_request(method, path, json=document)
+    connection = http.client.HTTPConnection(request.url.host, request.url.port, timeout=10)
+    connection.request(method, request.url.raw_path.decode(), request.content, dict(request.headers))
+    until(once)
+    connection.close()
 
 
 def emulator_with(*endpoints: dict[str, Any]) -> AbstractContextManager[Emulator]:
