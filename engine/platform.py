@@ -23,7 +23,7 @@ from engine.errors import BusyError, DeliveryError, RefusedDeliveryError, descri
 TESTED_VERSIONS = ("1.12.",)
 # The SDK gives a take up after so long; nothing that the platform holds open should outlive it.
 TAKE_TIMEOUT_S = 90.0
-# How long a take that was let go may still bring a job, where the connection cannot be closed from our side alone.
+# How long, at least, a take that was let go may still bring a job, where its connection cannot be half closed.
 LET_GO_S = 5.0
 _POST_TIMEOUT_S = 60.0
 # How much of a refusal is told.
