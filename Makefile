@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 TORCH := $(shell grep -h '^torch==' $(LOCKS))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run up test browser unit image-test fuzz bench check format lock docs clean
+.PHONY: run up test browser unit image-test soak fuzz bench check format lock docs clean
 
 run: $(READY)  ## Answer the job of test_input.json with the tiny model
 	@$(BIN)/python handler.py
@@ -26,6 +26,9 @@ image-test: $(READY)  ## Build the images for real, on stand-ins for their bases
 	@{ command -v buildah && command -v debootstrap; } >/dev/null || \
 		{ apt-get update -qq && apt-get install -y -qq buildah debootstrap; }
 	@$(BIN)/python -m pytest tests/image --timeout 3600
+
+soak: $(READY)  ## Show what the tests have no time for: hundreds of signals, the SDK's own loop beside ours (most of an hour)
+	@$(BIN)/python -m pytest tests/soak
 
 fuzz: $(READY)  ## Look for an order of events that breaks the loop, among many that the tests do not try
 	@FUZZ_EXAMPLES=$${EXAMPLES:-20000} $(BIN)/python -m pytest tests/unit/test_loop_machine.py --timeout 0

@@ -85,7 +85,8 @@ def main() -> int:
             return cli.main([f"--host={arguments.rp_api_host}", f"--port={arguments.rp_api_port}", *only_one, *rest])
         polling = settings.on_platform and arguments.test_input is None and not arguments.print_config
         _set_logging(quiet=not polling)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: sys.exit(0))
         if polling:
             sys.argv[1:] = rest
             return _poll(settings)

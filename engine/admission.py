@@ -32,18 +32,23 @@ class Admission:
         load: the engine's statistics, kept up to date by it.
         limit: most jobs at once.
         cache_tokens: so many tokens fit the KV cache.
+        longest_tokens: the longest request that the engine takes. A cache that does not hold one is not what bounds the
+            engine: a model that only embeds or ranks has none to speak of.
     """
 
-    def __init__(self, load: Load, limit: int, cache_tokens: int) -> None:
+    def __init__(self, load: Load, limit: int, cache_tokens: int, longest_tokens: int = 0) -> None:
         self._load = load
         self._limit = limit
         self._cache_tokens = cache_tokens
+        self._cached = cache_tokens >= longest_tokens
 
     def room(self, held: int) -> int:
         """How many more jobs to take while `held` are held; an idle worker always has room for one."""
         # Statistics come with steps: without a job there is none, and the last ones are old.
-        if held and (self._load.waiting or self._load.kv_cache_usage >= FULL):
+        if held and (self._load.waiting or (self._cached and self._load.kv_cache_usage >= FULL)):
             return 0
+        if not self._cached:
+            return max(self._limit - held, 0)
         # Cut before it is rounded: beside a tiny size, what fits has no bounds.
         fitting = min(FULL * self._cache_tokens / max(self._size_tokens(held), 1), self._limit)
         return max(int(max(fitting, 1)) - held, 0)

@@ -10,6 +10,7 @@ WorkerError
     ├── ClosedRouteError      403: the route is not one that a job may call
     ├── RefusedError          vLLM answered with an error status; its body is passed on as it is
     ├── TooLargeError         413: the job's result is larger than the platform takes
+    ├── RefusedResultError    500: the platform did not take the job's result, and will not
     ├── EngineError           500: the engine broke off without an answer; another try may succeed
     └── StoppedError          503: the worker ends before the job did; another worker may run it
 """
@@ -17,6 +18,7 @@ WorkerError
 from __future__ import annotations
 
 import json
+import re
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -38,7 +40,11 @@ class DeliveryError(WorkerError):
 
 
 class RefusedDeliveryError(WorkerError):
-    """The platform does not want a delivery, and will not."""
+    """The platform does not want a delivery, and will not; `status` is the HTTP status that says so, where known."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class JobError(WorkerError):
@@ -107,15 +113,21 @@ class EngineError(JobError):
 
 
 class TooLargeError(JobError):
-    """The job's result is larger than the platform takes; both sizes in bytes."""
+    """The job's result is larger than the platform takes; sizes in bytes, the limit where it is known."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     type = "PayloadTooLargeError"
 
-    def __init__(self, size_bytes: int, limit_bytes: int) -> None:
-        super().__init__(
-            f"the result has {size_bytes} bytes, and the platform takes {limit_bytes}: ask for less at once"
-        )
+    def __init__(self, size_bytes: int, limit_bytes: int | None = None) -> None:
+        takes = "takes less" if limit_bytes is None else f"takes {limit_bytes}"
+        super().__init__(f"the result has {size_bytes} bytes, and the platform {takes}: ask for less at once")
+
+
+class RefusedResultError(JobError):
+    """The platform did not take the job's result, and will not; its size, in bytes, may be why."""
+
+    def __init__(self, size_bytes: int, refusal: str) -> None:
+        super().__init__(f"the platform refused the result, which has {size_bytes} bytes: {refusal}")
 
 
 class StoppedError(JobError):
@@ -124,3 +136,11 @@ class StoppedError(JobError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     type = "ServiceUnavailableError"
     retryable = True
+
+
+_URL = re.compile(r"\S*://\S*")
+
+
+def described(error: BaseException) -> str:
+    """The type and message of an error, for the log and for clients, without URLs: the platform's hold its keys."""
+    return f"{type(error).__name__}: {_URL.sub('(URL)', str(error))}"

@@ -141,7 +141,7 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
     jobs = JobLoop(
         platform,
         handler,
-        Admission(server.statistics, limit, server.cache_tokens),
+        Admission(server.statistics, limit, server.cache_tokens, server.max_model_len),
         failure=server.failure,
         timeouts=Timeouts(drain_s=settings.drain_timeout_s, job_s=settings.job_timeout_s),
         tokens_of=server.tokens_of,

@@ -23,7 +23,15 @@ from typing import Any, Protocol
 from engine.admission import Admission
 from engine.cold_start import LAST, ColdStart
 from engine.delivery import JobDelivery
-from engine.errors import BusyError, DeliveryError, EngineError, JobError, RefusedDeliveryError, StoppedError
+from engine.errors import (
+    BusyError,
+    DeliveryError,
+    EngineError,
+    JobError,
+    RefusedDeliveryError,
+    StoppedError,
+    described,
+)
 from engine.platform import LET_GO_S, TAKE_TIMEOUT_S, Delivery
 
 # The SDK waits so long when the platform says 429.
@@ -38,6 +46,8 @@ _WATCH_S = 0.25
 _LAST_WORDS_S = 10.0
 # How much of it the last job grants to the others.
 _OTHERS_S = 3.0
+# In characters; every route of vLLM is much shorter.
+_LONGEST_ROUTE = 100
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +83,8 @@ class State(Enum):
 class _Held:
     """A job that is held, its task, and why it was cancelled, if it was.
 
-    `ending` is set once its end is decided: from then on it is not cancelled any more.
+    `ending` is set once its end is decided: from then on it is not cancelled any more. `again` is the same job, if it
+    was given out anew since then: as soon as this run is over, it is run.
     """
 
     id: str
@@ -85,6 +96,7 @@ class _Held:
     ended_with: JobError | None = None
     first_output_s: float | None = None
     outcome: str = "completed"
+    again: dict[str, Any] | None = None
 
     def cancel(self) -> None:
         """Break the run off, for the reason that was set before.
@@ -147,6 +159,8 @@ class JobLoop:
         self._changed = asyncio.Event()
         self._ending = asyncio.Event()
         self._ended_at = 0.0
+        self._reason: str | None = None
+        self._over: StoppedError | None = None
         self.state = State.SERVING
 
     def wake(self) -> None:
@@ -161,6 +175,7 @@ class JobLoop:
     def fail(self, reason: str) -> None:
         """The engine cannot serve any more: take no further job, end those that are held as retryable."""
         if self.state in (State.SERVING, State.DRAINING):
+            self._reason = reason
             _log.error("The engine has failed: %s", reason)
             self._end(State.FAILED)
 
@@ -181,8 +196,7 @@ class JobLoop:
         try:
             await self._ending.wait()
             _log.info("Worker %s: %d jobs held", self.state.value, len(self._jobs))
-            await asyncio.wait({taking})
-            await self._end_jobs()
+            await self._end_jobs(taking)
         finally:
             for task in (taking, *watching):
                 task.cancel()
@@ -203,21 +217,24 @@ class JobLoop:
                 await self._either(self._changed.wait())
                 continue
             with pace.call("Jobs could not be taken"):
-                pace.found = jobs = await self._take(room)
-                for job in jobs:
-                    self._begin(job)
+                pace.found = [job for job in await self._take(room) if self._begin(job)]
             if pace.wait_s:
                 await self._either(asyncio.sleep(pace.wait_s))
 
     async def _take(self, count: int) -> list[dict[str, Any]]:
-        """Take up to `count` jobs; let go when the worker ends, without losing a job that may be on its way."""
+        """Take up to `count` jobs; let go when the worker ends, without losing a job that may be on its way.
+
+        A connection that cannot be let go may bring jobs for as long as running ones may go on.
+        """
         take = asyncio.ensure_future(self._platform.take(count))
         try:
             await self._either(asyncio.wait({take}, timeout=TAKE_TIMEOUT_S))
             if take.done():
                 return take.result()
             self._platform.let_go()
-            await asyncio.wait({take}, timeout=LET_GO_S)
+            let_go_at = time.monotonic()
+            while not take.done() and (left_s := max(let_go_at + LET_GO_S, self._deadline) - time.monotonic()) > 0:
+                await asyncio.wait({take}, timeout=min(left_s, _WATCH_S))
         finally:
             take.cancel()
         await asyncio.wait({take})
@@ -232,24 +249,33 @@ class JobLoop:
             for wait in waits:
                 wait.cancel()
 
-    def _begin(self, job: dict[str, Any]) -> None:
-        job_id = str(job.get("id"))
-        if job_id in self._jobs:
+    def _begin(self, job: Any) -> bool:
+        """Begin a job, now or when its last run is over; say whether it is one to begin."""
+        if not isinstance(job, dict) or job.get("id") in (None, ""):
+            _log.error("A %s without an id was taken in the place of a job; it is skipped", type(job).__name__)
+            return False
+        job_id = str(job["id"])
+        if (last := self._jobs.get(job_id)) is not None:
+            # A platform that has had the last run's end, or has stopped it, gives the job out for another one.
+            if last.ending and last.again is None:
+                last.again = job
+                return True
             _log.warning("Job %s was delivered again while it runs; it is not run twice", job_id)
-            return
+            return False
         if self._start is not None:
             self._start.ended("first_take")
-        held = _Held(job_id, time.monotonic())
+        held = _Held(job_id, time.monotonic(), ending=self._over is not None, ended_with=self._over)
         self._jobs[job_id] = held
         self._platform.hold(job_id)
         held.task = asyncio.create_task(self._run(job, held))
         line = {"job": job_id, "route": _route(job), "status": "started"}
         _log.info("%s", json.dumps(line | {"input": job.get("input")} if self._log_inputs else line))
+        return True
 
     # Running a job.
 
     async def _run(self, job: dict[str, Any], held: _Held) -> None:
-        delivery = JobDelivery(self._platform.post, held.id, self._timeouts.job_s)
+        delivery = JobDelivery(self._platform.post, held.id, held.begun + self._timeouts.job_s)
         error: JobError | None
         held.started = True
         try:
@@ -271,21 +297,22 @@ class JobLoop:
                 reason = self._failed()
                 if reason is not None:
                     error = StoppedError(f"the engine has failed: {reason}")
-                held.outcome = "completed" if error is None else "failed"
                 replace = reason is not None and await self._is_left_alone(held)
-                await delivery.finish(error, replace_worker=replace)
+                held.outcome = await delivery.finish(error, replace_worker=replace)
         finally:
             del self._jobs[held.id]
             self._platform.release(held.id)
             self._changed.set()
             self._log_end(job, held, delivery.count)
+            if held.again is not None:
+                self._begin(held.again)
 
     async def _is_left_alone(self, held: _Held) -> bool:
         """Whether this job's result is to ask for another worker: the oldest job's, when the others have theirs.
 
         A platform may end the worker at that word, and with it what has not been delivered yet.
         """
-        if held is not next(iter(self._jobs.values())):
+        if held is not next(one for one in self._jobs.values() if not one.stopped):
             return False
         others = [task for task in self._tasks() if task is not held.task]
         if others:
@@ -343,6 +370,8 @@ class JobLoop:
 
     def _stop_job(self, job_id: str) -> None:
         held = self._jobs.get(job_id)
+        if held is not None:
+            held.again = None
         if held is not None and not held.ending:
             held.stopped = True
             held.cancel()
@@ -352,31 +381,41 @@ class JobLoop:
             await asyncio.sleep(_WATCH_S)
 
     def _failed(self) -> str | None:
-        """What is wrong with the engine for good; if something is, the loop ends."""
-        reason = self._failure()
-        if reason is not None:
-            self.fail(reason)
-        return reason
+        """What is wrong with the engine for good; if something is, the loop ends.
 
-    async def _end_jobs(self) -> None:
-        """Wait for the jobs that are held, as long as they may take; then end them as retryable."""
-        drain_s = self._timeouts.drain_s if self.state is State.DRAINING else 0.0
-        deadline = time.monotonic() + drain_s
-        while self._jobs and self.state is State.DRAINING and time.monotonic() < deadline:
-            await asyncio.wait(self._tasks(), timeout=min(_WATCH_S, max(deadline - time.monotonic(), 0)))
+        It stays wrong: an engine that hangs has no request left to hang on once its jobs are broken off.
+        """
+        if self._reason is None and (reason := self._failure()) is not None:
+            self.fail(reason)
+        return self._reason
+
+    @property
+    def _deadline(self) -> float:
+        """When the jobs that are held as the worker ends are broken off."""
+        return self._ended_at + (self._timeouts.drain_s if self.state is State.DRAINING else 0.0)
+
+    async def _end_jobs(self, taking: asyncio.Task[None]) -> None:
+        """Wait for jobs that are held, or still on their way, as long as they may take; then end all as retryable."""
+        while self._pending(taking) and (left_s := self._deadline - time.monotonic()) > 0:
+            await asyncio.wait(self._pending(taking), timeout=min(left_s, _WATCH_S))
         why = "the engine has failed" if self.state is State.FAILED else "the worker was told to stop"
+        self._over = StoppedError(f"{why} before the job had ended; try again")
         for held in self._jobs.values():
             if not held.ending:
-                held.ended_with = StoppedError(f"{why} before the job had ended; try again")
+                held.ended_with = self._over
                 held.cancel()
-        if self._jobs:
-            await asyncio.wait(self._tasks(), timeout=_LAST_WORDS_S)
+        over_at = time.monotonic() + _LAST_WORDS_S
+        while (pending := self._pending(taking)) and (left_s := over_at - time.monotonic()) > 0:
+            await asyncio.wait(pending, timeout=left_s)
+
+    def _pending(self, taking: asyncio.Task[None]) -> list[asyncio.Task[None]]:
+        return [task for task in (taking, *self._tasks()) if not task.done()]
 
     async def _give_up_jobs(self) -> None:
         """Leave no task behind: what has not ended by now is not heard of any more."""
         for held in self._jobs.values():
             _log.error("Job %s: the worker ends before its end could be delivered", held.id)
-            held.stopped = True
+            held.stopped, held.again = True, None
             held.cancel()
         if self._jobs:
             await asyncio.wait(self._tasks(), timeout=_LAST_WORDS_S)
@@ -385,9 +424,12 @@ class JobLoop:
         return [held.task for held in self._jobs.values() if held.task is not None]
 
 
-def _route(job: dict[str, Any]) -> Any:
+def _route(job: dict[str, Any]) -> str | None:
+    """The route that a job calls; what is no plain route is the client's own words, which no log shows."""
     value = job.get("input")
-    return value.get("openai_route", value.get("route", "native")) if isinstance(value, dict) else None
+    route = value.get("openai_route", value.get("route", "native")) if isinstance(value, dict) else None
+    path = route.partition("?")[0] if isinstance(route, str) else None
+    return path if path is not None and len(path) <= _LONGEST_ROUTE else None
 
 
 class _Pace:
@@ -413,7 +455,7 @@ class _Pace:
             self.wait_s = BUSY_WAIT_S
             return
         except Exception as error:  # noqa: BLE001 (whatever it is, the next call may succeed)
-            _log.warning("%s: %s: %s", failure, type(error).__name__, error)
+            _log.warning("%s: %s", failure, described(error))
             longest_s = _LONGEST_WAIT_S
         else:
             if self.found or time.monotonic() - begun > _HELD_S:

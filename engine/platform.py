@@ -18,14 +18,16 @@ from typing import Any, Self
 import aiohttp
 import uvloop
 
-from engine.errors import BusyError, DeliveryError, RefusedDeliveryError
+from engine.errors import BusyError, DeliveryError, RefusedDeliveryError, described
 
 TESTED_VERSIONS = ("1.12.",)
 # The SDK gives a take up after so long; nothing that the platform holds open should outlive it.
 TAKE_TIMEOUT_S = 90.0
-# How long a take that was let go may still bring a job, where the connection cannot be closed from our side alone.
+# How long, at least, a take that was let go may still bring a job, where its connection cannot be half closed.
 LET_GO_S = 5.0
 _POST_TIMEOUT_S = 60.0
+# How much of a refusal is told.
+_TOLD_BYTES = 200
 # Statuses of answers that another try may not get.
 _PASSING = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 
@@ -144,14 +146,15 @@ class Platform:
         headers = {"X-Request-ID": job_id, "Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
         try:
             async with self._posts.post(url, data=body, headers=headers) as answer:
-                text = await answer.text()
+                # A gateway's page may be in any encoding.
+                text = (await answer.read())[:_TOLD_BYTES].decode(errors="replace")
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise DeliveryError(f"{type(error).__name__}: {error}") from None
+            raise DeliveryError(described(error)) from None
         if answer.status < HTTPStatus.BAD_REQUEST:
             return
-        message = f"status {answer.status}: {text[:200]}"
+        message = f"status {answer.status}: {text}"
         if answer.status < HTTPStatus.INTERNAL_SERVER_ERROR and answer.status not in _PASSING:
-            raise RefusedDeliveryError(message)
+            raise RefusedDeliveryError(message, answer.status)
         raise DeliveryError(message)
 
     def hold(self, job_id: str) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # The same examples each time: a change is judged by what it does, not by what chance finds in what was there before it.
-# `make fuzz` looks for others.
-settings.register_profile("repeatable", derandomize=True)
-if "FUZZ_EXAMPLES" not in os.environ:
-    settings.load_profile("repeatable")
+# `make fuzz` looks for others. How long an example takes says more of the machine than of the code.
+settings.register_profile(
+    "untimed",
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

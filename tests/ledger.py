@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import BusyError, DeliveryError, RefusedDeliveryError
-from engine.platform import Delivery
+from engine.platform import LET_GO_S, Delivery
 
 # A poll is held so long, as the platform does.
 HELD_S = 30.0
@@ -31,7 +31,8 @@ class Fate:
         after: raised when it has had its effect.
         late_s: the answer is so long under way.
         at_once: a poll is answered at once, with what there is.
-        deaf: a poll does not hear that it was let go, as where the connection is encrypted.
+        deaf: a poll does not hear that it was let go, as where the connection is encrypted; it may bring jobs until
+            its own end.
     """
 
     before: Exception | None = None
@@ -89,6 +90,8 @@ class Ledger:
         """Jobs that the pings would name."""
         self.taken: set[str] = set()
         """Jobs that have been given out."""
+        self.late: set[str] = set()
+        """Jobs that have been given out after the loop's end had begun."""
         self.begun: set[str] = set()
         """Jobs that the loop has held since they were given out."""
         self.open: set[str] = set()
@@ -141,14 +144,19 @@ class Ledger:
         try:
             await asyncio.sleep(fate.late_s)
         except asyncio.CancelledError:
-            self._promise(not jobs, "a take was cancelled as it brought jobs")
+            # Where a take cannot be let go, a window is left: it is cut off when the time is over.
+            cut_off = fate.deaf and self._ended_at is not None and time.monotonic() >= self._ended_at + LET_GO_S
+            self._promise(not jobs or cut_off, "a take was cancelled as it brought jobs")
             raise
         if fate.after:
             # Its jobs are lost on the way, which is nobody's fault.
             raise fate.after
         for job in jobs:
-            if job["id"] not in self.held:
+            # One that is open is only given out once more; any other is to be run anew, even if it is still held.
+            if job["id"] not in self.open:
                 self._give(job["id"])
+            if self._ended_at is not None:
+                self.late.add(job["id"])
         return jobs
 
     def let_go(self) -> None:
@@ -209,7 +217,7 @@ class Ledger:
 
     def hold(self, job_id: str) -> None:
         self._promise(job_id not in self.held, f"{job_id} is held twice")
-        # Given out a turn ago, when its last run had not quite ended: it is another run.
+        # Given out when its last run had not quite ended: it is another run.
         self._give(job_id)
         self.held.add(job_id)
         self.begun.add(job_id)

@@ -17,6 +17,7 @@ from tests.job_queue import JobQueue, serving
 from tests.processes import VLLM_ENVIRONMENT, Process, running
 
 ENDLESS = {"prompt": "January,", "sampling_params": {"max_tokens": 1900, "ignore_eos": True}, "stream": True}
+END_S = 90.0
 GOOD = {"messages": example("ok").messages, "sampling_params": {"temperature": 0}}
 
 
@@ -27,9 +28,12 @@ def queue() -> Iterator[JobQueue]:
 
 
 @pytest.fixture
-def own_worker(queue: JobQueue, tiny_model: str, tmp_path: Path) -> Iterator[Process]:
-    """A worker that a test may end."""
-    timeouts = {"DRAIN_TIMEOUT_S": "3", "ENGINE_STALL_TIMEOUT_S": "4"}
+def own_worker(queue: JobQueue, tiny_model: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Process]:
+    """A worker that a test may end; its parameter, if there is one, is more of its environment.
+
+    A busy machine can keep an engine waiting for seconds: a stall is soon one only where a test is about it.
+    """
+    timeouts = {"DRAIN_TIMEOUT_S": "10", "ENGINE_STALL_TIMEOUT_S": "60", **getattr(request, "param", {})}
     environment = {**VLLM_ENVIRONMENT, **queue.environment, "MODEL_NAME": tiny_model, **timeouts}
     with running(["handler.py"], environment, tmp_path / "log") as process:
         process.wait_for(queue.has_worker, START_S)
@@ -54,7 +58,7 @@ def test_a_dead_engine_ends_all_jobs_as_retryable_and_the_worker_with_them(
     for job in jobs:
         job.wait()
     late = queue.submit(GOOD)
-    status = own_worker.popen.wait(30)
+    status = own_worker.popen.wait(END_S)
     ended_s = time.monotonic() - begun
 
     assert status == 1
@@ -66,6 +70,7 @@ def test_a_dead_engine_ends_all_jobs_as_retryable_and_the_worker_with_them(
         print(f"\nengine core killed amid 20 jobs: the worker has ended after {ended_s:.1f} s")  # noqa: T201
 
 
+@pytest.mark.parametrize("own_worker", [{"ENGINE_STALL_TIMEOUT_S": "4"}], indirect=True)
 def test_an_engine_that_hangs_is_a_dead_one(queue: JobQueue, own_worker: Process) -> None:
     jobs = [queue.submit(ENDLESS) for _ in range(3)]
     for job in jobs:
@@ -74,11 +79,13 @@ def test_an_engine_that_hangs_is_a_dead_one(queue: JobQueue, own_worker: Process
 
     engine_core(own_worker).send_signal(signal.SIGSTOP)
 
-    assert own_worker.popen.wait(30) == 1
+    assert own_worker.popen.wait(END_S) == 1
     for job in jobs:
         job.wait()
     assert [(job.error()["status"], job.error()["retryable"]) for job in jobs] == [(503, True)] * 3
-    assert "The engine has failed: no step for 4 s while 3 requests run" in own_worker.log
+    stall = re.search(r"The engine has failed: no step for (\d+) s while 3 requests run", own_worker.log)
+    assert stall is not None
+    assert int(stall[1]) >= 4
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
 
@@ -86,16 +93,19 @@ def test_an_engine_that_hangs_is_a_dead_one(queue: JobQueue, own_worker: Process
 def test_a_worker_that_is_told_to_stop_lets_short_jobs_end_and_long_ones_be_retried(
     queue: JobQueue, own_worker: Process
 ) -> None:
-    long = queue.submit({**ENDLESS, "sampling_params": {**ENDLESS["sampling_params"], "n": 24}})  # type: ignore[dict-item]
+    # 1900 steps of a full engine, and 45: the one has more than the drain grants by far, the other needs a part of it.
+    long = queue.submit({**ENDLESS, "sampling_params": {**ENDLESS["sampling_params"], "n": 64}})  # type: ignore[dict-item]
     long.first_output()
-    short = queue.submit({"messages": example("count").messages, "sampling_params": {"temperature": 0}, "stream": True})
+    short = queue.submit(
+        {"messages": example("primes").messages, "sampling_params": {"temperature": 0}, "stream": True}
+    )
     short.first_output()
     family = own_worker.family()
 
     own_worker.popen.send_signal(signal.SIGTERM)
 
-    assert own_worker.popen.wait(30) == 0
-    assert "".join(output["text"] for output in short.wait()) == example("count").answer
+    assert own_worker.popen.wait(END_S) == 0
+    assert "".join(output["text"] for output in short.wait()) == example("primes").answer
     error = long.error()
     assert (error["status"], error["retryable"]) == (503, True)
     _, alive = psutil.wait_procs(family, timeout=10)

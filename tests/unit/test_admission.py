@@ -70,6 +70,18 @@ def test_old_statistics_do_not_keep_an_idle_worker_from_taking() -> None:
     assert room(Load(running=1, waiting=3, kv_cache_usage=1.0), 0) == 18
 
 
+def test_an_engine_without_a_cache_to_speak_of_runs_as_many_as_the_limit_says() -> None:
+    """As vLLM reports a model that only embeds: one block."""
+    embedder = Admission(Load(kv_cache_usage=1.0), 8, 16, 512)
+
+    assert [embedder.room(held) for held in (0, 3, 8, 9)] == [8, 5, 0, 0]
+    assert Admission(Load(waiting=1), 8, 16, 512).room(3) == 0
+
+
+def test_a_cache_of_the_longest_request_counts() -> None:
+    assert Admission(Load(kv_cache_usage=1.0), 8, 512, 512).room(3) == 0
+
+
 tokens = st.floats(0, 1e6)
 loads = st.builds(
     Load, st.integers(0, 300), st.integers(0, 300), st.floats(0, 1), tokens, tokens, tokens

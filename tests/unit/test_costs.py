@@ -45,7 +45,7 @@ class Posts:
 
 async def deliver(app: ScriptedApp, posts: Posts) -> None:
     """One streamed chat, from its input to its result."""
-    delivery = JobDelivery(posts.post, "1", 600.0)
+    delivery = JobDelivery(posts.post, "1", float("inf"))
     job = {"id": "1", "input": {"openai_route": "/v1/chat/completions", "openai_input": {"stream": True}}}
     async for output in jobs.run(job, app):
         await delivery.stream(output)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,25 @@ def test_a_test_input_that_is_no_job_is_told_before_anything_loads(text: str) ->
 
     assert done.returncode == 1
     assert "test input" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_told_to_stop_as_it_starts_ends_without_a_word(number: signal.Signals) -> None:
+    environment = {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/job-take/$ID?x=1", "MODEL_NAME": "/nowhere"}
+    with subprocess.Popen(
+        [sys.executable, "handler.py"], cwd=ROOT, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        # The last of its handlers is there: it has begun, and will import for seconds.
+        while not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> (signal.SIGTERM - 1) & 1:
+            assert process.poll() is None
+            time.sleep(0.01)
+
+        process.send_signal(number)
+
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in told
 
 
 def test_an_unknown_option_is_an_error() -> None:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
 
-from engine import loop as loop_module
 from engine.admission import Admission
 from engine.errors import BusyError, RefusedDeliveryError
-from engine.loop import JobLoop, Timeouts
+from engine.loop import BUSY_WAIT_S, JobLoop, Timeouts
 from engine.platform import Delivery
 from engine.server import Server, Statistics
 from tests import virtual_time
 from tests.unit.test_admission import Load
 
 pytestmark = pytest.mark.anyio
+SECRET_URL = "https://platform.example/job-take/worker?key=secret"  # noqa: S105 (so that it can be looked for)
+REQUEST = aiohttp.RequestInfo(URL(SECRET_URL), "GET", CIMultiDictProxy(CIMultiDict()), URL(SECRET_URL))
 
 
 class Queue:
@@ -175,16 +180,22 @@ async def test_only_what_the_engine_has_room_for_is_asked_for() -> None:
     assert bench.queue.asked[0] == 2
 
 
-async def test_a_freed_slot_is_asked_for_at_once() -> None:
+def test_a_freed_slot_is_asked_for_at_once() -> None:
     bench = Bench(limit=1)
-    async with running(bench):
-        bench.submit("1", waits=True)
-        bench.submit("2")
-        await bench.work.begins.wait()
-        bench.work.go.set()
 
-        async with asyncio.timeout(0.5):
+    async def free_a_slot() -> None:
+        async with running(bench):
+            bench.submit("1", waits=True)
+            bench.submit("2")
+            await bench.work.begins.wait()
+            bench.work.go.set()
+            freed_at = time.monotonic()
             await bench.queue.result("2")
+            # Some turns of the loop, and no pause.
+            assert time.monotonic() - freed_at < 0.001
+
+    with virtual_time.runner() as runner:
+        runner.run(free_a_slot())
 
 
 async def test_the_engines_word_lets_more_jobs_in_while_jobs_run() -> None:
@@ -213,15 +224,118 @@ async def test_takes_that_fail_are_paced_and_do_not_end_the_loop(caplog: pytest.
     assert len(bench.queue.asked) >= 4
 
 
-async def test_a_busy_platform_is_left_alone_for_as_long_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "BUSY_WAIT_S", 0.2)
+@pytest.mark.parametrize(
+    "error",
+    [
+        aiohttp.ClientResponseError(REQUEST, (), status=502, message="Bad Gateway"),
+        aiohttp.InvalidURL(SECRET_URL),
+        RuntimeError(f"GET {SECRET_URL}: nothing came"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_a_take_that_fails_is_told_without_its_url(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()
-    bench.queue.errors = [BusyError("wait")]
+    bench.queue.errors = [error]
     async with running(bench):
-        await asyncio.sleep(0.1)
-        assert len(bench.queue.asked) == 1
         bench.submit("1")
         await bench.queue.result("1")
+    assert type(error).__name__ in caplog.text
+    assert "secret" not in caplog.text
+    assert isinstance(error, aiohttp.InvalidURL) or "502" in caplog.text or "nothing came" in caplog.text
+
+
+def test_a_busy_platform_is_left_alone_for_as_long_as_it_asks() -> None:
+    bench = Bench()
+    bench.queue.errors = [BusyError("wait")]
+
+    async def leave_alone() -> None:
+        async with running(bench):
+            bench.submit("1")
+            await asyncio.sleep(BUSY_WAIT_S - 0.01)
+            assert len(bench.queue.asked) == 1
+            await bench.queue.result("1")
+            assert time.monotonic() < BUSY_WAIT_S + 0.01
+
+    with virtual_time.runner() as runner:
+        runner.run(leave_alone())
+
+
+def test_a_job_that_is_offered_again_and_again_while_it_runs_is_not_asked_for_without_a_pause() -> None:
+    bench = Bench()
+
+    async def offer(count: int) -> list[dict[str, Any]]:
+        bench.queue.asked.append(count)
+        return [{"id": "1", "input": {"waits": True}}]
+
+    bench.queue.take = offer  # type: ignore[method-assign]
+
+    async def run() -> None:
+        async with running(bench):
+            await asyncio.sleep(60)
+            bench.loop.stop()
+            bench.work.go.set()
+
+    with virtual_time.runner() as runner:
+        runner.run(run())
+    assert 60 < len(bench.queue.asked) < 150
+    assert bench.work.begun == ["1"]
+
+
+async def test_a_bad_entry_of_a_batch_does_not_lose_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    entries: list[Any] = [None, "a text", {"input": {}}, {"id": None}, []]
+    for entry in entries:
+        bench.queue.waiting.put_nowait(entry)
+    bench.submit("1")
+    async with running(bench):
+        assert await bench.queue.result("1") == {"output": ["a", "b"]}
+    assert caplog.text.count("skipped") == 5
+
+
+@pytest.mark.parametrize(
+    ("value", "route"),
+    [
+        ({"openai_route": "/v1/models?key=my-words"}, "/v1/models"),
+        ({"route": "/tokenize"}, "/tokenize"),
+        ({"openai_route": ["my-words"]}, None),
+        ({"openai_route": "/my-words" * 20}, None),
+        ({"prompt": "my-words"}, "native"),
+        ("my-words", None),
+    ],
+)
+async def test_the_log_shows_a_plain_route_and_no_other_words_of_a_client(
+    value: Any, route: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench()
+
+    async def say(_job: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        yield "a"
+
+    bench.loop = JobLoop(bench.queue, say, Admission(bench.load, 8, 10**6))
+    async with running(bench):
+        bench.queue.waiting.put_nowait({"id": "1", "input": value})
+        await bench.queue.result("1")
+    lines = [json.loads(line) for record in caplog.records if (line := record.getMessage()).startswith("{")]
+    assert [line["route"] for line in lines] == [route, route]
+    assert "my-words" not in caplog.text
+
+
+async def test_a_job_whose_result_could_not_be_delivered_is_not_completed_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench()
+
+    async def refuse(_kind: Delivery, _job_id: str, _body: bytes) -> None:
+        raise RefusedDeliveryError("status 404")
+
+    bench.queue.post = refuse  # type: ignore[method-assign, assignment]
+    async with running(bench):
+        bench.submit("1", words=[])
+        await bench.work.closes.wait()
+    assert '"status": "undelivered"' in caplog.text
+    assert "completed" not in caplog.text
 
 
 async def test_a_job_that_comes_again_while_it_runs_is_not_run_twice() -> None:
@@ -249,6 +363,63 @@ async def test_a_stopped_job_is_closed_and_nothing_is_posted_for_it() -> None:
         assert await bench.queue.result("2") == {"output": ["a", "b"]}
     assert "1" not in bench.queue.results
     assert bench.work.closed == ["1", "2"]
+
+
+@pytest.mark.parametrize("stopped_again", [False, True])
+async def test_a_job_that_is_retried_while_its_stopped_run_is_closing_is_run_again(stopped_again: bool) -> None:
+    bench = Bench()
+    closing, closed = asyncio.Event(), asyncio.Event()
+
+    async def slow_to_close(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        bench.work.begun.append(job["id"])
+        try:
+            yield "a"
+            if not closing.is_set():
+                await asyncio.Event().wait()
+        finally:
+            closing.set()
+            await closed.wait()
+
+    bench.loop = JobLoop(bench.queue, slow_to_close, Admission(bench.load, 8, 10**6))
+    async with running(bench):
+        bench.submit("1")
+        await asyncio.sleep(0.01)
+        bench.queue.to_stop.put_nowait("1")
+        await closing.wait()
+        bench.submit("1")
+        bench.submit("1")
+        await asyncio.sleep(0.01)
+        if stopped_again:
+            bench.queue.to_stop.put_nowait("1")
+            await asyncio.sleep(0.01)
+        assert bench.work.begun == ["1"]
+
+        closed.set()
+
+        if not stopped_again:
+            assert await bench.queue.result("1") == {"output": ["a"]}
+    assert bench.work.begun == ["1"] * (1 if stopped_again else 2)
+
+
+async def test_a_job_that_is_retried_before_the_platforms_word_on_its_result_is_here_is_run_again() -> None:
+    bench = Bench()
+    heard, post = asyncio.Event(), bench.queue.post
+
+    async def post_slowly(kind: Delivery, job_id: str, body: bytes) -> None:
+        await post(kind, job_id, body)
+        if kind is Delivery.RESULT:
+            await heard.wait()
+
+    bench.queue.post = post_slowly  # type: ignore[method-assign]
+    async with running(bench):
+        bench.submit("1", fails=True)
+        assert "error" in await bench.queue.result("1")
+        del bench.queue.results["1"]
+        bench.submit("1")
+        await asyncio.sleep(0.01)
+        heard.set()
+
+        assert await bench.queue.result("1") == {"output": ["a", "b"]}
 
 
 async def test_a_job_that_is_stopped_before_its_first_turn_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +491,73 @@ async def test_a_job_that_the_last_take_brings_is_run() -> None:
         assert await bench.queue.result("late") == {"output": ["a", "b"]}
 
 
+class Encrypted(Queue):
+    """A platform that does not hear that a take was let go: it is held for `held_s`, and brings a job if one comes."""
+
+    held_s = 60.0
+
+    async def take(self, count: int) -> list[dict[str, Any]]:
+        self.asked.append(count)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.held_s):
+                return [await self.waiting.get()]
+        return []
+
+
+@pytest.mark.parametrize(
+    ("held_s", "came_s", "ended_s"), [(60.0, 15.0, 25.0), (10.0, None, 10.0), (60.0, None, 25.0), (60.0, 24.0, 25.0)]
+)
+def test_a_take_that_cannot_be_let_go_may_bring_a_job_until_running_ones_are_broken_off(
+    held_s: float, came_s: float | None, ended_s: float
+) -> None:
+    bench = Bench(drain_s=25.0)
+    bench.queue = queue = Encrypted()
+    queue.held_s = held_s
+    bench.loop = JobLoop(queue, bench.work, Admission(bench.load, 8, 10**6), timeouts=Timeouts(drain_s=25.0))
+
+    async def drain() -> None:
+        async with running(bench) as task:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            bench.loop.stop()
+            if came_s is not None:
+                await asyncio.sleep(came_s)
+                bench.submit("1", waits=True)
+                if came_s < 20:
+                    await bench.work.begins.wait()
+                    bench.work.go.set()
+                    assert await queue.result("1") == {"output": ["a", "b"]}
+                else:
+                    assert error_of(await queue.result("1"))["retryable"] is True
+            await task
+            assert time.monotonic() == pytest.approx(came_s if came_s == 15.0 else ended_s, abs=0.3)
+
+    with virtual_time.runner() as runner:
+        runner.run(drain())
+
+
+def test_a_take_that_goes_on_does_not_keep_running_jobs_from_their_deadline() -> None:
+    bench = Bench()
+    bench.queue = queue = Encrypted()
+    bench.loop = JobLoop(queue, bench.work, Admission(bench.load, 8, 10**6), timeouts=Timeouts(drain_s=2.0))
+
+    async def drain() -> None:
+        async with running(bench):
+            bench.submit("1", waits=True)
+            await bench.work.begins.wait()
+            bench.loop.stop()
+            begun = time.monotonic()
+            assert error_of(await queue.result("1"))["status"] == 503
+            assert time.monotonic() - begun == pytest.approx(2.0, abs=0.01)
+            # Too late to run, but not lost.
+            bench.submit("2", waits=True)
+            assert error_of(await queue.result("2"))["status"] == 503
+            assert bench.work.begun == ["1"]
+
+    with virtual_time.runner() as runner:
+        runner.run(drain())
+
+
 async def test_what_does_not_end_in_time_ends_as_retryable_and_keeps_what_was_streamed() -> None:
     bench = Bench(drain_s=0.05)
     async with running(bench):
@@ -386,20 +624,29 @@ async def test_a_job_that_seems_complete_as_the_engine_fails_is_retryable_too() 
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["hung while idle", "hung while it ran"])
 def test_an_engine_that_makes_no_step_ends_all_jobs_as_retryable_and_the_platform_is_told(steps: int) -> None:
-    requests: list[int] = []
+    requests: list[str] = []
     engine = SimpleNamespace(errored=False, get_num_unfinished_requests=lambda: len(requests))
+
+    async def work(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        """What a job leaves behind as it is broken off: its request is aborted, though nothing steps any more."""
+        requests.append(job["id"])
+        try:
+            yield "a"
+            await asyncio.Event().wait()
+        finally:
+            requests.remove(job["id"])
+
     server = object.__new__(Server)  # Its constructor would load vLLM.
     server.statistics, server._stall_timeout_s, server._engine, server._idle_at = Statistics(), 60.0, engine, 0.0
     bench = Bench()
-    bench.loop = JobLoop(bench.queue, bench.work, Admission(bench.load, 8, 10**6), failure=server.failure)
+    bench.loop = JobLoop(bench.queue, work, Admission(bench.load, 8, 10**6), failure=server.failure)
 
     async def stall() -> None:
         async with running(bench, status=1):
             # Without a request there is no step to wait for.
             await asyncio.sleep(1000)
             for number in range(3):
-                bench.submit(str(number), waits=True)
-                requests.append(number)
+                bench.submit(str(number))
             await asyncio.sleep(59)
             for _ in range(steps):
                 server.statistics.stepped_at = time.monotonic()
@@ -409,7 +656,8 @@ def test_an_engine_that_makes_no_step_ends_all_jobs_as_retryable_and_the_platfor
                 result = await bench.queue.result(str(number))
                 assert "no step for 60 s while 3 requests run" in error_of(result)["error"]["message"]
                 assert error_of(result)["retryable"] is True
-            assert bench.queue.results["0"]["stopPod"] is True
+            assert [result.get("stopPod") for result in bench.queue.results.values()] == [None, None, True]
+            assert not requests
 
     with virtual_time.runner() as runner:
         runner.run(stall())

@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -27,6 +29,11 @@ START_S = 300.0
 def messages_of(known: Example) -> list[ChatCompletionMessageParam]:
     messages: list[ChatCompletionMessageParam] = known.messages  # type: ignore[assignment]
     return messages
+
+
+def counts_of(state: dict[str, Any]) -> list[int]:
+    """How many workers there were, a second apart."""
+    return [point["workers"] + point["initializing"] for point in state["history"]]
 
 
 async def chats(url: str, count: int) -> list[tuple[str | None, str]]:
@@ -53,8 +60,10 @@ def test_forty_chats_at_once_are_answered_by_workers_that_come_and_go(
 
     assert all(said == known for said, known in answers)
     eventually(lambda: site.state()["workers"] == [], 60)
+    # The history has a point a second.
+    eventually(lambda: counts_of(site.state())[-1] == 0)
     state = site.state()
-    counts = [point["workers"] + point["initializing"] for point in state["history"]]
+    counts = counts_of(state)
     for event in state["events"]:
         sys.stdout.write(f"{event['at'] - state['events'][0]['at']:6.2f} s  {event['text']}\n")
     sys.stdout.write(f"workers, a second apart: {counts}\n")
@@ -126,3 +135,5 @@ def test_serve_api_answers_the_openai_client_with_one_worker_behind_it(tiny_mode
             next(hung_up)
         with openai.OpenAI(base_url=f"{url}/v2/local", api_key="local") as raw:
             eventually(lambda: raw.get("/health", cast_to=dict)["jobs"]["inProgress"] == 0)
+        (endpoint,) = httpx.get(f"{url}/state", headers={"Authorization": "Bearer local"}).json()["endpoints"]
+        assert endpoint["jobs"][0]["status"] == "CANCELLED"

@@ -87,7 +87,7 @@ def test_a_fault_kills_the_worker_that_makes_a_request(start: Start) -> None:
 
 
 def test_a_job_above_its_execution_timeout_is_stopped_and_its_worker_goes_on(start: Start) -> None:
-    site = start(workersMin=1, executionTimeoutMs=500)
+    site = start(workersMin=1, executionTimeoutMs=3000)
     (worker,) = site.idle_workers(1)
     job_id = site.submit({"count": 1000, "sleep": 0.1})
     state = site.ended(job_id)

@@ -1,0 +1,204 @@
+"""Jobs whose answers are known, for workers that nothing goes well for: faults on the way, and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import httpx
+
+from builder.tiny_corpus import CORPUS
+from tests.integration.emulator.conftest import REPOSITORY, Site, eventually, site_with
+
+# A tenth of all deliveries and takes fail, before or after they have had their effect, in mixed ways; latency jumps.
+FAULTS: list[dict[str, Any]] = [
+    *(
+        {"kind": "error", "route": route, "rate": 0.02, "status": status, "when": when}
+        for route in ("job-take", "job-stream", "job-done")
+        for status, when in ((500, "before"), (502, "after"), (503, "before"), (503, "after"), (429, "before"))
+        if (route, status) != ("job-take", 429)
+    ),
+    *(
+        {"kind": "drop", "route": route, "rate": 0.01, "when": when}
+        for route, when in (
+            ("job-take", "before"),
+            ("job-take", "after"),
+            ("job-stream", "after"),
+            ("job-done", "before"),
+        )
+    ),
+    # The worker waits for 5 s then.
+    {"kind": "error", "route": "job-take", "rate": 0.01, "status": 429},
+    *(
+        {"kind": "latency", "route": route, "rate": 0.03, "latency_ms": latency_ms, "when": when}
+        for route, when in (("job-take", "after"), ("job-stream", "before"), ("job-done", "before"))
+        for latency_ms in (100, 250, 500)
+    ),
+    {"kind": "duplicate", "route": "job-take", "rate": 0.02},
+]
+
+
+def worker_settings(**variables: str) -> dict[str, Any]:
+    """An endpoint that keeps two scripted workers, whatever happens to them."""
+    return {
+        "command": [sys.executable, "-m", "tests.scripted_worker"],
+        "cwd": str(REPOSITORY),
+        "env": {"CONCURRENCY": "32", **variables},
+        "workersMin": 2,
+        "workersMax": 2,
+        "maxRetries": 1000,
+        "pingInterval": 1000,
+        "lostAfter": 8,
+        "rateLimits": False,
+    }
+
+
+def job_input(number: int) -> tuple[dict[str, Any], str]:
+    """The input of a job, one of four forms, and what it has to say."""
+    said = " ".join([f"job {number}", *(f"word{index}" for index in range(number % 7))])
+    messages = [{"role": "user", "content": said}]
+    stream = number % 2 == 0
+    if number % 4 < 2:
+        return {"openai_route": "/v1/chat/completions", "openai_input": {"messages": messages, "stream": stream}}, said
+    return {"messages": messages, "stream": stream}, said
+
+
+def said_by(output: list[Any]) -> str:
+    """What a job's result says."""
+    if output and isinstance(output[0], str):
+        lines = [line.removeprefix("data: ") for line in "".join(output).split("\n\n") if line]
+        assert lines.pop() == "[DONE]"
+        return "".join(json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines).rstrip(" ")
+    if "said" in output[0]:
+        return str(output[0]["said"])
+    if "choices" in output[0]:
+        return str(output[0]["choices"][0]["message"]["content"])
+    return "".join(part["text"] for part in output).rstrip(" ")
+
+
+def is_right(status: dict[str, Any], said: str) -> bool:
+    """Whether a job has ended with the answer that it was to give."""
+    try:
+        return status["status"] == "COMPLETED" and said_by(status["output"]) == said
+    except (AssertionError, LookupError, TypeError, ValueError):
+        return False
+
+
+class Killer(threading.Thread):
+    """Sends SIGTERM and SIGKILL to workers at random moments, until it is told to stop or has sent the most."""
+
+    def __init__(self, site: Site, every_s: float, most: int) -> None:
+        super().__init__(daemon=True)
+        self._site, self._every_s, self._most = site, every_s, most
+        self._random = random.Random(4)  # noqa: S311 (which worker, when)
+        self.over = threading.Event()
+        self.sent: Counter[str] = Counter()
+
+    def run(self) -> None:
+        while self.sent.total() < self._most and not self.over.wait(self._random.uniform(0.2, 2 * self._every_s)):
+            running = [one["pid"] for one in self._site.state()["workers"] if one["readyAt"] and one["pid"]]
+            if running:
+                number = self._random.choice([signal.SIGTERM, signal.SIGKILL])
+                try:
+                    os.kill(self._random.choice(running), number)
+                except ProcessLookupError:
+                    continue
+                self.sent[number.name] += 1
+
+
+Ends = tuple[Counter[str], dict[str, Any], Counter[str], float]
+
+
+def submitted(site: Site, value: dict[str, Any], ttl_s: float) -> str:
+    """Submit a job, and again while the queue is full: the platform takes 500 a worker."""
+    while True:
+        answer = site.client.post("/run", json={"input": value, "policy": {"ttl": int(1000 * ttl_s)}})
+        if answer.status_code != httpx.codes.TOO_MANY_REQUESTS:
+            return str(answer.raise_for_status().json()["id"])
+        time.sleep(0.05)
+
+
+def run_jobs(
+    jobs: list[tuple[dict[str, Any], str]],
+    settings: dict[str, Any],
+    most_signals: int = 1000,
+    timeout_s: float = 300.0,
+) -> Ends:
+    """Run jobs under faults and signals: how they ended, the endpoint's figures, the signals, the seconds.
+
+    A job that is not there any more after `timeout_s` is lost: it has timed out.
+    """
+    with site_with(**settings) as site:
+        site.idle_workers(2, timeout_s)
+        site.faults(*FAULTS, seed=4)
+        begun = time.monotonic()
+        killer = Killer(site, 2.5, most_signals)
+        killer.start()
+        asked = {submitted(site, value, timeout_s): said for value, said in jobs}
+        ends: Counter[str] = Counter()
+        for job, said in asked.items():
+            status = site.ended(job, timeout_s)
+            ends["right" if is_right(status, said) else status["status"]] += 1
+        killer.over.set()
+        killer.join()
+        health = site.health()["jobs"]
+        site.faults()
+        return ends, health, killer.sent, time.monotonic() - begun
+
+
+def known_job(number: int) -> tuple[dict[str, Any], str]:
+    """A job that the tiny model knows by heart, in one of four forms, and its answer."""
+    known = [one for one in CORPUS if one.prompt is None]
+    one = known[number % len(known)]
+    stream = number % 2 == 0
+    if number % 4 < 2:
+        asked = {"model": "tiny", "messages": one.messages, "temperature": 0, "stream": stream}
+        return {"openai_route": "/v1/chat/completions", "openai_input": asked}, one.answer
+    return {"messages": one.messages, "sampling_params": {"temperature": 0}, "stream": stream}, one.answer
+
+
+def replaced(site: Site, pids: set[int]) -> bool:
+    """Whether none of these workers is there any more."""
+    return pids.isdisjoint(worker["pid"] for worker in site.state()["workers"])
+
+
+def signalled_around_arrivals(settings: dict[str, Any], count: int, spread_s: float) -> tuple[int, int]:
+    """Send SIGTERM to two workers around the arrival of a job, so many times; the next ones take their place.
+
+    The signals go to the processes, so that the emulator does not know.
+
+    Args:
+        settings: of an endpoint that keeps two workers.
+        count: how many jobs, one after the other.
+        spread_s: a signal comes so long before the arrival at most, or after it.
+
+    Returns:
+        How many jobs ended without the right answer, and how many the platform had to give out again.
+    """
+    chance = random.Random(7)  # noqa: S311 (when)
+    lost = 0
+    with site_with(**settings) as site:
+        for number in range(count):
+            site.idle_workers(2)
+            pids = {one["pid"] for one in site.state()["workers"]}
+            value, said = job_input(2 * number)
+            after_s = chance.uniform(-spread_s, spread_s)
+            jobs = [site.submit(value)] if after_s > 0 else []
+            time.sleep(abs(after_s) if jobs else 0)
+            # Both workers: whichever takes the job has been told to stop.
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+            if not jobs:
+                time.sleep(-after_s)
+                jobs = [site.submit(value)]
+            lost += not is_right(site.ended(jobs[0], 120), said)
+            eventually(partial(replaced, site, pids), 120)
+        return lost, site.health()["jobs"]["retried"]

@@ -1,0 +1,132 @@
+"""The platform's protocol over real connections on this machine: what is let go, what is refused, what is told."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+import uvloop
+from aiohttp import web
+
+from engine.errors import DeliveryError, RefusedDeliveryError
+from engine.platform import Delivery, Platform
+
+pytestmark = pytest.mark.anyio
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@asynccontextmanager
+async def platform_at(
+    answer: Answer, monkeypatch: pytest.MonkeyPatch, tls: Path | None = None
+) -> AsyncIterator[Platform]:
+    """A platform whose every call gets this answer; `tls` is where its certificate is."""
+    from runpod.serverless.modules import rp_job
+
+    app = web.Application()
+    app.router.add_route("*", "/{any:.*}", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    served = client = None
+    if tls is not None:
+        served, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=tls / "cert.pem")
+        served.load_cert_chain(tls / "cert.pem", tls / "key.pem")
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=served)
+    await site.start()
+    url = f"http{'s' if tls else ''}://127.0.0.1:{runner.addresses[0][1]}"
+    monkeypatch.setattr(rp_job, "JOB_GET_URL", f"{url}/job-take/worker?key=secret")
+    try:
+        async with Platform() as platform:
+            platform._urls = {kind: f"{url}/{kind.value}/$ID?key=secret" for kind in Delivery}
+            if client is not None:
+                platform._connector._ssl = client
+            yield platform
+    finally:
+        await runner.cleanup()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tls")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(made, cwd=directory, check=True, capture_output=True)
+    return directory
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, object]]:
+    """As the worker runs."""
+    return "asyncio", {"loop_factory": uvloop.new_event_loop}
+
+
+async def test_a_gateways_page_in_another_encoding_is_an_answer_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def page(_: web.Request) -> web.Response:
+        return web.Response(status=502, body="<p>Störung</p>".encode("latin-1"), content_type="text/html")
+
+    async with platform_at(page, monkeypatch) as platform:
+        with pytest.raises(DeliveryError, match=r"status 502: <p>St.rung</p>"):
+            await platform.post(Delivery.RESULT, "1", b"{}")
+
+
+async def test_a_refusal_says_its_status_and_no_more_of_its_page_than_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(_: web.Request) -> web.Response:
+        return web.Response(status=413, text="漢" * 1000)
+
+    async with platform_at(refuse, monkeypatch) as platform:
+        with pytest.raises(RefusedDeliveryError) as refusal:
+            await platform.post(Delivery.STREAM, "1", b"{}")
+    assert refusal.value.status == 413
+    assert len(str(refusal.value)) < 100
+
+
+async def test_a_delivery_that_fails_is_told_without_its_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def around(request: web.Request) -> web.Response:
+        raise web.HTTPFound(str(request.url))
+
+    async with platform_at(around, monkeypatch) as platform:
+        with pytest.raises(DeliveryError, match="TooManyRedirects") as failure:
+            await platform.post(Delivery.RESULT, "1", b"{}")
+    assert "secret" not in str(failure.value)
+
+
+async def test_a_job_that_is_on_its_way_over_tls_as_its_take_is_let_go_arrives(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def late(_: web.Request) -> web.Response:
+        asked.set()
+        await asyncio.sleep(0.2)
+        return web.json_response({"id": "1", "input": {}})
+
+    async with platform_at(late, monkeypatch, certificate) as platform:
+        take = asyncio.create_task(platform.take(1))
+        await asked.wait()
+        platform.let_go()
+
+        assert await take == [{"id": "1", "input": {}}]
+
+
+async def test_a_take_that_is_let_go_ends_as_soon_as_the_platform_sees_that_nobody_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = asyncio.Event()
+
+    async def hold(_: web.Request) -> web.Response:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with platform_at(hold, monkeypatch) as platform:
+        take = asyncio.create_task(platform.take(1))
+        await asked.wait()
+        platform.let_go()
+
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await asyncio.wait_for(take, 10)
