@@ -158,6 +158,7 @@ class JobLoop:
         self._jobs: dict[str, _Held] = {}
         self._changed = asyncio.Event()
         self._ending = asyncio.Event()
+        self._turn = asyncio.Lock()
         self._ended_at = 0.0
         self._reason: str | None = None
         self._over: StoppedError | None = None
@@ -320,7 +321,13 @@ class JobLoop:
         return True
 
     async def _outputs(self, job: dict[str, Any], held: _Held, delivery: JobDelivery) -> JobError | None:
-        """Deliver a job's outputs as they come; return the error that it ends with."""
+        """Deliver a job's outputs as they come; return the error that it ends with.
+
+        The jobs of one take begin a turn of the event loop apart: side by side, each would wait until the last of them
+        is prepared, and the engine with them.
+        """
+        async with self._turn:
+            await asyncio.sleep(0)
         async with aclosing(self._handler(job)) as outputs:
             async for output in outputs:
                 if held.ending:

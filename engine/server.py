@@ -42,6 +42,7 @@ REMEMBERED = 16
 FINISHED_KEPT = 4096
 # On a CPU vLLM would take most of the machine's memory for the KV cache and compile for a minute.
 CPU_KV_CACHE_BYTES = 1 * GIB_BYTES
+UNSEEN_MIDDLEWARE = {"CORSMiddleware", "PrometheusInstrumentatorMiddleware"}
 _ENGINE_MODULES = (
     "vllm.engine.arg_utils",
     "vllm.entrypoints.launchers.cli_args",
@@ -212,6 +213,8 @@ class Server:
                 _find_adapters_of(tuple(self._args.served_model_name))
                 app = build_app(self._args, tasks, self._engine.model_config)
                 app.add_api_route("/cold_start", WORKER.document)
+                if "/metrics" not in self.open_routes:
+                    _leave_out_what_nobody_sees(app)
                 await init_app_state(self._engine, app.state, self._args, tasks)
                 self._lifespan = asyncio.create_task(_live(app))
                 self._app = app
@@ -226,6 +229,12 @@ async def _live(app: Any) -> None:
     """What a server runs around the app: vLLM's periodic log line, a frozen heap. It ends with the loop."""
     async with app.router.lifespan_context(app):
         await asyncio.Event().wait()
+
+
+def _leave_out_what_nobody_sees(app: Any) -> None:
+    """Take off the middleware for browsers and for metrics: both look at each event, and no job's output shows it."""
+    app.user_middleware = [one for one in app.user_middleware if one.cls.__name__ not in UNSEEN_MIDDLEWARE]
+    app.middleware_stack = None  # It is built anew with the first request.
 
 
 def _fork_processes() -> None:
