@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ from engine.settings import Settings
 if TYPE_CHECKING:
     from engine.loop import Handler, Platform
     from engine.server import Server
+
+# vLLM prepares each request in a thread. While it and the loop are both busy, each waits so long for the other to let go
+# of the interpreter, several times a request; Python's own is 5 ms.
+SWITCH_INTERVAL_S = 0.001
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -138,6 +143,7 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
     """
     from engine.loop import JobLoop, Timeouts
 
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     jobs = JobLoop(
         platform,
         handler,
