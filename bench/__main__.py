@@ -97,7 +97,7 @@ def _measure(arguments: argparse.Namespace) -> int:
         about = {
             **machine.machine(),
             **machine.versions(arguments.peer),
-            "settings": "tiny model, eager, on a CPU float32 and 1 GiB of KV cache, all else stock (worker-vllm: 30 jobs at once)",
+            "settings": "tiny model, eager, on a CPU float32 and 1 GiB of KV cache, all else stock",
             "load": f"{arguments.rounds} rounds, {arguments.seconds:g} s each, seed {SEED}",
             **{f"idle CPU of {name}, cores": f"{cores:.2f}" for name, cores in _idle_cpu(ready).items()},
         }

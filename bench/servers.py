@@ -154,8 +154,8 @@ def _is_engine(process: psutil.Process) -> bool:
 def flags(*, gpu: bool) -> dict[str, str]:
     """VLLM's flags that all servers are given.
 
-    On a GPU, three engines have to fit beside each other. On a CPU they reckon in float32: where there are no instructions
-    for bfloat16 it is emulated, and an engine that takes seven times as long hides what stands before it.
+    On a GPU, three engines have to fit beside each other. On a CPU they reckon in float32: bfloat16 is emulated where
+    there are no instructions for it, and an engine that takes seven times as long hides what stands before it.
     """
     same = {"served-model-name": "tiny", "enforce-eager": "true"}
     return same | ({"gpu-memory-utilization": "0.25"} if gpu else {"dtype": "float32"})

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from engine.loop import Handler, Platform
     from engine.server import Server
 
-# vLLM prepares each request in a thread. While it and the loop are both busy, each waits so long for the other to let go
-# of the interpreter, several times a request; Python's own is 5 ms.
+# vLLM prepares each request in a thread. While it and the loop are both busy, each waits so long for the other to let
+# go of the interpreter, several times a request; Python's own is 5 ms.
 SWITCH_INTERVAL_S = 0.001
 
 _log = logging.getLogger(__name__)

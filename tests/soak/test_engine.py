@@ -69,7 +69,7 @@ def preemptions(site: Site, workers: int) -> int:
     return sum(told.values())
 
 
-def long_jobs(model: str, concurrency: str) -> tuple[int, list[float], float, set[str]]:
+def long_jobs(model: str, worker: list[str], concurrency: str) -> tuple[int, list[float], float, set[str]]:
     """A hundred long jobs for two workers whose cache holds 4,096 tokens.
 
     Returns:
@@ -77,7 +77,7 @@ def long_jobs(model: str, concurrency: str) -> tuple[int, list[float], float, se
     """
     cache = {"BLOCK_SIZE": "128", "NUM_GPU_BLOCKS_OVERRIDE": "33"}  # One block is vLLM's own.
     settings: dict[str, Any] = {
-        "command": [sys.executable, "handler.py"],
+        "command": [sys.executable, *worker],
         "cwd": str(REPOSITORY),
         "env": {**VLLM_ENVIRONMENT, **cache, "MODEL_NAME": model, "ALLOWED_ROUTES": "/metrics"},
         "workersMin": 2,
@@ -98,13 +98,20 @@ def long_jobs(model: str, concurrency: str) -> tuple[int, list[float], float, se
 
 
 @pytest.mark.timeout(1800)
-def test_a_small_cache_is_shared_by_two_workers_whatever_the_limit_is(tiny_model: str, show: Show) -> None:
-    """Admission goes by the cache, so that a limit that is much too high does no harm."""
-    for concurrency in ("auto", "30"):
-        made_way, in_worker_s, all_s, workers = long_jobs(tiny_model, concurrency)
-        _, p95 = percentiles(in_worker_s)
+def test_admission_by_the_cache_does_better_than_a_fixed_limit(tiny_model: str, show: Show) -> None:
+    made_way, p95_s = [], []
+    for told, worker, concurrency in (
+        ("by the cache", ["handler.py"], "auto"),
+        ("a fixed limit of 30", ["-m", "tests.soak.fixed_worker"], "30"),
+    ):
+        count, in_worker_s, all_s, workers = long_jobs(tiny_model, worker, concurrency)
+        made_way.append(count)
+        p95_s.append(percentiles(in_worker_s)[1])
         show(
-            f"{LONG_JOBS} jobs of {ANSWER_TOKENS} tokens, two caches of 4096, MAX_CONCURRENCY={concurrency}: "
-            f"{made_way} preemptions, p95 in the worker {p95:.1f} s, all after {all_s:.1f} s"
+            f"{LONG_JOBS} jobs of {ANSWER_TOKENS} tokens, two caches of 4096, {told}: "
+            f"{count} preemptions, p95 in the worker {p95_s[-1]:.1f} s, all after {all_s:.1f} s"
         )
         assert len(workers) == 2
+
+    assert made_way[0] < made_way[1]
+    assert p95_s[0] < p95_s[1]

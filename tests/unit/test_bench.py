@@ -518,5 +518,8 @@ def test_hardware_and_versions_are_told(tmp_path: Path) -> None:
 
 def test_workers_get_the_same_settings() -> None:
     options = worker_options("dir", gpu=False)
-    assert options == ["--env=MODEL_NAME=dir", "--env=SERVED_MODEL_NAME=tiny", "--env=ENFORCE_EAGER=true"]
+    assert options == [
+        *("--env=MODEL_NAME=dir", "--env=SERVED_MODEL_NAME=tiny"),
+        *("--env=ENFORCE_EAGER=true", "--env=DTYPE=float32"),
+    ]
     assert "--env=GPU_MEMORY_UTILIZATION=0.25" in worker_options("dir", gpu=True)
