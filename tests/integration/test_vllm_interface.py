@@ -113,6 +113,9 @@ def test_every_route_of_vllms_is_open_or_closed_for_a_reason() -> None:
     app = build_app(args, (*GENERATION_TASKS, *POOLING_TASKS, *FRONTEND_TASKS), AnyModel())
     closed = set[str]().union(*CLOSED.values())
 
+    assert {one.cls.__name__ for one in app.user_middleware} >= server.UNSEEN_MIDDLEWARE, (
+        "nothing to leave out is found"
+    )
     assert {route.path for route in app.routes} == (SERVING - NOT_VLLMS) | closed, "vLLM's routes are others now"
     assert not SERVING & closed
 

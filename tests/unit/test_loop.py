@@ -165,6 +165,26 @@ async def test_a_jobs_outputs_are_streamed_and_its_result_holds_them() -> None:
         assert bench.queue.streamed == [("1", "a"), ("1", "b")]
 
 
+async def test_the_first_job_of_a_take_is_not_kept_waiting_by_the_others() -> None:
+    bench = Bench()
+    steps: list[str] = []
+
+    async def prepared(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        steps.append(f"{job['id']} begins")
+        await asyncio.sleep(0)
+        steps.append(f"{job['id']} is prepared")
+        yield job["id"]
+
+    bench.loop._handler = prepared
+    for number in range(3):
+        bench.submit(str(number))
+    async with running(bench):
+        await bench.queue.result("2")
+
+    assert bench.queue.asked[0] >= 3
+    assert steps == [f"{number} {what}" for number in range(3) for what in ("begins", "is prepared")]
+
+
 async def test_only_what_the_engine_has_room_for_is_asked_for() -> None:
     bench = Bench(limit=2)
     async with running(bench):
