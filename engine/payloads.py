@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -49,9 +50,9 @@ class Request:
 class _Input(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
+    @abstractmethod
     def request(self, max_model_len: int) -> Request:
         """The request that this input stands for."""
-        raise NotImplementedError
 
 
 class OpenAIInput(_Input):
