@@ -44,7 +44,7 @@ async def runsync(request: Request, endpoint: Endpoint) -> Response:
     wait_s = _milliseconds(request, "wait", RUNSYNC_WAIT_MS, RUNSYNC_WAIT_RANGE_MS) / 1000
     submission = await _submission(request, RUNSYNC_BODY_BYTES)
     job = endpoint.queue.submit(submission, prefix="sync-", label="runsync", retention_s=RUNSYNC_RETENTION_S)
-    async with hang_up_of(request) as hang_up:
+    async with hang_up_of(request.receive) as hang_up:
         await endpoint.waiting.until(job_topic(job.id), lambda: job.status.final or None, wait_s, hang_up)
     return JSONResponse(job.document())
 
@@ -64,7 +64,7 @@ async def stream(request: Request, endpoint: Endpoint) -> Response:
     def look() -> bool | None:
         return job.status.final or len(job.outputs) > job.streamed or None
 
-    async with hang_up_of(request) as hang_up:
+    async with hang_up_of(request.receive) as hang_up:
         await endpoint.waiting.until(job_topic(job.id), look, _STREAM_WAIT_S, hang_up)
         if hang_up.done():
             # Nobody would get them.

@@ -7,17 +7,16 @@ value. A job that fails gives an error, whose status and body the client gets: i
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -26,7 +25,7 @@ from emulator.endpoint import Endpoint
 from emulator.errors import InvalidRequestError, RefusedError, UnauthorizedError
 from emulator.jobs import RUNSYNC_BODY_BYTES, RUNSYNC_RETENTION_S, Job, JobStatus, Submission
 from emulator.queue import job_topic
-from emulator.waiting import hang_up_of
+from emulator.waiting import HangUp, hang_up_of
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ async def _first_answer(request: Request, endpoint: Endpoint, job: Job, *, strea
         return job.status.final or (streaming and bool(job.outputs)) or None
 
     try:
-        async with hang_up_of(request) as hang_up:
+        async with hang_up_of(request.receive) as hang_up:
             known = await endpoint.waiting.until(job_topic(job.id), look, _FOREVER_S, hang_up)
     finally:
         if look() is None:
@@ -161,39 +160,46 @@ async def _first_answer(request: Request, endpoint: Endpoint, job: Job, *, strea
     return JSONResponse(_value(job)) if failure is None else failure.response()
 
 
-class _EventStream(StreamingResponse):
+class _EventStream(Response):
     """A job's outputs as they come, until OpenAI's last event or the job's end.
 
     A client that hangs up before cancels the job. One that has the last event does not wait for the job's result, and
     may hang up, as OpenAI's own does: the job ends by itself.
     """
 
+    media_type = "text/event-stream"
+
     def __init__(self, endpoint: Endpoint, job: Job) -> None:
-        super().__init__(self._events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(headers={"Cache-Control": "no-cache"})
+        # The answer's length is not known.
+        del self.headers["content-length"]
         self.admitted = ExitStack()
         self._endpoint = endpoint
         self._job = job
         self._complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope
         with self.admitted:
             try:
-                await super().__call__(scope, receive, send)
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                async with hang_up_of(receive) as hang_up, aclosing(self._events(hang_up)) as events:
+                    async for event in events:
+                        await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+                await send({"type": "http.response.body"})
             finally:
                 if not self._complete:
                     self._endpoint.queue.cancel(self._job.id)
 
-    async def _events(self) -> AsyncIterator[str]:
-        """The outputs as they come, and a last event that says why where the job fails."""
+    async def _events(self, hang_up: HangUp) -> AsyncGenerator[str, None]:
+        """The outputs as they come, and a last event that says why where the job fails; none for who has hung up."""
         job = self._job
         outputs, sent = job.outputs, 0
-        unread = asyncio.get_running_loop().create_future()
 
         def look() -> bool | None:
             return job.status.final or len(outputs) > sent or job.outputs is not outputs or None
 
-        while True:
-            await self._endpoint.waiting.until(job_topic(job.id), look, _FOREVER_S, unread)
+        while await self._endpoint.waiting.until(job_topic(job.id), look, _FOREVER_S, hang_up):
             if job.outputs is not outputs:
                 # It was queued anew: another worker begins at the beginning, but what is sent is sent.
                 lost = "the worker was lost before the answer was complete"

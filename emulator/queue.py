@@ -25,6 +25,9 @@ from emulator.jobs import Job, JobStatus, Submission
 FULL_QUEUE_JOBS = 50
 FULL_QUEUE_JOBS_PER_WORKER = 500
 
+# Results that are kept no longer are looked for so often: it means looking at each that is kept.
+FORGET_EACH_S = 1.0
+
 WAITING = "waiting"
 """The topic that changes when jobs begin to wait."""
 
@@ -97,6 +100,7 @@ class Queue:
         self._signals: dict[str, list[str]] = {}
         self._stopping: dict[str, dict[str, float]] = {}
         self._disobedient: set[str] = set()
+        self._forget_at = 0.0
         self.ended: Counter[JobStatus] = Counter()
         self.retried = 0
 
@@ -273,9 +277,10 @@ class Queue:
                 self._end(job, JobStatus.TIMED_OUT, "executionTimeout exceeded")
             elif job.status is JobStatus.IN_PROGRESS and now - job.seen_at >= self._rules.lost_after_s:
                 self._lose(job)
-        expired = [job for job in self._jobs.values() if _forgotten_at(job) <= now]
-        for job in expired:
-            del self._jobs[job.id]
+        if now >= self._forget_at:
+            self._forget_at = now + FORGET_EACH_S
+            for job in [job for job in self._jobs.values() if _forgotten_at(job) <= now]:
+                del self._jobs[job.id]
 
     def held(self, worker: str) -> list[Job]:
         """The jobs that a worker holds."""

@@ -94,7 +94,7 @@ class Emulator:
         self.endpoints = {it.id: self._endpoint(it) for it in settings.endpoints}
         platform = Platform(self.endpoints, settings.api_keys, self.faults)
         self.app = Starlette(
-            # Looked through in this order: those that are called most come first.
+            # Those that are called most come first.
             routes=[*worker_api.routes, *gateway.routes, *client_api.routes, *control.routes, *state.routes],
             middleware=[Middleware(FaultInjection, platform=platform)],
             exception_handlers={RefusedError: refusal, ClientDisconnect: gone},

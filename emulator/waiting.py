@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
+    from starlette.types import Receive
 
 T = TypeVar("T")
 # Done when the client has hung up.
@@ -24,8 +25,7 @@ class Waiting:
     def wake(self, topic: str) -> None:
         """Let all who wait for the topic look again."""
         for waiter in self._waiters.pop(topic, ()):
-            if not waiter.done():
-                waiter.set_result(None)
+            _wake(waiter)
 
     async def until(self, topic: str, look: Callable[[], T | None], timeout_s: float, hang_up: HangUp) -> T | None:
         """Look at each change of the topic, and once at first, until there is something.
@@ -44,21 +44,31 @@ class Waiting:
             waiter: asyncio.Future[None] = loop.create_future()
             waiters = self._waiters.setdefault(topic, set())
             waiters.add(waiter)
+            wake = partial(_wake, waiter)
+            hang_up.add_done_callback(wake)
+            time_over = loop.call_later(left_s, wake)
             try:
-                await asyncio.wait({waiter, hang_up}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                await waiter
             finally:
+                time_over.cancel()
+                hang_up.remove_done_callback(wake)
                 waiters.discard(waiter)
                 if not waiters and self._waiters.get(topic) is waiters:
                     del self._waiters[topic]
         return None
 
 
+def _wake(waiter: asyncio.Future[None], *_: object) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
 @asynccontextmanager
-async def hang_up_of(request: Request) -> AsyncIterator[HangUp]:
+async def hang_up_of(receive: Receive) -> AsyncIterator[HangUp]:
     """A future that is done when the client has hung up; the request's body has to be read before."""
 
     async def listen() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     listening = asyncio.ensure_future(listen())

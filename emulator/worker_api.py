@@ -59,7 +59,7 @@ async def stop_signals(request: Request) -> Response:
             return []
         return endpoint.queue.stop_signals(worker) or None
 
-    async with hang_up_of(request) as hang_up:
+    async with hang_up_of(request.receive) as hang_up:
         job_ids = await endpoint.waiting.until(stop_topic(worker), look, _held_s(endpoint, worker), hang_up)
     return JSONResponse({"jobsToStop": job_ids}) if job_ids else Response(status_code=HTTPStatus.NO_CONTENT)
 
@@ -117,7 +117,7 @@ async def _take(request: Request, count: int) -> list[Job]:
             return endpoint.duplicates.pop()
         return endpoint.queue.take(worker_id, count) or None
 
-    async with hang_up_of(request) as hang_up:
+    async with hang_up_of(request.receive) as hang_up:
         jobs = await endpoint.waiting.until(WAITING, look, _held_s(endpoint, worker_id), hang_up) or []
     worker.jobs += len(jobs)
     struck: list[Rule] = request.state.faults
@@ -173,11 +173,12 @@ def _count(text: str) -> int:
 
 _ROOT = "/v2/{endpoint}"
 
+# Looked through in this order: those that are called most come first.
 routes = [
-    Route(_ROOT + "/job-take/{worker}", take),
-    Route(_ROOT + "/job-take-batch/{worker}", take_batch),
-    Route(_ROOT + "/job-stop/{worker}", stop_signals),
     Route(_ROOT + "/job-stream/{worker}/{job}", stream, methods=["POST"]),
     Route(_ROOT + "/job-done/{worker}/{job}", done, methods=["POST"]),
+    Route(_ROOT + "/job-take-batch/{worker}", take_batch),
+    Route(_ROOT + "/job-take/{worker}", take),
+    Route(_ROOT + "/job-stop/{worker}", stop_signals),
     Route(_ROOT + "/ping/{worker}", ping),
 ]
