@@ -34,11 +34,17 @@ def parser() -> argparse.ArgumentParser:
         description="Measures this worker beside vLLM's own server and worker-vllm: same machine, same tiny model, "
         "same settings, in interleaved rounds. The machine should do nothing else meanwhile.",
     )
-    result.add_argument("--full", action="store_true", help="all scenarios (about an hour and a half) and 256 clients")
+    result.add_argument("--full", action="store_true", help="all scenarios (about two hours) and 256 clients")
     result.add_argument(
         "--clients", type=_positive, nargs="+", metavar="N", help="numbers of clients (default: 1 8 24 64)"
     )
-    result.add_argument("--seconds", type=float, default=4.0, metavar="S", help="length of a measurement (default: 4)")
+    result.add_argument(
+        "--seconds",
+        type=float,
+        default=4.0,
+        metavar="S",
+        help="length of a measurement (default: 4); three times as long from 64 clients on",
+    )
     _common(result)
     starts = result.add_subparsers(dest="command").add_parser(
         "cold", description="Measures starts: from the worker's exec to the first token of a job that waits already."
@@ -98,7 +104,8 @@ def _measure(arguments: argparse.Namespace) -> int:
             **machine.machine(),
             **machine.versions(arguments.peer),
             "settings": "tiny model, eager, on a CPU float32 and 1 GiB of KV cache, all else stock",
-            "load": f"{arguments.rounds} rounds, {arguments.seconds:g} s each, seed {SEED}",
+            "load": f"{arguments.rounds} rounds, {arguments.seconds:g} s each (from 64 clients on thrice that), "
+            f"seed {SEED}",
             **{f"idle CPU of {name}, cores": f"{cores:.2f}" for name, cores in _idle_cpu(ready).items()},
         }
 

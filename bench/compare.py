@@ -81,7 +81,7 @@ async def compare(
         servers: those that are ready.
         scenarios: what to measure.
         rounds: how many times.
-        seconds: how long requests are sent in one measurement.
+        seconds: how long requests are sent in one measurement; with many clients it is longer (`Scenario.lasts_s`).
         after_round: is given what there is after each round, and how many rounds it was.
     """
     results = Results(scenarios, [server.name for server in servers])
@@ -89,14 +89,16 @@ async def compare(
         await _measure(server, Scenario(clients=8, tokens=16), 1.0, 0.0, "")
     alone = next((server for server in servers if server.name == VLLM), None)
     if alone is not None and any(scenario.load for scenario in scenarios):
-        found = await _measure(alone, Scenario(clients=_CAPACITY_CLIENTS), seconds, 0.0, "")
+        most = Scenario(clients=_CAPACITY_CLIENTS)
+        found = await _measure(alone, most, most.lasts_s(seconds), 0.0, "")
         results.capacity = found.figures["requests_per_s"]
     for number in range(rounds):
         for scenario in scenarios:
             first = number % len(servers)
             for server in (*servers[first:], *servers[:first]):
                 rate = max(scenario.load * (results.capacity or 0.0), _LEAST_ARRIVALS_PER_S)
-                found = await _measure(server, scenario, seconds, rate, f"{scenario.name}/{number}")
+                lasts_s = scenario.lasts_s(seconds)
+                found = await _measure(server, scenario, lasts_s, rate, f"{scenario.name}/{number}")
                 results.rounds[scenario][server.name].append(found)
         after_round(results, number + 1)
     return results

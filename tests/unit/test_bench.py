@@ -300,6 +300,11 @@ class StandIn:
         return 1.0
 
 
+def test_many_clients_are_measured_for_longer() -> None:
+    assert [Scenario(clients=count).lasts_s(4.0) for count in (1, 24, 64, 256)] == [4.0, 4.0, 12.0, 12.0]
+    assert Scenario(load=0.5).lasts_s(4.0) == 4.0
+
+
 @pytest.mark.anyio
 async def test_rounds_rotate_the_order_of_the_servers() -> None:
     order: list[str] = []
