@@ -26,6 +26,7 @@ from engine.cold_start import WORKER
 from engine.errors import ConfigurationError
 from engine.flags import Flags
 from engine.media import public_session
+from engine.preparing import InPlace, telling_short_ones
 from engine.routes import SERVING
 from engine.secrets import redacted
 
@@ -217,8 +218,21 @@ class Server:
                     _leave_out_what_nobody_sees(app)
                 await init_app_state(self._engine, app.state, self._args, tasks)
                 self._lifespan = asyncio.create_task(_live(app))
-                self._app = app
+                self._app = self._preparing_in_place(app)
             return self._app
+
+    def _preparing_in_place(self, app: App) -> App:
+        """Let short requests be prepared without vLLM's thread, where its tokenizer may be used beside that.
+
+        A template that comes with a request may never end, and is left to the thread, which vLLM gives up then.
+        """
+        from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
+
+        renderer = self._engine.renderer
+        if self._args.trust_request_chat_template or not isinstance(renderer.tokenizer, ThreadSafeHFTokenizerMixin):
+            return app
+        renderer._executor._inner = InPlace(renderer._executor._inner)  # noqa: SLF001 (vLLM has no option for it)
+        return telling_short_ones(app)
 
     def shutdown(self) -> None:
         """End the engine and its processes."""

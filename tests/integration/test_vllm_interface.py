@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import threading
 from importlib import import_module
 from typing import Any
 
 import pytest
 
 from engine import server
+from engine.preparing import InPlace, telling_short_ones
 from engine.routes import SERVING
 
 # Importing vLLM and torch warns of their own deprecations.
@@ -75,6 +78,27 @@ def test_vllms_statistics_have_what_the_server_reads(name: str, fields: list[str
 
     missing = [field for field in fields if not hasattr(statistics, field)]
     assert not missing, MOVED.format(f"{name} has no {', '.join(missing)}")
+
+
+@pytest.mark.anyio
+async def test_what_vllm_prepares_with_can_be_done_in_place() -> None:
+    from vllm.renderers.base import _SwappableExecutor
+
+    executor = _SwappableExecutor(max_workers=1)
+    executor._inner = InPlace(executor._inner)
+    threads: list[int] = []
+
+    async def app(*_: object) -> None:
+        threads.append(await asyncio.get_running_loop().run_in_executor(executor, threading.get_ident))
+
+    unused: Any = None
+    for length in (b"10", b"999999"):
+        await telling_short_ones(app)({"type": "http", "headers": [(b"content-length", length)]}, unused, unused)
+    executor.replace_inner()  # As vLLM does when a template does not end.
+
+    assert (threads[0] == threading.get_ident(), threads[1] == threading.get_ident()) == (True, False)
+    assert executor.submit(threading.get_ident).result() != threading.get_ident()
+    executor.shutdown()
 
 
 CLOSED = {
