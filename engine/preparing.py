@@ -26,7 +26,7 @@ def telling_short_ones(app: App) -> App:
     """The app, of which `InPlace` knows which requests are short."""
 
     async def call(scope: Message, receive: Receive, send: Send) -> None:
-        length = dict(scope["headers"]).get(b"content-length", b"") if scope["type"] == "http" else b""
+        length = dict(scope["headers"]).get(b"content-length", b"")
         _short.set(length.isdigit() and int(length) <= SHORT_BYTES)
         await app(scope, receive, send)
 

@@ -93,7 +93,7 @@ async def test_what_vllm_prepares_with_can_be_done_in_place() -> None:
 
     unused: Any = None
     for length in (b"10", b"999999"):
-        await telling_short_ones(app)({"type": "http", "headers": [(b"content-length", length)]}, unused, unused)
+        await telling_short_ones(app)({"headers": [(b"content-length", length)]}, unused, unused)
     executor.replace_inner()  # As vLLM does when a template does not end.
 
     assert (threads[0] == threading.get_ident(), threads[1] == threading.get_ident()) == (True, False)

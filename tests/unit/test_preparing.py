@@ -46,7 +46,7 @@ async def send(_: Message) -> NoReturn:
 
 def request(path: str, length: bytes | None) -> Message:
     headers = [(b"host", b"worker")] + ([(b"content-length", length)] if length is not None else [])
-    return {"type": "http", "path": path, "headers": headers}
+    return {"path": path, "headers": headers}
 
 
 async def test_each_request_is_prepared_where_its_length_says(executor: InPlace) -> None:
