@@ -14,7 +14,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -42,8 +42,9 @@ _LONGEST_IDLE_WAIT_S = 1.0
 # A call that the platform did not hold open says nothing about the next one: without a pause we would spin.
 _HELD_S = 0.5
 _WATCH_S = 0.25
-# What a job's end may take when the worker itself ends.
-_LAST_WORDS_S = 10.0
+# What the ends of jobs may take when the worker itself ends, and what is left of their tasks then.
+LAST_WORDS_S = 8.0
+GIVE_UP_S = 2.0
 # How much of it the last job grants to the others.
 _OTHERS_S = 3.0
 # In characters; every route of vLLM is much shorter.
@@ -156,6 +157,7 @@ class JobLoop:
         self._log_inputs = log_inputs
         self._start = start
         self._jobs: dict[str, _Held] = {}
+        self._supervised: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._ending = asyncio.Event()
         self._turn = asyncio.Lock()
@@ -174,11 +176,28 @@ class JobLoop:
             self._end(State.DRAINING)
 
     def fail(self, reason: str) -> None:
-        """The engine cannot serve any more: take no further job, end those that are held as retryable."""
+        """The worker cannot serve any more: take no further job, end those that are held as retryable."""
         if self.state in (State.SERVING, State.DRAINING):
             self._reason = reason
-            _log.error("The engine has failed: %s", reason)
+            _log.error("The worker has failed: %s", reason)
             self._end(State.FAILED)
+
+    def supervise(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run a task beside the jobs until the loop ends; if it ends with an exception, so does the worker."""
+        task = self._task(work, name)
+        self._supervised.add(task)
+        return task
+
+    def _task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A task whose exception the worker does not outlive: what it was there for would not be done any more."""
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("Task %r failed", task.get_name(), exc_info=error)
+            self.fail(f"its task {task.get_name()!r} ended with {described(error)}")
 
     def _end(self, state: State) -> None:
         self.state = state
@@ -188,21 +207,19 @@ class JobLoop:
         self._platform.let_go()
 
     async def run(self) -> int:
-        """Run until `stop` or `fail`; return the exit status: 0, or 1 if the engine has failed.
+        """Run until `stop` or `fail`; return the exit status: 0, or 1 if the worker has failed.
 
         Cancelled, it gives up the jobs that it holds.
         """
-        taking = asyncio.create_task(self._take_jobs())
-        watching = {asyncio.create_task(self._watch_stops()), asyncio.create_task(self._watch_engine())}
+        taking = self.supervise(self._take_jobs(), "take jobs")
+        self.supervise(self._watch_stops(), "watch for jobs to stop")
+        self.supervise(self._watch_engine(), "watch the engine")
         try:
             await self._ending.wait()
             _log.info("Worker %s: %d jobs held", self.state.value, len(self._jobs))
             await self._end_jobs(taking)
         finally:
-            for task in (taking, *watching):
-                task.cancel()
-            await asyncio.wait({taking, *watching})
-            await self._give_up_jobs()
+            await self._leave_no_task()
         status = int(self.state is State.FAILED)
         self.state = State.ENDED
         return status
@@ -223,19 +240,14 @@ class JobLoop:
                 await self._either(asyncio.sleep(pace.wait_s))
 
     async def _take(self, count: int) -> list[dict[str, Any]]:
-        """Take up to `count` jobs; let go when the worker ends, without losing a job that may be on its way.
-
-        A connection that cannot be let go may bring jobs for as long as running ones may go on.
-        """
-        take = asyncio.ensure_future(self._platform.take(count))
+        """Take up to `count` jobs; let go when the worker ends, without losing a job that may be on its way."""
+        take = asyncio.create_task(self._platform.take(count), name="take")
         try:
             await self._either(asyncio.wait({take}, timeout=TAKE_TIMEOUT_S))
             if take.done():
                 return take.result()
             self._platform.let_go()
-            let_go_at = time.monotonic()
-            while not take.done() and (left_s := max(let_go_at + LET_GO_S, self._deadline) - time.monotonic()) > 0:
-                await asyncio.wait({take}, timeout=min(left_s, _WATCH_S))
+            await asyncio.wait({take}, timeout=LET_GO_S)
         finally:
             take.cancel()
         await asyncio.wait({take})
@@ -256,6 +268,10 @@ class JobLoop:
             _log.error("A %s without an id was taken in the place of a job; it is skipped", type(job).__name__)
             return False
         job_id = str(job["id"])
+        if self._over is not None or self.state is State.FAILED:
+            # Never held: the platform gives it out again, and its client does not see it fail.
+            _log.warning("Job %s: came too late to be run here; it goes back to the queue", job_id)
+            return False
         if (last := self._jobs.get(job_id)) is not None:
             # A platform that has had the last run's end, or has stopped it, gives the job out for another one.
             if last.ending and last.again is None:
@@ -265,10 +281,10 @@ class JobLoop:
             return False
         if self._start is not None:
             self._start.ended("first_take")
-        held = _Held(job_id, time.monotonic(), ending=self._over is not None, ended_with=self._over)
+        held = _Held(job_id, time.monotonic())
         self._jobs[job_id] = held
         self._platform.hold(job_id)
-        held.task = asyncio.create_task(self._run(job, held))
+        held.task = self._task(self._run(job, held), f"job {job_id}")
         line = {"job": job_id, "route": _route(job), "status": "started"}
         _log.info("%s", json.dumps(line | {"input": job.get("input")} if self._log_inputs else line))
         return True
@@ -297,7 +313,7 @@ class JobLoop:
             else:
                 reason = self._failed()
                 if reason is not None:
-                    error = StoppedError(f"the engine has failed: {reason}")
+                    error = StoppedError(f"the worker has failed: {reason}")
                 replace = reason is not None and await self._is_left_alone(held)
                 held.outcome = await delivery.finish(error, replace_worker=replace)
         finally:
@@ -388,12 +404,17 @@ class JobLoop:
             await asyncio.sleep(_WATCH_S)
 
     def _failed(self) -> str | None:
-        """What is wrong with the engine for good; if something is, the loop ends.
+        """What is wrong with the worker for good; if something is, the loop ends.
 
         It stays wrong: an engine that hangs has no request left to hang on once its jobs are broken off.
         """
-        if self._reason is None and (reason := self._failure()) is not None:
-            self.fail(reason)
+        if self._reason is None:
+            try:
+                reason = self._failure()
+            except Exception as error:  # noqa: BLE001 (an engine that nobody can watch is not to be trusted with jobs)
+                reason = f"the engine's state cannot be read: {described(error)}"
+            if reason is not None:
+                self.fail(reason)
         return self._reason
 
     @property
@@ -405,27 +426,28 @@ class JobLoop:
         """Wait for jobs that are held, or still on their way, as long as they may take; then end all as retryable."""
         while self._pending(taking) and (left_s := self._deadline - time.monotonic()) > 0:
             await asyncio.wait(self._pending(taking), timeout=min(left_s, _WATCH_S))
-        why = "the engine has failed" if self.state is State.FAILED else "the worker was told to stop"
+        why = "the worker has failed" if self.state is State.FAILED else "the worker was told to stop"
         self._over = StoppedError(f"{why} before the job had ended; try again")
         for held in self._jobs.values():
             if not held.ending:
                 held.ended_with = self._over
                 held.cancel()
-        over_at = time.monotonic() + _LAST_WORDS_S
+        over_at = time.monotonic() + LAST_WORDS_S
         while (pending := self._pending(taking)) and (left_s := over_at - time.monotonic()) > 0:
             await asyncio.wait(pending, timeout=left_s)
 
     def _pending(self, taking: asyncio.Task[None]) -> list[asyncio.Task[None]]:
         return [task for task in (taking, *self._tasks()) if not task.done()]
 
-    async def _give_up_jobs(self) -> None:
-        """Leave no task behind: what has not ended by now is not heard of any more."""
+    async def _leave_no_task(self) -> None:
+        """Cancel what still runs: a job that has not ended by now is given up."""
         for held in self._jobs.values():
             _log.error("Job %s: the worker ends before its end could be delivered", held.id)
             held.stopped, held.again = True, None
             held.cancel()
-        if self._jobs:
-            await asyncio.wait(self._tasks(), timeout=_LAST_WORDS_S)
+        for task in self._supervised:
+            task.cancel()
+        await asyncio.wait([*self._supervised, *self._tasks()], timeout=GIVE_UP_S)
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         return [held.task for held in self._jobs.values() if held.task is not None]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import os
+import socket
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from enum import Enum
 from http import HTTPStatus
 from typing import Any, Self
@@ -23,8 +25,8 @@ from engine.errors import BusyError, DeliveryError, RefusedDeliveryError, descri
 TESTED_VERSIONS = ("1.12.",)
 # The SDK gives a take up after so long; nothing that the platform holds open should outlive it.
 TAKE_TIMEOUT_S = 90.0
-# How long, at least, a take that was let go may still bring a job, where its connection cannot be half closed.
-LET_GO_S = 5.0
+# How long a take that was let go may still bring a job: the platform closes its side after a round trip, as a rule.
+LET_GO_S = 2.0
 _POST_TIMEOUT_S = 60.0
 # How much of a refusal is told.
 _TOLD_BYTES = 200
@@ -112,12 +114,16 @@ class Platform:
         """Tell the platform that no job is wanted any more, but hear what it is saying.
 
         The connection is closed from our side alone: a server that has not answered yet sees that nobody asks, and a
-        job that it has sent still arrives. TLS has no such half-closed state; there the call just goes on.
+        job that it has sent still arrives. Below TLS, which asyncio's transports cannot close by halves: RFC 8446,
+        section 6.1, lets either side end alone, and what has been sent before is still decrypted.
         """
         self._connector.wanted = False
         transport, self._connector.transport = self._connector.transport, None
-        if transport is not None and not transport.is_closing() and transport.can_write_eof():
-            transport.write_eof()
+        if transport is None or transport.is_closing():
+            return
+        # A connection that has just ended has nothing left to close.
+        with suppress(OSError), socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
+            connection.shutdown(socket.SHUT_WR)
 
     async def stops(self) -> list[str]:
         """Wait for jobs that are to be stopped; empty when there were none while the platform held the call.

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 )
 
 from engine.admission import Admission
-from engine.loop import _LAST_WORDS_S, JobLoop, State, Timeouts
+from engine.loop import GIVE_UP_S, LAST_WORDS_S, JobLoop, State, Timeouts
 from tests import virtual_time
 from tests.ledger import FINE, POLL_FATES, POST_FATES, Fate, Ledger
 from tests.unit.test_admission import Load
@@ -38,9 +38,9 @@ from tests.unit.test_admission import Load
 T = TypeVar("T")
 LIMIT = 3
 DRAIN_S = 20.0
-MOST_S = DRAIN_S + 2 * _LAST_WORDS_S + 1
+MOST_S = DRAIN_S + LAST_WORDS_S + GIVE_UP_S + 1
 """The loop's end takes no longer."""
-SLOW_CLOSE_S = 8.0
+SLOW_CLOSE_S = 6.0
 """Closing a job takes so long at most: less than the loop grants."""
 KINDS = ["quick", "slow", "endless", "raises", "error", "stubborn", "gives in", "slow to close", "cancels itself"]
 """How a job goes on after its first word."""
@@ -56,7 +56,7 @@ class Errors(logging.Handler):
     """What the log says of ends that were not heard."""
 
     def __init__(self) -> None:
-        super().__init__(logging.ERROR)
+        super().__init__(logging.WARNING)
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -80,6 +80,7 @@ class LoopMachine(RuleBasedStateMachine):
         self.kinds: dict[str, str] = {}
         self.running: list[str] = []
         self.dead: str | None = None
+        self.unreadable = False
         self.ended_at: float | None = None
         self.cancelled = False
         # What the exit status may be.
@@ -89,13 +90,18 @@ class LoopMachine(RuleBasedStateMachine):
             self.ledger,
             self.work,
             Admission(self.load, LIMIT, 1200),
-            failure=lambda: self.dead,
+            failure=self.failure,
             timeouts=Timeouts(drain_s=DRAIN_S, job_s=100),
         )
         loop = self.runner.get_loop()
         # A task that failed and that nobody asked is a promise broken too.
         loop.set_exception_handler(lambda _, context: self.ledger.broken.append(str(context)))
         self.task = loop.create_task(self.loop.run())
+
+    def failure(self) -> str | None:
+        if self.unreadable:
+            raise AttributeError("no such attribute")
+        return self.dead
 
     async def work(self, job: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """Say "a" and "b", or not, by the job's kind."""
@@ -225,6 +231,21 @@ class LoopMachine(RuleBasedStateMachine):
                 self.statuses = {1} if self.running else {1, *self.statuses}
 
     @rule(really=SELDOM)
+    def the_engine_cannot_be_watched_any_more(self, really: bool) -> None:
+        if really:
+            self.the_engine_dies(really=True)
+            self.unreadable = True
+
+    @rule(really=SELDOM)
+    def admission_raises(self, really: bool) -> None:
+        if really:
+            self._ends()
+            # It is asked when the next jobs are to be taken, which may be never.
+            self.statuses = {0, 1}
+            self.load.kv_cache_usage = None  # type: ignore[assignment]
+            self.loop.wake()
+
+    @rule(really=SELDOM)
     def somebody_tells_of_failure(self, really: bool) -> None:
         if really:
             self._ends()
@@ -293,7 +314,7 @@ class LoopMachine(RuleBasedStateMachine):
         # What a cancelled take has brought, the loop has not seen.
         for job_id in ledger.open & ledger.begun if self.cancelled else ledger.open:
             assert self.errors.tell_of(job_id), f"{job_id} was taken and never ended"
-            assert job_id in ledger.faulty or self.cancelled, f"{job_id} could have been ended"
+            assert job_id in ledger.faulty | ledger.late or self.cancelled, f"{job_id} could have been ended"
         for job_id, result in ledger.results:
             if "error" in result:
                 assert json.loads(result["error"]) is not None

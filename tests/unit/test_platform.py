@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import uvloop
 from aiohttp import web
 
 from engine.errors import DeliveryError, RefusedDeliveryError
-from engine.platform import Delivery, Platform
+from engine.platform import LET_GO_S, Delivery, Platform
 
 pytestmark = pytest.mark.anyio
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -95,26 +96,34 @@ async def test_a_delivery_that_fails_is_told_without_its_url(monkeypatch: pytest
     assert "secret" not in str(failure.value)
 
 
-async def test_a_job_that_is_on_its_way_over_tls_as_its_take_is_let_go_arrives(
-    certificate: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(params=["http", "https"])
+def tls(request: pytest.FixtureRequest, certificate: Path) -> Path | None:
+    return certificate if request.param == "https" else None
+
+
+async def test_a_job_that_is_on_its_way_as_its_take_is_let_go_arrives(
+    tls: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = asyncio.Event()
+    sent = asyncio.Event()
 
-    async def late(_: web.Request) -> web.Response:
-        asked.set()
-        await asyncio.sleep(0.2)
-        return web.json_response({"id": "1", "input": {}})
+    async def give(request: web.Request) -> web.StreamResponse:
+        answer = web.json_response({"id": "1", "input": {}})
+        await answer.prepare(request)
+        await answer.write_eof()
+        sent.set()
+        return answer
 
-    async with platform_at(late, monkeypatch, certificate) as platform:
+    async with platform_at(give, monkeypatch, tls) as platform:
         take = asyncio.create_task(platform.take(1))
-        await asked.wait()
+        await sent.wait()
+        assert not take.done()
         platform.let_go()
 
         assert await take == [{"id": "1", "input": {}}]
 
 
 async def test_a_take_that_is_let_go_ends_as_soon_as_the_platform_sees_that_nobody_asks(
-    monkeypatch: pytest.MonkeyPatch,
+    tls: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asyncio.Event()
 
@@ -123,10 +132,12 @@ async def test_a_take_that_is_let_go_ends_as_soon_as_the_platform_sees_that_nobo
         await asyncio.Event().wait()
         raise AssertionError
 
-    async with platform_at(hold, monkeypatch) as platform:
+    async with platform_at(hold, monkeypatch, tls) as platform:
         take = asyncio.create_task(platform.take(1))
         await asked.wait()
+        begun = time.monotonic()
         platform.let_go()
 
         with pytest.raises(aiohttp.ClientConnectionError):
             await asyncio.wait_for(take, 10)
+        assert time.monotonic() - begun < LET_GO_S
