@@ -144,8 +144,8 @@ class Ledger:
         try:
             await asyncio.sleep(fate.late_s)
         except asyncio.CancelledError:
-            # Where a take cannot be let go, a window is left: it is cut off when the time is over.
-            cut_off = fate.deaf and self._ended_at is not None and time.monotonic() >= self._ended_at + LET_GO_S
+            # What takes longer than the loop waits for is cut off, and the platform's to give out again.
+            cut_off = self._ended_at is not None and time.monotonic() >= self._ended_at + LET_GO_S
             self._promise(not jobs or cut_off, "a take was cancelled as it brought jobs")
             raise
         if fate.after:

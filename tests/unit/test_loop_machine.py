@@ -65,6 +65,10 @@ class Errors(logging.Handler):
     def tell_of(self, job_id: str) -> bool:
         return any(line.startswith(f"Job {job_id}: ") for line in self.lines)
 
+    def returned(self, job_id: str) -> bool:
+        """Whether it came when the worker could not run it any more, and went back to the queue."""
+        return any(line.startswith(f"Job {job_id}: came too late") for line in self.lines)
+
 
 class LoopMachine(RuleBasedStateMachine):
     jobs = Bundle("jobs")
@@ -238,12 +242,16 @@ class LoopMachine(RuleBasedStateMachine):
 
     @rule(really=SELDOM)
     def admission_raises(self, really: bool) -> None:
-        if really:
-            self._ends()
-            # It is asked when the next jobs are to be taken, which may be never.
-            self.statuses = {0, 1}
-            self.load.kv_cache_usage = None  # type: ignore[assignment]
+        if really and self.ended_at is None:
+            usage, self.load.kv_cache_usage = self.load.kv_cache_usage, None  # type: ignore[assignment]
+            self.load.waiting = 0
             self.loop.wake()
+            self.time_passes(0.01)
+            # While a take is under way, and while none is held, it is not asked for this.
+            self.load.kv_cache_usage = usage
+            if self.loop.state is not State.SERVING:
+                self._ends()
+                self.statuses = {1}
 
     @rule(really=SELDOM)
     def somebody_tells_of_failure(self, really: bool) -> None:
@@ -285,6 +293,9 @@ class LoopMachine(RuleBasedStateMachine):
             if self.ended_at is None:
                 self.ten_seconds_without_faults_pass()
                 self.stop(really=True)
+            if self.cancelled:
+                # Which is not how a worker ends: it does not wait for what is slow to close.
+                self.time_passes(SLOW_CLOSE_S)
             left = self.runner.run(self._end())
             assert self.task.done(), f"the loop runs on {MOST_S} s after its end began"
             assert not left
@@ -314,7 +325,8 @@ class LoopMachine(RuleBasedStateMachine):
         # What a cancelled take has brought, the loop has not seen.
         for job_id in ledger.open & ledger.begun if self.cancelled else ledger.open:
             assert self.errors.tell_of(job_id), f"{job_id} was taken and never ended"
-            assert job_id in ledger.faulty | ledger.late or self.cancelled, f"{job_id} could have been ended"
+            excused = job_id in ledger.faulty or self.errors.returned(job_id) or self.cancelled
+            assert excused, f"{job_id} could have been ended"
         for job_id, result in ledger.results:
             if "error" in result:
                 assert json.loads(result["error"]) is not None
