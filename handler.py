@@ -125,7 +125,11 @@ def _poll(settings: Settings) -> int:
 
     server = lifecycle.server()
     limit = server.max_num_seqs if settings.max_concurrency == "auto" else settings.max_concurrency
-    return platform.serve(handler, lambda queue: lifecycle.serve(queue, handler, server, settings, limit), limit)
+
+    async def run(queue: platform.Platform) -> int:
+        return await lifecycle.serve(queue, handler, server, settings, limit)
+
+    return platform.serve(handler, run, limit, server.failure)
 
 
 def _set_logging(*, quiet: bool) -> None:

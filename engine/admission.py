@@ -14,11 +14,20 @@ FULL = 0.9
 class Load(Protocol):
     """What the engine last said of itself, and what its requests have been like; sizes in tokens."""
 
-    running: int
-    waiting: int
-    kv_cache_usage: float
     usual_prompt_tokens: float
     usual_answer_tokens: float
+
+    @property
+    def running(self) -> int:
+        """Requests that run."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for the engine."""
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV cache that is taken, from 0 to 1."""
 
     @property
     def answered_tokens(self) -> float:

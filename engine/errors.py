@@ -12,7 +12,8 @@ WorkerError
     ├── TooLargeError         413: the job's result is larger than the platform takes
     ├── RefusedResultError    500: the platform did not take the job's result, and will not
     ├── EngineError           500: the engine broke off without an answer; another try may succeed
-    └── StoppedError          503: the worker ends before the job did; another worker may run it
+    ├── StoppedError          503: the worker ends before the job did; another worker may run it
+    └── TimedOutError         504: the job has run for longer than a job may
 """
 
 from __future__ import annotations
@@ -136,6 +137,16 @@ class StoppedError(JobError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     type = "ServiceUnavailableError"
     retryable = True
+
+
+class TimedOutError(JobError):
+    """The job has run for longer than a job may; in seconds."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    type = "TimeoutError"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"the job has run for {limit_s:g} s, which is as long as EXECUTION_TIMEOUT_S lets a job run")
 
 
 _URL = re.compile(r"\S*://\S*")

@@ -11,9 +11,11 @@ from contextlib import aclosing, asynccontextmanager
 from http import HTTPStatus
 from typing import Any, Protocol
 
+import msgspec
+
 from engine import dispatch, native, payloads
 from engine.batching import EventBatcher
-from engine.errors import EngineError, InvalidInputError, JobError, RefusedError
+from engine.errors import EngineError, InvalidInputError, JobError, RefusedError, StoppedError
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +35,12 @@ class Engine(Protocol):
     def open_routes(self) -> frozenset[str]:
         """The routes that a job may call."""
 
+    def event_tokens(self, path: str) -> int:
+        """How many tokens an event should hold, in a stream of plain text that begins now on this route."""
+
+    def failure(self) -> str | None:
+        """What is wrong with the engine for good, if something is."""
+
     async def app(self) -> dispatch.App:
         """VLLM's OpenAI app, or another."""
 
@@ -49,8 +57,9 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
         job: what the queue gave: `{"id": ..., "input": {...}}`.
         engine: what answers it.
     """
+    failure: JobError | None
     try:
-        request = payloads.parse(job, engine.max_model_len, engine.open_routes)
+        request = payloads.parse(job, engine.max_model_len, engine.open_routes, engine.event_tokens)
         async with dispatch.call(await engine.app(), request, str(job.get("id", ""))) as response:
             await _check(response)
             if response.content_type == "text/event-stream":
@@ -66,8 +75,12 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
         _log.exception("Job %s failed in the worker", job.get("id"))
         failure = EngineError("the worker failed; its log says why")
     else:
-        return
-    yield failure.output()
+        failure = None
+    if (reason := engine.failure()) is not None:
+        # Whatever the app made of it: vLLM ends streams with an error event then, which looks like a job that is done.
+        failure = StoppedError(f"the worker has failed: {reason}")
+    if failure is not None:
+        yield failure.output()
 
 
 @asynccontextmanager
@@ -113,10 +126,18 @@ def _document(content_type: str, body: bytes, path: str) -> Any:
     if not body:
         return ""
     if content_type == "application/json":
-        return json.loads(body)
+        return _decoded(body)
     if content_type.startswith("text/"):
         return body.decode(errors="strict")
     raise InvalidInputError(f"{path} answers with {content_type}, which is not JSON or text and so no job output")
+
+
+def _decoded(body: bytes) -> Any:
+    """The JSON of a body, without holding the event loop up for long: 20 MB take 0.1 s."""
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:  # What only Python's own reader takes: NaN, half a surrogate pair.
+        return json.loads(body)
 
 
 async def _check(response: dispatch.Response) -> None:

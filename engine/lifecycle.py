@@ -144,7 +144,8 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
     Returns:
         The exit status: 0 if it was told to stop, 1 if the engine has failed.
     """
-    from engine.loop import JobLoop, Timeouts
+    from engine.loop import GIVE_UP_S, LAST_WORDS_S, JobLoop, Timeouts
+    from engine.server import SHUTDOWN_TIMEOUT_S
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.set_threshold(*GARBAGE_THRESHOLDS)
@@ -153,13 +154,15 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
         handler,
         Admission(server.statistics, limit, server.cache_tokens, server.max_model_len),
         failure=server.failure,
-        timeouts=Timeouts(drain_s=settings.drain_timeout_s, job_s=settings.job_timeout_s),
+        timeouts=Timeouts(settings.drain_timeout_s, settings.job_timeout_s, settings.execution_timeout_s),
         tokens_of=server.tokens_of,
         log_inputs=settings.log_job_inputs,
         start=cold_start.WORKER,
     )
     cold_start.WORKER.ended("sdk")
 
+    # What follows a signal takes no longer, whatever hangs: the platform kills a worker that does not end.
+    most_s = settings.drain_timeout_s + LAST_WORDS_S + GIVE_UP_S + SHUTDOWN_TIMEOUT_S
     told = False
 
     def stop() -> None:
@@ -168,6 +171,9 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
             os._exit(1)  # The engine's processes end with this one.
         told = True
         jobs.stop()
+        overdue = threading.Timer(most_s, _end_overdue, (most_s,))
+        overdue.daemon = True
+        overdue.start()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -176,8 +182,10 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
     await server.app()
     cold_start.WORKER.ended("app")
     cold_start.WORKER.log("Cold start")
-    beating = asyncio.create_task(health.beat(server.failure))
-    try:
-        return await jobs.run()
-    finally:
-        beating.cancel()
+    jobs.supervise(health.beat(server.failure), "tell that all is well")
+    return await jobs.run()
+
+
+def _end_overdue(most_s: float) -> None:
+    _log.error("The worker has not ended %.0f s after it was told to: it ends now", most_s)
+    os._exit(1)

@@ -30,6 +30,7 @@ from engine.errors import (
     JobError,
     RefusedDeliveryError,
     StoppedError,
+    TimedOutError,
     described,
 )
 from engine.platform import LET_GO_S, TAKE_TIMEOUT_S, Delivery
@@ -91,6 +92,7 @@ class _Held:
     id: str
     begun: float
     task: asyncio.Task[None] | None = None
+    timer: asyncio.TimerHandle | None = None
     started: bool = False
     ending: bool = False
     stopped: bool = False
@@ -116,10 +118,12 @@ class Timeouts:
     Args:
         drain_s: jobs that run when the worker is told to stop.
         job_s: one job, deliveries included: the platform's executionTimeout.
+        run_s: one job, after which it is broken off; None for as long as it likes.
     """
 
     drain_s: float = 25.0
     job_s: float = 600.0
+    run_s: float | None = None
 
 
 class JobLoop:
@@ -284,6 +288,8 @@ class JobLoop:
         held = _Held(job_id, time.monotonic())
         self._jobs[job_id] = held
         self._platform.hold(job_id)
+        if self._timeouts.run_s is not None:
+            held.timer = asyncio.get_running_loop().call_later(self._timeouts.run_s, self._time_out, held)
         held.task = self._task(self._run(job, held), f"job {job_id}")
         line = {"job": job_id, "route": _route(job), "status": "started"}
         _log.info("%s", json.dumps(line | {"input": job.get("input")} if self._log_inputs else line))
@@ -307,6 +313,8 @@ class JobLoop:
             _log.exception("Job %s failed in the worker", held.id)
             error = EngineError("the worker failed; its log says why")
         held.ending = True
+        if held.timer is not None:
+            held.timer.cancel()
         try:
             if held.stopped:
                 held.outcome = "stopped"
@@ -397,6 +405,12 @@ class JobLoop:
             held.again = None
         if held is not None and not held.ending:
             held.stopped = True
+            held.cancel()
+
+    def _time_out(self, held: _Held) -> None:
+        """Break off a job that has run for as long as it may."""
+        if not held.ending:
+            held.ended_with = TimedOutError(self._timeouts.run_s or 0.0)
             held.cancel()
 
     async def _watch_engine(self) -> None:

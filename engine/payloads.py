@@ -6,11 +6,13 @@ import json
 import logging
 import re
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
+from engine import merging
 from engine.errors import ClosedRouteError, InvalidInputError
 from engine.routes import SERVING
 
@@ -35,7 +37,7 @@ _log = logging.getLogger(__name__)
 class Request:
     """One call of vLLM's app.
 
-    `body` is JSON in UTF-8, or None for a GET. `native` is true for a job in the top-level form, whose stream comes
+    `body` is JSON, or None for a GET. `native` is true for a job in the top-level form, whose stream comes
     back as dicts with the new text rather than as SSE text. `warnings` are for who sent the job.
     """
 
@@ -47,12 +49,23 @@ class Request:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A `Request` whose body is not written yet."""
+
+    method: str
+    path: str
+    query: str = ""
+    document: dict[str, Any] | None = None
+    native: bool = False
+
+
 class _Input(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     @abstractmethod
-    def request(self, max_model_len: int) -> Request:
-        """The request that this input stands for."""
+    def call(self, max_model_len: int) -> _Call:
+        """The call that this input stands for."""
 
 
 class OpenAIInput(_Input):
@@ -61,7 +74,7 @@ class OpenAIInput(_Input):
     openai_route: StrictStr = "/v1/chat/completions"
     openai_input: dict[str, Any] | None = None
 
-    def request(self, max_model_len: int) -> Request:
+    def call(self, max_model_len: int) -> _Call:
         """A POST of the input to the route; a GET of the route where there is no input."""
         del max_model_len
         return _call("openai_route", self.openai_route, self.openai_input)
@@ -74,7 +87,7 @@ class RouteInput(_Input):
     body: dict[str, Any] | None = None
     method: Literal["GET", "POST", "get", "post"] | None = None
 
-    def request(self, max_model_len: int) -> Request:
+    def call(self, max_model_len: int) -> _Call:
         """A POST of the body, or a GET where there is none, unless `method` says otherwise."""
         del max_model_len
         method = (self.method or ("POST" if self.body else "GET")).upper()
@@ -86,7 +99,7 @@ class _NativeInput(_Input):
     stream: StrictBool = False
     model: StrictStr | None = None
 
-    def _post(self, path: str, field: str, value: Any, defaults: dict[str, Any]) -> Request:
+    def _post(self, path: str, field: str, value: Any, defaults: dict[str, Any]) -> _Call:
         body = {**self.sampling_params}
         body |= {name: default for name, default in defaults.items() if body.get(name) is None}
         for name in (field, "stream", "model"):
@@ -97,7 +110,7 @@ class _NativeInput(_Input):
             body["model"] = self.model
         if self.stream:
             body["stream_options"] = {"include_usage": True, **_dict(body.get("stream_options"))}
-        return Request("POST", path, body=_encode(body), native=True)
+        return _Call("POST", path, document=body, native=True)
 
 
 class MessagesInput(_NativeInput):
@@ -105,7 +118,7 @@ class MessagesInput(_NativeInput):
 
     messages: Annotated[list[Any], Field(min_length=1)]
 
-    def request(self, max_model_len: int) -> Request:
+    def call(self, max_model_len: int) -> _Call:
         """A POST to `/v1/chat/completions`; without `max_tokens`, vLLM answers to the end there by itself."""
         del max_model_len
         return self._post("/v1/chat/completions", "messages", self.messages, {})
@@ -117,7 +130,7 @@ class PromptInput(_NativeInput):
     prompt: StrictStr | Annotated[list[Any], Field(min_length=1)]
     apply_chat_template: StrictBool = False
 
-    def request(self, max_model_len: int) -> Request:
+    def call(self, max_model_len: int) -> _Call:
         """A POST to `/v1/completions` that lets the answer run to its end; or a chat of this one turn.
 
         vLLM takes even `null` for its default there, 16 tokens; what is more than the prompt leaves room for, it cuts.
@@ -138,13 +151,19 @@ _FORMS: dict[str, type[_Input]] = {
 }
 
 
-def parse(job: dict[str, Any], max_model_len: int, open_routes: frozenset[str] = SERVING) -> Request:
+def parse(
+    job: dict[str, Any],
+    max_model_len: int,
+    open_routes: frozenset[str] = SERVING,
+    event_tokens: Callable[[str], int] = lambda _: 1,
+) -> Request:
     """The request that a job's `input` stands for.
 
     Args:
         job: what the queue gave.
         max_model_len: the model's most tokens of prompt and answer together.
         open_routes: the routes that a job may call.
+        event_tokens: how many tokens an event of a stream of plain text should hold on a route.
 
     Raises:
         InvalidInputError: the input is none of the accepted forms; the message says what is wrong and what is accepted.
@@ -158,13 +177,17 @@ def parse(job: dict[str, Any], max_model_len: int, open_routes: frozenset[str] =
     if form is None:
         raise InvalidInputError(f"the job's input is none of the accepted forms:\n{ACCEPTED}")
     try:
-        request = replace(form.model_validate(value).request(max_model_len), warnings=warnings)
+        call = form.model_validate(value).call(max_model_len)
     except ValidationError as error:
         faults = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in error.errors())
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED}") from None
-    if request.path not in open_routes:
-        raise ClosedRouteError(request.path, sorted(open_routes))
-    return request
+    if call.path not in open_routes:
+        raise ClosedRouteError(call.path, sorted(open_routes))
+    document = call.document
+    if document is not None and merging.is_plain_text(call.path, document) and (tokens := event_tokens(call.path)) > 1:
+        document = {**document, "stream_interval": tokens}
+    body = None if document is None else _encode(document)
+    return Request(call.method, call.path, call.query, body, call.native, warnings)
 
 
 def _without_retired(value: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -177,7 +200,7 @@ def _without_retired(value: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, 
     return rest, (f"{retired}: ignored, as the worker sets the size of batches",)
 
 
-def _call(field: str, route: str, body: dict[str, Any] | None) -> Request:
+def _call(field: str, route: str, body: dict[str, Any] | None) -> _Call:
     match = _ROUTE.fullmatch(route)
     if match is None:
         raise InvalidInputError(
@@ -185,7 +208,7 @@ def _call(field: str, route: str, body: dict[str, Any] | None) -> Request:
             'as in "/v1/chat/completions"'
         )
     path, query = match["path"], match["query"] or ""
-    return Request("GET", path, query) if body is None else Request("POST", path, query, _encode(body))
+    return _Call("GET" if body is None else "POST", path, query, body)
 
 
 def _encode(body: dict[str, Any]) -> bytes:

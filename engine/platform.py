@@ -1,16 +1,19 @@
 """The platform's worker protocol, through the SDK. The only file that imports it.
 
-Of the SDK we keep the take, the stop channel, the ping, the fitness checks and the log; its loop is replaced by ours.
-Tested against runpod 1.12; with any other version the worker says so and uses the SDK's own loop.
+Of the SDK we keep the take, the stop channel, the ping and the log; its loop is replaced by ours. Where an SDK lacks
+what our loop needs, the worker says so and uses the SDK's own loop, with the engine watched all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import logging
 import os
 import socket
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from enum import Enum
@@ -23,6 +26,9 @@ import uvloop
 from engine.errors import BusyError, DeliveryError, RefusedDeliveryError, described
 
 TESTED_VERSIONS = ("1.12.",)
+# How often the engine is looked at under the SDK's own loop, and what its jobs may take to end once it has failed.
+_WATCH_S = 0.5
+_STOCK_GRACE_S = 3.0
 # The SDK gives a take up after so long; nothing that the platform holds open should outlive it.
 TAKE_TIMEOUT_S = 90.0
 # How long a take that was let go may still bring a job: the platform closes its side after a round trip, as a rule.
@@ -172,18 +178,62 @@ class Platform:
         self._held.remove(job_id)
 
 
+def missing_interface() -> str | None:
+    """What an SDK lacks of that which our loop needs, in words; None if it has all of it.
+
+    Looked for in the SDK itself: its version says neither what an upgrade has moved nor what it has left alone.
+    """
+    try:
+        from runpod.http_client import TooManyRequests, get_auth_header
+        from runpod.serverless import worker
+        from runpod.serverless.modules import rp_http, rp_job, rp_scale
+        from runpod.serverless.modules.worker_state import JobsProgress
+
+        calls: list[tuple[Callable[..., Any], tuple[object, ...]]] = [
+            (get_auth_header, ()),
+            (rp_job.get_job, (None, 1)),
+            (rp_job.get_stop_signals, (None,)),
+            (JobsProgress, ()),
+            (JobsProgress.add, (None, "id")),
+            (JobsProgress.remove, (None, "id")),
+            (rp_scale.JobScaler, ({},)),
+            (rp_scale.JobScaler.start, (None,)),
+        ]
+        for call, arguments in calls:
+            inspect.signature(call).bind(*arguments)
+        checks = {
+            "get_job and get_stop_signals are coroutines": all(
+                inspect.iscoroutinefunction(call) for call in (rp_job.get_job, rp_job.get_stop_signals)
+            ),
+            "TooManyRequests is an exception": issubclass(TooManyRequests, Exception),
+            "the URLs of deliveries are text": all(
+                isinstance(url, str) for url in (rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL)
+            ),
+            "the worker starts rp_scale.JobScaler": worker.rp_scale is rp_scale,
+        }
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        return described(error)
+    return next((f"not so: {what}" for what, is_so in checks.items() if not is_so), None)
+
+
 def import_sdk() -> None:
     """Import the SDK, which takes a second and a half."""
     importlib.import_module("runpod.serverless.modules.rp_scale")
 
 
-def serve(handler: Callable[..., Any], run: Callable[[Platform], Awaitable[int]], concurrency: int) -> int:
+def serve(
+    handler: Callable[..., Any],
+    run: Callable[[Platform], Awaitable[int]],
+    concurrency: int,
+    failure: Callable[[], str | None],
+) -> int:
     """Let the SDK start the worker, with `run` in the place of its loop; return the exit status.
 
     Args:
         handler: an async generator of a job's outputs, as the SDK registers it.
         run: takes jobs from the platform until it is told to stop; gives the exit status.
         concurrency: most jobs at once, where the SDK's own loop has to be used.
+        failure: what is wrong with the engine for good, if something is; asked where the SDK's own loop is used.
     """
     import runpod
     from runpod.serverless.modules import rp_scale
@@ -206,11 +256,26 @@ def serve(handler: Callable[..., Any], run: Callable[[Platform], Awaitable[int]]
             async with Platform() as platform:
                 return await run(platform)
 
-    if runpod.__version__.startswith(TESTED_VERSIONS):
+    if not runpod.__version__.startswith(TESTED_VERSIONS):
+        _log.warning("runpod %s is not a version that this worker was tested with", runpod.__version__)
+    if (missing := missing_interface()) is None:
         rp_scale.JobScaler = Scaler
     else:
-        _log.warning(
-            "runpod %s is not a version that this worker was tested with: its own loop is used", runpod.__version__
-        )
+        _log.warning("The SDK's own loop is used, as runpod %s lacks what ours needs: %s", runpod.__version__, missing)
+        threading.Thread(target=_end_with_engine, args=(failure,), name="watch the engine", daemon=True).start()
     runpod.serverless.start(config)
     return statuses[0] if statuses else 0
+
+
+def _end_with_engine(failure: Callable[[], str | None]) -> None:
+    """End the process when the engine has failed: the SDK's own loop would go on taking jobs and fail each of them."""
+    reason = None
+    while reason is None:
+        time.sleep(_WATCH_S)
+        try:
+            reason = failure()
+        except Exception as error:  # noqa: BLE001 (an engine that nobody can watch is not to be trusted with jobs)
+            reason = f"the engine's state cannot be read: {described(error)}"
+    _log.error("The worker has failed: %s", reason)
+    time.sleep(_STOCK_GRACE_S)
+    os._exit(1)

@@ -14,21 +14,21 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
 
+from engine import compat
 from engine.batching import interval_s, interval_tokens
 from engine.cold_start import WORKER
 from engine.errors import ConfigurationError
 from engine.flags import Flags
 from engine.media import public_session
-from engine.preparing import InPlace, telling_short_ones
+from engine.preparing import telling_short_ones
 from engine.routes import SERVING
 from engine.secrets import redacted
+from engine.statistics import Statistics
 
 if TYPE_CHECKING:
     from engine.configuration import Configuration
@@ -37,13 +37,10 @@ if TYPE_CHECKING:
 
 GIB_BYTES = 1 << 30
 SHUTDOWN_TIMEOUT_S = 5.0
-# So many of the last requests say what one is like.
-REMEMBERED = 16
-# Requests that nobody asks about, as under the SDK's own loop, do not gather for good.
-FINISHED_KEPT = 4096
+# A first step may compile kernels: it may take so many times what a later one may.
+FIRST_STEP_FACTOR = 5
 # On a CPU vLLM would take most of the machine's memory for the KV cache and compile for a minute.
 CPU_KV_CACHE_BYTES = 1 * GIB_BYTES
-UNSEEN_MIDDLEWARE = {"CORSMiddleware", "PrometheusInstrumentatorMiddleware"}
 _ENGINE_MODULES = (
     "vllm.engine.arg_utils",
     "vllm.entrypoints.launchers.cli_args",
@@ -54,59 +51,6 @@ _ENGINE_MODULES = (
 _APP_MODULES = ("vllm.entrypoints.launchers.app", "vllm.entrypoints.launchers.api_server.app_state")
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Statistics:
-    """What the engine last said of itself (vLLM's `SchedulerStats`, each step) and what it has done so far."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_cache_usage: float = 0.0
-    stepped_at: float = 0.0
-    step_s: float = 0.0
-    """What a step takes while requests run, on average, the last ones counting most."""
-    generation_tokens: int = 0
-    usual_prompt_tokens: float = 512.0
-    usual_answer_tokens: float = 512.0
-    """What requests that have finished had, on average, the last ones counting most; at first a guess."""
-    finished: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Tokens in and out of requests that have finished, until they are asked for."""
-    changed: Callable[[], None] = lambda: None
-    """Called at each step."""
-    _answering_tokens: int = 0
-
-    @property
-    def answered_tokens(self) -> float:
-        """What the requests that run have been answered so far, on average."""
-        return self._answering_tokens / self.running if self.running else 0.0
-
-    def step(self) -> None:
-        """The engine has made a step."""
-        now = time.monotonic()
-        if self.running:
-            self.step_s += (now - self.stepped_at - self.step_s) / REMEMBERED
-        self.stepped_at = now
-
-    def load(self, running: int, waiting: int, kv_cache_usage: float) -> None:
-        """What the engine has to do from now on."""
-        self.running, self.waiting, self.kv_cache_usage = running, waiting, kv_cache_usage
-        if not running:
-            self._answering_tokens = 0  # What was aborted is in no other count.
-
-    def answered(self, tokens: int) -> None:
-        """Requests have been answered so many more tokens."""
-        self.generation_tokens += tokens
-        self._answering_tokens += tokens
-
-    def finish(self, request_id: str, prompt_tokens: int, answer_tokens: int) -> None:
-        """A request has finished, with so many tokens."""
-        self._answering_tokens = max(self._answering_tokens - answer_tokens, 0)
-        self.usual_prompt_tokens += (prompt_tokens - self.usual_prompt_tokens) / REMEMBERED
-        self.usual_answer_tokens += (answer_tokens - self.usual_answer_tokens) / REMEMBERED
-        self.finished[request_id] = (prompt_tokens, answer_tokens)
-        if len(self.finished) > FINISHED_KEPT:
-            del self.finished[next(iter(self.finished))]
 
 
 class Server:
@@ -124,20 +68,25 @@ class Server:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        compat.check_version()
+        compat.keep_deltas_apart()
         _keep_media_public()
-        self.statistics = Statistics()
+        self.statistics = Statistics(self._answer_tokens)
         self._stall_timeout_s = configuration.settings.engine_stall_timeout_s
         self._batch_interval_s = configuration.settings.batch_interval_ms / 1000
         self.open_routes = SERVING | configuration.settings.allowed_routes
-        self._own_pace = configuration.flags.value("stream_interval") is not None
+        self._user_set_interval = configuration.flags.value("stream_interval") is not None
+        self._parses_chats = True
         self._args = parse(configuration.flags, configuration.model)
         start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
         arguments = AsyncEngineArgs.from_cli_args(self._args)
-        config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        # The context of `vllm serve`: by it vLLM chooses how many requests and tokens a step may have.
+        config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
         if start_method is None:
             _fork_processes()
         self._engine = AsyncLLM.from_vllm_config(
             config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
             stat_loggers=self._stat_loggers(),
             enable_log_requests=arguments.enable_log_requests,
             disable_log_stats=arguments.disable_log_stats,
@@ -158,8 +107,14 @@ class Server:
 
     @property
     def cache_tokens(self) -> int:
-        """How many tokens fit the KV cache."""
+        """How many tokens fit the KV cache, of all engines where data is parallel.
+
+        vLLM's own count, where it has one: where layers cache differently, blocks times their size is too much.
+        """
         cache = self._engine.vllm_config.cache_config
+        engines = self._engine.vllm_config.parallel_config.data_parallel_size
+        if (tokens := getattr(cache, "kv_cache_size_tokens", None)) is not None:
+            return int(tokens) * int(engines)
         return int((cache.num_gpu_blocks or 0) * cache.block_size)
 
     @property
@@ -167,19 +122,20 @@ class Server:
         """Least time between two outputs of a stream, in seconds: longer, the more requests run."""
         return interval_s(self._batch_interval_s, self.statistics.running)
 
+    def event_tokens(self, path: str) -> int:
+        """How many tokens vLLM should make one event of, in a stream of plain text that begins now on this route."""
+        if self._user_set_interval or (self._parses_chats and path == "/v1/chat/completions"):
+            return 1
+        return interval_tokens(self._batch_interval_s, self.statistics.running, self.statistics.step_s)
+
+    def _answer_tokens(self) -> int:
+        return compat.answer_tokens(self._engine)
+
     def _stat_loggers(self) -> list[Any]:
-        loggers = [_recorder(self.statistics, self._pace)]
+        loggers = [_recorder(self.statistics)]
         if "/metrics" not in self.open_routes:
             loggers.append(_no_metrics())
         return loggers
-
-    def _pace(self) -> None:
-        """Let vLLM make events of requests that come from now on as large as their outputs will be."""
-        if self._own_pace:
-            return
-        self._engine.output_processor.stream_interval = interval_tokens(
-            self._batch_interval_s, self.statistics.running, self.statistics.step_s
-        )
 
     def failure(self) -> str | None:
         """What is wrong with the engine for good: its process is dead, or makes no steps; None while it serves.
@@ -192,8 +148,9 @@ class Server:
         requests = self._engine.get_num_unfinished_requests()
         if not requests:
             self._idle_at = now
-        still_s = now - max(self._idle_at, self.statistics.stepped_at)
-        if still_s > self._stall_timeout_s:
+        stepped_at = self.statistics.stepped_at
+        still_s = now - max(self._idle_at, stepped_at)
+        if still_s > self._stall_timeout_s * (1 if stepped_at else FIRST_STEP_FACTOR):
             return f"no step for {still_s:.0f} s while {requests} requests run"
         return None
 
@@ -215,40 +172,20 @@ class Server:
                 app = build_app(self._args, tasks, self._engine.model_config)
                 app.add_api_route("/cold_start", WORKER.document)
                 if "/metrics" not in self.open_routes:
-                    _leave_out_what_nobody_sees(app)
+                    compat.leave_out_middleware(app)
                 await init_app_state(self._engine, app.state, self._args, tasks)
-                self._lifespan = asyncio.create_task(_live(app))
-                self._app = self._preparing_in_place(app)
+                self._parses_chats = compat.parses_chats(app.state)
+                # What a server runs around the app: vLLM's periodic log line, a frozen heap. It ends with the loop.
+                self._lifespan = app.router.lifespan_context(app)
+                await self._lifespan.__aenter__()
+                # A template that comes with a request may never end: the thread, which vLLM gives up then, is for it.
+                in_place = not self._args.trust_request_chat_template and compat.prepare_in_place(self._engine)
+                self._app = telling_short_ones(app) if in_place else app
             return self._app
-
-    def _preparing_in_place(self, app: App) -> App:
-        """Let short requests be prepared without vLLM's thread, where its tokenizer may be used beside that.
-
-        A template that comes with a request may never end, and is left to the thread, which vLLM gives up then.
-        """
-        from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
-
-        renderer = self._engine.renderer
-        if self._args.trust_request_chat_template or not isinstance(renderer.tokenizer, ThreadSafeHFTokenizerMixin):
-            return app
-        renderer._executor._inner = InPlace(renderer._executor._inner)  # noqa: SLF001 (vLLM has no option for it)
-        return telling_short_ones(app)
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
         self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
-
-
-async def _live(app: Any) -> None:
-    """What a server runs around the app: vLLM's periodic log line, a frozen heap. It ends with the loop."""
-    async with app.router.lifespan_context(app):
-        await asyncio.Event().wait()
-
-
-def _leave_out_what_nobody_sees(app: Any) -> None:
-    """Take off the middleware for browsers and for metrics: both look at each event, and no job's output shows it."""
-    app.user_middleware = [one for one in app.user_middleware if one.cls.__name__ not in UNSEEN_MIDDLEWARE]
-    app.middleware_stack = None  # It is built anew with the first request.
 
 
 def _fork_processes() -> None:
@@ -412,30 +349,31 @@ def _no_metrics() -> Any:
     return NoMetrics
 
 
-def _recorder(statistics: Statistics, pace: Callable[[], None]) -> Any:
-    """A factory, as vLLM wants it, of a logger that keeps `statistics` up to date, and the pace of streams."""
+def _recorder(statistics: Statistics) -> Any:
+    """A factory, as vLLM wants it, of a logger for each engine that keeps `statistics` up to date."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class Recorder(StatLoggerBase):  # type: ignore[misc]  # vLLM is not typed for --strict
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            del vllm_config, engine_index
+            del vllm_config
+            self._engine = engine_index
 
         def record(
             self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
         ) -> None:
             del mm_cache_stats, engine_idx
-            statistics.step()
+            statistics.step(self._engine)
             if iteration_stats is not None:
-                statistics.answered(iteration_stats.num_generation_tokens)
+                statistics.generation_tokens += iteration_stats.num_generation_tokens
                 for request in iteration_stats.finished_requests:
                     statistics.finish(str(request.request_id), request.num_prompt_tokens, request.num_generation_tokens)
             if scheduler_stats is not None:
                 statistics.load(
+                    self._engine,
                     scheduler_stats.num_running_reqs,
                     scheduler_stats.num_waiting_reqs,
                     scheduler_stats.kv_cache_usage,
                 )
-            pace()
             statistics.changed()
 
         def log_engine_initialized(self) -> None:

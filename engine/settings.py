@@ -56,6 +56,11 @@ class Settings(BaseModel):
     job_timeout_s: float = Field(
         600, gt=0, description="Seconds that deliveries of a job are tried: the endpoint's execution timeout."
     )
+    execution_timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Seconds that a job may run before it is ended with an error; without it, the platform's own "
+        "execution timeout alone ends a job.",
+    )
     engine_stall_timeout_s: float = Field(
         120, gt=0, description="Seconds without a step, while requests run, after which the engine counts as dead."
     )

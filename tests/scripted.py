@@ -29,6 +29,8 @@ class ScriptedApp:
     batch_interval_s: float = 0.0
     max_model_len: int = 2048
     open_routes: frozenset[str] = SERVING
+    tokens: int = 1
+    failed: str | None = None
     requests: list[tuple[Message, bytes]] = field(default_factory=list)
     disconnects: int = 0
     left: asyncio.Event = field(default_factory=asyncio.Event)
@@ -59,6 +61,13 @@ class ScriptedApp:
             raise RuntimeError("the script says so")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         self.ended.set()
+
+    def event_tokens(self, path: str) -> int:
+        del path
+        return self.tokens
+
+    def failure(self) -> str | None:
+        return self.failed
 
     async def app(self) -> App:
         """Itself: it is an `engine.jobs.Engine` too."""

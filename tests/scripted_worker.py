@@ -11,14 +11,16 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
 from engine import jobs, lifecycle, platform
 from engine.dispatch import App, Message, Receive, Send
 from engine.routes import SERVING
-from engine.server import Server, Statistics
+from engine.server import Server
 from engine.settings import Settings
+from engine.statistics import Statistics
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
 
@@ -33,9 +35,14 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.statistics = Statistics()
+        self._fails_at = time.monotonic() + float(os.environ.get("FAILS_AFTER_S", "inf"))
 
     def failure(self) -> str | None:
-        return None
+        return None if time.monotonic() < self._fails_at else "the engine's process is dead"
+
+    def event_tokens(self, path: str) -> int:
+        del path
+        return 1
 
     def tokens_of(self, job_id: str) -> tuple[int, int] | None:
         del job_id
@@ -77,9 +84,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO)
     limit = int(os.environ.get("CONCURRENCY", "16"))
     if os.environ.get("LOOP") == "stock":
-        platform.TESTED_VERSIONS = ("none",)
+        vars(platform)["missing_interface"] = lambda: "asked for by a test"
     server, settings = cast("Server", ENGINE), Settings.read()
-    return platform.serve(handler, lambda queue: lifecycle.serve(queue, handler, server, settings, limit), limit)
+
+    async def run(queue: platform.Platform) -> int:
+        return await lifecycle.serve(queue, handler, server, settings, limit)
+
+    return platform.serve(handler, run, limit, ENGINE.failure)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main() -> int:
             http.should_exit = True
             await serving
 
-    return platform.serve(handler, serve, limit)
+    return platform.serve(handler, serve, limit, server.failure)
 
 
 if __name__ == "__main__":

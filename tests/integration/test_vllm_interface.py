@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine import server
+from engine import compat, server
 from engine.preparing import InPlace, telling_short_ones
 from engine.routes import SERVING
 
@@ -137,7 +137,7 @@ def test_every_route_of_vllms_is_open_or_closed_for_a_reason() -> None:
     app = build_app(args, (*GENERATION_TASKS, *POOLING_TASKS, *FRONTEND_TASKS), AnyModel())
     closed = set[str]().union(*CLOSED.values())
 
-    assert {one.cls.__name__ for one in app.user_middleware} >= server.UNSEEN_MIDDLEWARE, (
+    assert {one.cls.__name__ for one in app.user_middleware} >= compat.UNSEEN_MIDDLEWARE, (
         "nothing to leave out is found"
     )
     assert {route.path for route in app.routes} == (SERVING - NOT_VLLMS) | closed, "vLLM's routes are others now"

@@ -6,6 +6,7 @@ import json
 import time
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine import delivery
@@ -122,7 +123,7 @@ async def test_a_result_that_is_too_large_becomes_an_error_with_both_sizes(monke
 
     error = json.loads(post.arrived[-1][1]["error"])
     assert error["status"] == 413
-    assert "216 bytes" in error["error"]["message"]
+    assert "215 bytes" in error["error"]["message"]
     assert "100" in error["error"]["message"]
 
 
@@ -135,7 +136,7 @@ async def test_a_refused_result_is_followed_by_a_small_error() -> None:
 
     assert [kind for kind, _ in post.tried] == [Delivery.STREAM, Delivery.RESULT, Delivery.RESULT]
     error = json.loads(post.arrived[-1][1]["error"])
-    assert "refused the result, which has 17 bytes: status 400: too large" in error["error"]["message"]
+    assert "refused the result, which has 16 bytes: status 400: too large" in error["error"]["message"]
     # The same job would have the same result.
     assert error["retryable"] is False
 
@@ -147,7 +148,7 @@ async def test_a_result_that_the_platform_says_is_too_large_becomes_an_error_wit
 
     error = json.loads(post.arrived[-1][1]["error"])
     assert (error["status"], error["retryable"]) == (413, False)
-    assert "14 bytes" in error["error"]["message"]
+    assert "13 bytes" in error["error"]["message"]
 
 
 @pytest.mark.parametrize("fate", [RefusedDeliveryError("status 404"), DeliveryError("down")])
@@ -171,3 +172,74 @@ async def test_an_error_is_the_result_in_the_place_of_the_outputs() -> None:
     (_, result) = post.arrived[-1]
     assert set(result) == {"error", "stopPod"}
     assert json.loads(result["error"])["retryable"] is True
+
+
+@pytest.mark.parametrize("status", [401, 403, 409])
+async def test_a_result_that_is_refused_for_a_reason_that_may_pass_is_tried_again(status: int) -> None:
+    """A key that is being replaced, or a gateway's page, is not the platform's last word on a finished result."""
+    post = Post(RefusedDeliveryError("no", status), RefusedDeliveryError("no", status))
+
+    assert await JobDelivery(post, "job", NEVER).finish() == "completed"
+
+    assert post.arrived == [(Delivery.RESULT, {"output": []})]
+
+
+@pytest.mark.parametrize(("kind", "status"), [(Delivery.STREAM, 403), (Delivery.RESULT, 400)])
+async def test_any_other_refusal_is_final(kind: Delivery, status: int) -> None:
+    post = Post(RefusedDeliveryError("no", status))
+    job = JobDelivery(post, "job", NEVER)
+
+    if kind is Delivery.STREAM:
+        with pytest.raises(RefusedDeliveryError):
+            await job.stream("a")
+    else:
+        assert await job.finish() == "failed"
+    assert [tried for tried, _ in post.tried].count(kind) == (1 if kind is Delivery.STREAM else 2)
+
+
+def test_a_result_that_stays_refused_is_given_up_though_the_job_has_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "_FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(delivery, "_LONGEST_WAIT_S", 0.5)
+
+    class Refusing(Post):
+        async def __call__(self, kind: Delivery, job_id: str, body: bytes) -> None:
+            self.fates = [RefusedDeliveryError("no", 403)]
+            await super().__call__(kind, job_id, body)
+
+    async def finish() -> None:
+        begun = time.monotonic()
+        assert await JobDelivery(Refusing(), "job", begun + 600).finish() == "undelivered"
+        assert time.monotonic() - begun <= delivery.LEAST_RESULT_S + 0.5
+
+    with virtual_time.runner() as runner:
+        runner.run(finish())
+
+
+async def test_half_a_surrogate_pair_is_delivered_as_json_that_can_be_read() -> None:
+    post = Post()
+    job = JobDelivery(post, "job", NEVER)
+
+    await job.stream("\ud83d")
+    await job.finish()
+
+    assert [document for _, document in post.arrived] == [{"output": "\ud83d"}, {"output": ["\ud83d"]}]
+
+
+async def test_an_output_is_encoded_once_though_it_is_delivered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoding 20 MB holds the event loop up, and every other stream with it."""
+    encode, encoded = delivery._encode, []
+
+    def noting(value: Any) -> bytes:
+        encoded.append(value)
+        return encode(value)
+
+    monkeypatch.setattr(delivery, "_encode", noting)
+    post = Post()
+    job = JobDelivery(post, "job", NEVER)
+    output = {"data": [1.5, 2.5]}
+
+    await job.stream(output)
+    await job.finish()
+
+    assert [document for _, document in post.arrived] == [{"output": output}, {"output": [output]}]
+    assert encoded == [output, {"output": [msgspec.Raw(b'{"data":[1.5,2.5]}')]}]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from engine import health
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(health, "FILE", tmp_path / "alive")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(health, "_BEAT_S", 0.01)
-    return tmp_path / "alive"
+    monkeypatch.setenv("RUNPOD_POD_ID", "abc/../1")
+    return tmp_path / f"vllm-serverless-{os.getuid()}" / "abc____1.alive"
 
 
 def test_a_worker_that_has_not_started_is_not_well(file: Path) -> None:
@@ -42,3 +45,28 @@ def test_a_worker_is_well_while_its_loop_turns(file: Path) -> None:
 def test_a_worker_with_a_dead_engine_is_not_well(file: Path) -> None:
     asyncio.run(health.beat(lambda: "its process is dead"))
     assert not file.exists()
+
+
+def test_workers_of_one_machine_do_not_speak_for_each_other(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.parent.mkdir()
+    file.touch()
+    monkeypatch.setenv("RUNPOD_POD_ID", "another")
+
+    assert health.main() == 1
+
+
+async def beaten_for_a_while() -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(health.beat(lambda: None), 0.1)
+
+
+def test_a_file_that_cannot_be_written_is_told_once_and_ends_nothing(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where another user has made it, or the disk is full."""
+    file.parent.write_text("a file in the place of the directory")
+
+    asyncio.run(beaten_for_a_while())
+
+    assert len(caplog.records) == 1
+    assert str(file) in caplog.text

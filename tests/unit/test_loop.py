@@ -20,7 +20,8 @@ from engine.admission import Admission
 from engine.errors import BusyError, DeliveryError, RefusedDeliveryError
 from engine.loop import BUSY_WAIT_S, GIVE_UP_S, LAST_WORDS_S, JobLoop, Timeouts
 from engine.platform import LET_GO_S, Delivery
-from engine.server import Server, Statistics
+from engine.server import FIRST_STEP_FACTOR, Server
+from engine.statistics import Statistics
 from tests import virtual_time
 from tests.unit.test_admission import Load
 
@@ -603,7 +604,7 @@ async def test_a_task_of_the_loop_that_fails_ends_the_worker_and_its_jobs_as_ret
         bench.submit("1", waits=True)
         await bench.work.begins.wait()
         if broken == "admission":
-            bench.loop._admission.room = fail  # type: ignore[method-assign]
+            vars(bench.loop._admission)["room"] = fail
             bench.loop.wake()
         elif broken == "failure":
             bench.loop._failure = fail
@@ -621,7 +622,7 @@ async def test_a_job_whose_task_fails_ends_the_worker() -> None:
     bench = Bench()
 
     async with running(bench, 1) as task:
-        bench.loop._log_end = fail_now  # type: ignore[method-assign]
+        vars(bench.loop)["_log_end"] = fail_now
         bench.submit("1")
         assert await task == 1
 
@@ -638,6 +639,28 @@ async def test_every_task_of_the_loop_has_a_name() -> None:
         names = {task.get_name() for task in asyncio.all_tasks()}
         bench.work.go.set()
     assert {"take jobs", "watch for jobs to stop", "watch the engine", "job 1"} <= names
+
+
+def test_a_job_that_never_ends_is_ended_after_as_long_as_a_job_may_run() -> None:
+    bench = Bench(run_s=30.0)
+
+    async def run() -> None:
+        async with running(bench):
+            begun = time.monotonic()
+            bench.submit("endless", waits=True)
+            await asyncio.sleep(10)
+            bench.submit("quick")
+            assert await bench.queue.result("quick") == {"output": ["a", "b"]}
+            await asyncio.sleep(19)
+            assert "endless" not in bench.queue.results
+            error = error_of(await bench.queue.result("endless"))
+            assert time.monotonic() - begun == pytest.approx(30, abs=0.1)
+            assert (error["status"], error["retryable"]) == (504, False)
+            assert "EXECUTION_TIMEOUT_S" in error["error"]["message"]
+            assert bench.work.closed == ["quick", "endless"]
+
+    with virtual_time.runner() as runner:
+        runner.run(run())
 
 
 async def test_what_does_not_end_in_time_ends_as_retryable_and_keeps_what_was_streamed() -> None:
@@ -704,8 +727,14 @@ async def test_a_job_that_seems_complete_as_the_engine_fails_is_retryable_too() 
         assert error_of(await bench.queue.result("1"))["retryable"] is True
 
 
-@pytest.mark.parametrize("steps", [0, 2], ids=["hung while idle", "hung while it ran"])
-def test_an_engine_that_makes_no_step_ends_all_jobs_as_retryable_and_the_platform_is_told(steps: int) -> None:
+@pytest.mark.parametrize(
+    ("steps", "stalled_s"),
+    [(0, 60), (2, 60), (None, 60 * FIRST_STEP_FACTOR)],
+    ids=["hung while idle", "hung while it ran", "hung before its first step, which may compile kernels"],
+)
+def test_an_engine_that_makes_no_step_ends_all_jobs_as_retryable_and_the_platform_is_told(
+    steps: int | None, stalled_s: int
+) -> None:
     requests: list[str] = []
     engine = SimpleNamespace(errored=False, get_num_unfinished_requests=lambda: len(requests))
 
@@ -725,18 +754,21 @@ def test_an_engine_that_makes_no_step_ends_all_jobs_as_retryable_and_the_platfor
 
     async def stall() -> None:
         async with running(bench, status=1):
+            await asyncio.sleep(1)
+            if steps is not None:
+                server.statistics.step(0)
             # Without a request there is no step to wait for.
             await asyncio.sleep(1000)
             for number in range(3):
                 bench.submit(str(number))
-            await asyncio.sleep(59)
-            for _ in range(steps):
-                server.statistics.stepped_at = time.monotonic()
-                await asyncio.sleep(59)
+            await asyncio.sleep(stalled_s - 1)
+            for _ in range(steps or 0):
+                server.statistics.step(0)
+                await asyncio.sleep(stalled_s - 1)
             assert not bench.queue.results
             for number in range(3):
                 result = await bench.queue.result(str(number))
-                assert "no step for 60 s while 3 requests run" in error_of(result)["error"]["message"]
+                assert f"no step for {stalled_s} s while 3 requests run" in error_of(result)["error"]["message"]
                 assert error_of(result)["retryable"] is True
             assert [result.get("stopPod") for result in bench.queue.results.values()] == [None, None, True]
             assert not requests

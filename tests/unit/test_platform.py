@@ -16,7 +16,7 @@ import uvloop
 from aiohttp import web
 
 from engine.errors import DeliveryError, RefusedDeliveryError
-from engine.platform import LET_GO_S, Delivery, Platform
+from engine.platform import LET_GO_S, Delivery, Platform, missing_interface, serve
 
 pytestmark = pytest.mark.anyio
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -141,3 +141,58 @@ async def test_a_take_that_is_let_go_ends_as_soon_as_the_platform_sees_that_nobo
         with pytest.raises(aiohttp.ClientConnectionError):
             await asyncio.wait_for(take, 10)
         assert time.monotonic() - begun < LET_GO_S
+
+
+def test_the_sdk_that_is_installed_has_what_our_loop_needs() -> None:
+    assert missing_interface() is None
+
+
+def take_apart(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    from runpod.serverless.modules import rp_job, rp_scale, worker_state
+
+    if change == "a call is gone":
+        monkeypatch.delattr(rp_job, "get_stop_signals")
+    elif change == "a call wants more":
+        monkeypatch.setattr(rp_job, "get_job", more_arguments)
+    elif change == "a call is no coroutine":
+        monkeypatch.setattr(rp_job, "get_stop_signals", list)
+    elif change == "the record of jobs has other methods":
+        monkeypatch.delattr(worker_state.JobsProgress, "remove")
+    else:
+        monkeypatch.delattr(rp_scale, "JobScaler")
+
+
+async def more_arguments(session: object, count: int, region: str) -> None:
+    del session, count, region
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("a call is gone", "get_stop_signals"),
+        ("a call wants more", "region"),
+        ("a call is no coroutine", "coroutines"),
+        ("the record of jobs has other methods", "remove"),
+        ("the loop has another name", "JobScaler"),
+    ],
+)
+def test_what_an_sdk_lacks_is_told(change: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_apart(monkeypatch, change)
+
+    assert told in str(missing_interface())
+
+
+def test_an_sdk_of_another_version_with_the_same_interface_keeps_our_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    import runpod
+    from runpod.serverless.modules import rp_scale
+
+    stock = rp_scale.JobScaler
+    started: list[type] = []
+    monkeypatch.setattr(rp_scale, "JobScaler", stock)
+    monkeypatch.setattr(runpod, "__version__", "9.0.0")
+    monkeypatch.setattr(runpod.serverless, "start", lambda _: started.append(rp_scale.JobScaler))
+
+    serve(lambda _: None, lambda _: asyncio.sleep(0, 0), 1, lambda: None)
+
+    assert started != [stock]
+    assert len(started) == 1

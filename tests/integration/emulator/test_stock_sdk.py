@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from tests.integration.emulator.conftest import WORKER, Start, eventually
+from tests.integration.emulator.conftest import REPOSITORY, WORKER, Start, eventually
 
 
 def test_five_hundred_jobs_are_all_completed(start: Start) -> None:
@@ -148,3 +148,28 @@ def test_a_worker_is_known_even_with_the_key_of_its_users_own_account(start: Sta
     """The SDK prefers the key in `~/.runpod/config.toml` to the one that it was given."""
     site = start(workersMin=1, env={"RUNPOD_AI_API_KEY": "the-key-of-an-account"})
     assert site.ended(site.submit({"count": 1}))["status"] == "COMPLETED"
+
+
+def test_a_dead_engine_ends_the_worker_under_the_sdks_own_loop_too(start: Start) -> None:
+    """The SDK's loop would take job after job, and fail each, until a person notices."""
+    site = start(
+        command=[sys.executable, "-m", "tests.scripted_worker"],
+        cwd=str(REPOSITORY),
+        env={"LOOP": "stock", "FAILS_AFTER_S": "4", "PAUSE_S": "0.5"},
+        workersMin=1,
+        workersMax=1,
+    )
+    (worker,) = site.idle_workers(1)
+    job_id = site.submit({"prompt": " ".join(["word"] * 60), "stream": True})
+
+    failed = site.ended(job_id)
+    (gone,) = eventually(lambda: [gone for gone in _ended(site) if gone["id"] == worker["id"]])
+
+    assert json.loads(failed["error"])["retryable"] is True
+    assert gone["exitCode"] == 1
+    assert any("The SDK's own loop is used" in line for line in gone["log"])
+    assert any("The worker has failed: the engine's process is dead" in line for line in gone["log"])
+
+
+def _ended(site: Any) -> list[dict[str, Any]]:
+    return [worker for worker in (*site.state()["gone"], *site.state()["workers"]) if worker["exitCode"] is not None]
