@@ -64,7 +64,6 @@ class Server:
     """
 
     def __init__(self, configuration: Configuration) -> None:
-        from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -79,9 +78,7 @@ class Server:
         self._parses_chats = True
         self._args = parse(configuration.flags, configuration.model)
         start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
-        arguments = AsyncEngineArgs.from_cli_args(self._args)
-        # The context of `vllm serve`: by it vLLM chooses how many requests and tokens a step may have.
-        config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        arguments, config = engine_config(self._args)
         if start_method is None:
             _fork_processes()
         self._engine = AsyncLLM.from_vllm_config(
@@ -319,6 +316,18 @@ def parse(given: Flags, model: Model) -> Any:
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigurationError(f"vLLM does not accept the settings: {redacted(str(error))}") from error
     return args
+
+
+def engine_config(args: Any) -> tuple[Any, Any]:
+    """VLLM's engine arguments for those of `vllm serve`, and the configuration that it makes of them there.
+
+    The context counts: by it and by the GPU, vLLM chooses how many requests and tokens a step may have.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    arguments = AsyncEngineArgs.from_cli_args(args)
+    return arguments, arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def _defaults(given: Flags) -> list[str]:

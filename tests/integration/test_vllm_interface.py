@@ -29,7 +29,10 @@ USED = {
         "enable_log_requests",
         "disable_log_stats",
     ],
-    "vllm.v1.engine.output_processor.OutputProcessor": ["stream_interval"],
+    "vllm.sampling_params.SamplingParams": ["stream_interval"],
+    "vllm.v1.engine.output_processor.RequestOutputCollector": ["output_kind", "request_id"],
+    "vllm.v1.metrics.stats.RequestStateStats": ["num_generation_tokens"],
+    "vllm.parser.ParserManager.get_parser": ["tool_parser_name", "reasoning_parser_name"],
     "vllm.v1.metrics.loggers.PrometheusStatLogger": ["vllm_config", "engine_indexes"],
     "vllm.v1.engine.async_llm.AsyncLLM.get_num_unfinished_requests": ["self"],
     "vllm.v1.engine.async_llm.AsyncLLM.get_supported_tasks": ["self"],
@@ -99,6 +102,105 @@ async def test_what_vllm_prepares_with_can_be_done_in_place() -> None:
     assert (threads[0] == threading.get_ident(), threads[1] == threading.get_ident()) == (True, False)
     assert executor.submit(threading.get_ident).result() != threading.get_ident()
     executor.shutdown()
+
+
+def output(token: int, *, finished: bool = False) -> Any:
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    said = CompletionOutput(0, str(token), [token], None, None, finish_reason="stop" if finished else None)
+    return RequestOutput("1", None, None, None, [said], finished)
+
+
+@pytest.fixture
+def collectors(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """VLLM's collector of a request's outputs, and the one in its place."""
+    from vllm.v1.engine import async_llm
+
+    theirs = async_llm.RequestOutputCollector
+    monkeypatch.setattr(async_llm, "RequestOutputCollector", theirs)
+    compat.keep_deltas_apart()
+    return theirs, async_llm.RequestOutputCollector
+
+
+@pytest.mark.anyio
+async def test_a_late_consumer_gets_each_delta_by_itself(collectors: tuple[Any, Any]) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    got: list[list[list[int]]] = []
+    for kind in collectors:
+        collector = kind(RequestOutputKind.DELTA, "1")
+        for token in (1, 2, 3):
+            collector.put(output(token, finished=token == 3))
+        tokens, finished = [], False
+        while not finished:
+            one = collector.get_nowait() or await collector.get()
+            tokens.append(list(one.outputs[0].token_ids))
+            finished = one.finished
+        assert collector.get_nowait() is None
+        got.append(tokens)
+
+    assert got == [[[1, 2, 3]], [[1], [2], [3]]], MOVED.format(
+        "its collector merges no deltas now, or ours does not work"
+    )
+
+
+@pytest.mark.anyio
+async def test_an_error_reaches_a_late_consumer_and_a_waiting_one(collectors: tuple[Any, Any]) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    late = collectors[1](RequestOutputKind.DELTA, "1")
+    late.put(output(1))
+    late.put(output(2))
+    late.put(RuntimeError("dead"))
+    with pytest.raises(RuntimeError, match="dead"):
+        await late.get()
+
+    waiting = collectors[1](RequestOutputKind.DELTA, "1")
+    getting = asyncio.create_task(waiting.get())
+    await asyncio.sleep(0)
+    waiting.put(RuntimeError("dead"))
+    with pytest.raises(RuntimeError, match="dead"):
+        await getting
+
+
+@pytest.mark.anyio
+async def test_what_is_not_a_stream_of_deltas_is_collected_as_vllm_does_it(collectors: tuple[Any, Any]) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    collector = collectors[1](RequestOutputKind.CUMULATIVE, "1")
+    collector.put(output(1))
+    collector.put(output(2, finished=True))
+
+    assert (await collector.get()).outputs[0].token_ids == [2]
+    assert collector.get_nowait() is None
+
+
+def test_without_what_an_optimisation_needs_the_worker_starts_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.v1.engine import async_llm
+
+    monkeypatch.delattr(async_llm, "RequestOutputCollector")
+    compat.keep_deltas_apart()
+    prepared = compat.prepare_in_place(object())
+    compat.leave_out_middleware(object())
+
+    assert not prepared
+    assert [record.getMessage().split(", which")[0] for record in caplog.records] == [
+        "This vLLM does not allow deltas to be kept apart",
+        "This vLLM does not allow short requests to be prepared without a thread",
+        "This vLLM does not allow middleware to be left out",
+    ]
+
+
+def test_another_version_of_vllm_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import vllm
+
+    compat.check_version()
+    assert caplog.text == ""
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    compat.check_version()
+    assert "0.99.0" in caplog.text
 
 
 CLOSED = {

@@ -1,0 +1,100 @@
+"""The engine is what `vllm serve` makes on the same GPU, value by value; GPUs are pretended, vLLM's choice is real."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from typing import Any
+
+import pytest
+
+from engine import server
+from engine.models import Model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+GIB = 1 << 30
+GPUS = {
+    "NVIDIA H100 80GB HBM3": (80 * GIB - 1, 1024, 8192),
+    "NVIDIA H200": (140 * GIB, 1024, 8192),
+    "NVIDIA L40S": (45 * GIB, 256, 2048),
+    "NVIDIA A100-SXM4-80GB": (80 * GIB - 1, 256, 2048),
+    "NVIDIA B200": (179 * GIB, 1024, 16384),
+}
+"""GPU memory in bytes, and the most requests and tokens of a step that `vllm serve` 0.32 chooses there."""
+
+
+class Pretended:
+    """A platform that is a GPU when vLLM asks what it is, and the real one for the rest."""
+
+    def __init__(self, real: Any, name: str) -> None:
+        self._real, self._name = real, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def get_device_name(self, _device: int = 0) -> str:
+        return self._name
+
+    def get_device_total_memory(self, _device: int = 0) -> int:
+        return GPUS[self._name][0]
+
+
+@pytest.fixture(params=GPUS)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Pretends to be this GPU where vLLM chooses the sizes of a step: the rest of it would look for CUDA."""
+    from vllm.engine import arg_utils
+
+    name: str = request.param
+    choose = arg_utils.EngineArgs.get_batch_defaults
+
+    def pretending(world_size: int) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(arg_utils, "current_platform", Pretended(arg_utils.current_platform, name))
+            return choose(world_size)
+
+    monkeypatch.setattr(arg_utils.EngineArgs, "get_batch_defaults", staticmethod(pretending))
+    # The worker has defaults of its own on a CPU alone.
+    monkeypatch.setattr(server, "_defaults", lambda _: [])
+    return name
+
+
+def served(model: str) -> Any:
+    """The configuration that `vllm serve MODEL` makes, by the calls of its own entry point."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, "--served-model-name", "tiny"])
+    return AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def values(config: Any, path: str = "") -> dict[str, Any]:
+    """Every value of a configuration and of those in it, by its dotted name."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, Enum):
+        return {path: repr(config)}
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        found |= values(getattr(config, field.name, None), f"{path}.{field.name}" if path else field.name)
+    return found
+
+
+# What is another each time that a configuration is made.
+EACH_TIME = ("instance_id", "_port", "_ip")
+
+
+def test_the_engine_is_configured_as_vllm_serve_does_it(gpu: str, tiny_model: str) -> None:
+    _, seqs, tokens = GPUS[gpu]
+    _, config = server.engine_config(server.parse(server.flags(), Model(tiny_model, ("tiny",))))
+
+    assert (config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens) == (seqs, tokens)
+    ours, theirs = values(config), values(served(tiny_model))
+    assert len(ours) > 200
+    assert {
+        name: (ours.get(name), theirs.get(name))
+        for name in ours.keys() | theirs.keys()
+        if ours.get(name) != theirs.get(name) and not name.endswith(EACH_TIME) and " at 0x" not in ours.get(name, "")
+    } == {}
