@@ -280,7 +280,7 @@ class Queue:
         if now >= self._forget_at:
             self._forget_at = now + FORGET_EACH_S
             for job in [job for job in self._jobs.values() if _forgotten_at(job) <= now]:
-                del self._jobs[job.id]
+                self._forget(job)
 
     def held(self, worker: str) -> list[Job]:
         """The jobs that a worker holds."""
@@ -371,6 +371,15 @@ class Queue:
         job.worker = job.taken_at = job.first_output_at = None
         job.output = job.error = None
         job.outputs, job.streamed = [], 0
+
+    def _forget(self, job: Job) -> None:
+        """Keep nothing of a job, nor of the workers that were to stop it and have not been heard of since."""
+        del self._jobs[job.id]
+        for stopping in self._stopping.values():
+            stopping.pop(job.id, None)
+        for signals in self._signals.values():
+            if job.id in signals:
+                signals.remove(job.id)
 
     def _changed(self, job: Job) -> None:
         self._listener.changed(job_topic(job.id))

@@ -204,6 +204,37 @@ def test_a_worker_that_lets_a_stopped_job_go_obeys() -> None:
     assert jobs.disobedient() == set()
 
 
+def test_a_worker_that_never_asks_nor_pings_is_remembered_no_longer_than_its_jobs() -> None:
+    clock = Clock()
+    jobs = queue(clock)
+    for _ in range(10):
+        job = submit(jobs, retention_s=110)
+        jobs.take("silent", 1)
+        jobs.cancel(job.id)
+        clock.now += 50
+        jobs.expire()
+    assert (len(jobs._stopping["silent"]), len(jobs._signals["silent"])) == (2, 2)
+    clock.now += 110
+    jobs.expire()
+    assert not any((*jobs._stopping.values(), *jobs._signals.values()))
+
+
+def test_a_job_that_is_retried_elsewhere_leaves_nothing_of_its_first_worker() -> None:
+    clock = Clock()
+    jobs = queue(clock, execution_timeout_s=10)
+    job = submit(jobs, retention_s=100)
+    jobs.take("silent", 1)
+    clock.now += 10
+    jobs.expire()
+    jobs.retry(job.id)
+    jobs.take("other", 1)
+    jobs.finish("other", job.id, "done")
+    assert jobs._stopping.keys() == {"silent"}
+    clock.now += 101
+    jobs.expire()
+    assert not any((*jobs._stopping.values(), *jobs._signals.values()))
+
+
 def test_a_job_whose_time_to_live_is_over_times_out_where_it_waits() -> None:
     clock = Clock()
     jobs = queue(clock)
