@@ -146,11 +146,12 @@ class Emulator:
         server = _Server(config)
         serving = asyncio.ensure_future(server.serve([self._socket]))
         try:
-            while not server.started:
+            while not server.started and not self._stop.is_set():
                 if serving.done():
                     await serving
                 await asyncio.sleep(0.01)
-            ready()
+            if server.started:
+                ready()
             keeping = asyncio.ensure_future(self._keep())
             await asyncio.wait({keeping, serving}, return_when=asyncio.FIRST_COMPLETED)
             if keeping.done():
@@ -191,6 +192,9 @@ def background(settings: EmulatorSettings) -> Iterator[Emulator]:
 
     Args:
         settings: what it is told; port 0 is any free one, which `Emulator.url` has.
+
+    Raises:
+        TimeoutError: it does not start in time.
     """
     emulator = Emulator(settings)
     started = threading.Event()
@@ -212,14 +216,16 @@ def background(settings: EmulatorSettings) -> Iterator[Emulator]:
 
     thread = threading.Thread(target=main, name="emulator", daemon=True)
     thread.start()
-    started.wait(_STARTUP_S)
+    if not started.wait(_STARTUP_S):
+        failures.append(TimeoutError(f"the emulator has not started within {_STARTUP_S:g} s"))
     try:
         if not failures:
             yield emulator
     finally:
         if loops and not loops[0].is_closed():
             loops[0].call_soon_threadsafe(emulator.stop)
-        thread.join()
+        # One that hangs as it starts may not hear of it.
+        thread.join(_STARTUP_S if failures else None)
     if failures:
         raise failures[0]
 

@@ -1,0 +1,47 @@
+"""An emulator in a thread: ready within, or an error that says why not."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from emulator import server
+from emulator.server import Emulator, EmulatorSettings, background
+
+SETTINGS = EmulatorSettings.model_validate({"port": 0})
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_an_emulator_that_does_not_start_in_time_is_told_to_stop_and_an_error(
+    monkeypatch: pytest.MonkeyPatch, obeys: bool
+) -> None:
+    told, released = threading.Event(), threading.Event()
+
+    async def hang(emulator: Emulator, _ready: Callable[[], None]) -> None:
+        await emulator._stop.wait()
+        told.set()
+        if not obeys:
+            await asyncio.to_thread(released.wait)
+        emulator._socket.close()
+
+    monkeypatch.setattr(Emulator, "run", hang)
+    monkeypatch.setattr(server, "_STARTUP_S", 0.2)
+    try:
+        with pytest.raises(TimeoutError, match=r"has not started within 0\.2 s"), background(SETTINGS):
+            pytest.fail("it is not ready")
+        assert told.wait(5)
+    finally:
+        released.set()
+
+
+def test_an_emulator_that_fails_as_it_starts_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(emulator: Emulator, _ready: Callable[[], None]) -> None:
+        emulator._socket.close()
+        raise OSError("no more sockets")
+
+    monkeypatch.setattr(Emulator, "run", fail)
+    with pytest.raises(OSError, match="no more sockets"), background(SETTINGS):
+        pytest.fail("it is not ready")
