@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--host", default=None, help="address to listen on (default: 127.0.0.1)")
     result.add_argument("--port", type=int, default=None, help="port to listen on, 0 for a free one (default: 8000)")
+    result.add_argument("--tls", action="store_true", help="serve over HTTPS, with a certificate that is made for it")
     result.add_argument(
         "--api-key", action="append", metavar="KEY", help="a key that clients may use; may be repeated (default: local)"
     )
@@ -104,6 +105,8 @@ def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings, bool]:
         for name, value in (("host", given.host), ("port", given.port), ("apiKeys", given.api_key))
         if value is not None
     }
+    if given.tls:
+        document["tls"] = True
     try:
         return EmulatorSettings.model_validate(document), given.quiet
     except ValidationError as error:
@@ -136,6 +139,8 @@ async def _run(settings: EmulatorSettings, *, quiet: bool) -> int:
 
     def ready() -> None:
         _say(f"The emulator listens on {emulator.url}")
+        if emulator.ca_file is not None:
+            _say(f"Clients trust it by its CA file: curl --cacert {emulator.ca_file} {emulator.url}")
         keys = "key: local" if settings.api_keys == ("local",) else f"{len(settings.api_keys)} API key(s)"
         for endpoint in settings.endpoints:
             _say(f"OpenAI base URL of {endpoint.id}: {emulator.url}/v2/{endpoint.id}/openai/v1 ({keys})")

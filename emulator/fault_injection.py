@@ -17,15 +17,34 @@ from emulator.faults import FaultKind, Rule, When
 # `/v2/ENDPOINT/ROUTE/...`
 _ROUTE_PART = 3
 _WORKER_PART = 4
+# As the server ends, it waits no longer for the answer to its close_notify: a client that sits idle has none.
+_CLOSE_NOTIFY_S = 0.05
 
 
 class DroppableProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with the connection in the request's state, so that it can be dropped."""
 
+    _ends = False
+
     def on_message_begin(self) -> None:
         """Begin a request."""
         super().on_message_begin()
         self.scope["state"]["transport"] = self.transport
+
+    def shutdown(self) -> None:
+        """Close the connection, now or when the answer that is under way has been sent: the server ends."""
+        self._ends = True
+        super().shutdown()
+        self._cut_off()
+
+    def on_response_complete(self) -> None:
+        """End a request."""
+        super().on_response_complete()
+        self._cut_off()
+
+    def _cut_off(self) -> None:
+        if self._ends and self.transport.is_closing() and self.transport.get_extra_info("ssl_object") is not None:
+            self.loop.call_later(_CLOSE_NOTIFY_S, self.transport.abort)
 
 
 class FaultInjection:

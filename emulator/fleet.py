@@ -98,6 +98,7 @@ class Fleet:
         self._start_after = 0.0
         self._closing = False
         self.base_url = ""
+        self.ca_environment: dict[str, str] = {}
         self.log: Callable[[str, str], None] = lambda _worker, _line: None
 
     # What workers do.
@@ -298,6 +299,7 @@ class Fleet:
         # The emulator's own RUNPOD_* variables are another platform's.
         env = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
         env |= worker_environment(self.base_url, settings.id, worker_id, self._key, settings.ping_interval_ms)
+        env |= self.ca_environment
         try:
             worker.process = self._start(
                 settings.command, env | settings.env, settings.cwd, _Watcher(self, worker, self._redaction)

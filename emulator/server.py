@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from emulator import client_api, control, gateway, state, worker_api
 from emulator.access import Platform, gone, refusal
+from emulator.certificate import Certificate
 from emulator.endpoint import Endpoint
 from emulator.errors import ConfigurationError, RefusedError
 from emulator.fault_injection import DroppableProtocol, FaultInjection
@@ -44,6 +45,7 @@ class EmulatorSettings(BaseModel):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    tls: bool = False
     api_keys: tuple[str, ...] = Field(("local",), alias="apiKeys", min_length=1)
     endpoints: tuple[EndpointSettings, ...] = Field((EndpointSettings(),), min_length=1)
     faults: FaultSettings = FaultSettings()
@@ -82,8 +84,11 @@ class Emulator:
         self._socket = _listen(settings.host, settings.port)
         host, port = self._socket.getsockname()[:2]
         # Workers and people on this machine reach a server on all addresses by the loopback one.
-        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-        self.url = f"http://{shown}:{port}"
+        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self._certificate = Certificate([settings.host, shown], os.environ) if settings.tls else None
+        self.url = f"http{'s' if self._certificate else ''}://{f'[{shown}]' if ':' in shown else shown}:{port}"
+        self.ca_file = self._certificate.ca_file if self._certificate else None
+        """The CA that clients have to trust, over TLS; its file lasts as long as the emulator runs."""
         self.faults = Faults(settings.faults)
         self._webhooks = Webhooks()
         self._announce, self._log = announce, log
@@ -116,6 +121,7 @@ class Emulator:
         endpoint.announce = lambda line: self._announce(settings.id, line)
         endpoint.worker_log = self._log
         endpoint.fleet.base_url = self.url
+        endpoint.fleet.ca_environment = self._certificate.environment if self._certificate else {}
         return endpoint
 
     def stop(self) -> None:
@@ -132,8 +138,10 @@ class Emulator:
         Args:
             ready: called when requests are answered.
         """
+        certificate = self._certificate
         config = uvicorn.Config(
             self.app,
+            ssl_context_factory=None if certificate is None else lambda _config, _default: certificate.context,
             http=DroppableProtocol,
             ws="none",
             lifespan="off",
@@ -164,9 +172,13 @@ class Emulator:
                 endpoint.fleet.kill_all()
                 # Nobody is left to do them: who waits for one is told.
                 endpoint.queue.close()
+            if certificate is not None:
+                certificate.remove()
             await self._webhooks.close()
             server.should_exit = True
             await serving
+            for connection in server.server_state.connections:
+                connection.transport.abort()
 
     async def _keep(self) -> None:
         """Look after workers and queues until told to stop, and then until the workers are gone."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -76,3 +78,21 @@ async def hang_up_of(receive: Receive) -> AsyncIterator[HangUp]:
         yield listening
     finally:
         listening.cancel()
+
+
+def has_hung_up(transport: asyncio.Transport) -> bool:
+    """Whether the other side has closed its side of the connection, though the event loop may not have read so yet.
+
+    A TLS transport of uvloop tells it too late: from the end of file on it drops what is written, but it is not closing
+    before a later turn.
+    """
+    connection = transport.get_extra_info("socket")
+    if transport.is_closing() or connection is None:
+        return True
+    with socket.socket(fileno=os.dup(connection.fileno())) as peeked:
+        try:
+            return not peeked.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True

@@ -17,7 +17,7 @@ from emulator.errors import InvalidRequestError, TooLargeError, UnauthorizedErro
 from emulator.faults import FaultKind, Rule
 from emulator.jobs import CHUNK_BYTES, RESULT_BYTES, Job, JobStatus
 from emulator.queue import WAITING, stop_topic
-from emulator.waiting import hang_up_of
+from emulator.waiting import hang_up_of, has_hung_up
 
 # A worker that is told to end and polls on all the same is slowed down, and held up no longer than that.
 _LEAVING_POLL_S = 0.2
@@ -55,7 +55,7 @@ async def stop_signals(request: Request) -> Response:
     leaving = endpoint.fleet.leaving(worker)
 
     def look() -> list[str] | None:
-        if not leaving and endpoint.fleet.leaving(worker):
+        if has_hung_up(request.state.transport) or (not leaving and endpoint.fleet.leaving(worker)):
             return []
         return endpoint.queue.stop_signals(worker) or None
 
@@ -110,8 +110,8 @@ async def _take(request: Request, count: int) -> list[Job]:
         if not endpoint.fleet.may_take(worker):
             # A poll that is under way when the worker is told to end keeps it no longer.
             return [] if not leaving and endpoint.fleet.leaving(worker_id) else None
-        if request.state.transport.is_closing():
-            # The worker has closed its side; nothing can be sent any more, though nobody has said so yet.
+        if has_hung_up(request.state.transport):
+            # Nothing can be sent any more, though nobody has said so yet.
             return []
         if endpoint.duplicates:
             return endpoint.duplicates.pop()

@@ -17,7 +17,7 @@ from emulator.server import Emulator, EmulatorSettings, background
 from emulator.settings import EndpointSettings
 
 KEY = "a-key-of-the-tests"
-# Nothing here is encrypted; without it each client would load all certificates of this machine.
+# Without a context of our own, each client would load all certificates of this machine.
 NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 Start = Callable[..., "Site"]
 
@@ -28,10 +28,12 @@ class Site:
     def __init__(self, emulator: Emulator, stack: ExitStack) -> None:
         self.emulator = emulator
         self.url = emulator.url
+        self.tls = ssl.create_default_context(cafile=emulator.ca_file) if emulator.ca_file else None
+        verify = self.tls or NO_CERTIFICATES
 
         def client(path: str, authorization: str) -> httpx.Client:
             headers = {"Authorization": authorization}
-            made = httpx.Client(base_url=self.url + path, headers=headers, timeout=20, verify=NO_CERTIFICATES)
+            made = httpx.Client(base_url=self.url + path, headers=headers, timeout=20, verify=verify)
             return stack.enter_context(made)
 
         self.client = client("/v2/ep", f"Bearer {KEY}")
@@ -76,8 +78,8 @@ def hang_up(via: httpx.Client, method: str, path: str, once: Callable[[], object
     connection.close()
 
 
-def emulator_with(*endpoints: dict[str, Any]) -> AbstractContextManager[Emulator]:
-    document = {"port": 0, "apiKeys": [KEY], "endpoints": list(endpoints)}
+def emulator_with(*endpoints: dict[str, Any], tls: bool = False) -> AbstractContextManager[Emulator]:
+    document = {"port": 0, "tls": tls, "apiKeys": [KEY], "endpoints": list(endpoints)}
     return background(EmulatorSettings.model_validate(document))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ def test_the_defaults_are_one_endpoint_with_our_worker_and_the_tiny_model(monkey
     settings, quiet = cli.read_settings([])
     (endpoint,) = settings.endpoints
     assert (settings.host, settings.port, settings.api_keys, quiet) == ("127.0.0.1", 8000, ("local",), False)
+    assert not settings.tls
     assert (endpoint.id, endpoint.workers_min, endpoint.workers_max) == ("local", 0, 2)
     assert (endpoint.scaler_type, endpoint.scaler_value) == ("QUEUE_DELAY", 4)
     assert Path(endpoint.command[-1]).name == "handler.py"
@@ -79,6 +81,19 @@ def test_a_file_holds_several_endpoints_and_faults(tmp_path: Path) -> None:
     settings, _ = cli.read_settings(["--config", config, "--faults", faults, "--seed", "7", "--port", "0"])
     assert [(endpoint.id, endpoint.command) for endpoint in settings.endpoints] == [("a", ("x",)), ("b", ("y", "z"))]
     assert (settings.faults.seed, settings.faults.rules[0].rate, settings.port) == (7, 0.1, 0)
+
+
+def test_https_is_an_option_and_a_setting(tmp_path: Path) -> None:
+    assert cli.read_settings(["--command", "x", "--tls"])[0].tls
+    config = write(tmp_path / "config", {"tls": True, "endpoints": [{"command": "x"}]})
+    assert cli.read_settings(["--config", config])[0].tls
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_the_url_of_an_ipv6_address_has_brackets(host: str) -> None:
+    emulator = Emulator(EmulatorSettings(host=host, port=0))
+    emulator._socket.close()
+    assert re.fullmatch(r"http://\[::1\]:\d+", emulator.url)
 
 
 @pytest.mark.parametrize(

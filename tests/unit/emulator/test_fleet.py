@@ -97,6 +97,16 @@ def test_a_worker_is_started_with_all_that_the_sdk_needs() -> None:
     assert (process.command, process.cwd) == (("worker", "--fast"), "/srv")
 
 
+def test_a_worker_trusts_the_emulators_ca_unless_its_endpoint_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/the/machines")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/the/machines")
+    stage = Stage(env={"REQUESTS_CA_BUNDLE": "/the/endpoints"})
+    stage.fleet.ca_environment = {"SSL_CERT_FILE": "/the/emulators", "REQUESTS_CA_BUNDLE": "/the/emulators"}
+    stage.ready_worker()
+    env = stage.processes[0].env
+    assert (env["SSL_CERT_FILE"], env["REQUESTS_CA_BUNDLE"]) == ("/the/emulators", "/the/endpoints")
+
+
 def test_a_worker_is_initializing_then_idle_then_running_then_idle() -> None:
     stage = Stage()
     job = submit(stage.queue)

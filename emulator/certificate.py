@@ -1,0 +1,139 @@
+"""The emulator's TLS certificate: made when it starts, gone when it ends.
+
+A certificate authority of its own signs it and nothing else: that key is never kept, so whoever trusts the authority
+trusts this one emulator. The certificate's own key is in a file only while it is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import certifi
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.x509 import CertificateBuilder, GeneralName, KeyUsage
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# aiohttp (by OpenSSL's defaults) and httpx read the first; requests reads the second, and CURL_CA_BUNDLE without it.
+_CA_VARIABLES = {"SSL_CERT_FILE": ["SSL_CERT_FILE"], "REQUESTS_CA_BUNDLE": ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]}
+# A client whose clock is behind must not find it too new.
+_VALID_BEFORE = timedelta(hours=1)
+_VALID = timedelta(days=365)
+
+
+class Certificate:
+    """A certificate for the loopback addresses and other hosts, with its files in a private temporary directory.
+
+    Args:
+        hosts: names and addresses.
+        environment: what workers inherit; the CAs that it names stay trusted.
+    """
+
+    def __init__(self, hosts: Iterable[str], environment: Mapping[str, str]) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="emulator-")
+        directory = Path(self._directory.name)
+        authority, certificate, key = _make(list(dict.fromkeys([*LOOPBACK, *hosts])))
+        self.ca_file = directory / "ca.pem"
+        self.ca_file.write_bytes(authority)
+        self.context = _load(directory, certificate, key)
+        self.environment: dict[str, str] = {}
+        """Variables by which a process trusts the emulator, beside the CAs that it would trust without them."""
+        for name, read in _CA_VARIABLES.items():
+            bundle = directory / f"{name}.pem"
+            named = (Path(environment[one]) for one in read if environment.get(one))
+            others = next((one for one in named if one.is_file()), Path(certifi.where()))
+            bundle.write_bytes(others.read_bytes() + b"\n" + authority)
+            self.environment[name] = str(bundle)
+
+    def remove(self) -> None:
+        """Delete the files."""
+        self._directory.cleanup()
+
+
+def _make(hosts: list[str]) -> tuple[bytes, bytes, bytes]:
+    """A CA, a certificate for these hosts that it has signed, and the certificate's private key, all in PEM."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca_id = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
+    authority = (
+        _builder("Emulator CA", ca_key)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage("key_cert_sign"), critical=True)
+        .add_extension(ca_id, critical=False)
+        .sign(ca_key, SHA256())
+    )
+    certificate = (
+        _builder("Emulator", key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage("digital_signature"), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(map(_alternative_name, hosts)), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_id), critical=False)
+        .sign(ca_key, SHA256())
+    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return authority.public_bytes(Encoding.PEM), certificate.public_bytes(Encoding.PEM), private
+
+
+def _builder(subject: str, key: EllipticCurvePrivateKey) -> CertificateBuilder:
+    from cryptography import x509
+
+    def name(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
+
+    begins = datetime.now(UTC) - _VALID_BEFORE
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name(subject))
+        .issuer_name(name("Emulator CA"))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begins)
+        .not_valid_after(begins + _VALID)
+    )
+
+
+def _usage(allowed: str) -> KeyUsage:
+    from cryptography import x509
+
+    names = (
+        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+        "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+    )  # fmt: skip
+    return x509.KeyUsage(**{name: name == allowed for name in names})
+
+
+def _alternative_name(host: str) -> GeneralName:
+    from cryptography import x509
+
+    with suppress(ValueError):
+        return x509.IPAddress(ip_address(host))
+    return x509.DNSName(host)
+
+
+def _load(directory: Path, certificate: bytes, key: bytes) -> ssl.SSLContext:
+    """The server's side of TLS; OpenSSL takes a key from a file alone, which is gone as soon as it is read."""
+    chain, private = directory / "certificate.pem", directory / "key.pem"
+    chain.write_bytes(certificate)
+    try:
+        with os.fdopen(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(key)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(chain, private)
+    finally:
+        private.unlink(missing_ok=True)
+    return context
