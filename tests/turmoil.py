@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -44,6 +47,8 @@ FAULTS: list[dict[str, Any]] = [
     ),
     {"kind": "duplicate", "route": "job-take", "rate": 0.02},
 ]
+# What the platform says of a job whose worker was lost once too often.
+_GIVEN_UP = "job timed out after"
 
 
 def worker_settings(**variables: str) -> dict[str, Any]:
@@ -131,12 +136,14 @@ def run_jobs(
     settings: dict[str, Any],
     most_signals: int = 1000,
     timeout_s: float = 300.0,
+    *,
+    tls: bool = False,
 ) -> Ends:
     """Run jobs under faults and signals: how they ended, the endpoint's figures, the signals, the seconds.
 
     A job that is not there any more after `timeout_s` is lost: it has timed out.
     """
-    with site_with(**settings) as site:
+    with site_with(tls=tls, **settings) as site:
         site.idle_workers(2, timeout_s)
         site.faults(*FAULTS, seed=4)
         begun = time.monotonic()
@@ -170,7 +177,22 @@ def replaced(site: Site, pids: set[int]) -> bool:
     return pids.isdisjoint(worker["pid"] for worker in site.state()["workers"])
 
 
-def signalled_around_arrivals(settings: dict[str, Any], count: int, spread_s: float) -> tuple[int, int]:
+@dataclass
+class Outcome:
+    """What became of jobs that came as their workers were told to stop.
+
+    Args:
+        lost: the platform gave up on them, or their answer is not the right one.
+        failed: a worker ended them with an error.
+        rescued: the platform had to give them out again.
+    """
+
+    lost: int = 0
+    failed: int = 0
+    rescued: int = 0
+
+
+def signalled_around_arrivals(settings: dict[str, Any], count: int, spread_s: float, *, tls: bool = False) -> Outcome:
     """Send SIGTERM to two workers around the arrival of a job, so many times; the next ones take their place.
 
     The signals go to the processes, so that the emulator does not know.
@@ -179,13 +201,11 @@ def signalled_around_arrivals(settings: dict[str, Any], count: int, spread_s: fl
         settings: of an endpoint that keeps two workers.
         count: how many jobs, one after the other.
         spread_s: a signal comes so long before the arrival at most, or after it.
-
-    Returns:
-        How many jobs ended without the right answer, and how many the platform had to give out again.
+        tls: whether the platform speaks HTTPS.
     """
     chance = random.Random(7)  # noqa: S311 (when)
-    lost = 0
-    with site_with(**settings) as site:
+    outcome = Outcome()
+    with site_with(tls=tls, **settings) as site:
         for number in range(count):
             site.idle_workers(2)
             pids = {one["pid"] for one in site.state()["workers"]}
@@ -199,6 +219,48 @@ def signalled_around_arrivals(settings: dict[str, Any], count: int, spread_s: fl
             if not jobs:
                 time.sleep(-after_s)
                 jobs = [site.submit(value)]
-            lost += not is_right(site.ended(jobs[0], 120), said)
+            status = site.ended(jobs[0], 120)
+            if not is_right(status, said):
+                by_worker = status["status"] == "FAILED" and not status["error"].startswith(_GIVEN_UP)
+                outcome.failed += by_worker
+                outcome.lost += not by_worker
             eventually(partial(replaced, site, pids), 120)
-        return lost, site.health()["jobs"]["retried"]
+        outcome.rescued = site.health()["jobs"]["retried"]
+        return outcome
+
+
+def stopped_while_idle(settings: dict[str, Any], count: int, *, tls: bool = False) -> list[float]:
+    """Send SIGTERM to idle workers, one after the other: the seconds from each signal to the process's end, sorted.
+
+    As soon as a worker says that it stops, a job comes, which is not to be given to it.
+    """
+    seconds: list[float] = []
+    with site_with(tls=tls, **settings) as site, ThreadPoolExecutor(1) as pool:
+        for number in range(count):
+            worker = site.idle_workers(2)[0]
+            descriptor = os.pidfd_open(worker["pid"])
+            signalled_at = time.monotonic()
+            os.kill(worker["pid"], signal.SIGTERM)
+            ended_at = pool.submit(_ended_at, descriptor)
+            eventually(partial(_says, site, worker["id"], "Worker draining"), 60, 0.005)
+            value, said = job_input(number)
+            status = site.ended(site.submit(value), 120)
+            assert is_right(status, said)
+            assert status["workerId"] != worker["id"]
+            seconds.append(ended_at.result() - signalled_at)
+            gone = eventually(lambda: [one for one in site.state()["gone"] if one["id"] == worker["id"]], 60)  # noqa: B023
+            assert (gone[0]["exitCode"], gone[0]["jobsTaken"]) == (0, worker["jobsTaken"])
+    return sorted(seconds)
+
+
+def _ended_at(descriptor: int) -> float:
+    """When a process ends."""
+    select.select([descriptor], [], [])
+    os.close(descriptor)
+    return time.monotonic()
+
+
+def _says(site: Site, worker: str, text: str) -> bool:
+    """Whether a worker that is there, or has been, has logged this."""
+    state = site.state()
+    return any(text in line for one in state["workers"] + state["gone"] if one["id"] == worker for line in one["log"])

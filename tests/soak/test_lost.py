@@ -5,46 +5,71 @@ from __future__ import annotations
 import pytest
 
 from tests.soak.conftest import Show
-from tests.turmoil import job_input, run_jobs, signalled_around_arrivals, worker_settings
+from tests.turmoil import (
+    Outcome,
+    job_input,
+    run_jobs,
+    signalled_around_arrivals,
+    stopped_while_idle,
+    worker_settings,
+)
 
 ARRIVALS = 100
+IDLE = 50
 JOBS = 2000
+SCHEMES = pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+NAMES = {False: "plain HTTP", True: "HTTPS"}
 
 
 @pytest.mark.timeout(1800)
-def test_two_hundred_sigterms_around_a_hundred_arrivals_lose_nothing(show: Show) -> None:
+@SCHEMES
+def test_idle_workers_that_are_told_to_stop_are_given_no_job_and_end_at_once(tls: bool, show: Show) -> None:
     settings = worker_settings(PAUSE_S="0.05") | {"lostAfter": 30}
 
-    lost, rescued = signalled_around_arrivals(settings, ARRIVALS, 0.05)
+    seconds = stopped_while_idle(settings, IDLE, tls=tls)
 
-    show(f"this loop, {2 * ARRIVALS} SIGTERMs within 50 ms of {ARRIVALS} arrivals: {lost} lost, {rescued} rescued")
-    assert (lost, rescued) == (0, 0)
+    p50, p95 = seconds[IDLE // 2], seconds[IDLE * 95 // 100]
+    show(f"{NAMES[tls]}, {IDLE} SIGTERMs to idle workers: ended after {p50:.2f} s (p50), {p95:.2f} s (p95)")
+    assert seconds[-1] < 3
+
+
+@pytest.mark.timeout(1800)
+@SCHEMES
+def test_two_hundred_sigterms_around_a_hundred_arrivals_lose_nothing(tls: bool, show: Show) -> None:
+    settings = worker_settings(PAUSE_S="0.05") | {"lostAfter": 30}
+
+    outcome = signalled_around_arrivals(settings, ARRIVALS, 0.05, tls=tls)
+
+    show(f"{NAMES[tls]}, {2 * ARRIVALS} SIGTERMs within 50 ms of {ARRIVALS} arrivals: {outcome}")
+    assert outcome == Outcome(lost=0, failed=0, rescued=0)
 
 
 @pytest.mark.timeout(3600)
+@SCHEMES
 @pytest.mark.parametrize("loop", ["own", "stock"])
-def test_sigterms_half_a_second_around_arrivals(loop: str, show: Show) -> None:
+def test_sigterms_half_a_second_around_arrivals(loop: str, tls: bool, show: Show) -> None:
     """The SDK's loop looks for its signal between polls: those are held for 5 s, so that it ends soon."""
     settings = worker_settings(PAUSE_S="0.05", LOOP=loop)
     settings |= {"lostAfter": 15, "longPoll": 5, "maxRetries": 0}
 
-    lost, _ = signalled_around_arrivals(settings, ARRIVALS, 0.5)
+    outcome = signalled_around_arrivals(settings, ARRIVALS, 0.5, tls=tls)
 
-    show(f"{loop} loop, {2 * ARRIVALS} SIGTERMs within 0.5 s of {ARRIVALS} arrivals: {lost} lost")
+    show(f"{loop} loop, {NAMES[tls]}, {2 * ARRIVALS} SIGTERMs within 0.5 s of {ARRIVALS} arrivals: {outcome}")
     if loop == "own":
-        assert lost == 0
+        assert (outcome.lost, outcome.failed) == (0, 0)
 
 
 @pytest.mark.timeout(1800)
+@SCHEMES
 @pytest.mark.parametrize(("loop", "retries"), [("own", 1000), ("own", 0), ("stock", 1000), ("stock", 0)])
-def test_two_thousand_jobs_in_turmoil(loop: str, retries: int, show: Show) -> None:
+def test_two_thousand_jobs_in_turmoil(loop: str, retries: int, tls: bool, show: Show) -> None:
     """A platform that gives lost jobs out again hides losses; one that does not loses those of killed workers."""
     jobs = [job_input(number) for number in range(JOBS)]
 
-    ends, health, signals, seconds = run_jobs(jobs, worker_settings(LOOP=loop) | {"maxRetries": retries})
+    ends, health, signals, seconds = run_jobs(jobs, worker_settings(LOOP=loop) | {"maxRetries": retries}, tls=tls)
 
     show(
-        f"{loop} loop, {JOBS} jobs, {retries} retries of the platform's: {JOBS - ends['right']} lost "
+        f"{loop} loop, {NAMES[tls]}, {JOBS} jobs, {retries} retries of the platform's: {JOBS - ends['right']} lost "
         f"in {seconds:.0f} s ({dict(ends)}, {health['retried']} given out again, {dict(signals)})"
     )
     if (loop, retries) == ("own", 1000):

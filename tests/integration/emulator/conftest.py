@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -39,11 +40,16 @@ def eventually(look: Callable[[], T], timeout_s: float = 30.0, interval_s: float
 class Site:
     """An emulator with one endpoint, `ep`, as seen from outside."""
 
-    def __init__(self, url: str, stack: ExitStack) -> None:
+    def __init__(self, url: str, stack: ExitStack, ca_file: Path | None = None) -> None:
         self.url = url
         headers = {"Authorization": f"Bearer {KEY}"}
-        self.root = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=60))
-        self.client = stack.enter_context(httpx.Client(base_url=f"{url}/v2/ep", headers=headers, timeout=60))
+        verify = ssl.create_default_context(cafile=ca_file) if ca_file else True
+
+        def client(base_url: str) -> httpx.Client:
+            made = httpx.Client(base_url=base_url, headers=headers, timeout=60, verify=verify)
+            return stack.enter_context(made)
+
+        self.root, self.client = client(url), client(f"{url}/v2/ep")
 
     @property
     def openai_url(self) -> str:
@@ -91,17 +97,18 @@ class Site:
 Start = Callable[..., Site]
 
 
-def settings_with(**endpoint: Any) -> EmulatorSettings:
+def settings_with(*, tls: bool = False, **endpoint: Any) -> EmulatorSettings:
     """Settings for one endpoint `ep` that runs the trivial worker; `env` is added to its environment."""
     defaults = {"id": "ep", "command": [sys.executable, str(WORKER)], "workersMax": 1, "scalerType": "REQUEST_COUNT"}
-    return EmulatorSettings.model_validate({"port": 0, "apiKeys": [KEY], "endpoints": [{**defaults, **endpoint}]})
+    document = {"port": 0, "tls": tls, "apiKeys": [KEY], "endpoints": [{**defaults, **endpoint}]}
+    return EmulatorSettings.model_validate(document)
 
 
 @contextmanager
-def site_with(**endpoint: Any) -> Iterator[Site]:
+def site_with(*, tls: bool = False, **endpoint: Any) -> Iterator[Site]:
     with ExitStack() as stack:
-        emulator: Emulator = stack.enter_context(background(settings_with(**endpoint)))
-        yield Site(emulator.url, stack)
+        emulator: Emulator = stack.enter_context(background(settings_with(tls=tls, **endpoint)))
+        yield Site(emulator.url, stack, emulator.ca_file)
 
 
 @pytest.fixture
@@ -125,12 +132,17 @@ class CommandLine:
     def __init__(self, process: subprocess.Popen[str], stack: ExitStack) -> None:
         self.process = process
         self.lines: list[str] = []
-        while not self.lines or " listens on " not in self.lines[-1]:
-            line = process.stdout.readline() if process.stdout else ""
+        url = self._line_with(" listens on ").rpartition(" ")[2]
+        self.ca_file = Path(self._line_with("--cacert").split()[-2]) if url.startswith("https:") else None
+        self.site = Site(url, stack, self.ca_file)
+
+    def _line_with(self, text: str) -> str:
+        while not self.lines or text not in self.lines[-1]:
+            line = self.process.stdout.readline() if self.process.stdout else ""
             if not line:
                 pytest.fail(f"the emulator did not start: {self.lines}")
             self.lines.append(line.rstrip())
-        self.site = Site(self.lines[-1].rpartition(" ")[2], stack)
+        return self.lines[-1]
 
 
 @pytest.fixture
