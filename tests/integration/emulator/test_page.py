@@ -40,7 +40,8 @@ def complaints() -> list[str]:
 
 @pytest.fixture
 def page(browser: Browser, complaints: list[str]) -> Iterator[Page]:
-    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    # The certificate of an emulator that speaks TLS is not one that a browser knows.
+    opened = browser.new_page(viewport={"width": 1280, "height": 900}, ignore_https_errors=True)
     opened.set_default_timeout(WAIT_MS)
     opened.add_init_script(f"sessionStorage.setItem('key', '{KEY}')")
     opened.on("pageerror", lambda error: complaints.append(str(error)))
@@ -147,6 +148,21 @@ def test_it_is_dark_where_the_reader_wants_it_dark(page: Page, site: Site) -> No
 
     assert brightness[0] > 200
     assert brightness[1] < 60
+
+
+def test_a_chat_streams_over_https(page: Page, complaints: list[str]) -> None:
+    with site_with(tls=True, workersMin=1, env={"PAUSE_S": "0.1"}) as site:
+        page.goto(site.url)
+        expect(page.locator(".worker .state")).to_have_text("idle", timeout=WAIT_MS)
+        page.get_by_label("Message").fill("COUNT x 20")
+        page.keyboard.press("Enter")
+
+        answer = page.locator(".message.assistant")
+        expect(answer).to_contain_text("3 4 5")
+        assert "19" not in answer.inner_text()
+        expect(answer).to_contain_text("18 19")
+        expect(page.locator("#jobs tr", has_text="/v1/chat/completions").locator(".state")).to_have_text("COMPLETED")
+        assert complaints == []
 
 
 def test_text_from_outside_is_never_markup(page: Page, site: Site) -> None:
