@@ -96,6 +96,21 @@ def leave_out_middleware(app: Any) -> None:
         app.middleware_stack = None  # It is built anew with the first request.
 
 
+def leave_out_directory(state: Any) -> None:
+    """Let vLLM list a model without the directory that it is loaded from, if it has another name before that.
+
+    It answers to the directory still. In an error vLLM would show it as `<path>`, which is nobody's name.
+
+    Args:
+        state: the app's, once it is initialised.
+    """
+    with optional("a model's directory to be left out of its names"):
+        models = state.openai_serving_models  # It shares the list of names with its registry.
+        answered = frozenset(one.name for one in models.base_model_paths)
+        models.registry.is_base_model = answered.__contains__
+        models.base_model_paths[1:] = [one for one in models.base_model_paths[1:] if one.name != one.model_path]
+
+
 def answer_tokens(engine: Any) -> int:
     """How many tokens the requests that the engine has now have been answered so far, in all."""
     return sum(state.stats.num_generation_tokens for state in engine.output_processor.request_states.values())

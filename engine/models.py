@@ -59,7 +59,8 @@ def choose(settings: Settings, flags: Flags) -> Model:
     A model of the hub is looked for in the image, the platform's cache, the cache of the hub's client and on the
     network volume, in this order; where it is nowhere, it is to be downloaded to the volume, or beside the hub's cache.
 
-    It answers to the names that are asked for, to its hub id, and to where it is loaded from.
+    It answers to the names that are asked for, to its hub id, and to where it is loaded from. Where that is a directory
+    and would be its only name, the directory's own name comes first: errors and the models' list have one to show.
 
     Raises:
         ConfigurationError: on the platform, no model is named and the image holds none; or the tiny model could not be
@@ -88,7 +89,8 @@ def choose(settings: Settings, flags: Flags) -> Model:
             to_download = (named, revision)
             why = f"{named}, which is nowhere here and is downloaded"
     _log.info("Model %s: %s", path, why)
-    return Model(path, tuple(dict.fromkeys([*served, *own_names, *_hub_id(path), path])), to_download)
+    names = [*served, *own_names, *_hub_id(path)] or _directory_name(path)
+    return Model(path, tuple(dict.fromkeys([*names, path])), to_download)
 
 
 def likely(settings: Settings, variables: Mapping[str, Variable]) -> Path | None:
@@ -161,6 +163,12 @@ def _hub_id(path: str) -> list[str]:
     """The hub id of a model in a directory of the hub's cache: `models--ORG--NAME/snapshots/COMMIT`."""
     match = _CACHED.search(path)
     return [match[1].replace("--", "/", 1)] if match else []
+
+
+def _directory_name(path: str) -> list[str]:
+    """The name of a model of which nothing is known but its directory."""
+    directory = Path(path)
+    return [directory.name] if directory.name and directory.is_dir() else []
 
 
 def _tiny() -> str:

@@ -171,6 +171,7 @@ class Server:
                 if "/metrics" not in self.open_routes:
                     compat.leave_out_middleware(app)
                 await init_app_state(self._engine, app.state, self._args, tasks)
+                compat.leave_out_directory(app.state)
                 self._parses_chats = compat.parses_chats(app.state)
                 # What a server runs around the app: vLLM's periodic log line, a frozen heap. It ends with the loop.
                 self._lifespan = app.router.lifespan_context(app)

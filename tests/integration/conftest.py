@@ -65,7 +65,7 @@ def vllm_alone(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"]
-    arguments += [f"--model={tiny_model}", "--served-model-name", "tiny", tiny_model]
+    arguments += [f"--model={tiny_model}", "--served-model-name", "tiny"]
     for name, value in FLAGS.items():
         flag = name.lower().replace("_", "-")
         arguments += {"true": [f"--{flag}"], "false": [f"--no-{flag}"]}.get(value, [f"--{flag}", value])

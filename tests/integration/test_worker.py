@@ -103,6 +103,14 @@ def test_the_model_answers_to_its_directory_too_and_says_its_first_name(job_queu
     assert answer["model"] == "tiny"
 
 
+def test_the_models_and_the_error_for_another_name_show_names_and_no_directory(job_queue: JobQueue) -> None:
+    (models,) = job_queue.run({"openai_route": "/v1/models"}).wait()
+    error = job_queue.run({**GOOD, "model": "gpt-5"}).error()
+
+    assert [model["id"] for model in models["data"]] == ["tiny"]
+    assert error["error"]["message"] == "The model `gpt-5` does not exist. Valid aliases: tiny."
+
+
 def test_the_status_of_a_streamed_job_holds_the_whole_answer(job_queue: JobQueue) -> None:
     job = job_queue.run({**GOOD, "stream": True})
 

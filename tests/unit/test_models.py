@@ -86,10 +86,18 @@ def test_without_a_name_the_model_in_the_image_answers_to_its_hub_id_and_its_pat
     assert machine.choose(served_model_name=["a"]) == Model(path, ("a", NAME, path))
 
 
-def test_a_model_in_the_image_from_elsewhere_answers_to_its_path(machine: Machine) -> None:
+def test_a_model_in_the_image_from_elsewhere_answers_to_the_name_of_its_directory(machine: Machine) -> None:
     path = machine.whole(machine.image, name=None)
 
-    assert machine.choose() == Model(path, (path,))
+    assert machine.choose() == Model(path, (machine.image.name, path))
+
+
+def test_a_directory_of_which_nothing_is_known_answers_to_its_name(machine: Machine) -> None:
+    directory = machine.volume / "a-model"
+    directory.mkdir(parents=True)
+
+    assert machine.choose(str(directory)).names == ("a-model", str(directory))
+    assert machine.choose(str(directory), served_model_name=["a"]).names == ("a", str(directory))
 
 
 def test_what_lies_in_the_image_without_a_manifest_is_not_taken_for_a_model(machine: Machine) -> None:
