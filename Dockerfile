@@ -73,7 +73,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM cpu-packages AS tiny
 COPY builder/ builder/
 RUN python3 -m builder tiny /model && python3 -m builder manifest /model \
-    && echo '{"SERVED_MODEL_NAME": "tiny"}' > /settings.json
+    && echo '{"SERVED_MODEL_NAME": "tiny", "TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": true}' \
+        > /settings.json
 
 
 FROM cpu-packages AS cpu

@@ -25,6 +25,8 @@ from emulator.errors import ConfigurationError
 from emulator.server import Emulator, EmulatorSettings
 
 _HANDLER = Path(__file__).parent.parent / "handler.py"
+# What the tiny model is called, and how it is led to call tools.
+_TINY_SETTINGS = {"SERVED_MODEL_NAME": "tiny", "TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": "true"}
 # An option for each of these settings of an endpoint: the option, the setting, its type.
 _ENDPOINT_OPTIONS: dict[str, tuple[str, type]] = {
     "--workers-min": ("workersMin", int),
@@ -161,11 +163,13 @@ def _own_worker(endpoint: dict[str, Any]) -> dict[str, Any]:
     """The endpoint with this repository's worker.
 
     Its model is the tiny one, unless MODEL_NAME names another, or this is an image, which says by BAKED_MODEL_DIR where
-    its own is.
+    its own is. The settings of the tiny model are as in the image that holds it, where nothing else is asked for.
     """
     env = dict(endpoint.get("env", {}))
-    if not {"MODEL_NAME", "BAKED_MODEL_DIR"} & {*env, *os.environ}:
+    given = {name for name, value in {**os.environ, **env}.items() if value}
+    if not {"MODEL_NAME", "BAKED_MODEL_DIR"} & given:
         env["MODEL_NAME"] = _tiny_model()
+        env |= {name: value for name, value in _TINY_SETTINGS.items() if name not in given}
     return {**endpoint, "env": env, "command": [sys.executable, str(_HANDLER)], "cwd": str(_HANDLER.parent)}
 
 

@@ -30,7 +30,28 @@ def test_the_defaults_are_one_endpoint_with_our_worker_and_the_tiny_model(monkey
     assert (endpoint.id, endpoint.workers_min, endpoint.workers_max) == ("local", 0, 2)
     assert (endpoint.scaler_type, endpoint.scaler_value) == ("QUEUE_DELAY", 4)
     assert Path(endpoint.command[-1]).name == "handler.py"
-    assert endpoint.env == {"MODEL_NAME": "/models/tiny"}
+    assert endpoint.env == {
+        "MODEL_NAME": "/models/tiny",
+        "SERVED_MODEL_NAME": "tiny",
+        "TOOL_CALL_PARSER": "hermes",
+        "ENABLE_AUTO_TOOL_CHOICE": "true",
+    }
+
+
+def test_what_is_asked_for_the_tiny_model_stands_and_nothing_counts_as_not_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_tiny_model", lambda: "/models/tiny")
+    monkeypatch.setenv("MODEL_NAME", "")
+    monkeypatch.setenv("TOOL_CALL_PARSER", "xlam")
+    (endpoint,) = cli.read_settings(["--env", "SERVED_MODEL_NAME=mine", "--env", "ENABLE_AUTO_TOOL_CHOICE="])[
+        0
+    ].endpoints
+    assert endpoint.env == {
+        "MODEL_NAME": "/models/tiny",
+        "SERVED_MODEL_NAME": "mine",
+        "ENABLE_AUTO_TOOL_CHOICE": "true",
+    }
 
 
 def test_a_model_that_is_given_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
