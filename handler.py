@@ -71,11 +71,12 @@ def main() -> int:
     )
     arguments, rest = parser.parse_known_args()
 
-    from engine import cold_start, lifecycle
+    from engine import amx, cold_start, lifecycle
     from engine.errors import ConfigurationError
     from engine.settings import Settings
 
     cold_start.WORKER.ended("interpreter")
+    amx.ask()
     try:
         settings = Settings.read()
         if arguments.rp_serve_api:
@@ -162,7 +163,8 @@ if __name__ == "__main__":
     # At once: all that has to end has ended, and taking vLLM's and torch's modules apart only costs time and errors.
     os._exit(exit_status)
 elif __name__ == "__mp_main__":  # a child that was spawned by vLLM
-    from engine import children, notes
+    from engine import amx, children, notes
 
+    amx.ask()
     children.end_with_parent()
     notes.take()

@@ -44,6 +44,23 @@ def test_the_job_of_test_input_json_prints_a_game_that_runs(tiny_model: str) -> 
     assert played.stdout
 
 
+def test_a_first_job_of_one_token_is_answered(tiny_model: str) -> None:
+    """On a CPU with AMX it ended the engine: its kernels had not asked for leave to use that."""
+    test_input = json.dumps({"input": {"route": "/pooling", "body": {"input": "one", "task": "embed"}}})
+    variables = {"MODEL_NAME": tiny_model, "RUNNER": "pooling", "CONVERT": "embed"}
+
+    done = subprocess.run(
+        [sys.executable, "handler.py", "--test_input", test_input],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout
+
+
 def test_a_job_that_fails_says_why_and_exits_with_one(tiny_model: str) -> None:
     test_input = json.dumps({"input": {"openai_route": "/v1/completions", "openai_input": {"model": "gpt-5"}}})
 
