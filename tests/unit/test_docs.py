@@ -5,13 +5,19 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from engine.flags import ALIASES
 from engine.settings import Settings
+from tests.documents import DOCUMENTS as RUN
+from tests.documents import NOT_RUN, steps, to_run
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,3 +82,66 @@ def test_every_variable_of_the_deployment_guide_is_one() -> None:
 
     assert sorted(named - known) == []
     assert sorted((PLATFORM | API | PLACEHOLDERS) - named) == [], "not named any more"
+
+
+def listed() -> list[str]:
+    """The commands that no test runs, each in a line of its own."""
+    lines: list[str] = []
+    for step in steps():
+        if step.not_run:
+            lines += re.sub(r"\\\n\s*", "", step.commands).splitlines()
+    return list(dict.fromkeys(line.partition("  #")[0].strip() for line in lines))
+
+
+def test_what_is_listed_as_not_run_stands_in_the_documents_and_says_why() -> None:
+    found = {(step.document, step.text.partition("\n")[0]) for step in steps() if step.not_run}
+
+    assert found == set(NOT_RUN)
+    assert all(NOT_RUN.values())
+
+
+def test_every_block_is_one_that_a_test_runs_or_lists() -> None:
+    """One in another language would be skipped by nobody, and run by nothing."""
+    assert {step.language for step in steps()} <= {"", "console", "sh", "python", "json"}
+    assert {step.document for step in to_run()} == {"README.md", "api.md", "deploy.md"}
+    fenced = [block for document in RUN for block in BLOCK.findall(document.read_text(encoding="utf-8"))]
+    assert [(step.language, step.text) for step in steps() if step.language] == fenced
+
+
+@pytest.mark.parametrize("command", [line for line in listed() if re.search(r"\bpython3? -m ", line)])
+def test_a_command_that_is_not_run_has_flags_that_are_there(command: str) -> None:
+    """`--help` comes last: what stands before it is parsed first."""
+    given = [*shlex.split(command), "--help"]
+    subprocess.run([sys.executable, *given[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+@pytest.mark.parametrize("command", [line for line in listed() if line.startswith("make ")])
+def test_a_make_target_that_is_not_run_is_there(command: str) -> None:
+    assert re.search(
+        rf"^{command.removeprefix('make ')}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("command", [line for line in listed() if re.search(r"\bdocker \w+ \S", line)])
+def test_a_docker_command_names_what_is_there(command: str) -> None:
+    """Services, profiles and variables of the compose file; stages and arguments of the Dockerfile; the image's tag."""
+    compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    services = yaml.safe_load(compose)["services"]
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    words = shlex.split(command)
+    if "compose" in words:
+        variables = [word.partition("=")[0] for word in words[: words.index("docker")]]
+        assert [name for name in variables if f"${{{name}" not in compose] == []
+        profiles = {profile for service in services.values() for profile in service["profiles"]}
+        assert set(words[words.index("--profile") + 1 :][:1] if "--profile" in words else ()) <= profiles
+        assert set(words[words.index("build") + 1 :] if "build" in words else ()) <= set(services)
+    elif words[:2] == ["docker", "build"]:
+        options = list(pairwise(words))
+        stages = [value for option, value in options if option == "--target"]
+        assert [stage for stage in stages if not re.search(rf"^FROM \S+ AS {stage}$", dockerfile, re.MULTILINE)] == []
+        names = [value.partition("=")[0] for option, value in options if option == "--build-arg"]
+        assert [name for name in names if not re.search(rf"^ARG {name}\b", dockerfile, re.MULTILINE)] == []
+        secrets = [re.split("[=,]", value)[1] for option, value in options if option == "--secret"]
+        assert [secret for secret in secrets if f"--mount=type=secret,id={secret}" not in dockerfile] == []
+    else:
+        assert words[:2] in (["docker", "push"], ["docker", "login"])

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
+from emulator.cli import _own_worker
 from emulator.server import Emulator, EmulatorSettings, background
-from tests.integration.test_parity_pooling import with_head
 from tests.processes import VLLM_ENVIRONMENT
 
 KEY = "a-key-of-the-tests"
@@ -168,39 +168,23 @@ def command_line(tmp_path: Path) -> Iterator[Callable[..., CommandLine]]:
         yield begin
 
 
-def _llm(model: str, **flags: str) -> dict[str, Any]:
-    """An endpoint with one worker of this repository, which stays."""
-    return {
-        "command": [sys.executable, "handler.py"],
-        "cwd": str(REPOSITORY),
-        "env": {**VLLM_ENVIRONMENT, "MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny", **flags},
-        "workersMin": 1,
-        "rateLimits": False,
-    }
+def _tiny_worker(**variables: str) -> dict[str, Any]:
+    """An endpoint with the worker that `make up` starts, which stays."""
+    return _own_worker({"env": {**VLLM_ENVIRONMENT, **variables}, "workersMin": 1, "rateLimits": False})
 
 
 @pytest.fixture(scope="session")
-def llm(tiny_model: str) -> Iterator[Site]:
-    """The platform with the real worker and the tiny model, ready; for the clients and the documentation."""
-    flags = {"TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": "true", "ALLOWED_ROUTES": "/metrics"}
-    with site_with(**_llm(tiny_model, **flags)) as running:
+def llm() -> Iterator[Site]:
+    """The platform with the tiny model, ready; for clients."""
+    with site_with(**_tiny_worker(ALLOWED_ROUTES="/metrics")) as running:
         running.idle_workers(1, LLM_START_S)
         yield running
 
 
 @pytest.fixture(scope="session")
-def embedder(tiny_model: str) -> Iterator[Site]:
+def embedder() -> Iterator[Site]:
     """The same with a model that embeds."""
-    with site_with(**_llm(tiny_model, RUNNER="pooling", CONVERT="embed")) as running:
-        running.idle_workers(1, LLM_START_S)
-        yield running
-
-
-@pytest.fixture(scope="session")
-def classifier(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The same with a model that classifies."""
-    model = with_head(Path(tiny_model), tmp_path_factory.mktemp("classifier") / "model")
-    with site_with(**_llm(model, RUNNER="pooling")) as running:
+    with site_with(**_tiny_worker(RUNNER="pooling", CONVERT="embed")) as running:
         running.idle_workers(1, LLM_START_S)
         yield running
 

@@ -1,105 +1,207 @@
-"""Every example of `docs/api.md` works as it stands there, and the README's with what its placeholders stand for."""
+"""What the documents tell a reader to run works as it stands there, by the commands that they name.
+
+The blocks and commands come from `tests.documents`, which also lists what is not run, and what is put in the place of
+a reader's own account. One terminal runs the platform, on the port that the documents name; what is typed goes into
+another, a shell in this checkout. `make` is called as it is: it makes the `.venv` anew if the locks are newer.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
-import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.routes import SERVING
-from tests.integration.emulator.conftest import KEY, REPOSITORY, Site
+from tests.documents import ACCOUNT, REPLACED, ROOT, Step, steps, to_run
+from tests.integration.test_parity_pooling import with_head
 
-_PART = re.compile(r"^## (?P<title>[^\n]*)$|^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A fenced block and the section that it stands in."""
-
-    title: str
-    language: str
-    text: str
-
-
-def examples() -> list[Example]:
-    found, title = [], ""
-    for part in _PART.finditer((REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")):
-        if part["title"]:
-            title = part["title"]
-        else:
-            found.append(Example(title, part["language"], part["text"]))
-    return found
+START_S = 300.0
+STOP_S = 60.0
+STEP_S = 150.0
+PORT = 8000
+STEPS = to_run()
+API = [step for step in steps() if step.document == "api.md" and step.language]
+_ANY_LINES = r"(?:[^\n]*\n)*?"
+_NUMBER = r"\d+\.\d+"
+_LOOSE = {"…": r"[^\n]*", "~/.cache": r"\S+"}
+_LOOSELY = re.compile(r"(…|~/\.cache|\b\d+\.\d+(?= s\b| tokens/s))")
+ENVIRONMENT = {**os.environ, **ACCOUNT}
 
 
-SETUP, *EXAMPLES = examples()
+def typed(command: str, before: str) -> list[str]:
+    """A shell that has been told what stands before, and now this."""
+    return ["bash", "-e", "-c", before + command]
 
 
-def example_id(example: Example) -> str:
-    return f"{example.title.partition(':')[0]} {example.language}"
+def pattern_of(shown: str) -> str:
+    """A regular expression for what a document shows of an output.
+
+    `…` stands for anything up to the line's end, alone in a line for any lines; times and rates differ; a home has
+    another name elsewhere.
+    """
+    lines = []
+    for line in shown.splitlines():
+        # Every other part is one that is compared loosely.
+        exact, loose = _LOOSELY.split(line)[::2], _LOOSELY.findall(line)
+        parts = zip_longest(map(re.escape, exact), (_LOOSE.get(part, _NUMBER) for part in loose), fillvalue="")
+        lines.append(_ANY_LINES if line == "…" else "".join(map("".join, parts)) + "\n")
+    return "".join(lines)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=example_id)
-def test_an_example_of_the_documentation_works(example: Example, request: pytest.FixtureRequest) -> None:
-    kinds = {"that embeds": "embedder", "that classifies": "classifier"}
-    kind = next((fixture for words, fixture in kinds.items() if words in example.title), "llm")
-    site: Site = request.getfixturevalue(kind)
-    url = site.openai_url.removesuffix("/openai/v1")
+class Terminal:
+    """Where the platform runs: one at a time, as in a terminal, ended as by Ctrl-C."""
 
-    if example.language == "json":
-        job = site.client.post("/runsync", json={"input": json.loads(example.text)}).json()
-        assert job["status"] == "COMPLETED", job
-        assert job["output"]
-        return
-    command = ["bash", "-c", example.text]
-    if example.language == "python":
-        command = [sys.executable, "-c", SETUP.text + example.text]
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._command = ""
+
+    def start(self, command: str, before: str) -> str:
+        """Have this command's platform listen; return what it has printed by then."""
+        if self._process is not None and self._process.poll() is None and self._command == command:
+            return self._until_it_listens()
+        self.stop()
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", PORT))
+            except OSError:
+                pytest.fail(f"port {PORT} is taken: `{command}` listens there, as the documents say; end what holds it")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                typed(command, before), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, process_group=0
+            )
+        self._command = command
+        return self._until_it_listens()
+
+    def stop(self) -> None:
+        """Press Ctrl-C, and wait until all of it has ended."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        deadline = time.monotonic() + STOP_S
+        try:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(STOP_S)
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        pytest.fail(f"`{self._command}` did not end within {STOP_S} s of Ctrl-C:\n{self._tail()}")
+
+    def _until_it_listens(self) -> str:
+        deadline = time.monotonic() + START_S
+        while "OpenAI base URL" not in (printed := self._log.read_text(encoding="utf-8", errors="replace")):
+            if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"`{self._command}` does not listen:\n{self._tail()}")
+            time.sleep(0.05)
+        return printed
+
+    def _tail(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")[-4000:]
+
+
+@pytest.fixture(scope="module")
+def terminal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+    running = Terminal(tmp_path_factory.mktemp("terminal") / "log")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def classifier_directory(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return with_head(Path(tiny_model), tmp_path_factory.mktemp("classifier") / "model")
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_what_a_document_tells_to_run_works(step: Step, terminal: Terminal, request: pytest.FixtureRequest) -> None:
+    printed = ""
+    if command := step.runs_on:
+        if "=DIR " in command:
+            command = command.replace("=DIR ", f"={request.getfixturevalue('classifier_directory')} ")
+        printed = terminal.start(command, step.before)
+    text = step.text
+    for written, meant in REPLACED.items():
+        text = text.replace(written, meant)
+
+    if step.serves:
+        assert re.match(pattern_of(step.shown), printed), printed
+    elif step.language == "json":
+        check_job(json.loads(text), step)
+    elif step.language == "python":
+        ran = run(typed("python -", step.before), step.setup + text)
+        assert ran.stdout.strip() or "print" not in text
+    elif step.language in ("console", "sh", ""):
+        ran = run(typed(step.commands if text == step.text else text, step.before))
+        if step.shown:
+            assert re.fullmatch(pattern_of(step.shown), ran.stdout), ran.stdout
+        if text.startswith("curl "):
+            document = json.loads(ran.stdout)
+            assert "error" not in document
+            assert document.get("status") in (None, "COMPLETED", "completed", "incomplete")
+    else:
+        pytest.fail(f"{step}: nothing says how a block in {step.language} is run")
+
+
+def run(command: list[str], given: str = "") -> subprocess.CompletedProcess[str]:
+    """What was typed, and what it printed; it has to have ended with 0."""
     ran = subprocess.run(
-        command, env={**os.environ, "URL": url, "KEY": KEY}, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip()
-    if example.language == "sh":
-        document = json.loads(ran.stdout)
-        assert "error" not in document
-        assert document.get("status") in (None, "COMPLETED", "completed", "incomplete")
+        command, input=given, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=STEP_S, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout
+    return ran
 
 
-def test_the_readmes_python_works(llm: Site) -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    text = "".join(part["text"] for part in _PART.finditer(readme) if part["language"] == "python")
-    for placeholder, meant in {
-        "https://api.runpod.ai/v2/ENDPOINT_ID/openai/v1": llm.openai_url,
-        "http://127.0.0.1:8000/v2/local/openai/v1": llm.openai_url,
-        '"RUNPOD_API_KEY"': repr(KEY),
-        '"local"': repr(KEY),
-        "MODEL_NAME": "tiny",
-    }.items():
-        assert placeholder in text
-        text = text.replace(placeholder, meant)
+def check_job(document: dict[str, Any], step: Step) -> None:
+    """A block of JSON is a job's input, or the error of a job for a model that is not there."""
+    is_error = "error" in document
+    asked = {"messages": [{"role": "user", "content": "Hello!"}], "model": "gpt-5"} if is_error else document
+    curl = f"curl -s {'http://127.0.0.1:8000/v2/local'}/runsync -H 'Authorization: Bearer local' -d @-"
+    job = json.loads(run(typed(curl, step.before), json.dumps({"input": asked})).stdout)
+    if is_error:
+        assert json.loads(job["error"]) == document
+        return
+    assert job["status"] == "COMPLETED", job.get("error")
+    assert job["output"]
 
-    ran = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=False)
 
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip()
+def test_a_block_shows_what_a_command_prints() -> None:
+    printed = "INFO | in /root/.cache/x/1f\nWarning\nReady after 9.6 s\n153 tokens, 200.5 tokens/s\n"
+    shown = "INFO | in ~/.cache/…\n…\nReady after 1.2 s\n153 tokens, 1.5 tokens/s\n"
+
+    assert re.fullmatch(pattern_of(shown), printed)
+    for wrong in ("153", "Ready", "INFO", "s\n"):
+        assert not re.fullmatch(pattern_of(shown.replace(wrong, "wrong")), printed)
+    assert not re.fullmatch(pattern_of(shown.replace("…\n…", "…")), printed)
 
 
 def test_every_open_route_is_named() -> None:
-    text = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 
     assert [route for route in sorted(SERVING) if f"`{route}`" not in text] == []
 
 
 def test_each_route_has_a_job_a_curl_and_a_python_example() -> None:
     languages: dict[str, set[str]] = {}
-    for example in EXAMPLES:
-        languages.setdefault(example.title, set()).add(example.language)
+    for step in API:
+        languages.setdefault(step.title, set()).add(step.language)
 
     assert len(languages) >= 9
-    assert {title: kinds for title, kinds in languages.items() if kinds != {"json", "sh", "python"}} == {
-        "Errors": {"python"}
+    wanted = {"json", "sh", "python"}
+    assert {title: kinds for title, kinds in languages.items() if kinds - {"console"} != wanted} == {
+        "Setup": {"console", "sh", "python"},
+        "Errors": {"python"},
     }

@@ -1,0 +1,168 @@
+"""What the documents tell a reader to run, in the order in which a reader meets it, and what of that a test cannot.
+
+README_zh.md has the blocks and commands of README.md (tests/unit/test_readmes.py), and so is run with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# All that is put in the place of something else: an endpoint on RunPod is the one that `make up` starts here, and its
+# model the tiny one. (For DIR, the model of one's own that a platform is started with, a test makes one.)
+REPLACED = {"https://api.runpod.ai/": "http://127.0.0.1:8000/", '"phi-4"': '"tiny"'}
+# What a reader knows of an account of one's own.
+ACCOUNT = {"ENDPOINT_ID": "local", "RUNPOD_API_KEY": "local", "SERVERLESS_ID": "id", "SERVERLESS_KEY": "key"}
+DEPLOYED = next(iter(REPLACED))
+STAND_IN = "make up"
+
+_DOCKER = "there is no Docker here; `make image-test` builds the images"
+_NAMES = "names a program, and no command"
+_CI = "this very test is part of it, or CI runs it beside"
+_LONG = "takes from minutes to most of an hour, and has tests of its own (tests/unit/test_bench.py, tests/soak)"
+_ACCOUNT = "needs an account: it makes something on RunPod or Spirit, and costs money"
+_HUB = "needs the hub, or a model of one's own; tests/integration/test_builder.py runs it"
+_FILE = "says how a lock file was made"
+
+_HEADERS = '-H "Authorization: Bearer $RUNPOD_API_KEY" -H "Content-Type: application/json"'
+
+# Commands and blocks that are not run, by their document and first line, and why not. What can be told of them without
+# running them is checked all the same: their syntax, flags, make targets, services, stages and build arguments.
+NOT_RUN: dict[tuple[str, str], str] = {
+    ("README.md", "$ make test"): _CI,
+    ("README.md", "make check"): _CI,
+    ("README.md", "docker compose --profile local up"): _DOCKER,
+    ("README.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
+    ("README.md", "docker build --target cpu ."): _DOCKER,
+    ("README.md", "python -m builder download REPO DIR"): _HUB,
+    ("README.md", "python -m builder verify DIR"): _HUB,
+    ("README.md", "python -m builder manifest DIR"): _HUB,
+    ("README.md", "python -m bench"): _LONG,
+    ("decisions.md", "make lock"): _FILE,
+    ("decisions.md", "make soak"): _LONG,
+    ("decisions.md", "make image-test"): _DOCKER,
+    ("decisions.md", "make test"): _CI,
+    ("deploy.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
+    ("deploy.md", "docker build"): _NAMES,
+    ("deploy.md", "HF_TOKEN_FILE=~/.cache/huggingface/token docker compose build vllm"): _DOCKER,
+    ("deploy.md", "export HF_TOKEN=YOUR_TOKEN"): _DOCKER,
+    ("deploy.md", "docker inspect"): _NAMES,
+    ("deploy.md", "python -m builder verify DIR"): _HUB,
+    ("deploy.md", "docker compose --profile gpu up"): _DOCKER,
+    ("deploy.md", "docker compose --profile local up"): _DOCKER,
+    ("deploy.md", "docker login docker.io"): _DOCKER,
+    ("deploy.md", "runpodctl registry create --name NAME --username USER --password TOKEN"): _ACCOUNT,
+    ("deploy.md", f"curl -s https://rest.runpod.io/v1/templates {_HEADERS} \\"): _ACCOUNT,
+    ("deploy.md", "registry=registry-serverless.datastone.cn tenant=YOUR_TENANT docker compose build vllm"): _DOCKER,
+    ("deploy.md", "curl -s https://api-serverless.datastone.cn/v1/chat/completions \\"): _ACCOUNT,
+    ("performance.md", "python -m bench --peer WORKER_VLLM_CHECKOUT                     # 16 minutes"): _LONG,
+    ("performance.md", "python -m bench --full --rounds 2"): _LONG,
+}  # fmt: skip
+
+_PART = re.compile(
+    r"^#+ (?P<title>[^\n]*)$|^```(?P<language>\w*)\n(?P<text>.*?)^```$|(?<!`)`(?P<span>[^`\n]+)`",
+    re.MULTILINE | re.DOTALL,
+)
+_COMMAND = re.compile(r"(?:\w+=\S* )*(?:make|python3?|docker|curl|git|pip|bash|runpodctl|\.venv/\S+) \S.*|make up")
+_SERVES = re.compile(r"\bmake up\b|--rp_serve_api\b")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A block of a document, or a command between backticks.
+
+    `platform` is the command that has started the platform by then, if there is one; `before` is what the reader's
+    shell has been told by then, and `setup` what each Python example begins with.
+    """
+
+    document: str
+    line: int
+    title: str
+    language: str
+    text: str
+    platform: str
+    before: str
+    setup: str
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line} {self.language or 'command'}"
+
+    @property
+    def not_run(self) -> str | None:
+        """Why it is not run, if it is not."""
+        return NOT_RUN.get((self.document, self.text.partition("\n")[0]))
+
+    @cached_property
+    def commands(self) -> str:
+        """What is typed: without prompts, and without what a console shows then."""
+        if self.language != "console":
+            return self.text
+        return "\n".join(line[2:] for line in self.text.splitlines() if line.startswith("$ "))
+
+    @property
+    def shown(self) -> str:
+        """What a console shows of the output."""
+        lines = self.text.splitlines(keepends=True) if self.language == "console" else []
+        return "".join(line for line in lines if not line.startswith("$ "))
+
+    @property
+    def serves(self) -> bool:
+        """Whether it starts a platform, which goes on until it is told to stop."""
+        return self.language in ("", "console") and bool(_SERVES.search(self.commands))
+
+    @property
+    def runs_on(self) -> str:
+        """The command that starts the platform which it needs, if it needs one."""
+        if self.serves:
+            return self.commands
+        return self.platform if self.language else ""
+
+
+def steps() -> list[Step]:
+    """All steps of all documents, in their order."""
+    return [step for document in DOCUMENTS for step in _steps(document)]
+
+
+def to_run() -> list[Step]:
+    """The steps that are run, each command once: those that need no platform, and then platform by platform."""
+    once: dict[tuple[str, str], Step] = {}
+    for step in steps():
+        if not step.not_run:
+            once.setdefault((step.language, step.commands if step.serves else step.text + step.before), step)
+    platforms = list(dict.fromkeys(["", *(step.runs_on for step in once.values())]))
+    return sorted(once.values(), key=lambda step: platforms.index(step.runs_on))
+
+
+def _steps(document: Path) -> Iterator[Step]:
+    text = document.read_text(encoding="utf-8")
+    title = platform = before = setup = ""
+    if document.name != "README.md":
+        before = "".join(step.commands.partition("\n")[0] + "\n" for step in _steps(ROOT / "README.md") if _tells(step))
+    for part in _PART.finditer(text):
+        title = part["title"] or title
+        language, written = ("", part["span"]) if part["span"] else (part["language"], part["text"])
+        if part["title"] or (part["span"] and not _COMMAND.fullmatch(written)):
+            continue
+        stands_in = STAND_IN if language and DEPLOYED in written else ""
+        line = text.count("\n", 0, part.start()) + 1
+        step = Step(document.name, line, title, language, written, stands_in or platform, before, setup)
+        yield step
+        if step.not_run or not language:
+            continue
+        if step.serves:
+            platform = step.commands
+        if _tells(step):
+            before += step.commands.partition("\n")[0] + "\n"
+        if language == "python" and title == "Setup":
+            setup = written
+
+
+def _tells(step: Step) -> bool:
+    """Whether it begins with what a shell is to know from then on."""
+    return not step.not_run and bool(step.language) and step.commands.startswith((". ", "export "))
