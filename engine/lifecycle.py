@@ -95,7 +95,9 @@ def _no_garbage() -> Iterator[None]:
 def _importing_meanwhile(settings: Settings) -> Iterator[None]:
     """Import what is needed once the engine runs, while its processes start: from when the first of them is forked.
 
-    Not before: a process is not to be forked in the middle of an import. Where processes are spawned, nothing is done.
+    No process may be forked in the middle of an import: it would wait for ever as it imports the same. So a later fork,
+    of a coordinator's engines as with data parallelism, first waits for the imports to end. Where processes are
+    spawned, nothing is done.
     """
 
     def imports() -> None:
@@ -105,14 +107,19 @@ def _importing_meanwhile(settings: Settings) -> Iterator[None]:
         if settings.on_platform:
             platform.import_sdk()
 
+    process = os.getpid()
     importing = threading.Thread(target=imports, daemon=True)
     pending = [importing]
 
     def begin() -> None:
-        if pending:
+        if pending and os.getpid() == process:  # The engine's processes inherit this, and fork their own.
             pending.pop().start()
 
-    os.register_at_fork(after_in_parent=begin)
+    def finish() -> None:
+        if importing.is_alive() and threading.current_thread() is not importing:
+            importing.join()
+
+    os.register_at_fork(before=finish, after_in_parent=begin)
     try:
         yield
     finally:
