@@ -122,9 +122,10 @@ def _answer(test_input: str | None) -> int:
 
 def _poll(settings: Settings) -> int:
     """Take jobs from the platform's queue until told to stop."""
-    from engine import lifecycle, platform
+    from engine import fitness, lifecycle, platform
 
-    server = lifecycle.server()
+    with fitness.Checks() as checks:
+        server = lifecycle.server(checks)
     limit = server.max_num_seqs if settings.max_concurrency == "auto" else settings.max_concurrency
 
     async def run(queue: platform.Platform) -> int:

@@ -196,7 +196,8 @@ def worker_environment(base_url: str, endpoint: str, worker: str, key: str, ping
         "RUNPOD_POD_ID": worker,
         "RUNPOD_POD_HOSTNAME": worker,
         # The SDK's checks of the machine are about the platform's own machines: they end a worker that cannot reach the
-        # internet, or has a disk that is nine tenths full.
+        # internet, or has a disk that is nine tenths full. An endpoint's own variables may ask for them.
         "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+        "RUNPOD_SKIP_GPU_CHECK": "true",
         "PYTHONUNBUFFERED": "1",
     }

@@ -6,11 +6,12 @@ starts, costs nothing here; what is left to do of it counts where it is waited f
     interpreter   exec to the first line of the worker's own code
     imports       vLLM and torch
     configuration settings, flags, and which model
+    fitness       the SDK's checks of the machine, which run beside all before: what is left of them
     model_files   a download, if one is needed
     engine        the engine's processes, but for the next two
     weights       reading the weights
     warm_up       memory profile, KV cache, compilation, graph capture
-    sdk           importing and starting the SDK, its fitness checks included
+    sdk           importing and starting the SDK
     app           vLLM's OpenAI app
     first_take    until the first job is there; a worker that nobody needs yet waits here
     first_output  that job's first output

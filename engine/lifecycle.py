@@ -20,6 +20,7 @@ from engine.errors import ConfigurationError
 from engine.settings import Settings
 
 if TYPE_CHECKING:
+    from engine.fitness import Checks
     from engine.loop import Handler, Platform
     from engine.server import Server
 
@@ -35,11 +36,14 @@ _lock = threading.Lock()
 _server: Server | None = None
 
 
-def server() -> Server:
+def server(checks: Checks | None = None) -> Server:
     """The worker's engine; loaded by the first call, which takes as long as the model needs.
 
+    Args:
+        checks: of the machine, which has to pass them first.
+
     Raises:
-        ConfigurationError: the settings or the model do not let it start.
+        ConfigurationError: the settings, the machine or the model do not let it start.
     """
     global _server  # noqa: PLW0603 (one worker, one engine: this is where it is)
     with _lock:
@@ -58,6 +62,9 @@ def server() -> Server:
             start.ended("imports")
             configuration = Configuration.read()
             start.ended("configuration")
+            if checks is not None:
+                checks.wait()
+                start.ended("fitness")
             model = configuration.model
             model.download()
             models.stay_offline(model, configuration.flags)

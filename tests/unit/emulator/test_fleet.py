@@ -91,6 +91,7 @@ def test_a_worker_is_started_with_all_that_the_sdk_needs() -> None:
         "RUNPOD_ENDPOINT_ID": "ep",
         "RUNPOD_POD_ID": worker,
         "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+        "RUNPOD_SKIP_GPU_CHECK": "true",
         "MODEL_NAME": "tiny",
     }
     assert {name: process.env[name] for name in expected} == expected

@@ -1,0 +1,30 @@
+"""One job, run by a worker that the emulator starts with the SDK's checks of the machine on; prints what came of it.
+
+python -m tests.integration.fit_worker MODEL LOG
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from builder.tiny_corpus import example
+from tests.integration.emulator.conftest import LLM_START_S, REPOSITORY, site_with
+from tests.processes import VLLM_ENVIRONMENT
+
+
+def main(model: str, log: str) -> None:
+    checked = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "false", "RUNPOD_LOG_LEVEL": "DEBUG", "RUNPOD_MIN_DISK_PERCENT": "0"}
+    endpoint = {
+        # The emulator keeps the last lines alone.
+        "command": ["sh", "-c", 'exec "$0" handler.py >"$1" 2>&1', sys.executable, log],
+        "cwd": str(REPOSITORY),
+        "env": {**VLLM_ENVIRONMENT, "MODEL_NAME": model, **checked},
+    }
+    with site_with(**endpoint, workersMin=1) as site:
+        job = site.submit({"messages": example("ok").messages, "sampling_params": {"temperature": 0}, "stream": True})
+        sys.stdout.write(json.dumps(site.ended(job, LLM_START_S)) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

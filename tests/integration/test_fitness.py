@@ -1,0 +1,128 @@
+"""The SDK's checks of the machine: before the load, in a process of their own; with the real SDK and worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from builder.tiny_corpus import example
+from engine.fitness import SWITCHES
+from tests import online
+from tests.integration.conftest import START_S
+from tests.integration.emulator.conftest import REPOSITORY, alive, eventually, site_with
+from tests.job_queue import JobQueue
+from tests.processes import ROOT, VLLM_ENVIRONMENT, running
+
+ON = dict.fromkeys(SWITCHES, "false")
+# No machine has so much.
+BAD = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "false", "RUNPOD_MIN_MEMORY_GB": "100000"}
+LIMITED = "from engine.fitness import Checks\nwith Checks(timeout_s=3) as checks: checks.wait()"
+
+
+def test_a_worker_on_a_bad_machine_ends_with_the_reason_before_the_engine_is_loaded(
+    job_queue: JobQueue, tiny_model: str, tmp_path: Path
+) -> None:
+    environment = {**VLLM_ENVIRONMENT, **job_queue.environment, "MODEL_NAME": tiny_model, **BAD}
+    with running(["handler.py"], environment, tmp_path / "log") as process:
+        assert process.popen.wait(START_S) == 1
+
+        last = process.log.splitlines()[-1]
+        assert last.startswith("The worker cannot start: the fitness check _memory_check failed: RuntimeError: ")
+        assert last.endswith("100000.0GB required")
+        assert "Loading the engine" not in process.log
+        assert "EngineCore" not in process.log
+
+
+def test_the_platform_is_told_of_a_bad_machine() -> None:
+    """The endpoint's own variables ask for the checks, which the emulator's workers go without."""
+    command = {"command": [sys.executable, "handler.py"], "cwd": str(REPOSITORY)}
+    with site_with(**command, env={"MODEL_NAME": "/nowhere", **BAD}, workersMin=1) as site:
+        (worker,) = eventually(lambda: [it for it in site.state()["workers"] if it["state"] == "unhealthy"])
+
+        assert worker["reason"].startswith("_memory_check: RuntimeError: Insufficient memory")
+        assert any("Fitness check failed: _memory_check" in line for line in worker["log"])
+
+
+@pytest.mark.skipif(not online.possible(), reason="this machine gives its users no network namespaces")
+def test_a_good_machine_is_checked_once_and_not_in_the_process_that_serves(tiny_model: str, tmp_path: Path) -> None:
+    run = online.command("tests.integration.fit_worker", tiny_model, str(tmp_path / "log"))
+
+    end = json.loads(subprocess.run(run, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+
+    assert "".join(output["text"] for output in end["output"]) == example("ok").answer
+    log = (tmp_path / "log").read_text()
+    messages = re.findall(r'(?:"message": "|\| )(.*?)(?:", "level"|$)', log, re.MULTILINE)
+    order = ["Registered fitness check: _memory_check", "Executing fitness check: _network_check", "Loading the engine"]
+    # It is the serving process, which starts the SDK's loop, that has none.
+    order += ["System fitness checks disabled via environment (RUNPOD_SKIP_AUTO_SYSTEM_CHECKS)"]
+    order += ["No fitness checks registered, skipping."]
+    assert [message for message in messages if message in order] == order
+    start = next(message for message in messages if message.startswith("Cold start "))
+    assert "fitness" in json.loads(start.removeprefix("Cold start "))["phases_s"]
+
+
+@pytest.fixture
+def hanging_driver(tmp_path: Path) -> dict[str, str]:
+    """A machine whose `nvidia-smi` never answers, as with a driver that hangs; it writes down its process id."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid\nexec sleep 600\n"
+    )
+    program.chmod(0o755)
+    return {**ON, "RUNPOD_SKIP_GPU_CHECK": "true", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def test_checks_that_hang_are_ended_with_all_that_they_started(hanging_driver: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED],
+        cwd=ROOT,
+        env={**os.environ, **hanging_driver},
+        capture_output=True,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert b"ConfigurationError: the fitness checks of the SDK have not ended after 3 s; its last line: " in done.stderr
+    eventually(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+def test_a_worker_that_is_told_to_stop_as_it_is_checked_ends_at_once(
+    job_queue: JobQueue, hanging_driver: dict[str, str], tmp_path: Path
+) -> None:
+    environment = {**job_queue.environment, "MODEL_NAME": "/nowhere", **hanging_driver}
+    with running(["handler.py"], environment, tmp_path / "log") as process:
+        process.wait_for((tmp_path / "pid").exists)
+        family = [member.pid for member in process.family()]
+        assert len(family) == 3  # The worker, the checks, and what they ask.
+
+        process.popen.send_signal(signal.SIGTERM)
+
+        assert process.popen.wait(10) == 0
+        eventually(lambda: not any(map(alive, family)))
+
+
+def test_an_sdk_without_such_checks_is_left_to_itself(tmp_path: Path) -> None:
+    modules = tmp_path / "runpod" / "serverless" / "modules"
+    modules.mkdir(parents=True)
+    for directory in (modules, modules.parent, modules.parent.parent):
+        (directory / "__init__.py").touch()
+    program = f"import logging; logging.basicConfig()\n{LIMITED}\nimport os; print(os.environ['{SWITCHES[0]}'])"
+
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **ON, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert "The fitness checks are left to the SDK" in done.stderr
+    assert done.stdout == "false\n"
