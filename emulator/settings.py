@@ -44,7 +44,7 @@ class EndpointSettings(BaseModel):
     # "If your worker's cold start time exceeds the default 7-minute limit, the system may mark it as unhealthy."
     init_timeout_s: float = Field(420, alias="initTimeout", gt=0, description="most seconds that a start may take")
 
-    grace_s: float = Field(30, alias="grace", ge=0, description="seconds from SIGTERM to SIGKILL")
+    grace_s: float = Field(45, alias="grace", ge=0, description="seconds from SIGTERM to SIGKILL")
     long_poll_s: float = Field(
         30, alias="longPoll", gt=0, le=85, description="most seconds that a worker's poll is held"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine import models, variables
+from engine.errors import ConfigurationError
 from engine.flags import Flags
 from engine.secrets import HIDDEN, names_secret, redacted
 from engine.settings import Settings, is_secret
@@ -36,6 +37,12 @@ class Configuration:
 
         flags = server.flags()
         flags.read(given, [name.upper() for name in Settings.model_fields])
+        if (copies := flags.value("data_parallel_size")) is not None and copies > 1:
+            # vLLM serves with it, but when one engine dies it ends the jobs of the others as if they were complete.
+            raise ConfigurationError(
+                f"DATA_PARALLEL_SIZE is {copies}, and a worker runs one engine: leave it out and let the endpoint run "
+                "more workers. TENSOR_PARALLEL_SIZE shares one engine among GPUs"
+            )
         model = models.choose(settings, flags)
         return cls(settings, flags, model)
 

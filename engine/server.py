@@ -15,6 +15,7 @@ import logging
 import os
 import time
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
@@ -172,6 +173,8 @@ class Server:
                     compat.leave_out_middleware(app)
                 await init_app_state(self._engine, app.state, self._args, tasks)
                 compat.leave_out_directory(app.state)
+                # vLLM's handler of a dead engine ends the server that it finds here; ours is ended by the loop.
+                app.state.server = SimpleNamespace(should_exit=False)
                 self._parses_chats = compat.parses_chats(app.state)
                 # What a server runs around the app: vLLM's periodic log line, a frozen heap. It ends with the loop.
                 self._lifespan = app.router.lifespan_context(app)

@@ -59,6 +59,8 @@ class ScriptedEngine:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
         if request.get("stream"):
             for word in said.split(" "):
+                if self.failure() is not None:
+                    raise RuntimeError("the engine's process is dead")
                 event = {"choices": [{"index": 0, "delta": {"content": f"{word} "}, "finish_reason": None}]}
                 body = f"data: {json.dumps(event)}\n\n".encode()
                 await send({"type": "http.response.body", "body": body, "more_body": True})

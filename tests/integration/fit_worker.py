@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 from builder.tiny_corpus import example
 from tests.integration.emulator.conftest import LLM_START_S, REPOSITORY, site_with
@@ -15,7 +16,7 @@ from tests.processes import VLLM_ENVIRONMENT
 
 def main(model: str, log: str) -> None:
     checked = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "false", "RUNPOD_LOG_LEVEL": "DEBUG", "RUNPOD_MIN_DISK_PERCENT": "0"}
-    endpoint = {
+    endpoint: dict[str, Any] = {
         # The emulator keeps the last lines alone.
         "command": ["sh", "-c", 'exec "$0" handler.py >"$1" 2>&1', sys.executable, log],
         "cwd": str(REPOSITORY),

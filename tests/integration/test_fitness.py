@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_a_worker_on_a_bad_machine_ends_with_the_reason_before_the_engine_is_loa
 
 def test_the_platform_is_told_of_a_bad_machine() -> None:
     """The endpoint's own variables ask for the checks, which the emulator's workers go without."""
-    command = {"command": [sys.executable, "handler.py"], "cwd": str(REPOSITORY)}
+    command: dict[str, Any] = {"command": [sys.executable, "handler.py"], "cwd": str(REPOSITORY)}
     with site_with(**command, env={"MODEL_NAME": "/nowhere", **BAD}, workersMin=1) as site:
         (worker,) = eventually(lambda: [it for it in site.state()["workers"] if it["state"] == "unhealthy"])
 

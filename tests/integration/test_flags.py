@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine import models, server, variables
+from engine.configuration import Configuration
 from engine.errors import ConfigurationError
 from engine.flags import NOT_OURS, RETIRED, Flags
 from engine.settings import Settings
@@ -439,3 +440,11 @@ def test_the_effective_configuration_is_printed_with_its_sources_and_without_sec
         assert line in lines
     assert "secret" not in process.log.replace("without secrets", "")
     assert any("BATCH_SIZE_GROWTH_FACTOR is ignored: use BATCH_INTERVAL_MS" in line for line in lines)
+
+
+def test_data_parallelism_is_refused_with_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_PARALLEL_SIZE", "2")
+
+    with pytest.raises(ConfigurationError, match=r"DATA_PARALLEL_SIZE is 2.*more workers") as caught:
+        Configuration.read()
+    assert "\n" not in str(caught.value)

@@ -158,6 +158,7 @@ def test_a_dead_engine_ends_the_worker_under_the_sdks_own_loop_too(start: Start)
         env={"LOOP": "stock", "FAILS_AFTER_S": "4", "PAUSE_S": "0.5"},
         workersMin=1,
         workersMax=1,
+        maxRetries=0,
     )
     (worker,) = site.idle_workers(1)
     job_id = site.submit({"prompt": " ".join(["word"] * 60), "stream": True})
