@@ -13,9 +13,10 @@ An *arrival* is a piece that the socket gave, if text became visible with it. Of
 - Memory: PSS (shared pages count once) of all processes, engine included, after each measurement; the greatest is the
   peak.
 
-Percentiles are over all tokens, gaps or requests of one measurement. Tokens whose text is held back (half a character)
-count with the arrival that shows it. An answer counts only if it is whole: status 200, `[DONE]` at its end if it
-streams, finish reason `length`, as many tokens as were asked for. Any other is an error; errors are counted by kind.
+Percentiles are over all tokens, gaps or requests of one measurement. Where the events do not say which tokens they
+bring, an answer's tokens count as equally long. Tokens whose text is held back (half a character) count with the
+arrival that shows it. An answer counts only if it is whole: status 200, `[DONE]` at its end if it streams, finish
+reason `length`, as many tokens as were asked for. Any other is an error; errors are counted by kind.
 """
 
 from __future__ import annotations
@@ -185,10 +186,11 @@ def _read_stream(exchange: Exchange, pieces: list[tuple[float, bytes]], answer: 
     finish: str | None = None
     done = False
     rest = b""
-    hidden = 0
+    hidden = told = 0
+    shown: list[tuple[float, int]] = []
     for at, data in pieces:
         *events, rest = (rest + data).split(b"\n\n")
-        text = False
+        text = 0
         for event in events:
             content = event.removeprefix(b"data: ")
             if content == b"[DONE]":
@@ -197,19 +199,37 @@ def _read_stream(exchange: Exchange, pieces: list[tuple[float, bytes]], answer: 
             document = json.loads(content)
             if "error" in document:
                 raise FaultyAnswerError(f"error event: {_told(content)}")
+            told = (document.get("usage") or {}).get("completion_tokens", told)
             for choice in document["choices"]:
                 hidden += len(choice.get("token_ids") or ())
-                text = text or bool(choice["delta"].get("content"))
+                text += len(choice["delta"].get("content") or "")
                 finish = choice.get("finish_reason") or finish
-        if text and hidden:
-            answer.shown.append((at - exchange.due_s, hidden))
-            answer.tokens += hidden
-            hidden = 0
+        if text:
+            shown.append((at - exchange.due_s, text))
+            if hidden:
+                answer.shown.append((at - exchange.due_s, hidden))
+                answer.tokens += hidden
+                hidden = 0
     # What the end has brought and nothing has shown: half a character. It was made all the same.
     answer.tokens += hidden
+    if not answer.tokens:
+        answer.tokens, answer.shown = told, _shared(told, shown)
     if not done or rest:
         raise FaultyAnswerError("the stream does not end with [DONE]")
     return finish
+
+
+def _shared(tokens: int, shown: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """An answer's tokens, shared among its arrivals by their characters; one that gets none counts with the next."""
+    found: list[tuple[float, int]] = []
+    total, characters, counted = sum(length for _, length in shown), 0, 0
+    for at, length in shown:
+        characters += length
+        until = max(round(tokens * characters / total), 1)
+        if until > counted:
+            found.append((at, until - counted))
+            counted = until
+    return found
 
 
 def _read_whole(pieces: list[tuple[float, bytes]], answer: Answer) -> str | None:

@@ -26,6 +26,8 @@ class Scenario:
             ones have been answered or not (Poisson arrivals).
         tokens: length of each answer.
         streamed: whether answers stream.
+        token_ids: whether each event says which tokens it brings, so that vLLM makes one for each token, as it does
+            where a tool or reasoning parser looks at the stream.
         latency_ms: how far away the platform is, for each call of a worker.
     """
 
@@ -33,6 +35,7 @@ class Scenario:
     load: float = 0.0
     tokens: int = 64
     streamed: bool = True
+    token_ids: bool = False
     latency_ms: int = 0
 
     @property
@@ -43,7 +46,7 @@ class Scenario:
             if self.clients
             else f"open loop at {self.load:.0%} of vLLM alone"
         )
-        kind = "streamed" if self.streamed else "not streamed"
+        kind = ("streamed, token ids" if self.token_ids else "streamed") if self.streamed else "not streamed"
         return f"{load}, {self.tokens} tokens, {kind}, platform {self.latency_ms} ms away"
 
     def lasts_s(self, least_s: float) -> float:
@@ -53,9 +56,8 @@ class Scenario:
     def body(self) -> bytes:
         """The request's JSON: an answer of exactly `tokens` tokens.
 
-        `return_token_ids` has each event say which tokens it brings: vLLM merges the tokens of several steps into one
-        event when its server lags behind, so events cannot be counted for tokens. It costs all servers the same few
-        bytes an event; `continuous_usage_stats`, the other way to know, costs a usage object an event.
+        A stream says how many it had at its end alone (`usage`): asked for `return_token_ids`, vLLM makes an event of
+        each token, which users of plain text do not ask for.
         """
         document: dict[str, Any] = {
             "model": "tiny",
@@ -64,13 +66,19 @@ class Scenario:
             "ignore_eos": True,
         }
         if self.streamed:
-            document |= {"stream": True, "return_token_ids": True}
+            document |= {"stream": True, "stream_options": {"include_usage": True}}
+            if self.token_ids:
+                document["return_token_ids"] = True
         return json.dumps(document).encode()
 
 
 def default_scenarios(clients: list[int]) -> list[Scenario]:
-    """A few minutes: each number of clients, and 64 of them 40 ms away."""
-    return [*(Scenario(clients=count) for count in clients), Scenario(clients=64, latency_ms=40)]
+    """A few minutes: each number of clients, and 64 of them 40 ms away, and with an event for each token."""
+    return [
+        *(Scenario(clients=count) for count in clients),
+        Scenario(clients=64, latency_ms=40),
+        Scenario(clients=64, token_ids=True),
+    ]
 
 
 def full_scenarios(clients: list[int]) -> list[Scenario]:
@@ -81,6 +89,7 @@ def full_scenarios(clients: list[int]) -> list[Scenario]:
     return [
         *(Scenario(clients=count, latency_ms=latency) for latency in (0, 40, 150) for count in clients),
         *(Scenario(clients=count, streamed=False) for count in clients),
+        Scenario(clients=64, token_ids=True),
         *(Scenario(clients=count, tokens=tokens) for tokens in (16, 256) for count in (8, 64)),
         *(Scenario(load=load, latency_ms=latency) for latency in (0, 40) for load in (0.5, 0.8)),
     ]

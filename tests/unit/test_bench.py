@@ -31,6 +31,7 @@ from bench.measures import (
 from bench.scenarios import Scenario, default_scenarios, full_scenarios, poisson_arrivals
 from bench.servers import OURS, PEER, VLLM, free_port, worker_options
 from bench.weights import shapes, write_weights
+from engine.merging import is_plain_text
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
 FOUR = Scenario(clients=2, tokens=4)
@@ -177,6 +178,35 @@ def test_a_request_asks_for_exactly_so_many_tokens() -> None:
     assert "stream" not in json.loads(Scenario(clients=1, streamed=False).body())
 
 
+def test_plain_text_is_asked_for_as_its_users_do_and_token_ids_only_where_they_are_the_point() -> None:
+    assert is_plain_text("/v1/chat/completions", json.loads(Scenario(clients=1).body()))
+    assert not is_plain_text("/v1/chat/completions", json.loads(Scenario(clients=1, token_ids=True).body()))
+
+
+def said(text: str, finish: str | None = None) -> bytes:
+    return (
+        b"data: " + json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": finish}]}).encode() + b"\n\n"
+    )
+
+
+USAGE = b'data: {"choices": [], "usage": {"completion_tokens": 4}}\n\n'
+
+
+def test_tokens_that_no_event_tells_are_shared_by_their_characters() -> None:
+    pieces = [(0.1, FIRST + said("ab")), (0.2, said("abc") + said("defgh")), (0.4, said("xy", "length") + USAGE + DONE)]
+    found = read_answer(exchange((0.0, HEAD), *((at, chunk(data)) for at, data in pieces), (0.5, chunk(b""))), FOUR)
+
+    assert found.tokens == 4
+    assert found.shown == [(0.1, 1), (0.2, 2), (0.4, 1)]
+
+
+def test_an_answer_without_usage_and_token_ids_is_not_whole() -> None:
+    pieces = [(0.1, FIRST + said("abcd", "length") + DONE)]
+
+    with pytest.raises(FaultyAnswerError, match="0 tokens instead of 4"):
+        read_answer(exchange((0.0, HEAD), *((at, chunk(data)) for at, data in pieces), (0.5, chunk(b""))), FOUR)
+
+
 def test_the_default_scenarios_are_those_that_the_targets_speak_of() -> None:
     names = [scenario.name for scenario in default_scenarios([1, 8, 24, 64])]
     assert names == [
@@ -185,6 +215,7 @@ def test_the_default_scenarios_are_those_that_the_targets_speak_of() -> None:
         "24 clients, 64 tokens, streamed, platform 0 ms away",
         "64 clients, 64 tokens, streamed, platform 0 ms away",
         "64 clients, 64 tokens, streamed, platform 40 ms away",
+        "64 clients, 64 tokens, streamed, token ids, platform 0 ms away",
     ]
 
 

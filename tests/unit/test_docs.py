@@ -29,7 +29,15 @@ BUILD = {
     *re.findall(r"^ARG (\w+)=", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE),
     *re.findall(r"\$\{(\w+):?-", (ROOT / "docker-compose.yml").read_text(encoding="utf-8")),
 }
-PLATFORM = {"HF_HOME", "VLLM_CACHE_ROOT", "RUNPOD_INIT_TIMEOUT", "RUNPOD_API_KEY", "EASE_AGENT_URL"}
+PLATFORM = {
+    "HF_HOME",
+    "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS",
+    "RUNPOD_SKIP_GPU_CHECK",
+    "VLLM_CACHE_ROOT",
+    "RUNPOD_INIT_TIMEOUT",
+    "RUNPOD_API_KEY",
+    "EASE_AGENT_URL",
+}
 API = {"REQUEST_COUNT", "QUEUE_DELAY"}
 PLACEHOLDERS = {
     "YOUR_NAME", "YOUR_TOKEN", "YOUR_TENANT", "REGISTRY_AUTH_ID", "TEMPLATE_ID", "ENDPOINT_ID", "SERVERLESS_ID",
