@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,6 +204,50 @@ def test_another_version_of_vllm_is_told(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     compat.check_version()
     assert "0.99.0" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_an_app_that_fails_as_it_starts_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server runs around vLLM's app may raise: nobody would hear of it in a task of its own."""
+    from fastapi import FastAPI
+    from vllm.entrypoints.launchers import app as launcher
+    from vllm.entrypoints.launchers.api_server import app_state
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        raise RuntimeError("the app cannot start")
+        yield
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(launcher, "build_app", lambda *_: FastAPI(lifespan=lifespan))
+    monkeypatch.setattr(app_state, "init_app_state", nothing)
+    starting = object.__new__(server.Server)  # Its constructor would load the engine.
+    starting._lock, starting._app, starting.open_routes = asyncio.Lock(), None, frozenset()
+    starting._args = SimpleNamespace(served_model_name=(), trust_request_chat_template=True)
+    starting._engine = SimpleNamespace(get_supported_tasks=nothing, model_config=None)
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the app cannot start"):
+            await starting.app()
+
+
+@pytest.mark.parametrize(
+    ("own", "tokens"), [(3000, 3000), (None, 4096)], ids=["a hybrid model, by vLLM's own count", "a vLLM without one"]
+)
+def test_the_size_of_the_cache_is_vllms_own_count(own: int | None, tokens: int) -> None:
+    """Where layers cache differently, a request takes blocks of several groups: fewer tokens fit than blocks say."""
+    from vllm.config import CacheConfig
+
+    assert hasattr(CacheConfig(), "kv_cache_size_tokens"), MOVED.format("its cache has no kv_cache_size_tokens")
+    cache = SimpleNamespace(num_gpu_blocks=256, block_size=16, kv_cache_size_tokens=own)
+    loaded = object.__new__(server.Server)
+    loaded._engine = SimpleNamespace(
+        vllm_config=SimpleNamespace(cache_config=cache, parallel_config=SimpleNamespace(data_parallel_size=1))
+    )
+
+    assert loaded.cache_tokens == tokens
 
 
 CLOSED = {
