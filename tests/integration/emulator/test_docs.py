@@ -35,7 +35,9 @@ _ANY_LINES = r"(?:[^\n]*\n)*?"
 _NUMBER = r"\d+\.\d+"
 _LOOSE = {"…": r"[^\n]*", "~/.cache": r"\S+"}
 _LOOSELY = re.compile(r"(…|~/\.cache|\b\d+\.\d+(?= s\b| tokens/s))")
-ENVIRONMENT = {**os.environ, **ACCOUNT}
+# A reader's shell: the `make` that runs the tests tells the ones beneath it to say where they are.
+OF_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+ENVIRONMENT = {**{name: value for name, value in os.environ.items() if name not in OF_MAKE}, **ACCOUNT}
 
 
 def typed(command: str, before: str) -> list[str]:
@@ -79,7 +81,7 @@ class Terminal:
                 pytest.fail(f"port {PORT} is taken: `{command}` listens there, as the documents say; end what holds it")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                typed(command, before), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, process_group=0
+                typed(command, before), env=ENVIRONMENT, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, process_group=0
             )
         self._command = command
         return self._until_it_listens()
