@@ -83,7 +83,7 @@ def test_an_engine_that_hangs_is_a_dead_one(queue: JobQueue, own_worker: Process
     for job in jobs:
         job.wait()
     assert [(job.error()["status"], job.error()["retryable"]) for job in jobs] == [(503, True)] * 3
-    stall = re.search(r"The engine has failed: no step for (\d+) s while 3 requests run", own_worker.log)
+    stall = re.search(r"The worker has failed: no step for (\d+) s while 3 requests run", own_worker.log)
     assert stall is not None
     assert int(stall[1]) >= 4
     _, alive = psutil.wait_procs(family, timeout=10)
