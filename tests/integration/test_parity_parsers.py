@@ -18,7 +18,8 @@ from tests.parsers.cases import CASES, FAMILY_CASES, REASONING_CASES, TOOL_CASES
 from tests.parsers.samples import NOT_HERE, REASONING_SAMPLES, TOOL_SAMPLES
 from tests.parsers.sides import VllmAlone, both_sides
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of what vLLM imports
+# Both sides start with a hundred apps each; the warnings are of what vLLM imports.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 
 OTHERS, AT_ONCE = 23, 16
 # What vLLM's own server makes of these is not what their models mean.
