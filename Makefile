@@ -27,7 +27,7 @@ image-test: $(READY)  ## Build the images for real, on stand-ins for their bases
 		{ apt-get update -qq && apt-get install -y -qq buildah debootstrap; }
 	@$(BIN)/python -m pytest tests/image --timeout 3600
 
-soak: $(READY)  ## Show what the tests have no time for: hundreds of signals, the SDK's own loop beside ours (most of an hour)
+soak: $(READY)  ## Show what the tests have no time for: hundreds of signals, the SDK's own loop beside ours (more than an hour)
 	@$(BIN)/python -m pytest tests/soak
 
 fuzz: $(READY)  ## Look for an order of events that breaks the loop, among many that the tests do not try

@@ -1,4 +1,4 @@
-"""The platform's worker protocol, through the SDK. The only file that imports it.
+"""The platform's worker protocol, through the SDK, which the serving process imports here alone.
 
 Of the SDK we keep the take, the stop channel, the ping and the log; its loop is replaced by ours. Where an SDK lacks
 what our loop needs, the worker says so and uses the SDK's own loop, with the engine watched all the same.

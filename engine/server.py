@@ -105,14 +105,13 @@ class Server:
 
     @property
     def cache_tokens(self) -> int:
-        """How many tokens fit the KV cache, of all engines where data is parallel.
+        """How many tokens fit the KV cache.
 
         vLLM's own count, where it has one: where layers cache differently, blocks times their size is too much.
         """
         cache = self._engine.vllm_config.cache_config
-        engines = self._engine.vllm_config.parallel_config.data_parallel_size
         if (tokens := getattr(cache, "kv_cache_size_tokens", None)) is not None:
-            return int(tokens) * int(engines)
+            return int(tokens)
         return int((cache.num_gpu_blocks or 0) * cache.block_size)
 
     @property

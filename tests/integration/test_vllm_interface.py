@@ -243,9 +243,7 @@ def test_the_size_of_the_cache_is_vllms_own_count(own: int | None, tokens: int) 
     assert hasattr(CacheConfig(), "kv_cache_size_tokens"), MOVED.format("its cache has no kv_cache_size_tokens")
     cache = SimpleNamespace(num_gpu_blocks=256, block_size=16, kv_cache_size_tokens=own)
     loaded = object.__new__(server.Server)
-    loaded._engine = SimpleNamespace(
-        vllm_config=SimpleNamespace(cache_config=cache, parallel_config=SimpleNamespace(data_parallel_size=1))
-    )
+    loaded._engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
 
     assert loaded.cache_tokens == tokens
 

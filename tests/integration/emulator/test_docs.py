@@ -181,7 +181,7 @@ def check_job(document: dict[str, Any], step: Step) -> None:
 
 
 def test_a_block_shows_what_a_command_prints() -> None:
-    printed = "INFO | in /root/.cache/x/1f\nWarning\nReady after 9.6 s\n153 tokens, 200.5 tokens/s\n"
+    printed = "INFO | in /home/me/.cache/x/1f\nWarning\nReady after 9.6 s\n153 tokens, 200.5 tokens/s\n"
     shown = "INFO | in ~/.cache/…\n…\nReady after 1.2 s\n153 tokens, 1.5 tokens/s\n"
 
     assert re.fullmatch(pattern_of(shown), printed)
