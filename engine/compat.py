@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from engine.merging import MERGEABLE
 from engine.preparing import InPlace
 
 TESTED_VERSIONS = ("0.32.",)
@@ -41,7 +42,8 @@ def keep_deltas_apart() -> None:
     """Let a consumer that is late get the outputs of its request one by one, and not merged into one.
 
     vLLM's collector merges the deltas of a stream that its consumer has not fetched in time, as happens when the event
-    loop is busy; many of its tool and reasoning parsers break when they are given several tokens at once.
+    loop is busy; many of its tool and reasoning parsers break when they are given several tokens at once. A stream of
+    plain text (`engine.merging`) stays merged: that is less to do for a loop that is busy.
     """
     with optional("deltas to be kept apart"):
         from vllm.outputs import RequestOutput
@@ -53,9 +55,10 @@ def keep_deltas_apart() -> None:
             def __init__(self, *arguments: Any, **options: Any) -> None:
                 super().__init__(*arguments, **options)
                 self._next: deque[Any] = deque()
+                self._apart = self.aggregate and not MERGEABLE.get()
 
             def put(self, output: Any) -> None:
-                if self.aggregate and isinstance(self.output, RequestOutput) and isinstance(output, RequestOutput):
+                if self._apart and isinstance(self.output, RequestOutput) and isinstance(output, RequestOutput):
                     self._next.append(output)
                 else:
                     super().put(output)
@@ -77,16 +80,14 @@ def keep_deltas_apart() -> None:
         async_llm.RequestOutputCollector = Apart
 
 
-def prepare_in_place(engine: Any) -> bool:
-    """Let short requests be prepared without vLLM's thread, where its tokenizer may be used beside that; say if so."""
+def prepare_in_place(engine: Any) -> None:
+    """Let short requests be prepared without vLLM's thread, where its tokenizer may be used beside that."""
     with optional("short requests to be prepared without a thread"):
         from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
 
         if isinstance(engine.renderer.tokenizer, ThreadSafeHFTokenizerMixin):
             executor = engine.renderer._executor  # noqa: SLF001 (vLLM has no option for it)
             executor._inner = InPlace(executor._inner)  # noqa: SLF001
-            return True
-    return False
 
 
 def leave_out_middleware(app: Any) -> None:

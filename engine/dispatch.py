@@ -8,22 +8,54 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from contextvars import Context, copy_context
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
+from engine.merging import MERGEABLE
 from engine.payloads import Request
+from engine.preparing import SHORT, SHORT_BYTES
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Coroutine[Any, Any, None]]
 
 # How long an app may take to notice that its client has left before its task is cancelled.
 DISCONNECT_GRACE_S = 5.0
 
 _log = logging.getLogger(__name__)
+
+
+async def start(app: Starlette) -> asyncio.Task[None]:
+    """Start what a server runs around an app, its lifespan; it runs until the task is cancelled.
+
+    A task of its own: a loop that ends cancels its tasks first, and so a lifespan ends from the inside out. Left to the
+    loop's end as open generators, the contexts in it end in any order, with errors.
+
+    Returns:
+        The task, for the caller to keep.
+    """
+    started = asyncio.Event()
+
+    async def live() -> None:
+        try:
+            async with app.router.lifespan_context(app):
+                started.set()
+                await asyncio.Event().wait()
+        finally:
+            started.set()
+
+    task = asyncio.create_task(live(), name="the app's lifespan")
+    await started.wait()
+    if task.done():
+        await task
+    return task
 
 
 class Response:
@@ -137,7 +169,8 @@ async def call(app: App, request: Request, request_id: str = "") -> AsyncIterato
         EngineError: the app raised, or ended without an answer.
     """
     exchange = _Exchange(request)
-    task = asyncio.ensure_future(app(_scope(request, request_id), exchange.receive, exchange.send))
+    answering = app(_scope(request, request_id), exchange.receive, exchange.send)
+    task = asyncio.create_task(answering, context=_context(request))
     task.add_done_callback(exchange.app_ended)
     try:
         await exchange.started()
@@ -170,3 +203,11 @@ def _scope(request: Request, request_id: str) -> Message:
         "server": None,
         "state": {},
     }
+
+
+def _context(request: Request) -> Context:
+    """What code deep inside vLLM, which is handed little of the request, can ask about it."""
+    context = copy_context()
+    context.run(SHORT.set, len(request.body or b"") <= SHORT_BYTES)
+    context.run(MERGEABLE.set, request.mergeable)
+    return context

@@ -35,8 +35,11 @@ class Engine(Protocol):
     def open_routes(self) -> frozenset[str]:
         """The routes that a job may call."""
 
-    def event_tokens(self, path: str) -> int:
-        """How many tokens an event should hold, in a stream of plain text that begins now on this route."""
+    def event_tokens(self, path: str) -> int | None:
+        """How many tokens an event should hold, in a stream of plain text that begins now on this route.
+
+        None where each token has to be an event of its own.
+        """
 
     def failure(self) -> str | None:
         """What is wrong with the engine for good, if something is."""

@@ -7,6 +7,7 @@ such a stream stays as vLLM makes it by itself, and its events are merged after 
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 ROUTES = {"/v1/chat/completions", "/v1/completions"}
@@ -17,6 +18,8 @@ PLAIN_FIELDS = {
     "top_k", "top_p", "user",
 }  # fmt: skip
 PLAIN_OPTIONS = {"include_usage"}
+# Whether tokens of the request that is answered in this context may be merged before its stream is made.
+MERGEABLE: ContextVar[bool] = ContextVar("mergeable", default=False)
 
 
 def is_plain_text(path: str, body: dict[str, Any]) -> bool:

@@ -38,7 +38,8 @@ class Request:
     """One call of vLLM's app.
 
     `body` is JSON, or None for a GET. `native` is true for a job in the top-level form, whose stream comes
-    back as dicts with the new text rather than as SSE text. `warnings` are for who sent the job.
+    back as dicts with the new text rather than as SSE text. `warnings` are for who sent the job. `mergeable` is true
+    for a stream of plain text, of which vLLM may make one event of several tokens.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Request:
     body: bytes | None = None
     native: bool = False
     warnings: tuple[str, ...] = ()
+    mergeable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ def parse(
     job: dict[str, Any],
     max_model_len: int,
     open_routes: frozenset[str] = SERVING,
-    event_tokens: Callable[[str], int] = lambda _: 1,
+    event_tokens: Callable[[str], int | None] = lambda _: None,
 ) -> Request:
     """The request that a job's `input` stands for.
 
@@ -163,7 +165,8 @@ def parse(
         job: what the queue gave.
         max_model_len: the model's most tokens of prompt and answer together.
         open_routes: the routes that a job may call.
-        event_tokens: how many tokens an event of a stream of plain text should hold on a route.
+        event_tokens: how many tokens an event of a stream of plain text should hold on a route; None where each token
+            has to be an event of its own.
 
     Raises:
         InvalidInputError: the input is none of the accepted forms; the message says what is wrong and what is accepted.
@@ -184,10 +187,12 @@ def parse(
     if call.path not in open_routes:
         raise ClosedRouteError(call.path, sorted(open_routes))
     document = call.document
-    if document is not None and merging.is_plain_text(call.path, document) and (tokens := event_tokens(call.path)) > 1:
+    plain = document is not None and merging.is_plain_text(call.path, document)
+    tokens = event_tokens(call.path) if plain else None
+    if document is not None and tokens is not None and tokens > 1:
         document = {**document, "stream_interval": tokens}
     body = None if document is None else _encode(document)
-    return Request(call.method, call.path, call.query, body, call.native, warnings)
+    return Request(call.method, call.path, call.query, body, call.native, warnings, mergeable=tokens is not None)
 
 
 def _without_retired(value: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -13,24 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from engine.dispatch import App, Message, Receive, Send
-
 # So many bytes of a body are prepared in about a millisecond.
 SHORT_BYTES = 4096
 
+# Whether the request that is answered in this context is short.
+SHORT: ContextVar[bool] = ContextVar("short", default=False)
+
 _T = TypeVar("_T")
-_short: ContextVar[bool] = ContextVar("short", default=False)
-
-
-def telling_short_ones(app: App) -> App:
-    """The app, of which `InPlace` knows which requests are short."""
-
-    async def call(scope: Message, receive: Receive, send: Send) -> None:
-        length = dict(scope["headers"]).get(b"content-length", b"")
-        _short.set(length.isdigit() and int(length) <= SHORT_BYTES)
-        await app(scope, receive, send)
-
-    return call
 
 
 class InPlace(Executor):
@@ -45,7 +34,7 @@ class InPlace(Executor):
 
     def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
         """Do it, or have it done."""
-        if not _short.get():
+        if not SHORT.get():
             return self._threads.submit(fn, *args, **kwargs)
         future: Future[_T] = Future()
         try:

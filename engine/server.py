@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
 
-from engine import compat
+from engine import compat, dispatch
 from engine.batching import interval_s, interval_tokens
 from engine.cold_start import WORKER
 from engine.errors import ConfigurationError
 from engine.flags import Flags
 from engine.media import public_session
-from engine.preparing import telling_short_ones
 from engine.routes import SERVING
 from engine.secrets import redacted
 from engine.statistics import Statistics
@@ -119,9 +118,14 @@ class Server:
         """Least time between two outputs of a stream, in seconds: longer, the more requests run."""
         return interval_s(self._batch_interval_s, self.statistics.running)
 
-    def event_tokens(self, path: str) -> int:
-        """How many tokens vLLM should make one event of, in a stream of plain text that begins now on this route."""
-        if self._user_set_interval or (self._parses_chats and path == "/v1/chat/completions"):
+    def event_tokens(self, path: str) -> int | None:
+        """How many tokens vLLM should make one event of, in a stream of plain text that begins now on this route.
+
+        None where a parser looks at each of them.
+        """
+        if self._parses_chats and path == "/v1/chat/completions":
+            return None
+        if self._user_set_interval:
             return 1
         return interval_tokens(self._batch_interval_s, self.statistics.running, self.statistics.step_s)
 
@@ -175,12 +179,12 @@ class Server:
                 # vLLM's handler of a dead engine ends the server that it finds here; ours is ended by the loop.
                 app.state.server = SimpleNamespace(should_exit=False)
                 self._parses_chats = compat.parses_chats(app.state)
-                # What a server runs around the app: vLLM's periodic log line, a frozen heap. It ends with the loop.
-                self._lifespan = app.router.lifespan_context(app)
-                await self._lifespan.__aenter__()
+                # vLLM's periodic log line, a frozen heap. It ends with the loop.
+                self._lifespan = await dispatch.start(app)
                 # A template that comes with a request may never end: the thread, which vLLM gives up then, is for it.
-                in_place = not self._args.trust_request_chat_template and compat.prepare_in_place(self._engine)
-                self._app = telling_short_ones(app) if in_place else app
+                if not self._args.trust_request_chat_template:
+                    compat.prepare_in_place(self._engine)
+                self._app = app
             return self._app
 
     def shutdown(self) -> None:

@@ -29,7 +29,7 @@ class ScriptedApp:
     batch_interval_s: float = 0.0
     max_model_len: int = 2048
     open_routes: frozenset[str] = SERVING
-    tokens: int = 1
+    tokens: int | None = 1
     failed: str | None = None
     requests: list[tuple[Message, bytes]] = field(default_factory=list)
     disconnects: int = 0
@@ -62,7 +62,7 @@ class ScriptedApp:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         self.ended.set()
 
-    def event_tokens(self, path: str) -> int:
+    def event_tokens(self, path: str) -> int | None:
         del path
         return self.tokens
 

@@ -40,7 +40,7 @@ class ScriptedEngine:
     def failure(self) -> str | None:
         return None if time.monotonic() < self._fails_at else "the engine's process is dead"
 
-    def event_tokens(self, path: str) -> int:
+    def event_tokens(self, path: str) -> int | None:
         del path
         return 1
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from engine import compat, server
-from engine.preparing import InPlace, telling_short_ones
+from engine.merging import MERGEABLE
+from engine.preparing import SHORT, InPlace
 from engine.routes import SERVING
 
 # Importing vLLM and torch warns of their own deprecations.
@@ -94,12 +95,9 @@ async def test_what_vllm_prepares_with_can_be_done_in_place() -> None:
     executor._inner = InPlace(executor._inner)
     threads: list[int] = []
 
-    async def app(*_: object) -> None:
+    for short in (True, False):
+        SHORT.set(short)
         threads.append(await asyncio.get_running_loop().run_in_executor(executor, threading.get_ident))
-
-    unused: Any = None
-    for length in (b"10", b"999999"):
-        await telling_short_ones(app)({"headers": [(b"content-length", length)]}, unused, unused)
     executor.replace_inner()  # As vLLM does when a template does not end.
 
     assert (threads[0] == threading.get_ident(), threads[1] == threading.get_ident()) == (True, False)
@@ -148,6 +146,19 @@ async def test_a_late_consumer_gets_each_delta_by_itself(collectors: tuple[Any, 
 
 
 @pytest.mark.anyio
+async def test_a_late_consumer_of_plain_text_gets_it_merged(collectors: tuple[Any, Any]) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    MERGEABLE.set(True)
+    collector = collectors[1](RequestOutputKind.DELTA, "1")
+    for token in (1, 2, 3):
+        collector.put(output(token, finished=token == 3))
+
+    assert list((await collector.get()).outputs[0].token_ids) == [1, 2, 3]
+    assert collector.get_nowait() is None
+
+
+@pytest.mark.anyio
 async def test_an_error_reaches_a_late_consumer_and_a_waiting_one(collectors: tuple[Any, Any]) -> None:
     from vllm.sampling_params import RequestOutputKind
 
@@ -185,10 +196,9 @@ def test_without_what_an_optimisation_needs_the_worker_starts_and_says_so(
 
     monkeypatch.delattr(async_llm, "RequestOutputCollector")
     compat.keep_deltas_apart()
-    prepared = compat.prepare_in_place(object())
+    compat.prepare_in_place(object())
     compat.leave_out_middleware(object())
 
-    assert not prepared
     assert [record.getMessage().split(", which")[0] for record in caplog.records] == [
         "This vLLM does not allow deltas to be kept apart",
         "This vLLM does not allow short requests to be prepared without a thread",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
+from fastapi import APIRouter, FastAPI
 
 from engine import dispatch
 from engine.dispatch import Message, Receive, Send
@@ -141,3 +144,50 @@ async def test_an_app_that_fails_amid_its_answer_gives_what_it_had_and_then_an_e
 
     with pytest.raises(EngineError):
         await consume()
+
+
+def _app_of_many_lifespans(begun: list[int], ended: list[int]) -> FastAPI:
+    """An app whose routers have lifespans of their own, as vLLM's."""
+
+    def lifespan(number: int) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+        @asynccontextmanager
+        async def context(_app: FastAPI) -> AsyncIterator[None]:
+            begun.append(number)
+            try:
+                yield
+            finally:
+                await asyncio.sleep(0)
+                ended.append(number)
+
+        return context
+
+    app = FastAPI(lifespan=lifespan(0))
+    for number in range(1, 6):
+        app.include_router(APIRouter(lifespan=lifespan(number)))
+    return app
+
+
+def test_lifespans_end_with_the_loop_from_the_inside_out() -> None:
+    begun: list[int] = []
+    ended: list[int] = []
+    errors: list[str] = []
+
+    async def run() -> asyncio.Task[None]:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["message"]))
+        return await dispatch.start(_app_of_many_lifespans(begun, ended))
+
+    asyncio.run(run())
+
+    assert sorted(begun) == [0, 1, 2, 3, 4, 5]
+    assert ended == begun[::-1]
+    assert errors == []
+
+
+async def test_a_lifespan_that_does_not_start_is_an_error() -> None:
+    @asynccontextmanager
+    async def broken(_app: FastAPI) -> AsyncIterator[None]:
+        raise ValueError("no start")
+        yield
+
+    with pytest.raises(ValueError, match="no start"):
+        await dispatch.start(FastAPI(lifespan=broken))

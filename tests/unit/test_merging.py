@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine import jobs, merging
+from engine.dispatch import Message, Receive, Send
 from engine.server import Server
 from engine.statistics import Statistics
 from tests.scripted import ScriptedApp, chat_chunks
@@ -81,6 +82,34 @@ async def test_a_request_asks_vllm_for_it_by_vllms_own_field(
     assert json.loads(app.requests[0][1]).get("stream_interval") == interval
 
 
+@pytest.mark.parametrize(
+    ("tokens", "value", "mergeable"),
+    [
+        (7, {"openai_input": PLAIN}, True),
+        (1, {"openai_input": PLAIN}, True),
+        (None, {"openai_input": PLAIN}, False),
+        (7, {"openai_input": PLAIN | {"logprobs": True}}, False),
+        (7, {"openai_input": PLAIN | {"stream": False}}, False),
+    ],
+)
+async def test_what_answers_a_request_knows_whether_its_tokens_may_be_merged(
+    tokens: int | None, value: dict[str, Any], *, mergeable: bool
+) -> None:
+    known: list[bool] = []
+
+    class Asking(ScriptedApp):
+        async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+            known.append(merging.MERGEABLE.get())
+            await super().__call__(scope, receive, send)
+
+    app = Asking(chat_chunks("a"), content_type="text/event-stream", tokens=tokens)
+
+    _ = [output async for output in jobs.run({"id": "1", "input": value}, app)]
+
+    assert known == [mergeable]
+    assert not merging.MERGEABLE.get()
+
+
 def server(*, parses_chats: bool = False, user_set_interval: bool = False) -> Server:
     made = object.__new__(Server)  # Its constructor would load vLLM.
     made._parses_chats, made._user_set_interval, made._batch_interval_s = parses_chats, user_set_interval, 0.02
@@ -97,7 +126,7 @@ def test_the_busier_the_engine_the_larger_its_events() -> None:
 
 
 def test_chats_that_a_parser_looks_at_stay_as_vllm_makes_them() -> None:
-    assert server(parses_chats=True).event_tokens(CHAT) == 1
+    assert server(parses_chats=True).event_tokens(CHAT) is None
     assert server(parses_chats=True).event_tokens(COMPLETIONS) == 40
 
 

@@ -6,12 +6,13 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn
 
 import pytest
 
+from engine import dispatch
 from engine.dispatch import Message, Receive, Send
-from engine.preparing import SHORT_BYTES, InPlace, telling_short_ones
+from engine.payloads import Request
+from engine.preparing import SHORT, SHORT_BYTES, InPlace
 
 pytestmark = pytest.mark.anyio
 
@@ -31,70 +32,51 @@ class App:
         self._executor = executor
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        del receive, send
+        del receive
         loop = asyncio.get_running_loop()
         self.threads[scope["path"]] = await loop.run_in_executor(self._executor, threading.get_ident)
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body"})
 
 
-async def receive() -> NoReturn:
-    raise AssertionError("the body is not needed")
-
-
-async def send(_: Message) -> NoReturn:
-    raise AssertionError("there is no answer")
-
-
-def request(path: str, length: bytes | None) -> Message:
-    headers = [(b"host", b"worker")] + ([(b"content-length", length)] if length is not None else [])
-    return {"path": path, "headers": headers}
+async def answered(app: App, path: str, body: bytes | None) -> None:
+    """Have the app answer a request."""
+    async with dispatch.call(app, Request("POST", path, body=body)) as response:
+        await response.body()
 
 
 async def test_each_request_is_prepared_where_its_length_says(executor: InPlace) -> None:
     app = App(executor)
-    lengths = {
-        "short": b"%d" % SHORT_BYTES,
-        "long": b"%d" % (SHORT_BYTES + 1),
-        "short again": b"0",
-        "unknown": None,
-        "odd": "²".encode(),
-    }
+    bodies = {"short": bytes(SHORT_BYTES), "long": bytes(SHORT_BYTES + 1), "short again": b"", "none": None}
 
     # In one task, so that one request's length would show in the next one.
-    for path, length in lengths.items():
-        await telling_short_ones(app)(request(path, length), receive, send)
+    for path, body in bodies.items():
+        await answered(app, path, body)
 
     here = threading.get_ident()
-    assert [path for path, thread in app.threads.items() if thread == here] == ["short", "short again"]
-    assert app.threads.keys() == lengths.keys()
+    assert [path for path, thread in app.threads.items() if thread == here] == ["short", "short again", "none"]
+    assert app.threads.keys() == bodies.keys()
 
 
 async def test_requests_side_by_side_do_not_mix_their_lengths(executor: InPlace) -> None:
     app = App(executor)
-    told = telling_short_ones(app)
-    paths = {f"{number}": b"1" if number % 2 else b"999999" for number in range(20)}
+    bodies = {f"{number}": bytes(1 if number % 2 else 999_999) for number in range(20)}
 
-    await asyncio.gather(*(told(request(path, length), receive, send) for path, length in paths.items()))
+    await asyncio.gather(*(answered(app, path, body) for path, body in bodies.items()))
 
     here = threading.get_ident()
     assert {path for path, thread in app.threads.items() if thread == here} == {str(n) for n in range(1, 20, 2)}
 
 
 async def test_an_error_is_raised_where_the_result_is_asked_for(executor: InPlace) -> None:
-    failures: list[Exception] = []
-
     def fail() -> None:
         raise ValueError("no such template")
 
-    async def app(scope: Message, receive: Receive, send: Send) -> None:
-        del scope, receive, send
-        future = executor.submit(fail)
-        with pytest.raises(ValueError, match="no such template") as raised:
-            future.result()
-        failures.append(raised.value)
+    SHORT.set(True)
+    future = executor.submit(fail)
 
-    await telling_short_ones(app)(request("/", b"10"), receive, send)
-
-    assert failures
+    with pytest.raises(ValueError, match="no such template"):
+        future.result()
 
 
 async def test_what_is_no_request_is_left_to_the_threads(executor: InPlace) -> None:
