@@ -21,6 +21,9 @@ VLLM_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+# By itself vLLM binds the threads of every engine of a machine to the same cores, the first ones. With this, two that
+# work at the same time share none, where there are two.
+OTHER_CORE = {"VLLM_CPU_OMP_THREADS_BIND": str(max(os.sched_getaffinity(0)))}
 
 
 class Process:

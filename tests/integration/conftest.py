@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.job_queue import JobQueue, serving
-from tests.processes import ROOT, VLLM_ENVIRONMENT, Process, running
+from tests.processes import OTHER_CORE, ROOT, VLLM_ENVIRONMENT, Process, running
 
 START_S = 240.0
 
@@ -71,7 +71,7 @@ def vllm_alone(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
         arguments += {"true": [f"--{flag}"], "false": [f"--no-{flag}"]}.get(value, [f"--{flag}", value])
     log = tmp_path_factory.mktemp("vllm") / "log"
     with (
-        running(arguments, VLLM_ENVIRONMENT, log) as process,
+        running(arguments, VLLM_ENVIRONMENT | OTHER_CORE, log) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
         process.wait_for(lambda: _answers(client), START_S)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from tests.integration.parity import joined
-from tests.job_queue import JobQueue
 from tests.parsers.cases import CASES, FAMILY_CASES, REASONING_CASES, TOOL_CASES
 from tests.parsers.samples import NOT_HERE, REASONING_SAMPLES, TOOL_SAMPLES
 from tests.parsers.sides import VllmAlone, both_sides
@@ -28,11 +27,9 @@ STREAMS_NO_REASONING = {"reasoning minimax_m2_append_think"}
 
 
 @pytest.fixture(scope="module")
-def streamed(
-    job_queue: JobQueue, tiny_model: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[dict[str, str], VllmAlone]]:
+def streamed(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, str], VllmAlone]]:
     """All streams of the worker, and vLLM's own server, which has answered the same."""
-    with both_sides(job_queue, Path(tiny_model), tmp_path_factory.mktemp("parsers")) as (worker, alone):
+    with both_sides(Path(tiny_model), tmp_path_factory.mktemp("parsers")) as (worker, alone):
         alone.learn(CASES)
         yield worker.texts(CASES, OTHERS, AT_ONCE), alone
 

@@ -6,8 +6,6 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 from builder.tiny_corpus import example
 from tests.integration.conftest import START_S
 from tests.integration.emulator.conftest import alive, eventually
@@ -27,10 +25,8 @@ def on_two_cores(queue: JobQueue, model: str, **flags: str) -> dict[str, str]:
 
 
 def test_a_worker_with_tensor_parallelism_imports_once_answers_and_leaves_no_process_when_killed(
-    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: str, tmp_path: Path
 ) -> None:
-    # vLLM has set it here, where another test has imported it.
-    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
     with serving() as queue:
         environment = on_two_cores(queue, tiny_model, TENSOR_PARALLEL_SIZE="2", PYTHONPROFILEIMPORTTIME="1")
         with running(["handler.py"], environment, tmp_path / "log") as process:

@@ -15,11 +15,11 @@ import httpx
 
 from tests.integration.conftest import START_S
 from tests.integration.parity import events, joined
-from tests.job_queue import JobQueue, QueuedJob
+from tests.job_queue import JobQueue, QueuedJob, serving
 from tests.parsers.apps import BASE
 from tests.parsers.cases import CHAT, Case
 from tests.parsers.model import with_their_tokens
-from tests.processes import VLLM_ENVIRONMENT, Process, running
+from tests.processes import OTHER_CORE, VLLM_ENVIRONMENT, Process, running
 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 ASKED_ANEW = 3
@@ -161,10 +161,11 @@ class Worker:
 
 
 @contextmanager
-def both_sides(queue: JobQueue, tiny_model: Path, directory: Path) -> Iterator[tuple[Worker, VllmAlone]]:
+def both_sides(tiny_model: Path, directory: Path) -> Iterator[tuple[Worker, VllmAlone]]:
     """Start both on the tiny model with the tokens of all models, each with one engine for all parsers.
 
-    The worker is `handler.py` with the stock SDK and the real engine.
+    The worker is `handler.py` with the stock SDK and the real engine, on a queue of its own: a worker that other tests
+    share would take some of its jobs.
     """
     model = with_their_tokens(tiny_model, directory / "model")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -174,16 +175,11 @@ def both_sides(queue: JobQueue, tiny_model: Path, directory: Path) -> Iterator[t
     for name, value in FLAGS.items():
         flag = name.lower().replace("_", "-")
         arguments += [f"--no-{flag}"] if value == "false" else [f"--{flag}", value]
-    environment = {
-        **VLLM_ENVIRONMENT,
-        **FLAGS,
-        **queue.environment,
-        "MODEL_NAME": str(model),
-        "SERVED_MODEL_NAME": BASE,
-    }
+    environment = {**VLLM_ENVIRONMENT, **FLAGS, "MODEL_NAME": str(model), "SERVED_MODEL_NAME": BASE}
     with (
-        running(["-m", "tests.parsers.worker"], environment, directory / "worker.log") as ours,
-        running(arguments, VLLM_ENVIRONMENT, directory / "vllm.log") as theirs,
+        serving() as queue,
+        running(["-m", "tests.parsers.worker"], environment | queue.environment, directory / "worker.log") as ours,
+        running(arguments, VLLM_ENVIRONMENT | OTHER_CORE, directory / "vllm.log") as theirs,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
         worker, alone = Worker(ours, queue, model), VllmAlone(theirs, client, model)

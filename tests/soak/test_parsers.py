@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.job_queue import JobQueue
 from tests.parsers.cases import CASES
 from tests.parsers.sides import VllmAlone, Worker, both_sides
 from tests.soak.conftest import Show
@@ -16,10 +15,8 @@ REPETITIONS = 3
 
 
 @pytest.fixture(scope="module")
-def sides(
-    job_queue: JobQueue, tiny_model: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Worker, VllmAlone]]:
-    with both_sides(job_queue, Path(tiny_model), tmp_path_factory.mktemp("parsers")) as (worker, alone):
+def sides(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Worker, VllmAlone]]:
+    with both_sides(Path(tiny_model), tmp_path_factory.mktemp("parsers")) as (worker, alone):
         alone.learn(CASES)
         yield worker, alone
 
