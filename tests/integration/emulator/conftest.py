@@ -120,8 +120,11 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    """An emulator for a whole module: one worker that runs four jobs at once, ready."""
-    with site_with(workersMin=1, env={"CONCURRENCY": "4", "PAUSE_S": "0.02"}) as running:
+    """An emulator for a whole module: one worker that runs four jobs at once, ready.
+
+    The SDK's own loop ends only when its last take does, which the emulator need not wait for.
+    """
+    with site_with(workersMin=1, grace=2, env={"CONCURRENCY": "4", "PAUSE_S": "0.02"}) as running:
         running.idle_workers(1)
         yield running
 
