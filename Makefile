@@ -17,10 +17,11 @@ up: $(READY)  ## Run the emulator: the platform on this machine, with workers th
 	@$(BIN)/python -m emulator $(ARGS)
 
 test: $(READY) browser  ## Run all tests: the real engine, the real SDK, a real browser
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto tests/unit
+	@$(BIN)/python -m pytest --durations 40 tests/integration
 
 unit: $(READY)  ## Run the tests that need no engine
-	@$(BIN)/python -m pytest tests/unit
+	@$(BIN)/python -m pytest --numprocesses auto tests/unit
 
 image-test: $(READY)  ## Build the images for real, on stand-ins for their bases, and let them answer jobs (Debian, root)
 	@{ command -v buildah && command -v debootstrap; } >/dev/null || \
@@ -40,6 +41,7 @@ check: $(READY)  ## Lint, formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/deptry .
 	@$(BIN)/hadolint Dockerfile
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
 

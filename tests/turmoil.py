@@ -20,6 +20,7 @@ import httpx
 
 from builder.tiny_corpus import CORPUS
 from tests.integration.emulator.conftest import REPOSITORY, Site, eventually, site_with
+from tests.processes import VLLM_ENVIRONMENT
 
 # A tenth of all deliveries and takes fail, before or after they have had their effect, in mixed ways; latency jumps.
 FAULTS: list[dict[str, Any]] = [
@@ -63,6 +64,16 @@ def worker_settings(**variables: str) -> dict[str, Any]:
         "pingInterval": 1000,
         "lostAfter": 8,
         "rateLimits": False,
+    }
+
+
+def real_worker_settings(model: str) -> dict[str, Any]:
+    """The same with the real engine, and few jobs at once: there is something to lose when a worker goes."""
+    variables = {"MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny", "MAX_CONCURRENCY": "2"}
+    return worker_settings() | {
+        "command": [sys.executable, "handler.py"],
+        "lostAfter": 10,
+        "env": {**VLLM_ENVIRONMENT, **variables},
     }
 
 

@@ -8,6 +8,8 @@ from tests.soak.conftest import Show
 from tests.turmoil import (
     Outcome,
     job_input,
+    known_job,
+    real_worker_settings,
     run_jobs,
     signalled_around_arrivals,
     stopped_while_idle,
@@ -75,3 +77,15 @@ def test_two_thousand_jobs_in_turmoil(loop: str, retries: int, tls: bool, show: 
     if (loop, retries) == ("own", 1000):
         assert ends == {"right": JOBS}
         assert health["completed"] == JOBS
+
+
+@pytest.mark.timeout(3600)
+def test_two_hundred_jobs_of_the_real_engine_end_with_the_right_answer(tiny_model: str, show: Show) -> None:
+    """Workers are told to stop and killed meanwhile; the next one takes half a minute to start."""
+    jobs = [known_job(number) for number in range(200)]
+
+    ends, health, signals, seconds = run_jobs(jobs, real_worker_settings(tiny_model), most_signals=3, timeout_s=3600)
+
+    show(f"200 real jobs in {seconds:.0f} s: {dict(ends)}, {health['retried']} retried, {dict(signals)}")
+    assert ends == {"right": 200}
+    assert signals["SIGTERM"] + signals["SIGKILL"] >= 1
