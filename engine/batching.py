@@ -9,7 +9,7 @@ import json
 import math
 import re
 
-from engine.errors import EngineError
+from engine.errors import InternalError
 
 # The platform caps a streamed chunk at 1 MB; counted on the JSON text that is posted, envelope included.
 MAX_OUTPUT_BYTES = 1_000_000
@@ -53,9 +53,11 @@ class EventBatcher:
 
     Args:
         max_bytes: the most that one output may have, serialized as the platform gets it.
+        cut: whether an event above that is cut; if not, it goes out whole.
     """
 
-    def __init__(self, max_bytes: int = MAX_OUTPUT_BYTES) -> None:
+    def __init__(self, max_bytes: int = MAX_OUTPUT_BYTES, *, cut: bool = True) -> None:
+        self._cut = cut
         self._max_bytes = max_bytes - _ENVELOPE_BYTES
         if self._max_bytes < _WORST_ESCAPE_BYTES:
             raise ValueError(f"max_bytes is {max_bytes}, which leaves no room for a character")
@@ -65,7 +67,7 @@ class EventBatcher:
         """Take a chunk and return the outputs that are complete with it: none while an event is still open.
 
         Raises:
-            EngineError: the stream is not UTF-8.
+            InternalError: the stream is not UTF-8.
         """
         self._pending += chunk
         return self._take(max(self._boundary(b"\n\n"), self._boundary(b"\r\n\r\n")))
@@ -74,7 +76,7 @@ class EventBatcher:
         """Return what is left at the stream's end, whether it ended with an event or not.
 
         Raises:
-            EngineError: the stream is not UTF-8, or ended within a character.
+            InternalError: the stream is not UTF-8, or ended within a character.
         """
         return self._take(len(self._pending))
 
@@ -89,7 +91,7 @@ class EventBatcher:
         try:
             text = taken.decode()
         except UnicodeDecodeError as error:
-            raise EngineError(f"the engine's stream is not UTF-8: {error.reason}") from None
+            raise InternalError(f"the engine's stream is not UTF-8: {error.reason}") from None
         if len(taken) * _WORST_ESCAPE_BYTES <= self._max_bytes:
             return [text] if text else []
         return self._split(text)
@@ -103,7 +105,7 @@ class EventBatcher:
             if run and run_bytes + size > self._max_bytes:
                 outputs.append("".join(run))
                 run, run_bytes = [], 0
-            if size > self._max_bytes:
+            if size > self._max_bytes and self._cut:
                 step = self._max_bytes // _WORST_ESCAPE_BYTES
                 outputs += (event[start : start + step] for start in range(0, len(event), step))
             else:

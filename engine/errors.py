@@ -8,12 +8,18 @@ WorkerError
 └── JobError                  one job ends with this error; the worker goes on
     ├── InvalidInputError     400: the job's input is not one that we accept
     ├── ClosedRouteError      403: the route is not one that a job may call
-    ├── RefusedError          vLLM answered with an error status; its body is passed on as it is
+    ├── UnknownRouteError     404: vLLM has no such route
+    ├── RefusedError          vLLM answered with an error status, or ended a stream with an error; its body is passed on
     ├── TooLargeError         413: the job's result is larger than the platform takes
     ├── RefusedResultError    500: the platform did not take the job's result, and will not
+    ├── InternalError         500: the worker failed at this job, and would again
     ├── EngineError           500: the engine broke off without an answer; another try may succeed
     ├── StoppedError          503: the worker ends before the job did; another worker may run it
     └── TimedOutError         504: the job has run for longer than a job may
+
+`retryable` is true for what another try can help: an engine that broke off, a worker that ends, an output that did not
+arrive, and vLLM's own statuses 429, 502, 503 and 504. It is false for a 500 of vLLM's: the engine lives (a job of one
+that does not ends with 503), so it is the request that it stumbled over, such as a grammar that cannot be compiled.
 """
 
 from __future__ import annotations
@@ -22,6 +28,14 @@ import json
 import re
 from http import HTTPStatus
 from typing import Any, ClassVar
+
+# Statuses of vLLM's that another try may not get.
+_PASSING = {
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+}
 
 
 class WorkerError(Exception):
@@ -93,6 +107,16 @@ class ClosedRouteError(JobError):
         )
 
 
+class UnknownRouteError(JobError):
+    """VLLM has no such route."""
+
+    status = HTTPStatus.NOT_FOUND
+    type = "NotFoundError"
+
+    def __init__(self, route: str) -> None:
+        super().__init__(f"vLLM has no route {route} for this model")
+
+
 class RefusedError(JobError):
     """vLLM's app answered with an error status: `body` is its error body, unchanged."""
 
@@ -103,8 +127,11 @@ class RefusedError(JobError):
 
     def document(self) -> dict[str, Any]:
         """VLLM's own error body with `status` and `retryable` beside it."""
-        retryable = self._status >= HTTPStatus.INTERNAL_SERVER_ERROR or self._status == HTTPStatus.TOO_MANY_REQUESTS
-        return {**self._body, "status": self._status, "retryable": retryable}
+        return {**self._body, "status": self._status, "retryable": self._status in _PASSING}
+
+
+class InternalError(JobError):
+    """The worker failed at this job, and would again."""
 
 
 class EngineError(JobError):

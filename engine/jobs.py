@@ -15,7 +15,7 @@ import msgspec
 
 from engine import dispatch, native, payloads
 from engine.batching import EventBatcher
-from engine.errors import EngineError, InvalidInputError, JobError, RefusedError, StoppedError
+from engine.errors import InternalError, InvalidInputError, JobError, RefusedError, StoppedError
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ class Engine(Protocol):
         None where each token has to be an event of its own.
         """
 
+    def has_route(self, path: str) -> bool:
+        """Whether the app has a route of this path; asked once the app is made."""
+
     def failure(self) -> str | None:
         """What is wrong with the engine for good, if something is."""
 
@@ -62,21 +65,22 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
     """
     failure: JobError | None
     try:
-        request = payloads.parse(job, engine.max_model_len, engine.open_routes, engine.event_tokens)
-        async with dispatch.call(await engine.app(), request, str(job.get("id", ""))) as response:
+        app = await engine.app()
+        request = payloads.parse(job, engine.max_model_len, engine.open_routes, engine.event_tokens, engine.has_route)
+        async with dispatch.call(app, request, str(job.get("id", ""))) as response:
             await _check(response)
             if response.content_type == "text/event-stream":
-                async with aclosing(_stream(response, engine)) as batches:
-                    async for batch in batches:
-                        for output in native.deltas(batch, request.warnings) if request.native else [batch]:
-                            yield output
+                async with aclosing(_stream(response, engine, request)) as outputs:
+                    async for output in outputs:
+                        yield output
             else:
-                yield _document(response.content_type, await response.body(), request.path)
+                document = _document(response.content_type, await response.body(), request.path)
+                yield native.with_texts(document) if request.native else document
     except JobError as error:
         failure = error
     except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)
         _log.exception("Job %s failed in the worker", job.get("id"))
-        failure = EngineError("the worker failed; its log says why")
+        failure = InternalError("the worker failed; its log says why")
     else:
         failure = None
     if (reason := engine.failure()) is not None:
@@ -110,12 +114,34 @@ async def closing_with_consumer(outputs: AsyncGenerator[Any, None]) -> AsyncIter
         await (asyncio.wait(closings) if closings else outputs.aclose())
 
 
-async def _stream(response: dispatch.Response, engine: Engine) -> AsyncGenerator[str, None]:
+async def _stream(
+    response: dispatch.Response, engine: Engine, request: payloads.Request
+) -> AsyncGenerator[str | native.Delta, None]:
+    """The outputs of a streamed job.
+
+    Raises:
+        RefusedError: the stream has ended with an error of the engine's. An OpenAI job has given the whole of it, the
+            error too: its client reads the stream, and would wait for the end of one that just stops.
+    """
+    error: JobError | None = None
+    async with aclosing(_batches(response, engine, cut=not request.native)) as batches:
+        async for batch in batches:
+            if request.native:
+                for delta in native.deltas(batch, request.warnings):
+                    yield delta
+            else:
+                error = error or native.error_in(batch)
+                yield batch
+    if error is not None:
+        raise error
+
+
+async def _batches(response: dispatch.Response, engine: Engine, *, cut: bool) -> AsyncGenerator[str, None]:
     """The batches of a streamed body: the first as soon as it is there, then no two within `batch_interval_s`.
 
     What comes in while the consumer is busy with a batch, or during the interval, leaves together.
     """
-    batcher = EventBatcher()
+    batcher = EventBatcher(cut=cut)
     async for chunk in response.chunks():
         begun = time.monotonic()
         for batch in batcher.feed(chunk):

@@ -27,6 +27,7 @@ from engine.errors import (
     BusyError,
     DeliveryError,
     EngineError,
+    InternalError,
     JobError,
     RefusedDeliveryError,
     StoppedError,
@@ -306,12 +307,12 @@ class JobLoop:
         except asyncio.CancelledError:
             error = held.ended_with or StoppedError("the job was broken off in the worker; try again")
         except RefusedDeliveryError as refusal:
-            error = EngineError(f"the platform refused an output: {refusal}")
+            error = InternalError(f"the platform refused an output: {refusal}")
         except DeliveryError as failure:
             error = EngineError(f"an output could not be delivered: {failure}")
         except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)
             _log.exception("Job %s failed in the worker", held.id)
-            error = EngineError("the worker failed; its log says why")
+            error = InternalError("the worker failed; its log says why")
         held.ending = True
         if held.timer is not None:
             held.timer.cancel()

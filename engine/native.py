@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, NotRequired, TypedDict
 
@@ -56,8 +57,42 @@ def deltas(batch: str, warnings: tuple[str, ...] = ()) -> Iterator[Delta]:
             found[-1]["warnings"] = list(warnings)
     yield from found
     if error is not None:
-        code = error["error"].get("code") if isinstance(error["error"], dict) else None
-        raise RefusedError(code if isinstance(code, int) else HTTPStatus.INTERNAL_SERVER_ERROR.value, error)
+        raise _refusal(error["error"])
+
+
+def error_in(batch: str) -> RefusedError | None:
+    """The error that a stream of any of vLLM's routes ends with in this batch, if it does.
+
+    OpenAI's chats and completions, and Anthropic's messages, have an event with `error`; responses have one of the type
+    `response.failed`. That it is an error shows in its JSON: quotes within a text are escaped.
+    """
+    if '"error"' in batch or "response.failed" in batch:
+        with suppress(ValueError):  # A piece of a large event: an error is none.
+            for event in events(batch):
+                if event.get("type") == "response.failed":
+                    return _refusal((event.get("response") or {}).get("error"))
+                if event.get("error"):
+                    return _refusal(event["error"])
+    return None
+
+
+def with_texts(document: Any) -> Any:
+    """The answer to a native job that does not stream, with what earlier worker-vllm called its parts beside vLLM's.
+
+    RunPod's package for LangChain reads `choices[].tokens` (texts), `usage.input` and `usage.output`.
+    """
+    if isinstance(document, dict) and isinstance(document.get("choices"), list):
+        for choice in document["choices"]:
+            choice["tokens"] = [choice.get("text") or (choice.get("message") or {}).get("content") or ""]
+        if usage := document.get("usage"):
+            usage |= {"input": usage.get("prompt_tokens", 0), "output": usage.get("completion_tokens", 0)}
+    return document
+
+
+def _refusal(error: Any) -> RefusedError:
+    code = error.get("code") if isinstance(error, dict) else None
+    status = code if isinstance(code, int) else HTTPStatus.INTERNAL_SERVER_ERROR.value
+    return RefusedError(status, {"error": error})
 
 
 def events(batch: str) -> Iterator[dict[str, Any]]:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
 from engine import merging
-from engine.errors import ClosedRouteError, InvalidInputError
-from engine.routes import SERVING
+from engine.errors import ClosedRouteError, InvalidInputError, UnknownRouteError
+from engine.routes import GET_ONLY, SERVING
 
 ACCEPTED = """\
 {"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
@@ -23,12 +23,29 @@ ACCEPTED = """\
 {"messages": [...], "sampling_params": {...}, "stream": false}  a chat
 {"prompt": "...", "sampling_params": {...}, "stream": false}  a completion"""
 
-# A path and nothing else: no scheme, no host, no empty, `.` or `..` segment, no escapes. The query may follow.
-_ROUTE = re.compile(r"(?P<path>(?:/(?!\.{1,2}(?:/|\?|$))[A-Za-z0-9._~-]+)+)(?:\?(?P<query>[!-~]*))?")
-
+# A path and nothing else: no scheme, no host, no empty, `.` or `..` segment, no escapes. The query may follow. A slash
+# at the end is left out, as vLLM redirects to the route without it.
+_ROUTE = re.compile(r"(?P<path>(?:/(?!\.{1,2}(?:/|\?|$))[A-Za-z0-9._~-]+)+)/?(?:\?(?P<query>[!-~]*))?")
 
 # Fields of worker-vllm's jobs that say how its output was batched.
 RETIRED_FIELDS = {"batch_size", "max_batch_size", "min_batch_size", "batch_size_growth_factor"}
+# Fields of a request that may also stand at the top level of a native input, where LangChain's package puts them.
+SAMPLING_FIELDS = {
+    "bad_words", "chat_template_kwargs", "frequency_penalty", "ignore_eos", "include_stop_str_in_output",
+    "length_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens", "min_p", "min_tokens", "n",
+    "presence_penalty", "prompt_logprobs", "repetition_penalty", "response_format", "seed", "skip_special_tokens",
+    "spaces_between_special_tokens", "stop", "stop_token_ids", "structured_outputs", "temperature", "tool_choice",
+    "tools", "top_k", "top_logprobs", "top_p", "truncate_prompt_tokens", "use_beam_search", "user",
+}  # fmt: skip
+# What vLLM called the fields of `structured_outputs` until 0.12; since then it leaves them out without a word.
+GUIDED_FIELDS = {
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json": "json",
+    "guided_json_object": "json_object",
+    "guided_regex": "regex",
+    "guided_whitespace_pattern": "whitespace_pattern",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +79,10 @@ class _Call:
     native: bool = False
 
 
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
 class _Input(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -77,9 +98,10 @@ class OpenAIInput(_Input):
     openai_input: dict[str, Any] | None = None
 
     def call(self, max_model_len: int) -> _Call:
-        """A POST of the input to the route; a GET of the route where there is no input."""
+        """A POST of the input to the route; a GET of the route where there is no input, or none is taken there."""
         del max_model_len
-        return _call("openai_route", self.openai_route, self.openai_input)
+        call = _call("openai_route", self.openai_route, self.openai_input)
+        return _Call("GET", call.path, call.query) if call.path in GET_ONLY and not self.openai_input else call
 
 
 class RouteInput(_Input):
@@ -87,12 +109,12 @@ class RouteInput(_Input):
 
     route: StrictStr
     body: dict[str, Any] | None = None
-    method: Literal["GET", "POST", "get", "post"] | None = None
+    method: Annotated[Literal["GET", "POST"], BeforeValidator(_upper)] | None = None
 
     def call(self, max_model_len: int) -> _Call:
         """A POST of the body, or a GET where there is none, unless `method` says otherwise."""
         del max_model_len
-        method = (self.method or ("POST" if self.body else "GET")).upper()
+        method = self.method or ("POST" if self.body else "GET")
         return _call("route", self.route, (self.body or {}) if method == "POST" else None)
 
 
@@ -158,6 +180,7 @@ def parse(
     max_model_len: int,
     open_routes: frozenset[str] = SERVING,
     event_tokens: Callable[[str], int | None] = lambda _: None,
+    has_route: Callable[[str], bool] = lambda _: True,
 ) -> Request:
     """The request that a job's `input` stands for.
 
@@ -167,15 +190,17 @@ def parse(
         open_routes: the routes that a job may call.
         event_tokens: how many tokens an event of a stream of plain text should hold on a route; None where each token
             has to be an event of its own.
+        has_route: whether vLLM has a route.
 
     Raises:
         InvalidInputError: the input is none of the accepted forms; the message says what is wrong and what is accepted.
         ClosedRouteError: the route is not one that a job may call.
+        UnknownRouteError: vLLM has no such route.
     """
     value = job.get("input")
     if not isinstance(value, dict):
         raise InvalidInputError(f"the job's input has to be a JSON object. Accepted:\n{ACCEPTED}")
-    value, warnings = _without_retired(value)
+    value, warnings = _without_retired(_given(value))
     form = next((_FORMS[field] for field in _FORMS if field in value), None)
     if form is None:
         raise InvalidInputError(f"the job's input is none of the accepted forms:\n{ACCEPTED}")
@@ -185,8 +210,8 @@ def parse(
         faults = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in error.errors())
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED}") from None
     if call.path not in open_routes:
-        raise ClosedRouteError(call.path, sorted(open_routes))
-    document = call.document
+        raise ClosedRouteError(call.path, sorted(open_routes)) if has_route(call.path) else UnknownRouteError(call.path)
+    document = None if call.document is None else _structured(_merged(call.document))
     plain = document is not None and merging.is_plain_text(call.path, document)
     tokens = event_tokens(call.path) if plain else None
     if document is not None and tokens is not None and tokens > 1:
@@ -203,6 +228,47 @@ def _without_retired(value: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, 
     _log.warning("A job's %s is ignored: batches follow BATCH_INTERVAL_MS", retired)
     rest = {name: part for name, part in value.items() if name not in RETIRED_FIELDS}
     return rest, (f"{retired}: ignored, as the worker sets the size of batches",)
+
+
+def _given(value: dict[str, Any]) -> dict[str, Any]:
+    """The input without what is not given: `null`, as typed clients write it, and what another field overrides.
+
+    Sampling fields at the top level of a native input go where they belong.
+    """
+    given = {name: part for name, part in value.items() if part is not None}
+    if "messages" in given:  # As in worker-vllm, they override a prompt.
+        given = {name: part for name, part in given.items() if name not in ("prompt", "apply_chat_template")}
+    if given.keys() & _FORMS.keys() <= {"messages", "prompt"} and isinstance(given.get("sampling_params", {}), dict):
+        sampling = {name: part for name, part in given.items() if name in SAMPLING_FIELDS | GUIDED_FIELDS.keys()}
+        if extra := given.get("extra_body"):
+            sampling["extra_body"] = extra
+        given = {name: part for name, part in given.items() if name not in (*sampling, "extra_body")}
+        if sampling:
+            given["sampling_params"] = sampling | given.get("sampling_params", {})
+    return given
+
+
+def _merged(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with the fields of `extra_body` in it, where OpenAI's own clients put them."""
+    extra = body.get("extra_body")
+    if not isinstance(extra, dict):
+        return body
+    return {name: part for name, part in body.items() if name != "extra_body"} | extra
+
+
+def _structured(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with `guided_json` and the like as `structured_outputs`, as vLLM has called it since 0.12."""
+    guided = {name: part for name, part in body.items() if name in GUIDED_FIELDS and part is not None}
+    if guided and body.get("structured_outputs") is not None:
+        raise InvalidInputError(
+            f"{', '.join(sorted(guided))} beside structured_outputs: the former is an old name for a part of the latter"
+        )
+    body = {
+        name: part for name, part in body.items() if name not in GUIDED_FIELDS and name != "guided_decoding_backend"
+    }
+    if guided:
+        body["structured_outputs"] = {GUIDED_FIELDS[name]: part for name, part in guided.items()}
+    return body
 
 
 def _call(field: str, route: str, body: dict[str, Any] | None) -> _Call:

@@ -8,6 +8,8 @@ One route is the worker's own: `/cold_start` tells where the time of its start w
 
 from __future__ import annotations
 
+# They take no body.
+GET_ONLY = frozenset({"/cold_start", "/health", "/tokenizer_info", "/v1/models", "/version"})
 SERVING = frozenset(
     {
         "/classify",

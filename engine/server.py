@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
+from starlette.routing import Match
 
 from engine import compat, dispatch
 from engine.batching import interval_s, interval_tokens
@@ -89,7 +90,7 @@ class Server:
             disable_log_stats=arguments.disable_log_stats,
         )
         self._idle_at = time.monotonic()
-        self._app: App | None = None
+        self._app: Any = None
         self._lock = asyncio.Lock()
 
     @property
@@ -155,6 +156,11 @@ class Server:
             return f"no step for {still_s:.0f} s while {requests} requests run"
         return None
 
+    def has_route(self, path: str) -> bool:
+        """Whether vLLM's app has a route of this path, for any method; asked once the app is made."""
+        scope = {"type": "http", "path": path, "root_path": "", "method": "GET"}
+        return self._app is None or any(route.matches(scope)[0] is not Match.NONE for route in self._app.routes)
+
     def tokens_of(self, job_id: str) -> tuple[int, int] | None:
         """Tokens in and out of a job that has ended; told once. vLLM's request ids hold the job's."""
         finished = self.statistics.finished
@@ -185,7 +191,8 @@ class Server:
                 if not self._args.trust_request_chat_template:
                     compat.prepare_in_place(self._engine)
                 self._app = app
-            return self._app
+            made: App = self._app
+            return made
 
     def shutdown(self) -> None:
         """End the engine and its processes."""

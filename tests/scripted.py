@@ -30,6 +30,7 @@ class ScriptedApp:
     max_model_len: int = 2048
     open_routes: frozenset[str] = SERVING
     tokens: int | None = 1
+    unknown: frozenset[str] = frozenset()
     failed: str | None = None
     requests: list[tuple[Message, bytes]] = field(default_factory=list)
     disconnects: int = 0
@@ -65,6 +66,9 @@ class ScriptedApp:
     def event_tokens(self, path: str) -> int | None:
         del path
         return self.tokens
+
+    def has_route(self, path: str) -> bool:
+        return path not in self.unknown
 
     def failure(self) -> str | None:
         return self.failed

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.batching import MAX_DELIVERIES_PER_S, EventBatcher, interval_s, interval_tokens
-from engine.errors import EngineError
+from engine.errors import InternalError
 
 # Text that is awkward to cut and to escape: characters of one to four bytes, joiners, controls, both line endings.
 AWKWARD = st.text(
@@ -77,7 +77,7 @@ def test_a_stream_that_is_not_utf8_is_an_error_after_its_whole_events(chunks: li
     whole = "".join(output for chunk in chunks for output in batcher.feed(chunk))
 
     assert whole.encode() == b"".join(chunks)
-    with pytest.raises(EngineError, match="not UTF-8"):
+    with pytest.raises(InternalError, match="not UTF-8"):
         batcher.feed(b"data: " + garbage + b"\n\n")
 
 

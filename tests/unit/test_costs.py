@@ -24,7 +24,7 @@ ENGINE = str(Path(jobs.__file__).parent)
 TOKENS = 64
 STEP_S = 0.009
 # There were 115 for a job with one event, and 18 for each event more.
-CALLS_PER_JOB = 126
+CALLS_PER_JOB = 140
 CALLS_PER_EVENT = 20
 # Modules that `import handler` loads, Python's own among them; what vLLM spawns pays for each of them.
 HANDLER_MODULES = 150

@@ -203,3 +203,78 @@ async def test_batches_keep_their_interval_but_the_first_and_the_end_do_not_wait
         outputs = await outputs_of(app, CHAT)
 
     assert len(outputs) == 2
+
+
+ERROR = {"error": {"message": "the engine stumbled", "type": "InternalServerError", "param": None, "code": 500}}
+RESPONSES_ERROR = {"code": "server_error", "message": "the engine stumbled"}
+
+
+@pytest.mark.parametrize(
+    ("route", "ends_with", "error"),
+    [
+        ("/v1/chat/completions", [ERROR], ERROR["error"]),
+        ("/v1/completions", [ERROR], ERROR["error"]),
+        ("/v1/messages", [{"type": "error", **ERROR}], ERROR["error"]),
+        (
+            "/v1/responses",
+            [{"type": "response.failed", "response": {"status": "failed", "error": RESPONSES_ERROR}}],
+            RESPONSES_ERROR,
+        ),
+    ],
+)
+async def test_a_stream_that_ends_in_an_error_event_is_a_failed_job_and_its_client_sees_the_error_once(
+    route: str, ends_with: list[dict[str, Any]], error: dict[str, Any]
+) -> None:
+    first = {"type": "response.created", "response": {"error": None}, "text": 'he said "error"'}
+    body = [*sse(first, *ends_with), b"data: [DONE]\n\n"]
+    app = ScriptedApp(body=body, content_type="text/event-stream", pause_s=0.05)
+
+    outputs = await outputs_of(app, {"openai_route": route, "openai_input": {"stream": True}})
+
+    assert "".join(outputs[:-1]).encode() == b"".join(body)
+    assert error_of(outputs) == {"error": error, "status": 500, "retryable": False}
+
+
+@pytest.mark.parametrize(("status", "retryable"), [(400, False), (429, True), (500, False), (501, False), (503, True)])
+async def test_another_try_is_offered_only_where_it_can_help(status: int, retryable: bool) -> None:
+    app = ScriptedApp(body=[json.dumps(ERROR).encode()], status=status)
+
+    assert error_of(await outputs_of(app, CHAT))["retryable"] is retryable
+
+
+async def test_a_large_event_of_a_top_level_job_comes_whole() -> None:
+    """As with `echo` and log-probabilities of a long prompt."""
+    text = "x" * 2_500_000
+    app = ScriptedApp(body=chat_chunks("a", text, "b"), content_type="text/event-stream", pause_s=0.01)
+
+    outputs = await outputs_of(app, NATIVE)
+
+    assert "".join(output["text"] for output in outputs) == f"a{text}b"
+
+
+async def test_an_answer_to_a_top_level_job_has_what_langchain_reads_beside_vllms() -> None:
+    answer = {
+        "choices": [
+            {"index": 0, "message": {"content": "hi"}},
+            {"index": 1, "text": "ho"},
+            {"message": {"content": None}},
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+    }
+    app = ScriptedApp(body=[json.dumps(answer).encode()])
+
+    (native,) = await outputs_of(app, {"prompt": "x"})
+    (openai,) = await outputs_of(app, {"openai_input": {"messages": []}})
+
+    assert [choice.pop("tokens") for choice in native["choices"]] == [["hi"], ["ho"], [""]]
+    assert (native["usage"].pop("input"), native["usage"].pop("output")) == (3, 2)
+    assert native == openai == answer
+
+
+async def test_a_route_that_vllm_does_not_have_is_not_found() -> None:
+    app = ScriptedApp(unknown=frozenset({"/v1/v1/chat/completions"}))
+
+    document = error_of(await outputs_of(app, {"openai_route": "/v1/v1/chat/completions"}))
+
+    assert (document["status"], document["error"]["type"]) == (404, "NotFoundError")
+    assert app.requests == []

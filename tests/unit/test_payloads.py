@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import ClosedRouteError, InvalidInputError, JobError
+from engine.errors import ClosedRouteError, InvalidInputError, JobError, UnknownRouteError
 from engine.payloads import RETIRED_FIELDS, Request, parse
 from engine.routes import SERVING
 
@@ -84,7 +84,7 @@ def test_a_streamed_top_level_job_asks_for_usage_unless_it_says_otherwise() -> N
 
 NOT_ROUTES = [
     "", "v1/models", "http://host/v1/models", "//host/v1/models", "/v1//models", "@host/v1", "/v1/../metrics",
-    "/v1/./models", "/..", "/v1/models/", "/v1/%2e%2e/x", "/v1/models#x", "/v1/mo dels", "/v1\\models",
+    "/v1/./models", "/..", "/v1/models//", "/v1/%2e%2e/x", "/v1/models#x", "/v1/mo dels", "/v1\\models",
     "/v1/models\r\nx", "/v1/models?a=b c", "https:/v1", "/v1/chat/..?x", "\ud800", "/v1/modèles", "/a:b@host/", "*",
     "/\x00",
 ]  # fmt: skip
@@ -121,10 +121,16 @@ def test_a_route_that_is_accepted_is_a_plain_path(route: str) -> None:
         ({"openai_route": "/v1/models", "method": "DELETE"}, "method: Extra inputs are not permitted"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": "hi"}, "messages: Input should be a valid list"),
-        ({"messages": MESSAGES, "prompt": "x"}, "prompt: Extra inputs are not permitted"),
         ({"messages": MESSAGES, "stream": "yes"}, "stream: Input should be a valid boolean"),
         ({"messages": MESSAGES, "sampling_params": []}, "sampling_params: Input should be a valid dictionary"),
-        ({"messages": MESSAGES, "max_tokens": 5}, "max_tokens: Extra inputs are not permitted"),
+        ({"messages": MESSAGES, "max_token": 5}, "max_token: Extra inputs are not permitted"),
+        ({"prompt": "x", "guided_jsn": {}}, "guided_jsn: Extra inputs are not permitted"),
+        (
+            {"prompt": "x", "sampling_params": {"guided_regex": "a", "structured_outputs": {"regex": "b"}}},
+            "guided_regex beside structured_outputs",
+        ),
+        ({"openai_input": {"guided_regex": "a", "structured_outputs": {"regex": "b"}}}, "guided_regex beside"),
+        ({"route": "/v1/models", "method": "PUT"}, "method: Input should be 'GET' or 'POST'"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": "x", "sampling_params": {"stream": True}}, "'stream', which belongs at the top level"),
@@ -169,6 +175,8 @@ def test_an_openai_input_without_a_route_is_a_chat() -> None:
         ({"route": "/v1/models"}, "GET", None),
         ({"route": "/v1/models", "method": "get", "body": {}}, "GET", None),
         ({"route": "/tokenize", "method": "POST"}, "POST", b"{}"),
+        ({"route": "/tokenize", "method": "Post"}, "POST", b"{}"),
+        ({"route": "/v1/models", "method": None, "body": None}, "GET", None),
     ],
 )
 def test_a_job_in_worker_vllms_words_is_the_same_call(value: dict[str, Any], method: str, body: bytes | None) -> None:
@@ -233,4 +241,65 @@ def test_no_spelling_reaches_a_closed_route(route: str, field: str) -> None:
         except JobError:
             continue
         assert request.path in SERVING
-        assert route.partition("?")[0] == request.path
+        assert route.partition("?")[0].removesuffix("/") == request.path
+
+
+def test_a_slash_at_the_end_is_left_out_as_vllm_redirects() -> None:
+    assert request_of({"openai_route": "/v1/models/?a=b"}) == Request("GET", "/v1/models", "a=b")
+
+
+def test_a_route_that_vllm_does_not_have_is_not_found_and_one_that_it_has_is_closed() -> None:
+    job = {"input": {"openai_route": "/v1/models/tiny"}}
+
+    with pytest.raises(UnknownRouteError, match="vLLM has no route /v1/models/tiny"):
+        parse(job, 2048, has_route=lambda _: False)
+    with pytest.raises(ClosedRouteError):
+        parse(job, 2048, has_route=lambda _: True)
+
+
+@pytest.mark.parametrize(
+    ("value", "same_as"),
+    [
+        (
+            {"prompt": "x", "sampling_params": None, "stream": None, "apply_chat_template": None, "model": None},
+            {"prompt": "x"},
+        ),
+        ({"messages": MESSAGES, "prompt": None}, {"messages": MESSAGES}),
+        ({"messages": MESSAGES, "prompt": ""}, {"messages": MESSAGES}),
+        ({"messages": MESSAGES, "prompt": "x", "apply_chat_template": True}, {"messages": MESSAGES}),
+        ({"messages": None, "prompt": "x"}, {"prompt": "x"}),
+        ({"openai_route": None, "openai_input": {"messages": MESSAGES}}, {"openai_input": {"messages": MESSAGES}}),
+        ({"openai_route": "/v1/models", "openai_input": {}}, {"openai_route": "/v1/models"}),
+        ({"openai_route": "/v1/models", "openai_input": None, "prompt": None}, {"openai_route": "/v1/models"}),
+        (
+            {"prompt": "x", "max_tokens": 5, "stop": ["a"]},
+            {"prompt": "x", "sampling_params": {"max_tokens": 5, "stop": ["a"]}},
+        ),
+        (
+            {"messages": MESSAGES, "temperature": 1, "sampling_params": {"temperature": 0}},
+            {"messages": MESSAGES, "sampling_params": {"temperature": 0}},
+        ),
+        (
+            {"prompt": "x", "extra_body": {"guided_choice": ["a"]}},
+            {"prompt": "x", "sampling_params": {"structured_outputs": {"choice": ["a"]}}},
+        ),
+        (
+            {"openai_input": {"messages": MESSAGES, "extra_body": {"guided_json": {}, "top_k": 1}}},
+            {"openai_input": {"messages": MESSAGES, "top_k": 1, "structured_outputs": {"json": {}}}},
+        ),
+        (
+            {"messages": MESSAGES, "guided_regex": "a+", "guided_whitespace_pattern": " ", "guided_choice": None},
+            {
+                "messages": MESSAGES,
+                "sampling_params": {"structured_outputs": {"regex": "a+", "whitespace_pattern": " "}},
+            },
+        ),
+        ({"openai_input": {"guided_decoding_backend": "outlines"}}, {"openai_input": {}}),
+    ],
+    ids=json.dumps,
+)
+def test_what_users_of_other_workers_send_means_the_same(value: dict[str, Any], same_as: dict[str, Any]) -> None:
+    found, expected = request_of(value), request_of(same_as)
+
+    assert json.loads(found.body or b"null") == json.loads(expected.body or b"null")
+    assert replace(found, body=None) == replace(expected, body=None)
