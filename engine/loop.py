@@ -60,7 +60,7 @@ Handler = Callable[[dict[str, Any]], AsyncGenerator[Any, None]]
 class Platform(Protocol):
     """What the loop needs of the platform; `engine.platform.Platform` has it."""
 
-    async def take(self, count: int) -> list[dict[str, Any]]: ...  # noqa: D102 (see there)
+    async def take(self, count: int) -> list[Any]: ...  # noqa: D102 (see there)
 
     def let_go(self) -> None: ...  # noqa: D102
 
@@ -244,7 +244,7 @@ class JobLoop:
             if pace.wait_s:
                 await self._either(asyncio.sleep(pace.wait_s))
 
-    async def _take(self, count: int) -> list[dict[str, Any]]:
+    async def _take(self, count: int) -> list[Any]:
         """Take up to `count` jobs; let go when the worker ends, without losing a job that may be on its way."""
         take = asyncio.create_task(self._platform.take(count), name="take")
         try:
@@ -269,10 +269,10 @@ class JobLoop:
 
     def _begin(self, job: Any) -> bool:
         """Begin a job, now or when its last run is over; say whether it is one to begin."""
-        if not isinstance(job, dict) or job.get("id") in (None, ""):
+        job_id = _id(job)
+        if job_id is None:
             _log.error("A %s without an id was taken in the place of a job; it is skipped", type(job).__name__)
             return False
-        job_id = str(job["id"])
         if self._over is not None or self.state is State.FAILED:
             # Never held: the platform gives it out again, and its client does not see it fail.
             _log.warning("Job %s: came too late to be run here; it goes back to the queue", job_id)
@@ -292,8 +292,11 @@ class JobLoop:
         if self._timeouts.run_s is not None:
             held.timer = asyncio.get_running_loop().call_later(self._timeouts.run_s, self._time_out, held)
         held.task = self._task(self._run(job, held), f"job {job_id}")
-        line = {"job": job_id, "route": _route(job), "status": "started"}
-        _log.info("%s", json.dumps(line | {"input": job.get("input")} if self._log_inputs else line))
+        line = {"job": job_id, **_batch(job), "route": _route(job), "status": "started"}
+        try:
+            _log.info("%s", json.dumps(line | {"input": job.get("input")} if self._log_inputs else line))
+        except RecursionError:  # An input could just be read that cannot be written.
+            _log.info("%s", json.dumps(line | {"input": "nested too deeply"}))
         return True
 
     # Running a job.
@@ -379,6 +382,7 @@ class JobLoop:
         tokens = self._tokens_of(held.id)
         line = {
             "job": held.id,
+            **_batch(job),
             "route": _route(job),
             "status": held.outcome,
             "tokens_in": tokens[0] if tokens else None,
@@ -466,6 +470,19 @@ class JobLoop:
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         return [held.task for held in self._jobs.values() if held.task is not None]
+
+
+def _id(job: Any) -> str | None:
+    """The id of what was taken in the place of a job, if it is a job that has one."""
+    value = job.get("id") if isinstance(job, dict) else None
+    text = str(value) if isinstance(value, str | int) else ""
+    return text if text and text.isprintable() else None
+
+
+def _batch(job: dict[str, Any]) -> dict[str, str]:
+    """The `batchId` that the platform gives to the jobs of a batch, for the log."""
+    batch = job.get("batchId")
+    return {"batchId": batch} if isinstance(batch, str) and batch else {}
 
 
 def _route(job: dict[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from engine import merging
 from engine.errors import ClosedRouteError, InvalidInputError, UnknownRouteError
 from engine.routes import GET_ONLY, SERVING
+from engine.takes import Unreadable
 
 ACCEPTED = """\
 {"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
@@ -198,6 +199,8 @@ def parse(
         UnknownRouteError: vLLM has no such route.
     """
     value = job.get("input")
+    if isinstance(value, Unreadable):
+        raise InvalidInputError(f"the job's input cannot be read: {value}")
     if not isinstance(value, dict):
         raise InvalidInputError(f"the job's input has to be a JSON object. Accepted:\n{ACCEPTED}")
     value, warnings = _without_retired(_given(value))

@@ -19,11 +19,13 @@ from contextlib import AsyncExitStack, suppress
 from enum import Enum
 from http import HTTPStatus
 from typing import Any, Self
+from urllib.parse import quote
 
 import aiohttp
 import uvloop
 
 from engine.errors import BusyError, DeliveryError, RefusedDeliveryError, described
+from engine.takes import TakeResponse
 
 TESTED_VERSIONS = ("1.12.",)
 # How often the engine is looked at under the SDK's own loop, and what its jobs may take to end once it has failed.
@@ -88,7 +90,7 @@ class Platform:
     async def __aenter__(self) -> Self:
         """Open the connections."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        self._takes = await self._session(timeout, self._connector)
+        self._takes = await self._session(timeout, self._connector, response_class=TakeResponse)
         self._stops = await self._session(timeout, aiohttp.TCPConnector())
         self._posts = await self._session(aiohttp.ClientTimeout(_POST_TIMEOUT_S), aiohttp.TCPConnector(limit=0))
         return self
@@ -97,12 +99,16 @@ class Platform:
         """Close the connections."""
         await self._stack.aclose()
 
-    async def _session(self, limits: aiohttp.ClientTimeout, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-        session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=limits)
+    async def _session(
+        self, limits: aiohttp.ClientTimeout, connector: aiohttp.TCPConnector, **options: Any
+    ) -> aiohttp.ClientSession:
+        session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=limits, **options)
         return await self._stack.enter_async_context(session)
 
-    async def take(self, count: int) -> list[dict[str, Any]]:
+    async def take(self, count: int) -> list[Any]:
         """Ask for up to `count` jobs; empty when none came while the platform held the call.
+
+        Whatever stood in the place of a job comes as it is: `engine.takes`.
 
         It is never cut off from our side while the platform may be answering: a job could be on its way. Call `let_go`.
 
@@ -153,7 +159,7 @@ class Platform:
             RefusedDeliveryError: the platform does not want it, and will not.
             DeliveryError: it did not arrive, or it cannot be known; another try may succeed.
         """
-        url = self._urls[kind].replace("$ID", job_id)
+        url = self._urls[kind].replace("$ID", quote(job_id, safe=""))
         url += f"&isStream={'true' if kind is Delivery.RESULT else 'false'}"
         headers = {"X-Request-ID": job_id, "Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
         try:

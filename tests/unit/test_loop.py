@@ -312,13 +312,38 @@ def test_a_job_that_is_offered_again_and_again_while_it_runs_is_not_asked_for_wi
 
 async def test_a_bad_entry_of_a_batch_does_not_lose_the_others(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()
-    entries: list[Any] = [None, "a text", {"input": {}}, {"id": None}, []]
+    entries: list[Any] = [None, "a text", {"input": {}}, {"id": None}, [], {"id": {}}, {"id": "\ud800"}, {"id": ""}]
     for entry in entries:
         bench.queue.waiting.put_nowait(entry)
     bench.submit("1")
     async with running(bench):
         assert await bench.queue.result("1") == {"output": ["a", "b"]}
-    assert caplog.text.count("skipped") == 5
+    assert caplog.text.count("skipped") == len(entries)
+
+
+async def test_the_log_names_the_batch_of_a_job(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench()
+    async with running(bench):
+        bench.queue.waiting.put_nowait({"id": "1", "input": {}, "batchId": "batch-7"})
+        await bench.queue.result("1")
+    lines = [json.loads(line) for record in caplog.records if (line := record.getMessage()).startswith("{")]
+    assert [(line["job"], line["batchId"]) for line in lines] == [("1", "batch-7")] * 2
+
+
+async def test_an_input_that_is_too_deep_to_be_logged_is_run_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench()
+    bench.loop = JobLoop(bench.queue, bench.work, Admission(bench.load, 8, 10**6), log_inputs=True)
+    value: dict[str, Any] = {}
+    for _ in range(5000):
+        value = {"deeper": value}
+    async with running(bench):
+        bench.queue.waiting.put_nowait({"id": "1", "input": {"words": ["a"], "deep": value}})
+        assert await bench.queue.result("1") == {"output": ["a"]}
+    assert '"input": "nested too deeply"' in caplog.text
+    while value:  # taken apart from outside in: freeing it in one go would recurse as deeply
+        value = value.pop("deeper", {})
 
 
 @pytest.mark.parametrize(
