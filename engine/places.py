@@ -7,6 +7,7 @@ hub's client has no such mark; there configuration, tokenizer and all shards of 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -35,6 +36,9 @@ _WEIGHTS = tuple(
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
 
 
+_log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a directory holds, by its manifest: a model of the hub, or one from elsewhere."""
@@ -49,6 +53,11 @@ class Held:
         return same and revision in (None, self.revision, self.commit)
 
 
+def is_dir(path: str | Path) -> bool:
+    """Whether there is a directory that this user may see."""
+    return os.path.isdir(path)  # noqa: PTH112 (`Path.is_dir` raises where the user may not look)
+
+
 def held(directory: Path) -> Held | None:
     """What the directory holds, or None if no whole model lies there.
 
@@ -56,7 +65,11 @@ def held(directory: Path) -> Held | None:
         ConfigurationError: its manifest cannot be read.
     """
     file = directory / _MANIFEST
-    if not file.is_file():
+    try:
+        if not file.is_file():
+            return None
+    except OSError as error:
+        _warn_unreadable(directory, error)
         return None
     try:
         manifest: dict[str, Any] = json.loads(file.read_bytes())
@@ -74,13 +87,20 @@ def in_cache(cache: Path, name: str, revision: str | None) -> Path | None:
         revision: branch, tag or commit.
     """
     wanted = "models--" + name.replace("/", "--").lower()
-    entries = sorted(cache.iterdir()) if cache.is_dir() else []
-    for repository in (entry for entry in entries if entry.name.lower() == wanted):
-        for commit in _commits(repository, revision):
-            snapshot = repository / "snapshots" / commit
-            if _is_whole(snapshot):
-                return snapshot
+    try:
+        entries = sorted(cache.iterdir()) if cache.is_dir() else []
+        for repository in (entry for entry in entries if entry.name.lower() == wanted):
+            for commit in _commits(repository, revision):
+                snapshot = repository / "snapshots" / commit
+                if _is_whole(snapshot):
+                    return snapshot
+    except OSError as error:
+        _warn_unreadable(cache, error)
     return None
+
+
+def _warn_unreadable(directory: Path, error: OSError) -> None:
+    _log.warning("%s is not looked into, as user %d may not read it: %s", directory, os.getuid(), error.strerror)
 
 
 def ours(models: Path, name: str, revision: str | None) -> Path:
@@ -105,10 +125,14 @@ def download(name: str, directory: Path, revision: str | None) -> None:
         preexec_fn=end_with_parent,  # noqa: PLW1509 (no other thread runs that early)
     ) as process:
         tail = b""
-        for chunk in _chunks(process):
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.buffer.flush()
-            tail = (tail + chunk)[-_TAIL_BYTES:]
+        try:
+            for chunk in _chunks(process):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
+                tail = (tail + chunk)[-_TAIL_BYTES:]
+        except BaseException:  # A signal has been sent: leaving the block waits for the process to end.
+            process.kill()
+            raise
     if process.returncode:
         raise ConfigurationError(
             _why(name, process.returncode, tail.decode(errors="replace")) + _who_may_not(directory)

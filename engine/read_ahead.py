@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from pathlib import Path
@@ -20,8 +21,12 @@ def begin(directory: Path) -> None:
     Nothing is kept in this process, and nothing fails if it cannot be done. Weights that would push out of the cache
     what has just been read are left alone.
     """
-    files = sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern))
-    size_bytes = sum(file.stat().st_size for file in files)
+    sizes: dict[Path, int] = {}
+    with contextlib.suppress(OSError):  # A directory that this user may not read
+        for file in sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern)):
+            with contextlib.suppress(OSError):  # A link to nothing
+                sizes[file] = file.stat().st_size
+    files, size_bytes = list(sizes), sum(sizes.values())
     if size_bytes < psutil.virtual_memory().available / 2:
         threading.Thread(target=_read, args=(files,), name="read ahead", daemon=True).start()
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from engine.errors import ConfigurationError
 from engine.flags import Flags
 from engine.models import Model
 from engine.settings import Settings
+from engine.variables import ENVIRONMENT, Variable
 
 NAME = "Org/A--Model"
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -178,6 +182,78 @@ def test_the_places_are_looked_at_in_their_order_and_the_log_says_which(
         assert caplog.messages == [f"Model {path}: {NAME}, {place}"]
 
 
+def test_download_dir_is_looked_in_and_is_where_a_model_is_downloaded_to(machine: Machine, tmp_path: Path) -> None:
+    """A cache of the hub's client, as vLLM fills it there, and what this worker has downloaded there."""
+    machine.volume.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    machine.cached(machine.home / "hub")
+
+    assert machine.choose(NAME, download_dir=str(elsewhere)).path.startswith(str(machine.home))
+    new = machine.choose("org/new", download_dir=str(elsewhere))
+    assert (new.path, new.to_download) == (str(elsewhere / "org--new" / "main"), ("org/new", None))
+    machine.whole(Path(new.path), "org/new")
+    assert machine.choose("org/new", download_dir=str(elsewhere)) == Model(new.path, ("org/new", new.path))
+    assert machine.choose(NAME, download_dir=str(elsewhere)).path.startswith(str(machine.home))
+    cached = machine.cached(elsewhere)
+    assert machine.choose(NAME, download_dir=str(elsewhere)).path == cached
+    given = {"MODEL_NAME": Variable(NAME, ENVIRONMENT), "DOWNLOAD_DIR": Variable(str(elsewhere), ENVIRONMENT)}
+    settings = Settings(baked_model_dir=machine.image, network_volume=machine.volume)
+    assert models.likely(settings, given) == Path(cached)
+
+
+def test_a_volume_that_the_workers_user_may_not_read_is_not_looked_into(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a network volume of another user: the image's own is not root."""
+    machine.cached(machine.platforms_cache)
+    named = machine.whole(machine.volume / "models" / "org--a--model" / "main")
+    machine.whole(machine.image)
+    hidden = (machine.volume / "huggingface-cache", machine.volume / "models", machine.image)
+    for directory in hidden:
+        directory.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            for parent in (machine.volume, *list(machine.volume.parents)[:3]):
+                parent.chmod(0o755)
+            os.seteuid(65534)
+        model = machine.choose(NAME)
+        with pytest.raises(ConfigurationError, match=r"no such directory that user \d+, who .* may see"):
+            machine.choose(named)
+    finally:
+        os.seteuid(user)
+        for directory in hidden:
+            directory.chmod(0o755)
+
+    assert model.to_download == (NAME, None)
+    assert f"{machine.platforms_cache} is not looked into, as user" in caplog.text
+
+
+def test_a_download_ends_at_once_when_the_worker_is_told_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler of SIGTERM raises SystemExit, as handler.py's does; the builder says nothing for minutes."""
+    real = subprocess.Popen
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(_: object, **options: Any) -> Any:
+        started.append(real([sys.executable, "-c", "import time; time.sleep(300)"], **options))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    begun = time.monotonic()
+    try:
+        with pytest.raises(SystemExit):
+            Model(str(tmp_path / "models" / "a"), (), ("Org/A", None)).download()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert time.monotonic() - begun < 5
+    assert started[0].returncode is not None, "it has ended too"
+
+
 def test_without_a_volume_models_are_kept_beside_the_hubs_cache(machine: Machine) -> None:
     model = machine.choose("gpt2", revision="refs/pr/1")
 
@@ -320,7 +396,16 @@ def test_what_is_not_loaded_from_a_directory_is_left_to_vllm(
 
 @pytest.mark.parametrize(
     ("flags", "offline"),
-    [({}, True), ({"tokenizer": "org/tokenizer"}, False), ({"enable_lora": True}, False)],
+    [
+        ({}, True),
+        ({"tokenizer": "org/tokenizer"}, False),
+        ({"tokenizer": str(places.ROOT)}, True),
+        ({"enable_lora": True}, False),
+        ({"spec_model": "org/draft"}, False),
+        ({"generation_config": "vllm"}, True),
+        ({"generation_config": "org/other"}, False),
+        ({"trust_remote_code": True}, True),
+    ],
 )
 def test_the_hub_is_not_asked_when_all_that_is_needed_is_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], offline: bool
@@ -332,6 +417,27 @@ def test_the_hub_is_not_asked_when_all_that_is_needed_is_here(
     assert not constants.HF_HUB_OFFLINE
     models.stay_offline(Model(str(tmp_path), ()), Given(flags))
     assert bool(constants.HF_HUB_OFFLINE) is offline
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "elsewhere"),
+    [
+        ("config.json", "configuration_a.AConfig", False),
+        ("config.json", "org/code--configuration_a.AConfig", True),
+        ("tokenizer_config.json", ["org/code--tokenization_a.ATokenizer", None], True),
+        ("preprocessor_config.json", "org/code--processing_a.AProcessor", True),
+    ],
+)
+def test_the_hub_is_asked_for_code_of_another_repository_if_that_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, code: Any, elsewhere: bool
+) -> None:
+    (tmp_path / file).write_text(json.dumps({"auto_map": {"AutoSomething": code}}))
+
+    for trusted in (True, False):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        models.stay_offline(Model(str(tmp_path), ()), Given({"trust_remote_code": trusted}))
+        assert bool(constants.HF_HUB_OFFLINE) is not (elsewhere and trusted)
 
 
 def test_two_models_do_not_share_a_directory() -> None:

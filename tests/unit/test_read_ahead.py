@@ -76,3 +76,12 @@ def test_what_is_not_there_is_no_error(tmp_path: Path, asked: list[str]) -> None
     begin(tmp_path / "nowhere")
 
     assert asked == []
+
+
+def test_a_link_to_nothing_is_passed_over(tmp_path: Path, asked: list[str]) -> None:
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b.safetensors").write_bytes(b"x")
+
+    begin(tmp_path)
+
+    assert asked == ["b.safetensors 1", "b.safetensors 0"]
