@@ -1,6 +1,7 @@
 """The model hub: what a repository holds, its files, and what its refusals mean.
 
-The token comes from `HF_TOKEN` or from the build secret of that name, and from nowhere else.
+The token comes from `HF_TOKEN`, from its older name `HUGGING_FACE_HUB_TOKEN`, or from the build secret `HF_TOKEN`, and
+from nowhere else.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -77,8 +78,14 @@ class Repository:
 
 def token() -> str | None:
     """The token that the user gave, if any."""
-    given = os.environ.get("HF_TOKEN") or (SECRET.read_text(encoding="utf-8") if SECRET.is_file() else "")
-    return given.strip() or None
+    given = token_of(os.environ)
+    return given or (SECRET.read_text(encoding="utf-8").strip() if SECRET.is_file() else "") or None
+
+
+def token_of(environment: Mapping[str, str]) -> str | None:
+    """The token of an environment, if it has one: by its name, or by the older one that the hub's client knows too."""
+    given = (environment.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+    return next((token for token in given if token not in ("", "None", "none", "null")), None)
 
 
 def _endpoint() -> str:
