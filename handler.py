@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Mapping
 
     from engine.settings import Settings
+    from engine.variables import Variable
 
 TEST_INPUT = Path(__file__).with_name("test_input.json")
 
@@ -71,14 +72,15 @@ def main() -> int:
     )
     arguments, rest = parser.parse_known_args()
 
-    from engine import amx, cold_start, lifecycle
+    from engine import amx, cold_start, lifecycle, variables
     from engine.errors import ConfigurationError
     from engine.settings import Settings
 
     cold_start.WORKER.ended("interpreter")
     amx.ask()
     try:
-        settings = Settings.read()
+        given = variables.read()
+        settings = Settings.read(given)
         if arguments.rp_serve_api:
             from emulator import cli
 
@@ -90,12 +92,12 @@ def main() -> int:
             signal.signal(number, lambda *_: sys.exit(0))
         if polling:
             sys.argv[1:] = rest
-            return _poll(settings)
+            return _poll(given, settings)
         if rest:
             parser.error(f"unknown: {' '.join(rest)}")
         if arguments.print_config:
-            return _print_configuration()
-        return _answer(arguments.test_input)
+            return _print_configuration(given)
+        return _answer(given, arguments.test_input)
     except ConfigurationError as error:
         sys.stderr.write(f"The worker cannot start: {error}\n")
         return 1
@@ -103,29 +105,31 @@ def main() -> int:
         lifecycle.stop()
 
 
-def _print_configuration() -> int:
-    """Print what the worker would start with."""
+def _print_configuration(given: Mapping[str, Variable]) -> int:
+    """Print what the worker would start with, and whether vLLM takes it."""
     from engine.configuration import Configuration
 
-    for line in Configuration.read().lines():
+    configuration = Configuration.read(given)
+    for line in configuration.lines():
         sys.stdout.write(line + "\n")
+    configuration.check_with_model()
     return 0
 
 
-def _answer(test_input: str | None) -> int:
+def _answer(given: Mapping[str, Variable], test_input: str | None) -> int:
     """Answer one job and print what it gives."""
     from engine import lifecycle, local
 
     job = local.read_job(TEST_INPUT.read_text(encoding="utf-8") if test_input is None else test_input)
-    return asyncio.run(local.answer(job, handler, lifecycle.server()))
+    return asyncio.run(local.answer(job, handler, lifecycle.server(given)))
 
 
-def _poll(settings: Settings) -> int:
+def _poll(given: Mapping[str, Variable], settings: Settings) -> int:
     """Take jobs from the platform's queue until told to stop."""
     from engine import fitness, lifecycle, platform
 
     with fitness.Checks() as checks:
-        server = lifecycle.server(checks)
+        server = lifecycle.server(given, checks)
     limit = server.max_num_seqs if settings.max_concurrency == "auto" else settings.max_concurrency
 
     async def run(queue: platform.Platform) -> int:

@@ -21,7 +21,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from builder import memory, weights
+from builder import hub, memory, weights
 from builder.errors import BuilderError, DiagnosisError, ModelNotFoundError, SettingError
 from builder.memory import GIB, Fit, Gpu
 
@@ -75,7 +75,7 @@ def diagnose(
     given = {name.lower(): text for name, text in worker.given.items()}
     settings = read_settings({**given, **{name: text for name, text in options.items() if text}})
     gpu = memory.gpu_named(named) if (named := options.get("gpu")) else gpu_here()
-    token = environment.get("HF_TOKEN", "").strip() or None
+    token = hub.token_of(environment)
     examination = _Examination(options.get("model") or _model_of(worker), worker, settings, gpu, token)
     report = examination.run()
     text = json.dumps(report, indent=2) if as_json else "\n".join(_lines(report))
@@ -110,9 +110,9 @@ def ask_worker(model: str | None, environment: Mapping[str, str]) -> Worker:
             plain, None, (f"the worker has not said within {_WORKER_TIMEOUT_S} s what it makes of the settings",)
         )
     said = [line for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode:
-        return Worker(plain, None, tuple(line for line in said if not line.startswith("INFO")) or ("no reason given",))
     values = [match for line in done.stdout.splitlines() if (match := _VALUE.fullmatch(line))]
+    if done.returncode and not values:
+        return Worker(plain, None, tuple(line for line in said if not line.startswith("INFO")) or ("no reason given",))
     given = {value["name"]: value["value"] for value in values if "default" not in value["source"]}
     model = given.get("MODEL", "")
     if _UNNAMED.replace("/", "--") in model:
@@ -120,8 +120,10 @@ def ask_worker(model: str | None, environment: Mapping[str, str]) -> Worker:
     elif named and not Path(model).is_dir():  # It is where a download would put it.
         given["MODEL"] = named
     baked = next((value["value"] for value in values if value["name"] == "BAKED_MODEL_DIR"), None)
-    warned = tuple(line.partition("|")[2].strip() for line in said if re.match(r"(WARNING|ERROR) *\|", line))
-    return Worker(given, _path(baked), warned)
+    warned = [line.partition("|")[2].strip() for line in said if re.match(r"(WARNING|ERROR) *\|", line)]
+    if done.returncode and gpu_here() is not None:  # Without one, vLLM refuses what it has for GPUs only.
+        warned.append(said[-1])
+    return Worker(given, _path(baked), tuple(warned))
 
 
 def read_settings(texts: Mapping[str, str]) -> memory.Settings:
@@ -254,6 +256,8 @@ class _Examination:
 
         volume = Path(self.worker.given.get("NETWORK_VOLUME", "/runpod-volume"))
         place = (volume if volume.is_dir() else Path(constants.HF_HOME)) / "models"
+        if download_dir := self.worker.given.get("DOWNLOAD_DIR"):
+            place = Path(download_dir)
         existing = next(path for path in (place, *place.absolute().parents) if path.exists())
         free, missing = shutil.disk_usage(existing).free, max(size - present, 0)
         self.report["disk"] = {"directory": str(place), "free_bytes": free, "needed_bytes": missing}

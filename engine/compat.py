@@ -97,10 +97,11 @@ def leave_out_middleware(app: Any) -> None:
         app.middleware_stack = None  # It is built anew with the first request.
 
 
-def leave_out_directory(state: Any) -> None:
-    """Let vLLM list a model without the directory that it is loaded from, if it has another name before that.
+def list_one_name(state: Any) -> None:
+    """Let vLLM list a model once for each of its names, without its directory, if it has another name before that.
 
-    It answers to the directory still. In an error vLLM would show it as `<path>`, which is nobody's name.
+    It answers to the directory still, and to its hub id as the hub writes it. In an error vLLM would show the
+    directory as `<path>`, which is nobody's name.
 
     Args:
         state: the app's, once it is initialised.
@@ -109,7 +110,10 @@ def leave_out_directory(state: Any) -> None:
         models = state.openai_serving_models  # It shares the list of names with its registry.
         answered = frozenset(one.name for one in models.base_model_paths)
         models.registry.is_base_model = answered.__contains__
-        models.base_model_paths[1:] = [one for one in models.base_model_paths[1:] if one.name != one.model_path]
+        listed = {one.name.lower(): one for one in reversed(models.base_model_paths)}
+        models.base_model_paths[1:] = [
+            one for one in models.base_model_paths[1:] if one.name != one.model_path and listed[one.name.lower()] is one
+        ]
 
 
 def answer_tokens(engine: Any) -> int:

@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-from engine import models, variables
+from engine import models, variables, vllm_args
 from engine.errors import ConfigurationError
 from engine.flags import Flags
+from engine.models import Model
 from engine.secrets import HIDDEN, names_secret, redacted
 from engine.settings import Settings, is_secret
-
-if TYPE_CHECKING:
-    from engine.models import Model
+from engine.variables import Variable
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What the worker starts with."""
+    """What the worker starts with.
 
+    Attributes:
+        given: the variables that say so, by their names in capitals.
+        settings: the worker's own.
+        flags: vLLM's.
+        model: the model.
+        args: the arguments of `vllm serve` for all of them.
+    """
+
+    given: Mapping[str, Variable]
     settings: Settings
     flags: Flags
     model: Model
+    args: Any
 
     @classmethod
-    def read(cls) -> Configuration:
-        """The configuration that this process's variables and files give; vLLM is imported for it.
+    def read(cls, given: Mapping[str, Variable] | None = None) -> Configuration:
+        """The configuration that variables and files give, as far as it can be checked without the model.
+
+        VLLM is imported for it.
+
+        Args:
+            given: the variables; this process's, without them.
 
         Raises:
             ConfigurationError: something is not allowed; a line for each.
         """
-        given = variables.read()
+        given = variables.read() if given is None else given
         settings = Settings.read(given)
-        from engine import server
-
-        flags = server.flags()
+        flags = vllm_args.flags()
         flags.read(given, [name.upper() for name in Settings.model_fields])
         if (copies := flags.value("data_parallel_size")) is not None and copies > 1:
             # vLLM serves with it, but when one engine dies it ends the jobs of the others as if they were complete.
@@ -44,20 +58,37 @@ class Configuration:
                 "more workers. TENSOR_PARALLEL_SIZE shares one engine among GPUs"
             )
         model = models.choose(settings, flags)
-        return cls(settings, flags, model)
+        return cls(given, settings, flags, model, vllm_args.parse(flags, model))
+
+    @cached_property
+    def engine_config(self) -> tuple[Any, Any]:
+        """VLLM's engine arguments and the configuration that it makes of them and of the model's files.
+
+        Raises:
+            ConfigurationError: vLLM does not accept them.
+        """
+        return vllm_args.engine_config(self.flags, self.args, self.model)
+
+    def check_with_model(self) -> None:
+        """Check all that vLLM checks before it loads the model, if that is on this machine.
+
+        Raises:
+            ConfigurationError: vLLM does not accept it.
+        """
+        if self.model.to_download is None and Path(self.model.path).is_dir():
+            models.stay_offline(self.model, self.flags)
+            _ = self.engine_config
 
     def lines(self) -> Iterator[str]:
         """Every value that is in effect and where it came from, a line each; secrets are masked."""
-        from engine import server
-
-        given = variables.read()
         yield "# The worker's own settings"
         for name in Settings.model_fields:
             value = getattr(self.settings, name)
             shown = HIDDEN if value is not None and is_secret(name) else value
-            yield _line(name, shown, given[name.upper()].source if name.upper() in given else "default")
+            source = self.given[name.upper()].source if name.upper() in self.given else "default"
+            yield _line(name, shown, source)
         yield "# vLLM's flags"
-        args = vars(server.parse(self.flags, self.model))
+        args = vars(self.args)
         chosen = {"model": self.model.path, "served_model_name": self.model.names}
         for name in sorted(self.flags.actions):
             flag = self.flags.given.get(name)

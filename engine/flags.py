@@ -15,79 +15,27 @@ place, the other name wins, as it does in worker-vllm.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import difflib
 import json
 import logging
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import ValidationError
 
 from engine.errors import ConfigurationError
 from engine.secrets import redacted
-from engine.variables import ENVIRONMENT, Variable, as_text
+from engine.variables import ENVIRONMENT, NOT_GIVEN, Variable, as_text
+from engine.worker_vllm import ALIASES, DEPRECATED, RETIRED
 
-EXTRA = "VLLM_EXTRA_ARGS"
+CONFIG_FILE, EXTRA = "VLLM_CONFIG_FILE", "VLLM_EXTRA_ARGS"
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
-
-# Other names for flags: worker-vllm's.
-ALIASES = {
-    "MODEL_NAME": "model",
-    "MODEL_REVISION": "revision",
-    "TOKENIZER_NAME": "tokenizer",
-    "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "served_model_name",
-    "CUSTOM_CHAT_TEMPLATE": "chat_template",
-}
-_DEPRECATED_ALIASES = {"OPENAI_SERVED_MODEL_NAME_OVERRIDE", "CUSTOM_CHAT_TEMPLATE"}
-
-# What variables of worker-vllm and of earlier vLLM have become.
-RETIRED = {
-    "BASE_PATH": "HF_HOME says where the hub's files are kept",
-    "CUDA_GRAPH_SIZES": "use CUDAGRAPH_CAPTURE_SIZES",
-    "DEFAULT_BATCH_SIZE": "use BATCH_INTERVAL_MS: a batch is what has gathered since the last one",
-    "DEFAULT_BATCH_SIZE_GROWTH_FACTOR": "use BATCH_INTERVAL_MS: batches grow with the platform's latency by themselves",
-    "BATCH_SIZE_GROWTH_FACTOR": "use BATCH_INTERVAL_MS: batches grow with the platform's latency by themselves",
-    "DEFAULT_MIN_BATCH_SIZE": "use BATCH_INTERVAL_MS; the first token never waits",
-    "MIN_BATCH_SIZE": "use BATCH_INTERVAL_MS; the first token never waits",
-    "DISABLE_FRONTEND_MULTIPROCESSING": "there is no server, and so no process of its own for it",
-    "DISABLE_LOG_REQUESTS": "use ENABLE_LOG_REQUESTS=false",
-    "DISABLE_MM_PREPROCESSOR_CACHE": "use MM_PROCESSOR_CACHE_GB=0",
-    "ENABLE_LORA_BIAS": "vLLM has no biases of adapters any more",
-    "ENABLE_MULTIMODAL_ENCODER_DATA_PARALLEL": "use MM_ENCODER_TP_MODE=data",
-    "EPLB_LOG_BALANCEDNESS": "use EPLB_CONFIG",
-    "EPLB_STEP_INTERVAL": "use EPLB_CONFIG",
-    "EPLB_WINDOW_SIZE": "use EPLB_CONFIG",
-    "GUIDED_DECODING_BACKEND": "use STRUCTURED_OUTPUTS_CONFIG",
-    "GUIDED_DECODING_DISABLE_ADDITIONAL_PROPERTIES": "use STRUCTURED_OUTPUTS_CONFIG",
-    "GUIDED_DECODING_DISABLE_ANY_WHITESPACE": "use STRUCTURED_OUTPUTS_CONFIG",
-    "GUIDED_DECODING_DISABLE_FALLBACK": "use STRUCTURED_OUTPUTS_CONFIG",
-    "LOGITS_PROCESSOR_PATTERN": "use LOGITS_PROCESSORS",
-    "LORA_EXTRA_VOCAB_SIZE": "vLLM takes no adapters with tokens of their own any more",
-    "MAX_CONTEXT_LEN_TO_CAPTURE": "use MAX_CUDAGRAPH_CAPTURE_SIZE",
-    "MAX_LONG_PARTIAL_PREFILLS": "vLLM has no such limit any more",
-    "MAX_NUM_PARTIAL_PREFILLS": "vLLM has no such limit any more",
-    "NGRAM_PROMPT_LOOKUP_MAX": "use SPECULATIVE_CONFIG",
-    "NGRAM_PROMPT_LOOKUP_MIN": "use SPECULATIVE_CONFIG",
-    "NUM_LOOKAHEAD_SLOTS": "use SPECULATIVE_CONFIG",
-    "NUM_REDUNDANT_EXPERTS": "use EPLB_CONFIG",
-    "NUM_SPECULATIVE_TOKENS": "use SPECULATIVE_CONFIG",
-    "OVERRIDE_POOLER_CONFIG": "use POOLER_CONFIG",
-    "RAW_OPENAI_OUTPUT": "an OpenAI job's output is vLLM's, as it is",
-    "REQUEST_TIMEOUT": "use JOB_TIMEOUT_S",
-    "ROPE_SCALING": "use HF_OVERRIDES",
-    "ROPE_THETA": "use HF_OVERRIDES",
-    "SPECULATIVE_METHOD": "use SPECULATIVE_CONFIG",
-    "SPECULATIVE_MODEL": "use SPECULATIVE_CONFIG",
-    "SWAP_SPACE": "vLLM has no swap space any more",
-    "TASK": "use RUNNER and CONVERT",
-    "TRANSFORMERS_VERSION": "transformers is installed with the image",
-    "VLLM_API_KEY": "the platform authenticates clients",
-    "VLLM_ATTENTION_BACKEND": "use ATTENTION_BACKEND",
-    "VLLM_PORT": "there is no server, and so no port",
-    "VLLM_STARTUP_TIMEOUT": "there is no server to wait for",
-}
 
 # Flags of the server that `vllm serve` is and the worker is not; and the token, which the hub's library reads itself.
 # Some are common names in an environment, and mean something else there.
@@ -104,19 +52,40 @@ _FOREIGN = re.compile(
     r"(AWS|CUDA|GIT|GPG|HF|HUGGING_?FACE|LC|LD|NCCL|NVIDIA|OMP|PATH|PIP|PYTHON|PYTEST|PYTORCH|RUNPOD|SSH|TORCH|"
     r"TOKENIZERS|TRANSFORMERS|TRITON|UV|VIRTUAL|VLLM|XDG)(_|$)"
 )
-_CLOSE, _LETTER_AWAY = 0.85, 0.95
+_CLOSE, _LETTER_AWAY = 0.85, 0.93
 
 _log = logging.getLogger(__name__)
 
 
+# Forms that a value of JSON is found in: `image=1,video=0`, as worker-vllm's documents have it.
+_PAIRS = re.compile(r"[\w.-]+=[^=,{}\[\]]*(,\s*[\w.-]+=[^=,{}\[\]]*)*")
+_CONVERTED = re.compile(r"Value .* cannot be converted to <(?:class|function) '?(?P<kind>\w+)", re.DOTALL)
+_NUMBER = "it is a whole number, such as 8192, 8k (8000) or 8K (8192)"
+_KINDS = {"human_readable_int": _NUMBER, "human_readable_int_or_auto": f"{_NUMBER}, or auto"}
+_LONGEST_REASON = 2000
+
+
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A flag that was given: the variable or option, where, the arguments for vLLM's parser, and what it reads."""
+    """A flag that was given.
+
+    Attributes:
+        name: of the variable or option.
+        source: where it was given.
+        written: both with the value, as a sentence about it begins.
+        arguments: for vLLM's parser.
+        value: what that reads.
+    """
 
     name: str
     source: str
+    written: str
     arguments: tuple[str, ...]
     value: Any
+
+    def refused(self, reason: str) -> str:
+        """The line that says why it is not allowed."""
+        return f"{self.written} is not allowed: {reason}"
 
 
 class Flags:
@@ -124,10 +93,12 @@ class Flags:
 
     Args:
         parser: vLLM's, of `vllm serve`; its `error` raises ValueError.
+        check: raises pydantic's ValidationError if vLLM's configuration does not take a value that its parser takes.
     """
 
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
+    def __init__(self, parser: argparse.ArgumentParser, check: Callable[[argparse.Action, Any], None]) -> None:
         self.parser = parser
+        self._check = check
         self._options: Mapping[str, argparse.Action] = parser._option_string_actions  # noqa: SLF001 (no public one)
         self.actions = {action.dest: action for action in self._options.values() if action.dest not in NOT_OURS}
         self.given: dict[str, Given] = {}
@@ -157,13 +128,24 @@ class Flags:
         given = self.given.get(dest)
         return None if given is None else given.value
 
+    def without(self, dest: str) -> Self:
+        """The same flags without this one."""
+        others = copy.copy(self)
+        others.given = {name: given for name, given in self.given.items() if name != dest}
+        return others
+
     def arguments(self) -> list[str]:
         """All of them but the model and its names, for vLLM's parser."""
         chosen = (given for dest, given in self.given.items() if dest not in ("model", "served_model_name"))
         return [argument for given in chosen for argument in given.arguments]
 
     def _take_all(self, variables: Mapping[str, Variable], faults: list[str]) -> None:
-        if file := variables.get("VLLM_CONFIG_FILE"):
+        variables = {
+            name: one
+            for name, one in variables.items()
+            if name not in (CONFIG_FILE, EXTRA) or one.value not in NOT_GIVEN
+        }
+        if file := variables.get(CONFIG_FILE):
             self._take_file(Path(file.value), faults)
         for name, variable in variables.items():
             self._take(name.lower(), name, variable, faults)
@@ -186,10 +168,10 @@ class Flags:
         try:
             document = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
-            faults.append(f"VLLM_CONFIG_FILE={str(file)!r} cannot be read: {redacted(str(error))}")
+            faults.append(f"{CONFIG_FILE}={str(file)!r} cannot be read: {redacted(str(error))}")
             return
         if not isinstance(document, dict):
-            faults.append(f"VLLM_CONFIG_FILE={str(file)!r} does not hold flags and values, as in `max-model-len: 8192`")
+            faults.append(f"{CONFIG_FILE}={str(file)!r} does not hold flags and values, as in `max-model-len: 8192`")
             return
         for name, value in document.items():
             dest = str(name).lstrip("-").replace("-", "_")
@@ -210,11 +192,11 @@ class Flags:
         if dest == "max_num_batched_tokens" and variable.value == "0":
             _log.warning("%s=0 is ignored, as worker-vllm does: vLLM's own default is used", name)
             return
+        written = f"{name}={redacted(variable.value)!r} ({variable.source})"
         try:
-            arguments = _arguments(action, variable.value)
-            self._set(dest, name, variable.source, arguments)
+            self._set(action, name, variable.source, written, _arguments(action, variable.value))
         except (ValueError, argparse.ArgumentError) as error:
-            faults.append(f"{name}={redacted(variable.value)!r} ({variable.source}) is not allowed: {_reason(error)}")
+            faults.append(f"{written} is not allowed: {reason(error)}")
 
     def _take_arguments(self, extra: Variable, faults: list[str]) -> None:
         """Take what is written as on a command line: each option with the values after it."""
@@ -242,31 +224,35 @@ class Flags:
             if dest in NOT_OURS:
                 _log.warning("%s in %s is ignored: %s", names[dest], EXTRA, _why_not(dest))
                 continue
+            source = EXTRA if extra.source == ENVIRONMENT else extra.source
+            written = f"{EXTRA} has {redacted(' '.join(arguments))!r}, which"
             try:
-                self._set(dest, names[dest], EXTRA if extra.source == ENVIRONMENT else extra.source, arguments)
+                self._set(self.actions[dest], names[dest], source, written, arguments)
             except (ValueError, argparse.ArgumentError) as error:
-                faults.append(f"{EXTRA} has {redacted(' '.join(arguments))!r}, which is not allowed: {_reason(error)}")
+                faults.append(f"{written} is not allowed: {reason(error)}")
 
-    def _set(self, dest: str, name: str, source: str, arguments: list[str]) -> None:
-        self.given.pop(dest, None)
+    def _set(self, action: argparse.Action, name: str, source: str, written: str, arguments: list[str]) -> None:
+        self.given.pop(action.dest, None)
         if arguments:
-            value = getattr(self.parser.parse_args(arguments), dest)
-            self.given[dest] = Given(name, source, tuple(arguments), value)
+            value = getattr(self.parser.parse_args(arguments), action.dest)
+            self._check(action, value)
+            self.given[action.dest] = Given(name, source, written, tuple(arguments), value)
 
     def _warn(self, variables: Mapping[str, Variable], settings: Iterable[str]) -> None:
         for name in sorted(variables):
             if name in RETIRED:
                 _log.warning("%s is ignored: %s", name, RETIRED[name])
-            elif name in _DEPRECATED_ALIASES:
+            elif name in DEPRECATED:
                 _log.warning("%s is an old name: use %s", name, ALIASES[name].upper())
-        known = {*(dest.upper() for dest in [*self.actions, *NOT_OURS]), *settings, *ALIASES, *RETIRED}
+        meant = {*map(str.upper, self.actions), *settings, *ALIASES, *RETIRED}
+        known = meant | {*map(str.upper, NOT_OURS)}
         for name, variable in variables.items():
             if name in known:
                 continue
             close = _LETTER_AWAY if _FOREIGN.match(name) else _CLOSE
-            meant = self._meant(name, known - {dest.upper() for dest in NOT_OURS}, close)
-            if meant or variable.source != ENVIRONMENT:
-                _log.warning("%s is set (%s), and there is no such setting%s", name, variable.source, meant)
+            hint = self._meant(name, meant, close)
+            if hint or variable.source != ENVIRONMENT:
+                _log.warning("%s is set (%s), and there is no such setting%s", name, variable.source, hint)
 
     @staticmethod
     def _meant(name: str, known: Iterable[str], cutoff: float = _CLOSE) -> str:
@@ -291,6 +277,8 @@ def _option(word: str) -> str:
 def _arguments(action: argparse.Action, text: str) -> list[str]:
     """A variable's text as arguments of a command line."""
     option = action.option_strings[0]
+    if text in NOT_GIVEN and text not in _words(action):
+        return [f"{option}=None"] if _reads_none(action) else []
     if action.nargs == 0:
         if text.lower() not in TRUE | FALSE:
             raise ValueError("it is `true` or `false`")
@@ -299,26 +287,127 @@ def _arguments(action: argparse.Action, text: str) -> list[str]:
         negated = "--no-" + option[2:]
         return [negated] if negated in action.option_strings else []
     if action.nargs == "+":
-        items = _items(text)
+        # A model's name may have spaces in it.
+        items = _items(text, spaces=action.dest != "served_model_name")
         if not items and action.default:
             raise ValueError("vLLM has no way to say that the list is empty")
         return [option, *items] if items else []
     if isinstance(action.default, list) and isinstance(action, argparse._AppendAction):  # noqa: SLF001 (no public one)
         return [f"{option}={item}" for item in _items(text)]
-    return [f"{option}={text}"]
+    return [f"{option}={_as_json(text) if _takes_json(action) else text}"]
 
 
-def _items(text: str) -> list[str]:
+def _items(text: str, *, spaces: bool = True) -> list[str]:
     """The items of a list: a JSON list, one JSON object, or words between commas or spaces."""
+    text = _without_quotes(text)
     if text.startswith(("[", "{")):
         try:
             document = json.loads(text)
         except ValueError as error:
             raise ValueError(f"it is not JSON: {error}") from None
         return [as_text(item) for item in (document if isinstance(document, list) else [document])]
-    return text.replace(",", " ").split()
+    if spaces:
+        return text.replace(",", " ").split()
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _reason(error: Exception) -> str:
-    message = error.message if isinstance(error, argparse.ArgumentError) else str(error)
-    return redacted(" ".join(message.split()))
+def _words(action: argparse.Action) -> Collection[Any]:
+    """The words that vLLM names as values of a flag, if it names any."""
+    return action.choices or (action.metavar if isinstance(action.metavar, list) else ())  # type: ignore[return-value]
+
+
+def _reads_none(action: argparse.Action) -> bool:
+    """Whether vLLM's parser has a way to say that a flag has no value."""
+    if action.nargs is not None or not callable(action.type):
+        return False
+    try:
+        return action.type("None") is None
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+
+
+def _takes_json(action: argparse.Action) -> bool:
+    """Whether a flag's value may be a JSON object, as far as its parser tells."""
+    if not callable(action.type):
+        return False
+    try:
+        value = action.type("{}")
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        return _validation_error(error) is not None
+    return isinstance(value, dict) or dataclasses.is_dataclass(value)
+
+
+def _as_json(text: str) -> str:
+    """The JSON that a text means: with quotes around it, or as `image=1,video=0`."""
+    text = _without_quotes(text)
+    if not _PAIRS.fullmatch(text):
+        return text
+    pairs = (pair.partition("=") for pair in text.split(","))
+    return json.dumps({name.strip(): _json_or_text(value.strip()) for name, _, value in pairs})
+
+
+def _without_quotes(text: str) -> str:
+    """A JSON object or list without the quotes that files of variables, and copying, leave around it."""
+    quote = text[:1]
+    if quote not in ("'", '"') or text[-1:] != quote:
+        return text
+    inner = text[1:-1].strip()
+    if quote == '"' and isinstance(document := _json_or_text(text), str):
+        inner = document.strip().removeprefix('"').removesuffix('"')
+    return inner if inner.startswith(("{", "[")) or _PAIRS.fullmatch(inner) else text
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def reason(error: BaseException, dest: str = "") -> str:
+    """Why vLLM does not take a value, in one line and without what it shows of the value.
+
+    Args:
+        error: vLLM's.
+        dest: the flag that it is about.
+    """
+    if (validation := _validation_error(error)) is not None:
+        words = "; ".join(dict.fromkeys(_in_words(fault, dest) for fault in validation.errors(include_url=False)))
+    else:
+        words = error.message if isinstance(error, argparse.ArgumentError) else str(error)
+        kind = converted["kind"] if (converted := _CONVERTED.match(words)) else ""
+        if invalid := re.match(r"invalid (\w+) value", words):
+            kind = invalid[1]
+        if kind == "loads":
+            words = f"it is not JSON: {_json_fault(error)}"
+        elif kind in _KINDS:
+            words = _KINDS[kind]
+        elif converted:
+            words = f"invalid {kind} value"
+    return redacted(" ".join(words.split()))[:_LONGEST_REASON]
+
+
+def _in_words(fault: Any, dest: str) -> str:
+    """What pydantic says of one value: where in it, and what is allowed there."""
+    said = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    said = said.replace("Input should be", "it should be").replace("Invalid JSON:", "it is not JSON:")
+    place = "" if fault["loc"][:1] == (dest,) else ".".join(str(part) for part in fault["loc"])
+    return f"{place}: {said}" if place else said
+
+
+def _json_fault(error: BaseException) -> str:
+    """What the JSON parser said, of which vLLM's parser keeps nothing."""
+    cause = next((one for one in _causes(error) if isinstance(one, json.JSONDecodeError)), None)
+    return str(cause) if cause else "it cannot be read"
+
+
+def _validation_error(error: BaseException) -> ValidationError | None:
+    return next((one for one in _causes(error) if isinstance(one, ValidationError)), None)
+
+
+def _causes(error: BaseException) -> Iterable[BaseException]:
+    """An error and what it came from, the last first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.flags import ALIASES, Flags
+from engine.flags import Flags
 from engine.settings import Settings, is_secret
+from engine.worker_vllm import ALIASES
 
 # Of vLLM's flags the most used; vLLM's parser knows their kinds and choices, but describes them only to `--help`.
 FLAGS = {
@@ -135,7 +136,7 @@ def _label(name: str) -> str:
 
 
 if __name__ == "__main__":
-    from engine import server
+    from engine import vllm_args
 
-    text = json.dumps(document(server.flags()), indent=2, ensure_ascii=False)
+    text = json.dumps(document(vllm_args.flags()), indent=2, ensure_ascii=False)
     Path(sys.argv[1]).write_text(text + "\n", encoding="utf-8")

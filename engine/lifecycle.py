@@ -9,11 +9,22 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from engine import children, cold_start, compile_cache, diagnosis, health, models, notes, read_ahead, variables
+from engine import (
+    children,
+    cold_start,
+    compile_cache,
+    diagnosis,
+    health,
+    models,
+    notes,
+    read_ahead,
+    variables,
+    vllm_args,
+)
 from engine.admission import Admission
 from engine.configuration import Configuration
 from engine.errors import ConfigurationError
@@ -23,6 +34,7 @@ if TYPE_CHECKING:
     from engine.fitness import Checks
     from engine.loop import Handler, Platform
     from engine.server import Server
+    from engine.variables import Variable
 
 # vLLM prepares long requests in a thread. While it and the loop are both busy, each waits so long for the other to let
 # go of the interpreter, several times a request; Python's own is 5 ms.
@@ -36,10 +48,11 @@ _lock = threading.Lock()
 _server: Server | None = None
 
 
-def server(checks: Checks | None = None) -> Server:
+def server(given: Mapping[str, Variable] | None = None, checks: Checks | None = None) -> Server:
     """The worker's engine; loaded by the first call, which takes as long as the model needs.
 
     Args:
+        given: the variables that say what to load; this process's, without them.
         checks: of the machine, which has to pass them first.
 
     Raises:
@@ -50,8 +63,10 @@ def server(checks: Checks | None = None) -> Server:
         if _server is None:
             start = cold_start.WORKER
             children.end_with_this_process()
-            given = variables.read()
+            given = variables.read() if given is None else given
             settings = Settings.read(given)
+            if settings.hf_token is None:  # Where it is `None`, the hub's client would take that for a token.
+                os.environ.pop(variables.TOKEN, None)
             compile_cache.choose(settings.network_volume)
             if (directory := models.likely(settings, given)) is not None:
                 read_ahead.begin(directory)
@@ -60,13 +75,14 @@ def server(checks: Checks | None = None) -> Server:
 
                 server.import_engine()
             start.ended("imports")
-            configuration = Configuration.read()
+            configuration = Configuration.read(given)
             start.ended("configuration")
             if checks is not None:
                 checks.wait()
                 start.ended("fitness")
             model = configuration.model
             model.download()
+            vllm_args.download_adapters(configuration.flags, configuration.args, model)
             models.stay_offline(model, configuration.flags)
             start.ended("model_files")
             _log.info("Loading the engine")
@@ -77,7 +93,8 @@ def server(checks: Checks | None = None) -> Server:
                     raise
                 except Exception as error:
                     _log.debug("The engine does not start", exc_info=error)
-                    raise ConfigurationError(diagnosis.explain(error, noted.errors, model.path)) from error
+                    told = diagnosis.explain(error, noted.errors, model.path, configuration.flags)
+                    raise ConfigurationError(told) from error
                 start.engine_started(noted.lines)
                 compile_cache.tell(noted.lines)
             _log.info("Engine ready after %.1f s, serving %s", start.total_s, ", ".join(model.names))

@@ -1,4 +1,4 @@
-"""vLLM: the engine and vLLM's own OpenAI app over it, in this process. The only file that imports vLLM.
+"""vLLM: the engine and vLLM's own OpenAI app over it, in this process. Its arguments are in `engine.vllm_args`.
 
 Written against vLLM 0.32. What it uses of vLLM is what `vllm serve` itself is made of; a test of its own
 (tests/integration/test_vllm_interface.py) says what has moved when an upgrade moves something.
@@ -6,7 +6,6 @@ Written against vLLM 0.32. What it uses of vLLM is what `vllm serve` itself is m
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import ctypes
 import functools
@@ -16,32 +15,26 @@ import os
 import time
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from starlette.routing import Match
 
-from engine import compat, dispatch
+from engine import compat, diagnosis, dispatch, vllm_args
 from engine.batching import interval_s, interval_tokens
 from engine.cold_start import WORKER
 from engine.errors import ConfigurationError
-from engine.flags import Flags
 from engine.media import public_session
 from engine.routes import SERVING
-from engine.secrets import redacted
 from engine.statistics import Statistics
 
 if TYPE_CHECKING:
     from engine.configuration import Configuration
     from engine.dispatch import App
-    from engine.models import Model
 
-GIB_BYTES = 1 << 30
 SHUTDOWN_TIMEOUT_S = 5.0
 # A first step may compile kernels: it may take so many times what a later one may.
 FIRST_STEP_FACTOR = 5
-# On a CPU vLLM would take most of the machine's memory for the KV cache and compile for a minute.
-CPU_KV_CACHE_BYTES = 1 * GIB_BYTES
 _ENGINE_MODULES = (
     "vllm.engine.arg_utils",
     "vllm.entrypoints.launchers.cli_args",
@@ -64,6 +57,8 @@ class Server:
         ConfigurationError: vLLM does not accept the settings.
     """
 
+    _failed: str | None = None  # Why there is no app, and will be none
+
     def __init__(self, configuration: Configuration) -> None:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -74,12 +69,14 @@ class Server:
         self.statistics = Statistics(self._answer_tokens)
         self._stall_timeout_s = configuration.settings.engine_stall_timeout_s
         self._batch_interval_s = configuration.settings.batch_interval_ms / 1000
-        self.open_routes = SERVING | configuration.settings.allowed_routes
+        self._allowed_routes = configuration.settings.allowed_routes
+        self.open_routes = SERVING | self._allowed_routes
         self._user_set_interval = configuration.flags.value("stream_interval") is not None
         self._parses_chats = True
-        self._args = parse(configuration.flags, configuration.model)
+        self._args = configuration.args
+        self._flags = configuration.flags
         start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
-        arguments, config = engine_config(self._args)
+        arguments, config = configuration.engine_config
         if start_method is None:
             _fork_processes()
         self._engine = AsyncLLM.from_vllm_config(
@@ -144,6 +141,8 @@ class Server:
 
         To be asked every now and then: a step is owed from when requests were first seen.
         """
+        if self._failed is not None:
+            return self._failed
         if self._engine.errored:
             return "the engine's process is dead"
         now = time.monotonic()
@@ -158,8 +157,7 @@ class Server:
 
     def has_route(self, path: str) -> bool:
         """Whether vLLM's app has a route of this path, for any method; asked once the app is made."""
-        scope = {"type": "http", "path": path, "root_path": "", "method": "GET"}
-        return self._app is None or any(route.matches(scope)[0] is not Match.NONE for route in self._app.routes)
+        return self._app is None or _has_route(self._app, path)
 
     def tokens_of(self, job_id: str) -> tuple[int, int] | None:
         """Tokens in and out of a job that has ended; told once. vLLM's request ids hold the job's."""
@@ -168,35 +166,59 @@ class Server:
         return (sum(tokens[0] for tokens in found), sum(tokens[1] for tokens in found)) if found else None
 
     async def app(self) -> App:
-        """VLLM's OpenAI app, made at the first call, on the calling loop."""
-        async with self._lock:
-            if self._app is None:
-                from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-                from vllm.entrypoints.launchers.app import build_app
+        """VLLM's OpenAI app, made at the first call, on the calling loop.
 
-                tasks = await self._engine.get_supported_tasks()
-                _find_adapters_of(tuple(self._args.served_model_name))
-                app = build_app(self._args, tasks, self._engine.model_config)
-                app.add_api_route("/cold_start", WORKER.document)
-                if "/metrics" not in self.open_routes:
-                    compat.leave_out_middleware(app)
-                await init_app_state(self._engine, app.state, self._args, tasks)
-                compat.leave_out_directory(app.state)
-                # vLLM's handler of a dead engine ends the server that it finds here; ours is ended by the loop.
-                app.state.server = SimpleNamespace(should_exit=False)
-                self._parses_chats = compat.parses_chats(app.state)
-                # vLLM's periodic log line, a frozen heap. It ends with the loop.
-                self._lifespan = await dispatch.start(app)
-                # A template that comes with a request may never end: the thread, which vLLM gives up then, is for it.
-                if not self._args.trust_request_chat_template:
-                    compat.prepare_in_place(self._engine)
-                self._app = app
-            made: App = self._app
-            return made
+        Raises:
+            ConfigurationError: vLLM cannot make it with these settings. The engine serves no jobs then (`failure`).
+        """
+        async with self._lock:
+            if self._failed is not None:
+                raise ConfigurationError(self._failed)
+            if self._app is None:
+                try:
+                    self._app = await self._make_app()
+                except Exception as error:
+                    _log.debug("The app does not start", exc_info=error)
+                    self._failed = diagnosis.explain(error, "", self._args.model, self._flags)
+                    raise ConfigurationError(self._failed) from error
+            app: App = self._app
+            return app
+
+    async def _make_app(self) -> App:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+
+        tasks = await self._engine.get_supported_tasks()
+        _find_adapters_of(tuple(self._args.served_model_name))
+        app = build_app(self._args, tasks, self._engine.model_config)
+        app.add_api_route("/cold_start", WORKER.document)
+        if "/metrics" not in self.open_routes:
+            compat.leave_out_middleware(app)
+        await init_app_state(self._engine, app.state, self._args, tasks)
+        compat.list_one_name(app.state)
+        # vLLM's handler of a dead engine ends the server that it finds here; ours is ended by the loop.
+        app.state.server = SimpleNamespace(should_exit=False)
+        self._parses_chats = compat.parses_chats(app.state)
+        # vLLM's periodic log line, a frozen heap. It ends with the loop.
+        self._lifespan = await dispatch.start(app)
+        # A template that comes with a request may never end: the thread, which vLLM gives up then, is for it.
+        if not self._args.trust_request_chat_template:
+            compat.prepare_in_place(self._engine)
+        for route in sorted(self._allowed_routes):
+            if not _has_route(app, route):
+                _log.warning("ALLOWED_ROUTES has %s, and vLLM's app has no such route with these settings", route)
+        made: App = app
+        return made
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
         self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+
+
+def _has_route(app: Any, path: str) -> bool:
+    """Whether the app has a route of this path, or has something mounted there."""
+    scopes = [{"type": "http", "method": "GET", "path": one, "root_path": ""} for one in (path, f"{path}/")]
+    return any(route.matches(scope)[0] is not Match.NONE for route in app.routes for scope in scopes)
 
 
 def _fork_processes() -> None:
@@ -229,14 +251,6 @@ def _bind_threads(openmp: ctypes.CDLL) -> None:
         os.sched_setaffinity(0, map(int, cpus.split()))
     if threads := os.environ.get("OMP_NUM_THREADS"):
         openmp.omp_set_num_threads(int(threads))
-
-
-def _set_environment() -> None:
-    """What vLLM reads from the environment when it is imported, where the user has not said otherwise."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # vLLM's app would ask our own calls for this key; clients authenticate with the platform.
-    if os.environ.pop("VLLM_API_KEY", None):
-        _log.warning("VLLM_API_KEY is ignored: the platform authenticates clients")
 
 
 def _keep_media_public() -> None:
@@ -291,7 +305,7 @@ def _find_adapters_of(names: tuple[str, ...]) -> None:
 
 def import_engine() -> None:
     """Import what the engine needs, which takes seconds; its forked processes have it then."""
-    _set_environment()
+    vllm_args.set_environment()
     for name in _ENGINE_MODULES:
         importlib.import_module(name)
 
@@ -300,60 +314,6 @@ def import_app() -> None:
     """Import what vLLM's OpenAI app needs beside that."""
     for name in _APP_MODULES:
         importlib.import_module(name)
-
-
-def flags() -> Flags:
-    """The flags that vLLM has, none of them given yet."""
-    _set_environment()
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not typed for --strict
-        def error(self, message: str) -> NoReturn:
-            raise ValueError(message)
-
-    return Flags(make_arg_parser(Parser(exit_on_error=False, allow_abbrev=False)))
-
-
-def parse(given: Flags, model: Model) -> Any:
-    """The arguments of `vllm serve` for these flags, checked as vLLM does.
-
-    Raises:
-        ConfigurationError: vLLM does not accept them together.
-    """
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-
-    arguments = [*_defaults(given), *given.arguments(), "--model", model.path, "--served-model-name", *model.names]
-    try:
-        args = given.parser.parse_args(arguments)
-        validate_parsed_serve_args(args)
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"vLLM does not accept the settings: {redacted(str(error))}") from error
-    return args
-
-
-def engine_config(args: Any) -> tuple[Any, Any]:
-    """VLLM's engine arguments for those of `vllm serve`, and the configuration that it makes of them there.
-
-    The context counts: by it and by the GPU, vLLM chooses how many requests and tokens a step may have.
-    """
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
-
-    arguments = AsyncEngineArgs.from_cli_args(args)
-    return arguments, arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
-
-
-def _defaults(given: Flags) -> list[str]:
-    """The worker's own defaults: on a CPU, neither a minute of compilation nor most of the memory."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return []
-    sized = {"gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override"} & given.given.keys()
-    if sized or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
-        return ["--enforce-eager"]
-    return ["--enforce-eager", f"--kv-cache-memory-bytes={CPU_KV_CACHE_BYTES}"]
 
 
 def _no_metrics() -> Any:

@@ -25,11 +25,14 @@ from pydantic import (
 
 from engine import variables
 from engine.errors import ConfigurationError
-from engine.variables import BAKED_SETTINGS_FILE, Variable
+from engine.variables import BAKED_SETTINGS_FILE, NOT_GIVEN, Variable
 
 
 def _split(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+_Route = Annotated[str, Field(pattern="^/")]
 
 
 # A path says what it leads to; whether that is there is found out where it is read.
@@ -64,7 +67,7 @@ class Settings(BaseModel):
     engine_stall_timeout_s: float = Field(
         120, gt=0, description="Seconds without a step, while requests run, after which the engine counts as dead."
     )
-    allowed_routes: Annotated[frozenset[str], BeforeValidator(_split)] = Field(
+    allowed_routes: Annotated[frozenset[_Route], BeforeValidator(_split)] = Field(
         frozenset(),
         examples=["/metrics", "/sleep,/wake_up"],
         description="More of vLLM's routes that a job may call, beside those that serve a request.",
@@ -108,8 +111,9 @@ class Settings(BaseModel):
             ConfigurationError: a value is not allowed; one line for each names the variable, the value and what is.
         """
         given = variables.read() if given is None else given
+        values = {name.lower(): variable.value for name, variable in given.items() if variable.value not in NOT_GIVEN}
         try:
-            return cls.model_validate({name.lower(): variable.value for name, variable in given.items()})
+            return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigurationError("\n".join(_faults(error, given))) from None
 

@@ -14,6 +14,9 @@ from engine.errors import ConfigurationError
 
 BAKED_SETTINGS_FILE = Path("/workspace/vllm/settings.json")
 ENVIRONMENT = "environment"
+# Python's and JSON's words for a value that is not there, as people and templates write them.
+NOT_GIVEN = {"None", "none", "null"}
+TOKEN, OLD_TOKEN = "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ def read(environment: Mapping[str, str] = os.environ) -> dict[str, Variable]:
     baked = {name.upper(): Variable(as_text(value), str(file)) for name, value in _baked(file).items()}
     own = {name.upper(): Variable(value.strip(), ENVIRONMENT) for name, value in environment.items()}
     given = _set(own)
+    if TOKEN not in given and OLD_TOKEN in given:  # As the hub's client does.
+        given[TOKEN] = Variable(given[OLD_TOKEN].value, f"{ENVIRONMENT}, {OLD_TOKEN}")
     if "MODEL_NAME" in baked and _model(given) not in (None, baked["MODEL_NAME"].value.lower()):
         _log.info("%s is for %s, and so not used", file, baked["MODEL_NAME"].value)
         baked = {}

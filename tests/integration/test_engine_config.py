@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine import server
+from engine import vllm_args
 from engine.models import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -57,7 +57,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
     monkeypatch.setattr(arg_utils.EngineArgs, "get_batch_defaults", staticmethod(pretending))
     # The worker has defaults of its own on a CPU alone.
-    monkeypatch.setattr(server, "_defaults", lambda _: [])
+    monkeypatch.setattr(vllm_args, "_defaults", lambda _: [])
     return name
 
 
@@ -88,7 +88,8 @@ EACH_TIME = ("instance_id", "_port", "_ip")
 
 def test_the_engine_is_configured_as_vllm_serve_does_it(gpu: str, tiny_model: str) -> None:
     _, seqs, tokens = GPUS[gpu]
-    _, config = server.engine_config(server.parse(server.flags(), Model(tiny_model, ("tiny",))))
+    flags, model = vllm_args.flags(), Model(tiny_model, ("tiny",))
+    _, config = vllm_args.engine_config(flags, vllm_args.parse(flags, model), model)
 
     assert (config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens) == (seqs, tokens)
     ours, theirs = values(config), values(served(tiny_model))

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from engine import models, server, variables
+from engine import models, variables, vllm_args
 from engine.configuration import Configuration
 from engine.errors import ConfigurationError
-from engine.flags import NOT_OURS, RETIRED, Flags
+from engine.flags import NOT_OURS, Flags
 from engine.settings import Settings
+from engine.worker_vllm import DEPRECATED, RETIRED
 from tests.integration.conftest import START_S
 from tests.processes import VLLM_ENVIRONMENT, running
 
@@ -123,7 +124,7 @@ SERVED: list[tuple[dict[str, str], str, Any]] = [
 def flags_of(given: Mapping[str, str], tmp_path: Path | None = None) -> Flags:
     """The flags of an environment, in which the baked settings are in `tmp_path`."""
     baked = {"BAKED_SETTINGS_FILE": str(tmp_path / "settings.json")} if tmp_path else {}
-    flags = server.flags()
+    flags = vllm_args.flags()
     flags.read(variables.read({**given, **baked}), [name.upper() for name in Settings.model_fields])
     return flags
 
@@ -132,7 +133,7 @@ def flags_of(given: Mapping[str, str], tmp_path: Path | None = None) -> Flags:
 def test_a_variable_becomes_vllms_configuration(given: dict[str, str], path: str, value: Any, tiny_model: str) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    args = server.parse(flags_of(given), models.Model(tiny_model, ("tiny",)))
+    args = vllm_args.parse(flags_of(given), models.Model(tiny_model, ("tiny",)))
     effective = operator.attrgetter(path)(AsyncEngineArgs.from_cli_args(args).create_engine_config())
 
     assert effective == value or str(effective) == value
@@ -142,7 +143,7 @@ def test_a_variable_becomes_vllms_configuration(given: dict[str, str], path: str
 def test_a_variable_becomes_what_vllms_app_is_told(
     given: dict[str, str], name: str, value: Any, tiny_model: str
 ) -> None:
-    args = server.parse(flags_of(given), models.Model(tiny_model, ("tiny",)))
+    args = vllm_args.parse(flags_of(given), models.Model(tiny_model, ("tiny",)))
 
     assert getattr(args, name) == value
 
@@ -164,6 +165,20 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
     ({"GPU_MEMORY_UTILIZATION": "most"}, "GPU_MEMORY_UTILIZATION='most' (environment) is not allowed: invalid float"),
     ({"SPECULATIVE_CONFIG": "{method: ngram"}, "SPECULATIVE_CONFIG='{method: ngram' (environment) is not allowed"),
     ({"LORA_MODULES": '[{"name": "a"'}, 'LORA_MODULES=\'[{"name": "a"\' (environment) is not allowed: it is not JSON'),
+    (
+        {"GPU_MEMORY_UTILIZATION": "95"},
+        "GPU_MEMORY_UTILIZATION='95' (environment) is not allowed: it should be less than",
+    ),
+    ({"MAX_NUM_SEQS": "0"}, "MAX_NUM_SEQS='0' (environment) is not allowed: it should be greater than or equal to 1"),
+    ({"VLLM_EXTRA_ARGS": "--max-loras 0"}, "has '--max-loras 0', which is not allowed: it should be greater than or"),
+    ({"MAX_MODEL_LEN": "x"}, "it is a whole number, such as 8192, 8k (8000) or 8K (8192), or auto"),
+    (
+        {"LIMIT_MM_PER_PROMPT": "one"},
+        "LIMIT_MM_PER_PROMPT='one' (environment) is not allowed: it is not JSON: Expecting",
+    ),
+    ({"VLLM_EXTRA_ARGS": "--limit-mm-per-prompt image=1"}, "which is not allowed: it is not JSON: Expecting value"),
+    ({"COMPILATION_CONFIG": '{"cudagraph_mod": 1}'}, "is not allowed: cudagraph_mod: Unexpected keyword argument"),
+    ({"NUM_GPU_BLOCKS_OVERRIDE": "x"}, "NUM_GPU_BLOCKS_OVERRIDE='x' (environment) is not allowed: invalid int value"),
     ({"LORA_MODULES": "adapter"}, "LORA_MODULES='adapter' (environment) is not allowed"),
     ({"TENSOR_PARALLEL_SIZE": "1.5"}, "TENSOR_PARALLEL_SIZE='1.5' (environment) is not allowed: invalid int value"),
     ({"CUDAGRAPH_CAPTURE_SIZES": "1 two"}, "CUDAGRAPH_CAPTURE_SIZES='1 two' (environment) is not allowed"),
@@ -192,9 +207,154 @@ def test_a_mistake_is_told_in_one_line(given: dict[str, str], said: str) -> None
     assert said in line
 
 
+SPECULATIVE = '{"method": "ngram", "num_speculative_tokens": 2}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("LIMIT_MM_PER_PROMPT", "image=1,video=0", {"image": 1, "video": 0}),
+        ("LIMIT_MM_PER_PROMPT", "image=1, video=0", {"image": 1, "video": 0}),
+        ("LIMIT_MM_PER_PROMPT", "'image=1'", {"image": 1}),
+        ("LIMIT_MM_PER_PROMPT", '{"image": {"count": 2}}', {"image": {"count": 2}}),
+        ("HF_OVERRIDES", "rope_theta=20000", {"rope_theta": 20000}),
+        ("SPECULATIVE_CONFIG", f"'{SPECULATIVE}'", json.loads(SPECULATIVE)),
+        ("SPECULATIVE_CONFIG", f'"{SPECULATIVE}"', json.loads(SPECULATIVE)),
+        ("SPECULATIVE_CONFIG", json.dumps(SPECULATIVE), json.loads(SPECULATIVE)),
+        ("IGNORE_PATTERNS", "'[\"a/*\"]'", ["a/*"]),
+        ("DTYPE", "'half'", None),
+    ],
+)
+def test_json_is_read_as_people_write_it(name: str, text: str, value: Any) -> None:
+    """In quotes, as `docker --env-file` and copying leave it, and as worker-vllm's documents have it."""
+    if value is None:
+        with pytest.raises(ConfigurationError):
+            flags_of({name: text})
+    else:
+        assert flags_of({name: text}).value(name.lower()) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("My Model", ["My Model"]), ("My Model, b", ["My Model", "b"]), ('["My Model", "b"]', ["My Model", "b"])],
+)
+def test_a_models_name_may_have_spaces_in_it(text: str, names: list[str], tiny_model: str) -> None:
+    flags = flags_of({"SERVED_MODEL_NAME": text})
+    args = vllm_args.parse(flags, models.Model(tiny_model, (*names, tiny_model)))
+
+    assert flags.value("served_model_name") == names
+    assert args.served_model_name == [*names, tiny_model]
+
+
+@pytest.mark.parametrize("none", ["None", "none", "null"])
+def test_none_is_not_given(none: str, tmp_path: Path) -> None:
+    """A template that writes optional fields writes them so: it takes away what the image was built with."""
+    (tmp_path / "settings.json").write_text('{"QUANTIZATION": "bitsandbytes", "MAX_MODEL_LEN": 8192, "SEED": 5}')
+    names = ["QUANTIZATION", "MAX_MODEL_LEN", "TOKENIZER", "SERVED_MODEL_NAME", "ENABLE_LORA", "VLLM_EXTRA_ARGS"]
+
+    flags = flags_of(dict.fromkeys(names, none), tmp_path)
+
+    assert {name: flags.value(name.lower()) for name in names} == dict.fromkeys(names)
+    assert flags.value("seed") == 5
+
+
+def test_none_is_a_value_where_vllm_has_such_a_word() -> None:
+    assert flags_of({"CONVERT": "none", "PER_REQUEST_SPEC_DECODE_METRICS": "None"}).value("convert") == "none"
+
+
+REFUSED: list[tuple[dict[str, str], str]] = [
+    (
+        {"TOOL_CALL_PARSER": "llama3json", "ENABLE_AUTO_TOOL_CHOICE": "true"},
+        "TOOL_CALL_PARSER='llama3json' (environment) is not allowed: there is no such parser. Allowed: apertus, ",
+    ),
+    (
+        {"VLLM_EXTRA_ARGS": "--tool-call-parser llama3json"},
+        "VLLM_EXTRA_ARGS has '--tool-call-parser llama3json', which is not allowed: there is no such parser. Allowed: ",
+    ),
+    ({"REASONING_PARSER": "deepseek"}, "REASONING_PARSER='deepseek' (environment) is not allowed: there is no such"),
+    (
+        {"LORA_MODULES": "a=/nowhere"},
+        "LORA_MODULES='a=/nowhere' (environment) is not allowed: LoRA is not enabled: set ENABLE_LORA=true",
+    ),
+    (
+        {"LORA_MODULES": "a=/nowhere", "ENABLE_LORA": "true"},
+        "adapter a: /nowhere has to be a directory with an adapter_config.json",
+    ),
+    (
+        {"DEFAULT_MM_LORAS": '{"audio": "/nowhere"}', "ENABLE_LORA": "true"},
+        'DEFAULT_MM_LORAS=\'{"audio": "/nowhere"}\' (environment) is not allowed: adapter audio: /nowhere',
+    ),
+    ({"CHAT_TEMPLATE": "/nowhere.jinja"}, "CHAT_TEMPLATE='/nowhere.jinja' (environment) is not allowed: The supplied"),
+    (
+        {"ENABLE_LOG_OUTPUTS": "true"},
+        "ENABLE_LOG_OUTPUTS='true' (environment) is not allowed: Error: --enable-log-outputs requires",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED, ids=lambda part: str(part)[:50])
+def test_what_vllms_server_refuses_before_it_loads_is_refused_before_a_model_is_looked_for(
+    given: dict[str, str], said: str
+) -> None:
+    """The model may be on the hub still: nothing is downloaded for settings that cannot be."""
+    with pytest.raises(ConfigurationError) as caught:
+        Configuration.read(variables.read({"MODEL_NAME": "org/none", **given}))
+
+    (line,) = str(caught.value).splitlines()
+    assert said in line
+
+
+WITH_MODEL: list[tuple[dict[str, str], str]] = [
+    (
+        {"TOOL_CALL_PARSER": "llama3_json", "ENABLE_AUTO_TOOL_CHOICE": "true"},
+        "TOOL_CALL_PARSER='llama3_json' (environment) is not allowed: --tool-call-parser llama3_json cannot be used",
+    ),
+    ({"REASONING_PARSER": "deepseek_r1"}, "REASONING_PARSER='deepseek_r1' (environment) is not allowed: DeepSeekR1"),
+    ({"CPU_OFFLOAD_GB": "-1"}, "CPU_OFFLOAD_GB='-1' (environment) is not allowed: it should be greater than or equal"),
+    ({"MAX_MODEL_LEN": "100000"}, "MAX_MODEL_LEN is 100000, and the model's greatest length is 2048"),
+    (
+        {"LOAD_FORMAT": "bogus"},
+        "LOAD_FORMAT='bogus' (environment) is not allowed: Load format `bogus` is not",
+    ),
+    ({"QUANTIZATION": "fp9"}, "QUANTIZATION='fp9' (environment) is not allowed: Unknown quantization method: fp9."),
+    ({"TOKENIZER_NAME": "/nowhere"}, "there is no directory /nowhere: check TOKENIZER_NAME"),
+    (
+        {"MAX_NUM_SEQS": "300", "MAX_NUM_BATCHED_TOKENS": "100"},
+        "MAX_NUM_SEQS='300' (environment) and MAX_NUM_BATCHED_TOKENS='100' (environment) are not allowed together: max",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), WITH_MODEL, ids=lambda part: str(part)[:50])
+def test_what_vllm_refuses_of_the_settings_and_the_model_together_is_refused_before_it_is_loaded(
+    given: dict[str, str], said: str, tiny_model: str
+) -> None:
+    configuration = Configuration.read(variables.read({"MODEL_NAME": tiny_model, "SEED": "1", **given}))
+
+    with pytest.raises(ConfigurationError) as caught:
+        configuration.check_with_model()
+
+    (line,) = str(caught.value).splitlines()
+    assert said in line
+
+
+def test_an_adapter_that_the_engine_would_refuse_is_refused_before_it_is_loaded(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    adapter = {"r": 64, "lora_alpha": 8, "target_modules": ["qkv_proj"], "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    given = {"MODEL_NAME": tiny_model, "ENABLE_LORA": "true", "LORA_MODULES": f"a={tmp_path}"}
+    Configuration.read(variables.read({**given, "MAX_LORA_RANK": "64"})).check_with_model()
+
+    with pytest.raises(
+        ConfigurationError, match=f"adapter a in {tmp_path} cannot be used: LoRA rank 64 is greater than"
+    ):
+        Configuration.read(variables.read(given)).check_with_model()
+
+
 def test_flags_that_do_not_go_together_are_vllms_to_refuse(tiny_model: str) -> None:
     with pytest.raises(ConfigurationError, match="--enable-auto-tool-choice requires --tool-call-parser"):
-        server.parse(flags_of({"ENABLE_AUTO_TOOL_CHOICE": "true"}), models.Model(tiny_model, ("tiny",)))
+        vllm_args.parse(flags_of({"ENABLE_AUTO_TOOL_CHOICE": "true"}), models.Model(tiny_model, ("tiny",)))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +406,7 @@ def test_no_variable_of_vllms_own_is_taken_for_a_misspelt_one(caplog: pytest.Log
     assert [message for message in caplog.messages if "there is no such setting" in message] == []
 
 
-@pytest.mark.parametrize("name", [*RETIRED, "OPENAI_SERVED_MODEL_NAME_OVERRIDE", "CUSTOM_CHAT_TEMPLATE"])
+@pytest.mark.parametrize("name", [*RETIRED, *DEPRECATED])
 def test_an_old_name_is_told_with_its_successor(name: str, caplog: pytest.LogCaptureFixture) -> None:
     flags_of({name: "1"})
 
@@ -254,13 +414,14 @@ def test_an_old_name_is_told_with_its_successor(name: str, caplog: pytest.LogCap
     assert message.startswith((f"{name} is ignored: ", f"{name} is an old name: use "))
     if " use " in message:
         successor = message.partition(" use ")[2].split()[0].strip(":;").partition("=")[0]
-        assert successor in {*(dest.upper() for dest in server.flags().actions), "BATCH_INTERVAL_MS", "JOB_TIMEOUT_S"}
+        own = {name.upper() for name in Settings.model_fields}
+        assert successor in {dest.upper() for dest in vllm_args.flags().actions} | own
 
 
 def test_no_old_name_is_a_flag_of_this_vllm() -> None:
-    assert {name for name in RETIRED if name.lower() in server.flags().actions} == set()
+    assert {name for name in RETIRED if name.lower() in vllm_args.flags().actions} == set()
     assert {
-        name for name in NOT_OURS if name not in {action.dest for action in server.flags().parser._actions}
+        name for name in NOT_OURS if name not in {action.dest for action in vllm_args.flags().parser._actions}
     } == set()
 
 
@@ -395,6 +556,15 @@ def test_all_mistakes_are_told_at_once() -> None:
         flags_of({"SEED": "x", "DTYPE": "y", "VLLM_EXTRA_ARGS": "--sed 1"})
 
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_the_hubs_older_name_of_its_token_is_the_token_and_a_secret() -> None:
+    configuration = Configuration.read(
+        variables.read({"MODEL_NAME": "org/none", "HUGGING_FACE_HUB_TOKEN": "hf_verysecret"})
+    )
+
+    assert "HF_TOKEN=(hidden)  (environment, HUGGING_FACE_HUB_TOKEN)" in configuration.lines()
+    assert "verysecret" not in "\n".join(configuration.lines()) + str(configuration.settings)
 
 
 def test_the_effective_configuration_is_printed_with_its_sources_and_without_secrets(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import hub, server
+from engine import hub, vllm_args
 from engine.flags import Flags
 from engine.variables import ENVIRONMENT, Variable
 
@@ -18,7 +18,7 @@ LISTING = json.loads((Path(__file__).parents[2] / ".runpod/hub.json").read_text(
 
 @pytest.fixture(scope="module")
 def flags() -> Flags:
-    return server.flags()
+    return vllm_args.flags()
 
 
 def test_the_listing_is_made_of_the_declarations_and_of_vllms_parser(flags: Flags) -> None:

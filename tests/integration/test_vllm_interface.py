@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from engine import compat, server
+from engine import compat, server, vllm_args
+from engine.errors import ConfigurationError
 from engine.merging import MERGEABLE
 from engine.preparing import SHORT, InPlace
 from engine.routes import SERVING
@@ -236,11 +237,15 @@ async def test_an_app_that_fails_as_it_starts_is_not_served(monkeypatch: pytest.
     starting = object.__new__(server.Server)  # Its constructor would load the engine.
     starting._lock, starting._app, starting.open_routes = asyncio.Lock(), None, frozenset()
     starting._args = SimpleNamespace(served_model_name=(), trust_request_chat_template=True)
-    starting._engine = SimpleNamespace(get_supported_tasks=nothing, model_config=None)
+    starting._engine = SimpleNamespace(get_supported_tasks=nothing, model_config=None, errored=False)
+    starting._args.model, starting._flags, starting._failed = "org/model", vllm_args.flags(), None
+    starting._allowed_routes = frozenset()
 
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="the app cannot start"):
+        with pytest.raises(ConfigurationError, match="the app cannot start"):
             await starting.app()
+    # Under the SDK's own loop nobody but who watches the engine hears of it.
+    assert "the app cannot start" in str(starting.failure())
 
 
 @pytest.mark.parametrize(
@@ -290,7 +295,7 @@ def test_every_route_of_vllms_is_open_or_closed_for_a_reason() -> None:
         def get_pooling_task(self, _: object) -> str:
             return "embed"
 
-    args = server.flags().parser.parse_args(["--enable-tokenizer-info-endpoint"])
+    args = vllm_args.flags().parser.parse_args(["--enable-tokenizer-info-endpoint"])
     app = build_app(args, (*GENERATION_TASKS, *POOLING_TASKS, *FRONTEND_TASKS), AnyModel())
     closed = set[str]().union(*CLOSED.values())
 

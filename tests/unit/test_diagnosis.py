@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
+import httpx2
 import pytest
 
 from engine import diagnosis
+from engine.flags import Flags, Given
 
 # Messages as vLLM 0.32, the hub's client and torch word them.
 CAUSES = {
@@ -42,6 +45,65 @@ def test_what_the_engines_process_noted_comes_before_what_the_worker_was_told(me
     told = diagnosis.explain(RuntimeError("Engine core initialization failed. See above."), noted, "org/model")
 
     assert CAUSES[message] in told
+
+
+NOT_FOUND = """Repository Not Found for url: https://hub.example/org/none/resolve/main/tokenizer_config.json.
+Please make sure you specified the correct `repo_id`. If you are trying to access a private or gated repo, log in."""
+
+
+def hub_error(kind: str, message: str) -> Exception:
+    from huggingface_hub import errors
+
+    request = httpx2.Request("GET", "https://hub.example/")
+    error: Exception = getattr(errors, kind)(message, response=httpx2.Response(404, request=request))
+    return error
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            "RepositoryNotFoundError",
+            "there is no model org/none: check TOKENIZER_NAME; a private model needs HF_TOKEN too",
+        ),
+        (
+            "GatedRepoError",
+            "org/none is gated: ask for access on its page, and set HF_TOKEN to a token of that account",
+        ),
+        ("RevisionNotFoundError", "org/none has no such revision: check TOKENIZER_REVISION"),
+    ],
+)
+@pytest.mark.parametrize("noted", [True, False])
+def test_what_the_hub_refuses_is_known_by_its_class_and_is_about_the_repository_that_was_asked_for(
+    kind: str, said: str, noted: bool
+) -> None:
+    """Of whatever class, the hub's client speaks of "a private or gated repo"."""
+    flags = object.__new__(Flags)
+    flags.given = {"tokenizer": Given("TOKENIZER_NAME", "environment", "", (), "org/none")}
+    outer = OSError("org/none is not a local folder and is not a valid model identifier listed on the hub")
+    outer.__cause__ = hub_error(kind, NOT_FOUND)
+    text = f"Traceback (most recent call last):\nhuggingface_hub.errors.{kind}: 404\n{NOT_FOUND}\n" if noted else ""
+
+    assert diagnosis.explain(RuntimeError("see above") if noted else outer, text, "/a/model", flags) == said
+
+
+def test_where_the_hub_cannot_be_reached_what_was_asked_for_is_what_a_flag_names(tmp_path: Path) -> None:
+    flags = object.__new__(Flags)
+    flags.given = {"tokenizer": Given("TOKENIZER_NAME", "environment", "", (), "org/none")}
+
+    said = diagnosis.explain(OSError("We couldn't connect to 'the hub' to load the files"), "", str(tmp_path), flags)
+
+    assert said == "the hub cannot be reached, and org/none is not on this machine (see TOKENIZER_NAME)"
+
+
+def test_code_that_a_models_configuration_names_is_not_the_model(tmp_path: Path) -> None:
+    error = hub_error(
+        "RepositoryNotFoundError", "Not found for url: http://hub/org/code/resolve/main/configuration.py."
+    )
+
+    said = diagnosis.explain(error, "", str(tmp_path))
+
+    assert said.startswith("there is no model org/code: check the model's config.json, which names it")
 
 
 def test_a_cause_that_is_not_known_is_told_in_the_words_of_the_first_error() -> None:

@@ -68,6 +68,7 @@ def test_settings_of_the_image_that_are_no_json_object_stop_the_start(
         ("LOG_JOB_INPUTS", "perhaps", "`true` or `false`"),
         ("MAX_CONCURRENCY", "many", "a whole number above 0 or `auto`"),
         ("BATCH_INTERVAL_MS", "-1", "a whole number from 0 to 10000"),
+        ("ALLOWED_ROUTES", "metrics", "such as `/metrics`, `/sleep,/wake_up`"),
     ],
 )
 def test_a_bad_value_names_the_variable_the_value_and_what_is_allowed(
@@ -80,6 +81,14 @@ def test_a_bad_value_names_the_variable_the_value_and_what_is_allowed(
 
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{name}={value!r} is not allowed. Allowed: {allowed}")
+
+
+@pytest.mark.parametrize("none", ["None", "none", "null"])
+def test_none_is_not_given(monkeypatch: pytest.MonkeyPatch, none: str) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(name.upper(), none)
+
+    assert Settings.read() == Settings()
 
 
 def test_all_bad_values_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,18 @@ def test_settings_of_an_image_without_a_model_are_for_every_model(tmp_path: Path
     assert given["DRAIN_TIMEOUT_S"].value == "7"
 
 
+@pytest.mark.parametrize(
+    ("own", "token"),
+    [
+        ({"HUGGING_FACE_HUB_TOKEN": "old"}, "old"),
+        ({"HUGGING_FACE_HUB_TOKEN": "old", "HF_TOKEN": "new"}, "new"),
+        ({"HUGGING_FACE_HUB_TOKEN": "old", "HF_TOKEN": ""}, "old"),
+    ],
+)
+def test_the_token_has_an_older_name_as_for_the_hubs_client(own: dict[str, str], token: str) -> None:
+    assert variables.read(own)["HF_TOKEN"].value == token
+
+
 @pytest.mark.parametrize("text", ["[1]", "{"])
 def test_a_file_that_is_no_object_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.json").write_text(text)
