@@ -8,8 +8,9 @@ Each flag of `vllm serve` is a variable of the same name: `--max-model-len` is `
 4. the environment
 5. `VLLM_EXTRA_ARGS`, written as on a command line
 
-Where the file or the extra arguments are the image's own, they are part of 2. Of a flag and its other name at the same
-place, the other name wins, as it does in worker-vllm.
+`None` and `null` are not given, and take away what an earlier place gave. Where the file or the extra arguments are the
+image's own, they are part of 2. Of a flag and its other name at the same place, the other name wins, as it does in
+worker-vllm.
 """
 
 from __future__ import annotations

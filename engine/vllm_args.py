@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter
 
-from engine import diagnosis
+from engine import compat, diagnosis
 from engine.errors import ConfigurationError
 from engine.flags import Flags, reason
 from engine.models import Model
@@ -116,6 +117,7 @@ def _parsed(flags: Flags, model: Model) -> Any:
     validate_parsed_serve_args(args)
     _check_parsers(args)
     _check_adapters(args)
+    _check_app(args)
     return args
 
 
@@ -189,6 +191,26 @@ def _check_parsers(args: Any) -> None:
     ):
         if name and name not in (allowed := manager.list_registered()):
             raise _FlagError(dest, f"there is no such parser. Allowed: {', '.join(allowed)}")
+
+
+def _check_app(args: Any) -> None:
+    """Check that what vLLM's app is made of once all is loaded is there: its middleware, and a chat template."""
+    for name in args.middleware:
+        module, _, thing = name.rpartition(".")
+        try:
+            getattr(importlib.import_module(module), thing)
+        except (AttributeError, ImportError, ValueError) as error:
+            raise _FlagError("middleware", f"{name} cannot be imported: {error}") from error
+    if args.chat_template is not None:
+        from jinja2 import TemplateError
+        from transformers.utils import chat_template_utils
+        from vllm.renderers.chat_utils import load_chat_template
+
+        with compat.optional("chat templates to be checked before they are used"):
+            try:
+                chat_template_utils._compile_jinja_template(load_chat_template(args.chat_template))  # noqa: SLF001
+            except TemplateError as error:
+                raise _FlagError("chat_template", f"the template is wrong: {error}") from error
 
 
 def _check_loading(config: Any) -> None:

@@ -115,7 +115,7 @@ SERVED: list[tuple[dict[str, str], str, Any]] = [
     ({"DISABLE_LOG_STATS": "false"}, "disable_log_stats", False),
     ({"DISABLE_LOG_STATS": "true"}, "disable_log_stats", True),
     ({"DEFAULT_CHAT_TEMPLATE_KWARGS": '{"a": true}'}, "default_chat_template_kwargs", {"a": True}),
-    ({"MIDDLEWARE": "one.A,two.B"}, "middleware", ["one.A", "two.B"]),
+    ({"MIDDLEWARE": "json.dumps,json.loads"}, "middleware", ["json.dumps", "json.loads"]),
     ({"ENABLE_LOG_REQUESTS": "false"}, "enable_log_requests", False),
     ({"ALLOWED_MEDIA_DOMAINS": "a.org, b.org"}, "allowed_media_domains", ["a.org", "b.org"]),
 ]
@@ -285,6 +285,11 @@ REFUSED: list[tuple[dict[str, str], str]] = [
         'DEFAULT_MM_LORAS=\'{"audio": "/nowhere"}\' (environment) is not allowed: adapter audio: /nowhere',
     ),
     ({"CHAT_TEMPLATE": "/nowhere.jinja"}, "CHAT_TEMPLATE='/nowhere.jinja' (environment) is not allowed: The supplied"),
+    (
+        {"CHAT_TEMPLATE": "{% if %}"},
+        "CHAT_TEMPLATE='{% if %}' (environment) is not allowed: the template is wrong: Exp",
+    ),
+    ({"MIDDLEWARE": "no.Thing"}, "MIDDLEWARE='no.Thing' (environment) is not allowed: no.Thing cannot be imported: No"),
     (
         {"ENABLE_LOG_OUTPUTS": "true"},
         "ENABLE_LOG_OUTPUTS='true' (environment) is not allowed: Error: --enable-log-outputs requires",

@@ -32,6 +32,7 @@ STRICTER = {
     "TOOL_CALL_PARSER": "vLLM looks at the name once ENABLE_AUTO_TOOL_CHOICE is set",
     "LOAD_FORMAT": "vLLM looks for the loader once its processes run",
     "LORA_MODULES": "vLLM looks for adapters once all is loaded",
+    "MIDDLEWARE": "vLLM imports it once all is loaded",
     "DEFAULT_MM_LORAS": "vLLM looks for adapters once all is loaded",
     "TOKENIZER": "vLLM looks for the tokenizer once it starts the engine",
     "TOKENIZER_NAME": "vLLM looks for the tokenizer once it starts the engine",

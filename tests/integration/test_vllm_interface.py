@@ -248,6 +248,21 @@ async def test_an_app_that_fails_as_it_starts_is_not_served(monkeypatch: pytest.
     assert "the app cannot start" in str(starting.failure())
 
 
+def test_a_model_is_listed_once_for_each_name_and_answers_to_all() -> None:
+    """Its directory is nobody's name for it, nor is its hub id in another case than it was asked for."""
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
+
+    names = ["org/tiny-chat", "Org/Tiny-Chat", "another", "/a/directory"]
+    paths = [BaseModelPath(name, "/a/directory") for name in names]
+    state = SimpleNamespace(openai_serving_models=SimpleNamespace(base_model_paths=paths, registry=SimpleNamespace()))
+
+    compat.list_one_name(state)
+
+    assert [one.name for one in paths] == ["org/tiny-chat", "another"]
+    assert all(map(state.openai_serving_models.registry.is_base_model, names))
+    assert not state.openai_serving_models.registry.is_base_model("yet-another")
+
+
 @pytest.mark.parametrize(
     ("own", "tokens"), [(3000, 3000), (None, 4096)], ids=["a hybrid model, by vLLM's own count", "a vLLM without one"]
 )
