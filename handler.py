@@ -79,6 +79,7 @@ def main() -> int:
     cold_start.WORKER.ended("interpreter")
     amx.ask()
     try:
+        _set_logging()
         given = variables.read()
         settings = Settings.read(given)
         if arguments.rp_serve_api:
@@ -87,7 +88,8 @@ def main() -> int:
             only_one = ["--workers-min=1", "--workers-max=1"]
             return cli.main([f"--host={arguments.rp_api_host}", f"--port={arguments.rp_api_port}", *only_one, *rest])
         polling = settings.on_platform and arguments.test_input is None and not arguments.print_config
-        _set_logging(quiet=not polling)
+        if not polling:
+            _set_vllm_quiet()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: sys.exit(0))
         if polling:
@@ -138,8 +140,8 @@ def _poll(given: Mapping[str, Variable], settings: Settings) -> int:
     return platform.serve(handler, run, limit, server.failure)
 
 
-def _set_logging(*, quiet: bool) -> None:
-    """Our log lines, the SDK's and vLLM's; what the user has set stands."""
+def _set_logging() -> None:
+    """Our log lines and the SDK's; what the user has set stands."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)-7s| %(message)s"))
     logger = logging.getLogger("engine")
@@ -150,13 +152,15 @@ def _set_logging(*, quiet: bool) -> None:
     # The SDK's own default, DEBUG, logs each output of each job.
     if "RUNPOD_DEBUG_LEVEL" not in os.environ:
         os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
-    if quiet:
-        # The answer alone goes to stdout, where vLLM would log.
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("TORCH_LOGS", "-all")
-        os.environ.setdefault("PYTHONWARNINGS", "ignore")
-        warnings.simplefilter("ignore")
+
+
+def _set_vllm_quiet() -> None:
+    """Keep vLLM from logging to stdout, where only the answer goes; what the user has set stands."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.simplefilter("ignore")
 
 
 if __name__ == "__main__":

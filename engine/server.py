@@ -23,9 +23,10 @@ from starlette.routing import Match
 from engine import compat, diagnosis, dispatch, vllm_args
 from engine.batching import interval_s, interval_tokens
 from engine.cold_start import WORKER
-from engine.errors import ConfigurationError
+from engine.errors import ConfigurationError, described
 from engine.media import public_session
 from engine.routes import SERVING
+from engine.secrets import redacted
 from engine.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -179,7 +180,9 @@ class Server:
                     self._app = await self._make_app()
                 except Exception as error:
                     _log.debug("The app does not start", exc_info=error)
-                    self._failed = diagnosis.explain(error, "", self._args.model, self._flags)
+                    known = diagnosis.known(error, self._args.model, self._flags)
+                    said = " ".join(redacted(described(error)).split())
+                    self._failed = known or f"vLLM's app cannot be made: {said}"
                     raise ConfigurationError(self._failed) from error
             app: App = self._app
             return app

@@ -10,7 +10,7 @@ import copy
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
@@ -29,12 +29,12 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class _FlagError(ValueError):
-    """A flag's value cannot be used; the message says why."""
+class _FlagsError(ValueError):
+    """Values of flags that cannot be used: for each the flag and why."""
 
-    def __init__(self, dest: str, why: str) -> None:
-        super().__init__(why)
-        self.dest = dest
+    def __init__(self, faults: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(why for _, why in faults))
+        self.faults = faults
 
 
 def set_environment() -> None:
@@ -83,9 +83,7 @@ def engine_config(given: Flags, args: Any, model: Model) -> tuple[Any, Any]:
         own = args if flags is given else _parsed(flags, model)
         arguments = AsyncEngineArgs.from_cli_args(own)
         config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        _check_loading(config)
-        _check_parsers_with(own, config.model_config)
-        _check_adapters_with(own, config)
+        _refuse(_wrong_loading(config), _wrong_parsers_with(own, config), _wrong_adapters_with(own, config))
         return arguments, config
 
     return _attempted(attempt, given, model)
@@ -115,20 +113,26 @@ def _parsed(flags: Flags, model: Model) -> Any:
     # A copy, as vLLM writes into what it reads, and the parser's defaults are shared by all that it reads.
     args = copy.deepcopy(flags.parser.parse_args([*_defaults(flags), *flags.arguments(), *names]))
     validate_parsed_serve_args(args)
-    _check_parsers(args)
-    _check_adapters(args)
-    _check_app(args)
+    _refuse(_wrong_parsers(args), _wrong_adapters(args), _wrong_app(args))
     return args
+
+
+def _refuse(*checks: Iterable[tuple[str, str]]) -> None:
+    if faults := [fault for check in checks for fault in check]:
+        raise _FlagsError(faults)
 
 
 def _attempted(attempt: Callable[[Flags], T], given: Flags, model: Model) -> T:
     """What the attempt gives for the flags.
 
     Raises:
-        ConfigurationError: it fails; the line names the flags without which it would not.
+        ConfigurationError: it fails; a line for each flag that is known to be wrong, or one that names the flags
+            without which it would not fail.
     """
     try:
         return attempt(given)
+    except _FlagsError as error:
+        raise ConfigurationError("\n".join(given.given[dest].refused(why) for dest, why in error.faults)) from error
     except Exception as error:
         known = diagnosis.known(error, model.path, given)
         raise ConfigurationError(known or _blamed(error, attempt, given, model)) from error
@@ -136,8 +140,6 @@ def _attempted(attempt: Callable[[Flags], T], given: Flags, model: Model) -> T:
 
 def _blamed(error: Exception, attempt: Callable[[Flags], Any], given: Flags, model: Model) -> str:
     """Say which flags an error is about: those without which vLLM takes the others."""
-    if isinstance(error, _FlagError) and error.dest in given.given:
-        return given.given[error.dest].refused(reason(error, error.dest))
     blamed = {dest: flag for dest, flag in given.given.items() if _works(attempt, given.without(dest))}
     if len(blamed) == 1:
         ((dest, flag),) = blamed.items()
@@ -175,8 +177,8 @@ def _check_value(action: argparse.Action, value: Any) -> None:
     allowed.validate_python(value)
 
 
-def _check_parsers(args: Any) -> None:
-    """Check the names of parsers, as vLLM's server does before it loads (`validate_api_server_args`)."""
+def _wrong_parsers(args: Any) -> Iterator[tuple[str, str]]:
+    """Names of parsers that there are not, as vLLM's server looks for before it loads (`validate_api_server_args`)."""
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
 
@@ -184,23 +186,32 @@ def _check_parsers(args: Any) -> None:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
     if args.reasoning_parser_plugin:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
-    reasoning_parser = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
+    reasoning_dest, reasoning_parser = _reasoning_parser(args)
     for dest, name, manager in (
         ("tool_call_parser", args.tool_call_parser, ToolParserManager),
-        ("reasoning_parser", reasoning_parser, ReasoningParserManager),
+        (reasoning_dest, reasoning_parser, ReasoningParserManager),
     ):
         if name and name not in (allowed := manager.list_registered()):
-            raise _FlagError(dest, f"there is no such parser. Allowed: {', '.join(allowed)}")
+            yield dest, f"there is no such parser. Allowed: {', '.join(allowed)}"
 
 
-def _check_app(args: Any) -> None:
-    """Check that what vLLM's app is made of once all is loaded is there: its middleware, and a chat template."""
+def _wrong_adapters(args: Any) -> Iterator[tuple[str, str]]:
+    """Adapters that may not be loaded, and those whose directories hold none."""
+    for dest, name, path in _adapters(args):
+        if not args.enable_lora:
+            yield dest, "LoRA is not enabled: set ENABLE_LORA=true"
+        elif not _of_hub(path) and not (Path(path).expanduser() / "adapter_config.json").is_file():
+            yield dest, f"adapter {name}: {path} has to be a directory with an adapter_config.json"
+
+
+def _wrong_app(args: Any) -> Iterator[tuple[str, str]]:
+    """Middleware and a chat template that vLLM's app, made once all is loaded, could not use."""
     for name in args.middleware:
         module, _, thing = name.rpartition(".")
         try:
             getattr(importlib.import_module(module), thing)
         except (AttributeError, ImportError, ValueError) as error:
-            raise _FlagError("middleware", f"{name} cannot be imported: {error}") from error
+            yield "middleware", f"{name} cannot be imported: {error}"
     if args.chat_template is not None:
         from jinja2 import TemplateError
         from transformers.utils import chat_template_utils
@@ -210,11 +221,11 @@ def _check_app(args: Any) -> None:
             try:
                 chat_template_utils._compile_jinja_template(load_chat_template(args.chat_template))  # noqa: SLF001
             except TemplateError as error:
-                raise _FlagError("chat_template", f"the template is wrong: {error}") from error
+                yield "chat_template", f"the template is wrong: {error}"
 
 
-def _check_loading(config: Any) -> None:
-    """Check that vLLM has a loader of the format, and that the tokenizer loads: its processes find out late."""
+def _wrong_loading(config: Any) -> Iterator[tuple[str, str]]:
+    """A load format that vLLM has no loader of: its processes find out late. The tokenizer is loaded too."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
     if config.load_config.load_format != "auto":
@@ -223,14 +234,14 @@ def _check_loading(config: Any) -> None:
         try:
             get_model_loader(config.load_config)
         except ValueError as error:
-            raise _FlagError("load_format", f"{error}. vLLM's own: {', '.join(get_args(LoadFormats))}") from error
+            yield "load_format", f"{error}. vLLM's own: {', '.join(get_args(LoadFormats))}"
     cached_tokenizer_from_config(config.model_config)  # The engine takes it from the same cache.
 
 
-def _check_parsers_with(args: Any, model_config: Any) -> None:
-    """Check that the parsers can be used with the model's tokenizer, as vLLM's app does once all is loaded."""
-    reasoning_parser = args.structured_outputs_config.reasoning_parser
-    if not (args.enable_auto_tool_choice or reasoning_parser) or model_config.runner_type != "generate":
+def _wrong_parsers_with(args: Any, config: Any) -> Iterator[tuple[str, str]]:
+    """Parsers that cannot be used with the model's tokenizer, which vLLM's app finds out once all is loaded."""
+    reasoning_dest, reasoning_parser = _reasoning_parser(args)
+    if not (args.enable_auto_tool_choice or reasoning_parser) or config.model_config.runner_type != "generate":
         return
     from vllm.parser import ParserManager
     from vllm.tokenizers import cached_tokenizer_from_config
@@ -240,27 +251,18 @@ def _check_parsers_with(args: Any, model_config: Any) -> None:
             tool_parser_name=args.tool_call_parser,
             reasoning_parser_name=reasoning_parser,
             enable_auto_tools=args.enable_auto_tool_choice,
-            model_name=model_config.model,
-            is_harmony=model_config.hf_config.model_type == "gpt_oss",
-            tokenizer=cached_tokenizer_from_config(model_config),
+            model_name=config.model_config.model,
+            is_harmony=config.model_config.hf_config.model_type == "gpt_oss",
+            tokenizer=cached_tokenizer_from_config(config.model_config),
         )
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (a parser's own)
         # Where both are given, it says which of them it is.
         tools = args.enable_auto_tool_choice and (not reasoning_parser or "--tool-call-parser" in str(error))
-        raise _FlagError("tool_call_parser" if tools else "reasoning_parser", reason(error)) from error
+        yield "tool_call_parser" if tools else reasoning_dest, reason(error)
 
 
-def _check_adapters(args: Any) -> None:
-    """Check that adapters may be loaded, and that their directories hold one."""
-    for dest, name, path in _adapters(args):
-        if not args.enable_lora:
-            raise _FlagError(dest, "LoRA is not enabled: set ENABLE_LORA=true")
-        if not _of_hub(path) and not (Path(path).expanduser() / "adapter_config.json").is_file():
-            raise _FlagError(dest, f"adapter {name}: {path} has to be a directory with an adapter_config.json")
-
-
-def _check_adapters_with(args: Any, config: Any) -> None:
-    """Check that the engine takes the adapters that are on this machine, as it does when it loads them."""
+def _wrong_adapters_with(args: Any, config: Any) -> Iterator[tuple[str, str]]:
+    """Adapters on this machine that the engine would refuse when it loads them."""
     if config.lora_config is None:
         return
     from vllm.lora.peft_helper import PEFTHelper
@@ -271,7 +273,14 @@ def _check_adapters_with(args: Any, config: Any) -> None:
                 helper = PEFTHelper.from_local_dir(str(Path(path).expanduser()), config.model_config.max_model_len)
                 helper.validate_legal(config.lora_config)
             except (LookupError, OSError, TypeError, ValueError) as error:
-                raise _FlagError(dest, f"adapter {name} in {path} cannot be used: {error}") from error
+                yield dest, f"adapter {name} in {path} cannot be used: {error}"
+
+
+def _reasoning_parser(args: Any) -> tuple[str, str]:
+    """The flag that names a parser for reasoning, and that name; nothing if there is none."""
+    if args.reasoning_parser:
+        return "reasoning_parser", args.reasoning_parser
+    return "structured_outputs_config", args.structured_outputs_config.reasoning_parser
 
 
 def _adapters(args: Any) -> Iterator[tuple[str, str, str]]:

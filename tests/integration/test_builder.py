@@ -85,7 +85,20 @@ def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hu
         for name, value in hub.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
         yield hub
+
+
+def test_the_token_is_found_by_its_older_name_too(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories[REPO].token = TOKEN
+    monkeypatch.setenv("HF_TOKEN", "None")
+    assert download(tmp_path) == 3
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
+
+    assert download(tmp_path) == 0
+    assert_whole(tmp_path, files)
 
 
 @pytest.fixture

@@ -271,6 +271,10 @@ REFUSED: list[tuple[dict[str, str], str]] = [
         {"VLLM_EXTRA_ARGS": "--tool-call-parser llama3json"},
         "VLLM_EXTRA_ARGS has '--tool-call-parser llama3json', which is not allowed: there is no such parser. Allowed: ",
     ),
+    (
+        {"STRUCTURED_OUTPUTS_CONFIG": '{"reasoning_parser": "deepseek"}'},
+        'STRUCTURED_OUTPUTS_CONFIG=\'{"reasoning_parser": "deepseek"}\' (environment) is not allowed: there is no such',
+    ),
     ({"REASONING_PARSER": "deepseek"}, "REASONING_PARSER='deepseek' (environment) is not allowed: there is no such"),
     (
         {"LORA_MODULES": "a=/nowhere"},
@@ -307,6 +311,20 @@ def test_what_vllms_server_refuses_before_it_loads_is_refused_before_a_model_is_
 
     (line,) = str(caught.value).splitlines()
     assert said in line
+
+
+def test_all_that_vllms_server_would_refuse_is_said_at_once() -> None:
+    wrong = {"TOOL_CALL_PARSER": "x", "ENABLE_AUTO_TOOL_CHOICE": "true", "REASONING_PARSER": "y", "MIDDLEWARE": "no.Z"}
+
+    with pytest.raises(ConfigurationError) as caught:
+        Configuration.read(variables.read({"MODEL_NAME": "org/none", "LORA_MODULES": "a=/nowhere", **wrong}))
+
+    assert [line.partition("=")[0] for line in str(caught.value).splitlines()] == [
+        "TOOL_CALL_PARSER",
+        "REASONING_PARSER",
+        "LORA_MODULES",
+        "MIDDLEWARE",
+    ]
 
 
 WITH_MODEL: list[tuple[dict[str, str], str]] = [
