@@ -31,8 +31,8 @@ image-test: $(READY)  ## Build the images for real, on stand-ins for their bases
 soak: $(READY)  ## Show what the tests have no time for: hundreds of signals, the SDK's own loop beside ours (more than an hour)
 	@$(BIN)/python -m pytest tests/soak
 
-fuzz: $(READY)  ## Look for an order of events that breaks the loop, among many that the tests do not try
-	@FUZZ_EXAMPLES=$${EXAMPLES:-20000} $(BIN)/python -m pytest tests/unit/test_loop_machine.py --timeout 0
+fuzz: $(READY)  ## Try many more orders of events, and answers to a take, than the tests do
+	@FUZZ_EXAMPLES=$${EXAMPLES:-20000} $(BIN)/python -m pytest tests/unit/test_loop_machine.py tests/unit/test_takes.py --timeout 0
 
 bench: $(READY)  ## Measure the worker beside vLLM's own server; ARGS="--peer DIR" adds worker-vllm, ARGS=cold measures starts
 	@$(BIN)/python -m bench $(ARGS)

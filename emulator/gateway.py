@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -28,6 +29,8 @@ from emulator.queue import job_topic
 from emulator.waiting import HangUp, hang_up_of
 
 logger = logging.getLogger(__name__)
+
+_BOOLEAN = TypeAdapter(bool)
 
 # A job always ends, by its policy if by nothing else.
 _FOREVER_S = 8 * 24 * 3600.0
@@ -134,9 +137,17 @@ async def _submit(request: Request, endpoint: Endpoint) -> tuple[Job, bool]:
         if not isinstance(body, dict):
             raise InvalidRequestError("the body is not a JSON object")
         job_input["openai_input"] = body
-        streaming = body.get("stream") is True
+        streaming = _is_true(body.get("stream"))
     submission = Submission(input=job_input)
     return endpoint.queue.submit(submission, prefix="sync-", label=route, retention_s=RUNSYNC_RETENTION_S), streaming
+
+
+def _is_true(value: Any) -> bool:
+    """Whether vLLM takes the value for true: it reads `"true"`, `"1"` and `1` as it does `true`."""
+    try:
+        return _BOOLEAN.validate_python(value)
+    except ValidationError:
+        return False
 
 
 async def _first_answer(request: Request, endpoint: Endpoint, job: Job, *, streaming: bool) -> Response:

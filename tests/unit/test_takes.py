@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -183,7 +184,7 @@ def body_of(shape: str, entries: list[tuple[str | None, bytes]]) -> tuple[bytes,
 
 
 @pytest.mark.timeout(480)
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "500")), deadline=None)
 @given(SHAPES, ENTRIES)
 def test_whatever_stands_in_a_take_each_well_formed_job_in_it_ends_with_its_answer(
     site: tuple[asyncio.Runner, Site], shape: str, entries: list[tuple[str | None, bytes]]

@@ -84,8 +84,9 @@ def test_an_answer_is_the_one_value_that_the_job_gave(
     assert with_worker(site, work, lambda: site.client.post("/openai/v1/completions", json=CHAT)).json() == answer
 
 
-def test_events_are_passed_on_as_they_come(site: Site) -> None:
-    body = {**CHAT, "stream": True}
+@pytest.mark.parametrize("stream", [True, "true", 1])
+def test_events_are_passed_on_as_they_come(site: Site, stream: object) -> None:
+    body = {**CHAT, "stream": stream}
     seen = threading.Event()
 
     def work(job: dict[str, Any]) -> None:
