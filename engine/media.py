@@ -1,8 +1,9 @@
 """Fetching media that a job names by its address: from public addresses alone.
 
-A job must not read what only the worker's network can reach. Each connection is checked as it is made, so that neither
-a redirect nor a name that answers differently the second time gets around it. Hosts that `ALLOWED_MEDIA_DOMAINS` names
-may have any address.
+A job must not read what only the worker's network can reach. Each request and each connection is checked as it is made,
+so that neither a redirect nor a name that answers differently the second time gets around it. Hosts that
+`ALLOWED_MEDIA_DOMAINS` names may have any address; no other host may have it for that. Proxies of the environment
+(`HTTPS_PROXY`) are not used, as vLLM would: a proxy looks names up itself, and what it connects to cannot be checked.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
 
 
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
 def public_session(refuse: Callable[[str], Exception], hosts: Collection[str] = ()) -> aiohttp.ClientSession:
     """A session that connects to public addresses alone; any other raises what `refuse` makes of the message.
 
@@ -47,25 +56,33 @@ def public_session(refuse: Callable[[str], Exception], hosts: Collection[str] = 
         refuse: makes an exception of a message.
         hosts: names and addresses that may be connected to wherever they are.
     """
-    allowed = set(hosts)
+    allowed: set[str] = set()
 
-    def check(address: str) -> None:
-        if address not in allowed and not is_public(address):
+    def check(address: str, host: str = "") -> None:
+        """Let an address of an allowed host be, and refuse any other that is not public."""
+        if host in hosts:
+            allowed.add(address)
+        elif (host or address not in allowed) and not is_public(address):
             raise refuse(REFUSAL)
+
+    async def check_url(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        # An address in the URL itself is not looked up. A redirect comes by here too.
+        host = request.url.host or ""
+        if _is_address(host):
+            check(host, host)
+        return await send(request)
 
     class Resolver(aiohttp.ThreadedResolver):
         async def resolve(self, host: str, *arguments: Any, **options: Any) -> list[aiohttp.abc.ResolveResult]:
             found = await super().resolve(host, *arguments, **options)
-            if host in hosts:
-                allowed.update(one["host"] for one in found)
             for one in found:
-                check(one["host"])
+                check(one["host"], host)
             return found
 
     def connect(address: aiohttp.AddrInfoType) -> socket.socket:
-        # An address in the URL itself is not resolved.
         family, kind, protocol, _, where = address
         check(where[0])
         return socket.socket(family, kind, protocol)
 
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(resolver=Resolver(), socket_factory=connect))
+    connector = aiohttp.TCPConnector(resolver=Resolver(), socket_factory=connect)
+    return aiohttp.ClientSession(connector=connector, middlewares=(check_url,))

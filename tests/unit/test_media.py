@@ -1,10 +1,13 @@
-"""Which addresses are public."""
+"""Which addresses are public, and that a session connects to no other."""
 
 from __future__ import annotations
 
-import pytest
+import socket
 
-from engine.media import is_public
+import pytest
+from aiohttp import web
+
+from engine.media import is_public, public_session
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,40 @@ def test_an_address_that_is_not_everywhere_the_same_is_not_public(address: str) 
 )
 def test_a_public_address_is_public_however_it_is_written(address: str) -> None:
     assert is_public(address)
+
+
+@pytest.mark.anyio
+async def test_what_one_host_may_no_other_may_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another name, and the address itself, of a host that is allowed; asked for, or by a redirect."""
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda _, *more, **options: look_up("127.0.0.1", *more, **options))
+
+    async def redirect(request: web.Request) -> web.Response:
+        raise web.HTTPFound(request.query["to"])
+
+    async def media(_: web.Request) -> web.Response:
+        return web.Response(text="media")
+
+    app = web.Application()
+    app.router.add_get("/", media)
+    app.router.add_get("/redirect", redirect)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        port = runner.addresses[0][1]
+        async with public_session(ValueError, ["allowed.test"]) as session:
+
+            async def text(url: str) -> str:
+                async with session.get(url) as answer:
+                    return await answer.text()
+
+            allowed = f"http://allowed.test:{port}"
+            assert await text(allowed) == "media"
+            for other in (f"http://127.0.0.1:{port}", f"http://other.test:{port}", f"http://[::1]:{port}"):
+                for url in (other, f"{allowed}/redirect?to={other}/"):
+                    with pytest.raises(ValueError, match="public addresses alone"):
+                        await text(url)
+            assert await text(f"{allowed}/redirect?to={allowed}/") == "media"
+    finally:
+        await runner.cleanup()
