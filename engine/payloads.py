@@ -32,11 +32,12 @@ _ROUTE = re.compile(r"(?P<path>(?:/(?!\.{1,2}(?:/|\?|$))[A-Za-z0-9._~-]+)+)/?(?:
 RETIRED_FIELDS = {"batch_size", "max_batch_size", "min_batch_size", "batch_size_growth_factor"}
 # Fields of a request that may also stand at the top level of a native input, where LangChain's package puts them.
 SAMPLING_FIELDS = {
-    "bad_words", "chat_template_kwargs", "frequency_penalty", "ignore_eos", "include_stop_str_in_output",
-    "length_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens", "min_p", "min_tokens", "n",
-    "presence_penalty", "prompt_logprobs", "repetition_penalty", "response_format", "seed", "skip_special_tokens",
-    "spaces_between_special_tokens", "stop", "stop_token_ids", "structured_outputs", "temperature", "tool_choice",
-    "tools", "top_k", "top_logprobs", "top_p", "truncate_prompt_tokens", "use_beam_search", "user",
+    "bad_words", "best_of", "chat_template_kwargs", "early_stopping", "frequency_penalty", "ignore_eos",
+    "include_stop_str_in_output", "length_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens",
+    "min_p", "min_tokens", "n", "presence_penalty", "prompt_logprobs", "repetition_penalty", "response_format",
+    "seed", "skip_special_tokens", "spaces_between_special_tokens", "stop", "stop_token_ids", "structured_outputs",
+    "temperature", "tool_choice", "tools", "top_k", "top_logprobs", "top_p", "truncate_prompt_tokens",
+    "use_beam_search", "user",
 }  # fmt: skip
 # What vLLM called the fields of `structured_outputs` until 0.12; since then it leaves them out without a word.
 GUIDED_FIELDS = {
