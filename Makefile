@@ -44,6 +44,8 @@ check: $(READY)  ## Lint, formatting and types
 	@$(BIN)/deptry .
 	@$(BIN)/hadolint Dockerfile
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml
 
 format: $(READY)  ## Apply the formatter and the safe fixes
 	@$(BIN)/ruff check --fix .
