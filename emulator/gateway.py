@@ -205,7 +205,7 @@ class _EventStream(Response):
     async def _events(self, hang_up: HangUp) -> AsyncGenerator[str, None]:
         """The outputs as they come, and a last event that says why where the job fails; none for who has hung up."""
         job = self._job
-        outputs, sent = job.outputs, 0
+        outputs, sent, told = job.outputs, 0, False
 
         def look() -> bool | None:
             return job.status.final or len(outputs) > sent or job.outputs is not outputs or None
@@ -222,13 +222,24 @@ class _EventStream(Response):
             for output in fresh:
                 text = output if isinstance(output, str) else f"data: {json.dumps(output)}\n\n"
                 self._complete = text.endswith(_LAST_EVENT)
+                told = told or _has_error(text)
                 yield text
-            if ended:
+            if ended and not told:
                 failed = failure_of(job)
                 if failed is not None:
                     yield failed.event()
             if ended or self._complete:
                 return
+
+
+def _has_error(text: str) -> bool:
+    """Whether the events say already that the answer has failed, as OpenAI's and Anthropic's clients read it."""
+    for line in text.split("\n"):
+        if line.startswith("data:") and ('"error"' in line or "response.failed" in line):
+            event = _parsed(line.removeprefix("data:"))
+            if isinstance(event, dict) and (event.get("error") or event.get("type") == "response.failed"):
+                return True
+    return False
 
 
 def _value(job: Job) -> Any:

@@ -204,7 +204,10 @@ def parse(
         raise InvalidInputError(f"the job's input cannot be read: {value}")
     if not isinstance(value, dict):
         raise InvalidInputError(f"the job's input has to be a JSON object. Accepted:\n{ACCEPTED}")
-    value, warnings = _without_retired(_given(value))
+    value, warnings = _without_retired(value)
+    if value.get("messages") is not None and value.get("prompt"):
+        warnings += ("prompt: ignored, as messages go before it",)
+    value = _given(value)
     form = next((_FORMS[field] for field in _FORMS if field in value), None)
     if form is None:
         raise InvalidInputError(f"the job's input is none of the accepted forms:\n{ACCEPTED}")
@@ -215,7 +218,10 @@ def parse(
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED}") from None
     if call.path not in open_routes:
         raise ClosedRouteError(call.path, sorted(open_routes)) if has_route(call.path) else UnknownRouteError(call.path)
-    document = None if call.document is None else _structured(_merged(call.document))
+    document = None if call.document is None else _merged(call.document)
+    if document is not None and "guided_decoding_backend" in document:
+        warnings += ("guided_decoding_backend: ignored, as STRUCTURED_OUTPUTS_CONFIG of the worker says which is used",)
+    document = None if document is None else _structured(document)
     plain = document is not None and merging.is_plain_text(call.path, document)
     tokens = event_tokens(call.path) if plain else None
     if document is not None and tokens is not None and tokens > 1:

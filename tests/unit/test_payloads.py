@@ -244,6 +244,20 @@ def test_no_spelling_reaches_a_closed_route(route: str, field: str) -> None:
         assert route.partition("?")[0].removesuffix("/") == request.path
 
 
+@pytest.mark.parametrize(
+    ("value", "ignored"),
+    [
+        ({"messages": MESSAGES, "prompt": "x"}, "prompt"),
+        ({"prompt": "x", "sampling_params": {"guided_decoding_backend": "outlines"}}, "guided_decoding_backend"),
+        ({"prompt": "x", "extra_body": {"guided_decoding_backend": "outlines"}}, "guided_decoding_backend"),
+        ({"messages": MESSAGES, "prompt": ""}, None),
+    ],
+    ids=json.dumps,
+)
+def test_what_is_ignored_is_told(value: dict[str, Any], ignored: str | None) -> None:
+    assert [warning.partition(":")[0] for warning in request_of(value).warnings] == ([ignored] if ignored else [])
+
+
 def test_a_slash_at_the_end_is_left_out_as_vllm_redirects() -> None:
     assert request_of({"openai_route": "/v1/models/?a=b"}) == Request("GET", "/v1/models", "a=b")
 
@@ -302,4 +316,4 @@ def test_what_users_of_other_workers_send_means_the_same(value: dict[str, Any], 
     found, expected = request_of(value), request_of(same_as)
 
     assert json.loads(found.body or b"null") == json.loads(expected.body or b"null")
-    assert replace(found, body=None) == replace(expected, body=None)
+    assert replace(found, body=None, warnings=()) == replace(expected, body=None)

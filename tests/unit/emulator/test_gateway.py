@@ -131,6 +131,27 @@ def test_a_failure_after_the_first_output_is_a_last_event(site: Site) -> None:
     assert answer.text == f"data: 1\n\ndata: {json.dumps(ERROR)}\n\n"
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"error": ERROR["error"]},
+        {"type": "error", "error": ERROR["error"]},
+        {"type": "response.failed", "response": {"error": {"message": "no"}}},
+    ],
+)
+def test_a_failure_that_the_stream_has_told_already_is_told_once(site: Site, event: dict[str, Any]) -> None:
+    told = f"data: {json.dumps(event)}\n\n"
+
+    def work(job: dict[str, Any]) -> None:
+        site.stream(job["id"], "data: 1\n\n")
+        site.stream(job["id"], told)
+        site.done(job["id"], error=FAILURE)
+
+    body = {**CHAT, "stream": True}
+    answer = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
+    assert answer.text == f"data: 1\n\n{told}"
+
+
 def test_a_worker_lost_within_a_stream_ends_it_with_an_error(site: Site) -> None:
     def work(job: dict[str, Any]) -> None:
         site.stream(job["id"], "data: 1\n\n")
