@@ -74,7 +74,7 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
                         yield output
             else:
                 document = _document(response.content_type, await response.body(), request.path)
-                yield native.with_texts(document) if request.native else document
+                yield native.answer(document, request.warnings) if request.native else document
     except JobError as error:
         failure = error
     except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)

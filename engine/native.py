@@ -76,11 +76,17 @@ def error_in(batch: str) -> RefusedError | None:
     return None
 
 
-def with_texts(document: Any) -> Any:
-    """The answer to a native job that does not stream, with what earlier worker-vllm called its parts beside vLLM's.
+def answer(document: Any, warnings: tuple[str, ...] = ()) -> Any:
+    """The answer to a native job that does not stream: vLLM's, with what earlier worker-vllm called its parts.
 
     RunPod's package for LangChain reads `choices[].tokens` (texts), `usage.input` and `usage.output`.
+
+    Args:
+        document: vLLM's answer.
+        warnings: what was ignored in the job's input.
     """
+    if isinstance(document, dict) and warnings:
+        document["warnings"] = list(warnings)
     if isinstance(document, dict) and isinstance(document.get("choices"), list):
         for choice in document["choices"]:
             choice["tokens"] = [choice.get("text") or (choice.get("message") or {}).get("content") or ""]

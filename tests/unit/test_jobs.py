@@ -271,6 +271,14 @@ async def test_an_answer_to_a_top_level_job_has_what_langchain_reads_beside_vllm
     assert native == openai == answer
 
 
+async def test_what_was_ignored_of_a_top_level_job_stands_in_its_answer() -> None:
+    app = ScriptedApp(body=[b'{"choices": []}'])
+
+    (answer,) = await outputs_of(app, {"prompt": "x", "batch_size": 5})
+
+    assert answer == {"choices": [], "warnings": ["batch_size: ignored, as the worker sets the size of batches"]}
+
+
 async def test_a_route_that_vllm_does_not_have_is_not_found() -> None:
     app = ScriptedApp(unknown=frozenset({"/v1/v1/chat/completions"}))
 
