@@ -161,7 +161,9 @@ def test_errors_are_the_classes_that_the_client_has_for_them(client: openai.Open
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         client.completions.create(model="tiny", prompt="fox " * 5000)
     with pytest.raises(openai.PermissionDeniedError, match="not open to jobs"):
-        client.post("/load_lora_adapter", body={"lora_name": "x"}, cast_to=object)
+        client.post("/chat/completions/render", body={"messages": messages_of(STORY)}, cast_to=object)
+    with pytest.raises(openai.NotFoundError, match="vLLM has no route /v1/models/tiny"):
+        client.models.retrieve("tiny")
     with (
         openai.OpenAI(base_url=llm.openai_url, api_key="wrong", max_retries=0) as stranger,
         pytest.raises(openai.AuthenticationError),
