@@ -28,8 +28,8 @@ COPY requirements/builder.lock requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m pip install --quiet --no-deps --requirement requirements/builder.lock
 # What a download needs, and no more: a change of the other commands loads no model anew.
-COPY builder/__init__.py builder/__main__.py builder/download.py builder/errors.py builder/hub.py builder/manifest.py \
-    builder/selection.py builder/structure.py builder/verify.py builder/
+COPY builder/__init__.py builder/__main__.py builder/download.py builder/errors.py builder/hf_hub.py builder/manifest.py \
+    builder/layout.py builder/checkpoint.py builder/verify.py builder/
 
 
 # The model, whole and verified. The cache keeps what a broken build has downloaded; the token is in no layer.

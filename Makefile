@@ -32,7 +32,7 @@ soak: $(READY)  ## Show what the tests have no time for: hundreds of signals, th
 	@$(BIN)/python -m pytest tests/soak
 
 fuzz: $(READY)  ## Try many more orders of events, and answers to a take, than the tests do
-	@FUZZ_EXAMPLES=$${EXAMPLES:-20000} $(BIN)/python -m pytest tests/unit/test_loop_machine.py tests/unit/test_takes.py --timeout 0
+	@FUZZ_EXAMPLES=$${EXAMPLES:-20000} $(BIN)/python -m pytest tests/unit/queue/test_job_loop_machine.py tests/unit/queue/test_take_response.py --timeout 0
 
 bench: $(READY)  ## Measure the worker beside vLLM's own server; ARGS="--peer DIR" adds worker-vllm, ARGS=cold measures starts
 	@$(BIN)/python -m bench $(ARGS)
@@ -52,8 +52,8 @@ format: $(READY)  ## Apply the formatter and the safe fixes
 	@$(BIN)/ruff format .
 
 docs: $(READY)  ## Write the settings' declarations into the READMEs and into what RunPod's hub offers
-	@$(BIN)/python -m engine.settings README.md README_zh.md
-	@$(BIN)/python -m engine.hub .runpod/hub.json
+	@$(BIN)/python -m engine.config.settings README.md README_zh.md
+	@$(BIN)/python -m tools.runpod_hub .runpod/hub.json
 
 browser:  ## Install Chromium, for the tests of the emulator's page, where there is none
 	@test -n "$$CHROMIUM" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
-    from engine.settings import Settings
-    from engine.variables import Variable
+    from engine.config.environment import Variable
+    from engine.config.settings import Settings
 
 TEST_INPUT = Path(__file__).with_name("test_input.json")
 
@@ -34,15 +34,16 @@ async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
     """Run one job of the queue on the worker's engine and yield its outputs, as any RunPod-style SDK expects.
 
     Args:
-        job: `{"id": ..., "input": {...}}`; `engine.payloads` says what an input may be.
+        job: `{"id": ..., "input": {...}}`; `engine.jobs.inputs` says what an input may be.
 
     Yields:
-        What `engine.jobs.run` yields: text, dicts or one JSON value; `{"error": ...}` last if the job failed.
+        What `engine.jobs.pipeline.run` yields: text, dicts or one JSON value; `{"error": ...}` last if the job failed.
     """
-    from engine import jobs, lifecycle
+    from engine import worker
+    from engine.jobs import pipeline
 
-    outputs = jobs.run(job, lifecycle.server())
-    async with jobs.closing_with_consumer(outputs):
+    outputs = pipeline.run(job, worker.server())
+    async with pipeline.closing_with_consumer(outputs):
         async for output in outputs:
             yield output
 
@@ -72,15 +73,17 @@ def main() -> int:
     )
     arguments, rest = parser.parse_known_args()
 
-    from engine import amx, cold_start, lifecycle, variables
+    from engine import cold_start, worker
+    from engine.config import environment
+    from engine.config.settings import Settings
     from engine.errors import ConfigurationError
-    from engine.settings import Settings
+    from engine.startup import amx
 
     cold_start.WORKER.ended("interpreter")
     amx.ask()
     try:
         _set_logging()
-        given = variables.read()
+        given = environment.read()
         settings = Settings.read(given)
         if arguments.rp_serve_api:
             from emulator import cli
@@ -104,12 +107,12 @@ def main() -> int:
         sys.stderr.write(f"The worker cannot start: {error}\n")
         return 1
     finally:
-        lifecycle.stop()
+        worker.stop()
 
 
 def _print_configuration(given: Mapping[str, Variable]) -> int:
     """Print what the worker would start with, and whether vLLM takes it."""
-    from engine.configuration import Configuration
+    from engine.startup.configuration import Configuration
 
     configuration = Configuration.read(given)
     for line in configuration.lines():
@@ -120,24 +123,26 @@ def _print_configuration(given: Mapping[str, Variable]) -> int:
 
 def _answer(given: Mapping[str, Variable], test_input: str | None) -> int:
     """Answer one job and print what it gives."""
-    from engine import lifecycle, local
+    from engine import local, worker
 
     job = local.read_job(TEST_INPUT.read_text(encoding="utf-8") if test_input is None else test_input)
-    return asyncio.run(local.answer(job, handler, lifecycle.server(given)))
+    return asyncio.run(local.answer(job, handler, worker.server(given)))
 
 
 def _poll(given: Mapping[str, Variable], settings: Settings) -> int:
     """Take jobs from the platform's queue until told to stop."""
-    from engine import fitness, lifecycle, platform
+    from engine import worker
+    from engine.queue import runpod_client
+    from engine.startup import fitness
 
     with fitness.Checks() as checks:
-        server = lifecycle.server(given, checks)
+        server = worker.server(given, checks)
     limit = server.max_num_seqs if settings.max_concurrency == "auto" else settings.max_concurrency
 
-    async def run(queue: platform.Platform) -> int:
-        return await lifecycle.serve(queue, handler, server, settings, limit)
+    async def run(queue: runpod_client.Platform) -> int:
+        return await worker.serve(queue, handler, server, settings, limit)
 
-    return platform.serve(handler, run, limit, server.failure)
+    return runpod_client.serve(handler, run, limit, server.failure)
 
 
 def _set_logging() -> None:
@@ -172,8 +177,10 @@ if __name__ == "__main__":
     # At once: all that has to end has ended, and taking vLLM's and torch's modules apart only costs time and errors.
     os._exit(exit_status)
 elif __name__ == "__mp_main__":  # a child that was spawned by vLLM
-    from engine import amx, children, notes
+    from engine import child_processes
+    from engine.backend import startup_logs
+    from engine.startup import amx
 
     amx.ask()
-    children.end_with_parent()
-    notes.take()
+    child_processes.end_with_parent()
+    startup_logs.take()

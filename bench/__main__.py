@@ -17,10 +17,10 @@ from types import FrameType
 
 import uvloop
 
-from bench import cold, machine, plots, report, servers
+from bench import cold, environment, plots, report, systems
 from bench.compare import Results, compare
 from bench.scenarios import SEED, Scenario, default_scenarios, full_scenarios
-from bench.servers import OURS, PEER, VLLM, Server, ServerError
+from bench.systems import OURS, PEER, VLLM, Server, ServerError
 
 _IDLE_S = 3.0
 _CLIENTS = [1, 8, 24, 64]
@@ -101,8 +101,8 @@ def _measure(arguments: argparse.Namespace) -> int:
         if not ready:
             return 1
         about = {
-            **machine.machine(),
-            **machine.versions(arguments.peer),
+            **environment.machine(),
+            **environment.versions(arguments.peer),
             "settings": "tiny model, eager, on a CPU float32 and 1 GiB of KV cache, all else stock",
             "load": f"{arguments.rounds} rounds, {arguments.seconds:g} s each (from 64 clients on thrice that), "
             f"seed {SEED}",
@@ -124,13 +124,13 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 def start_all(stack: ExitStack, peer: Path | None, logs: Path) -> list[Server]:
     """Start the servers one by one; one that does not start is left out, with a line that says so."""
-    model, gpu = servers.tiny_model(), machine.gpu() is not None
+    model, gpu = systems.tiny_model(), environment.gpu() is not None
     starts: dict[str, Callable[[], AbstractContextManager[Server]]] = {
-        VLLM: partial(servers.vllm_alone, model, logs, gpu=gpu),
-        OURS: partial(servers.this_worker, model, logs, gpu=gpu),
+        VLLM: partial(systems.vllm_alone, model, logs, gpu=gpu),
+        OURS: partial(systems.this_worker, model, logs, gpu=gpu),
     }
     if peer is not None:
-        starts[PEER] = partial(servers.peer_worker, model, logs, gpu=gpu, checkout=peer)
+        starts[PEER] = partial(systems.peer_worker, model, logs, gpu=gpu, checkout=peer)
     ready = []
     for start in starts.values():
         try:

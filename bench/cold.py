@@ -22,11 +22,11 @@ from statistics import median
 
 import uvloop
 
-from bench import machine, report, servers, targets, weights
-from bench.load import ask
-from bench.measures import FaultyAnswerError, read_answer
+from bench import environment, goals, report, synthetic_model, systems
+from bench.clients import ask
+from bench.metrics import FaultyAnswerError, read_answer
 from bench.scenarios import Scenario
-from bench.servers import OURS, PEER, Platform, ServerError
+from bench.systems import OURS, PEER, Platform, ServerError
 
 MODELS = ("tiny", "1gb")
 CACHES = ("cold", "warm")
@@ -53,7 +53,7 @@ class Start:
 
 def run(model: str, cache: str, rounds: int, peer: Path | None, out: Path) -> int:
     """Measure starts of this worker and of the peer in turn, print and write what was found; return the exit code."""
-    path = str(weights.made_up_model()) if model == "1gb" else servers.tiny_model()
+    path = str(synthetic_model.made_up_model()) if model == "1gb" else systems.tiny_model()
     names = [OURS] if peer is None else [OURS, PEER]
     found: dict[str, list[Start | None]] = {name: [] for name in names}
     errors: list[str] = []
@@ -70,20 +70,20 @@ def run(model: str, cache: str, rounds: int, peer: Path | None, out: Path) -> in
                 _say(errors[-1])
             found[name].append(start)
     about = {
-        **machine.machine(),
-        **machine.versions(peer),
+        **environment.machine(),
+        **environment.versions(peer),
         "model": f"{model} ({_size_mib(path):.0f} MiB of weights)",
         "file cache": how_emptied() if files else "warm",
         "rounds": str(rounds),
     }
-    target = targets.cold_target(ratios(found), model, cache)
+    target = goals.cold_target(ratios(found), model, cache)
     lines = [
         *(f"{key}: {value}" for key, value in about.items()),
         "",
         *table(found),
         *(f"  error: {error}" for error in errors),
         "",
-        *targets.lines([target], rounds),
+        *goals.lines([target], rounds),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
     document = {
@@ -137,14 +137,14 @@ def read_phases(log: Iterable[str]) -> dict[str, float]:
 
 async def _start(name: str, model: str, peer: Path | None, files: Sequence[Path], logs: Path) -> Start:
     """One start of one worker, in an emulator that has none yet; `files` is what the system is to forget before."""
-    gpu = machine.gpu() is not None
-    given: AbstractContextManager[list[str]] = nullcontext(servers.worker_options(model, gpu=gpu))
+    gpu = environment.gpu() is not None
+    given: AbstractContextManager[list[str]] = nullcontext(systems.worker_options(model, gpu=gpu))
     if name == PEER and peer is not None:
-        given = servers.peer_options(model, logs, gpu=gpu, checkout=peer)
+        given = systems.peer_options(model, logs, gpu=gpu, checkout=peer)
     with given as options:
         # The first job that waits has a worker started.
         scaling = ["--workers-min=0", "--scaler-type=REQUEST_COUNT", "--scaler-value=1"]
-        with servers.emulator(name, [*scaling, *options], logs) as (platform, _):
+        with systems.emulator(name, [*scaling, *options], logs) as (platform, _):
             # After the emulator's own start, which has read Python and packages that the worker reads as well.
             if files:
                 empty_file_cache(files)
@@ -154,7 +154,7 @@ async def _start(name: str, model: str, peer: Path | None, files: Sequence[Path]
 async def _first_token(platform: Platform) -> Start:
     """Submit a job to an emulator without a worker, and wait for its answer or for the worker's end."""
     offset = time.time() - time.monotonic()
-    asked = asyncio.create_task(ask(servers.gateway(platform), _JOB.body(), limit_s=servers.START_S))
+    asked = asyncio.create_task(ask(systems.gateway(platform), _JOB.body(), limit_s=systems.START_S))
     while not asked.done():
         await asyncio.wait({asked}, timeout=_POLL_S * 5)
         if platform.state()["gone"]:

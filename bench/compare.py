@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from bench.load import closed_loop, open_loop
-from bench.measures import Measurement, measurement, platform_figures
+from bench.clients import closed_loop, open_loop
+from bench.metrics import Measurement, measurement, platform_figures
 from bench.scenarios import Scenario, poisson_arrivals
-from bench.servers import VLLM, Server
+from bench.systems import VLLM, Server
 
 _CAPACITY_CLIENTS = 64
 _LEAST_ARRIVALS_PER_S = 0.5

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bench.compare import Results
 from bench.report import write_whole
 from bench.scenarios import Scenario
-from bench.servers import OURS, PEER, VLLM
+from bench.systems import OURS, PEER, VLLM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

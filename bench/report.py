@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import measures, targets
+from bench import goals, metrics
 from bench.compare import Results
-from bench.measures import FIGURES
+from bench.metrics import FIGURES
 from bench.scenarios import Scenario
-from bench.servers import OURS, PEER, VLLM
+from bench.systems import OURS, PEER, VLLM
 
 _NAME_WIDTH = 26
 _WIDTH = 28
@@ -26,11 +26,11 @@ def text(results: Results, about: Mapping[str, str], rounds: int) -> str:
     """All that a reader wants: the machine, the meaning of the figures, a table a scenario, the targets."""
     parts = [
         "\n".join(f"{name}: {value}" for name, value in about.items()),
-        (measures.__doc__ or "").strip(),
+        (metrics.__doc__ or "").strip(),
         *([f"Capacity: vLLM alone served {number(results.capacity)} requests/s."] if results.capacity else []),
         f"Medians over {rounds} rounds (least .. greatest); ratios are medians of the rounds' own ratios.",
         *(_table(results, scenario) for scenario in results.scenarios),
-        "\n".join(targets.lines(targets.speed_targets(results), rounds)),
+        "\n".join(goals.lines(goals.speed_targets(results), rounds)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -58,7 +58,7 @@ def document(results: Results, about: Mapping[str, str]) -> dict[str, Any]:
             }
             for scenario in results.scenarios
         ],
-        "targets": [{**asdict(it), "verdict": it.verdict} for it in targets.speed_targets(results)],
+        "targets": [{**asdict(it), "verdict": it.verdict} for it in goals.speed_targets(results)],
     }
 
 

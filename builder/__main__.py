@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def _tiny(arguments: argparse.Namespace) -> None:
     """Print where the tiny model lies, having trained it and put it there if need be."""
-    from builder import tiny  # a command's imports are its own, so that --help answers at once
+    from builder.tiny_model import cache  # a command's imports are its own, so that --help answers at once
 
     directory: Path | None = arguments.directory
-    sys.stdout.write(f"{tiny.tiny_model(directory)}\n")
+    sys.stdout.write(f"{cache.tiny_model(directory)}\n")
 
 
 def _download(arguments: argparse.Namespace) -> None:
@@ -51,10 +51,10 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _manifest(arguments: argparse.Namespace) -> None:
     """Print where the manifest lies."""
-    from builder import manifest, structure
+    from builder import checkpoint, manifest
 
     directory: Path = arguments.directory
-    structure.check(directory)
+    checkpoint.check(directory)
     manifest.of_directory(directory).write(directory)
     sys.stdout.write(f"{directory / manifest.NAME}\n")
 
@@ -68,10 +68,10 @@ def _whole(text: str) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> None:
     """Print whether the model would run; that something is wrong is an error."""
-    from builder import doctor
+    from builder.doctor import report
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "json")}
-    doctor.diagnose(options, as_json=arguments.json)
+    report.diagnose(options, as_json=arguments.json)
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from builder import hub, selection, structure
+from builder import checkpoint, hf_hub, layout
 from builder.errors import BuilderError, DestinationError, DiskSpaceError, UnservableError, WrongFilesError
 from builder.manifest import LOCK, NAME, UNFINISHED, File, Manifest, present, progress, sha256
 from builder.verify import is_the_hubs
@@ -38,7 +38,7 @@ def download(
     directory: Path,
     revision: str | None = None,
     *,
-    attempts: int = hub.ATTEMPTS,
+    attempts: int = hf_hub.ATTEMPTS,
     update: bool = False,
 ) -> Manifest:
     """Make `directory` hold the files that serving the model needs; quick when it does already.
@@ -63,7 +63,7 @@ def download(
     """
     if directory.exists() and not directory.is_dir():
         raise DestinationError(f"{directory} is not a directory")
-    source = hub.repository(name, revision, attempts)
+    source = hf_hub.repository(name, revision, attempts)
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
         whole = _present(directory, source, update=update)
@@ -74,7 +74,7 @@ def download(
     return whole
 
 
-def _present(directory: Path, source: hub.Repository, *, update: bool) -> Manifest | None:
+def _present(directory: Path, source: hf_hub.Repository, *, update: bool) -> Manifest | None:
     """The directory's manifest if it holds the model already.
 
     Another commit of it that may be updated is no whole model any more.
@@ -109,7 +109,7 @@ def _present(directory: Path, source: hub.Repository, *, update: bool) -> Manife
     return manifest
 
 
-def _begin(directory: Path, source: hub.Repository) -> None:
+def _begin(directory: Path, source: hf_hub.Repository) -> None:
     """Say whose the directory is from now on."""
     (directory / UNFINISHED).mkdir(exist_ok=True)
     (directory / UNFINISHED / "repository").write_text(source.name, encoding="utf-8")
@@ -118,18 +118,18 @@ def _begin(directory: Path, source: hub.Repository) -> None:
 class _Download:
     """One model on its way into a directory."""
 
-    def __init__(self, source: hub.Repository, directory: Path, attempts: int) -> None:
+    def __init__(self, source: hf_hub.Repository, directory: Path, attempts: int) -> None:
         self._source = source
         self._directory = directory
         self._attempts = attempts
-        wanted = set(selection.needed(file.path for file in source.files))
+        wanted = set(layout.needed(file.path for file in source.files))
         self._files = sorted((file for file in source.files if file.path in wanted), key=lambda file: file.size_bytes)
-        if not any(selection.is_weights(file.path) for file in self._files):
+        if not any(layout.is_weights(file.path) for file in self._files):
             raise UnservableError(f"{source.name} holds no weights that vLLM loads (safetensors or PyTorch)")
-        if (largest := self._files[-1]).size_bytes > hub.LARGEST_BYTES:
+        if (largest := self._files[-1]).size_bytes > hf_hub.LARGEST_BYTES:
             raise UnservableError(
                 f"{largest.path} of {source.name} has {largest.size_bytes / 1e9:.0f} GB, and the hub gives files above "
-                f"{hub.LARGEST_BYTES / 1e9:.0f} GB over the Xet protocol alone: load the model with `hf download "
+                f"{hf_hub.LARGEST_BYTES / 1e9:.0f} GB over the Xet protocol alone: load the model with `hf download "
                 f"{source.name} --local-dir DIR`, then write its manifest with `python -m builder manifest DIR`"
             )
         self._unfinished = directory / UNFINISHED
@@ -145,7 +145,7 @@ class _Download:
         with progress(total, "Downloading") as self._bar:
             done = self._all([file for file in self._files if file not in last])
             done += self._all(last)
-        structure.check(self._directory)
+        checkpoint.check(self._directory)
         manifest = Manifest.of(done, self._source.name, revision, self._source.commit)
         manifest.write(self._directory)
         return manifest
@@ -167,7 +167,7 @@ class _Download:
                 f"{free / 1e9:.2f} GB free"
             )
 
-    def _all(self, files: list[hub.RemoteFile]) -> list[File]:
+    def _all(self, files: list[hf_hub.RemoteFile]) -> list[File]:
         """Have all of them, some at once; when one cannot be had, the others stop where they are."""
         with ThreadPoolExecutor(_PARALLEL) as threads:
             try:
@@ -179,7 +179,7 @@ class _Download:
                 threads.shutdown(cancel_futures=True)
                 raise
 
-    def _one(self, remote: hub.RemoteFile) -> File:
+    def _one(self, remote: hf_hub.RemoteFile) -> File:
         """Have one file under its name, with its hash checked."""
         target = self._directory / remote.path
         if target.is_file():  # An earlier run has put it there.
@@ -199,16 +199,16 @@ class _Download:
             f"{remote.path}: the hub sent something else than it announces, {_WRONG_CONTENTS} times; nothing was kept"
         )
 
-    def _fetched(self, remote: hub.RemoteFile) -> Path:
+    def _fetched(self, remote: hf_hub.RemoteFile) -> Path:
         part = self._unfinished / remote.path
         part.parent.mkdir(parents=True, exist_ok=True)
         with _Part(part, self._bar, self._stop) as file:
             self._bar.update(file.seek(0, os.SEEK_END))
-            hub.fetch(self._source, remote, file, self._attempts, self._stop)
+            hf_hub.fetch(self._source, remote, file, self._attempts, self._stop)
             os.fsync(file.fileno())
         return part
 
-    def _checked(self, path: Path, remote: hub.RemoteFile) -> File | None:
+    def _checked(self, path: Path, remote: hf_hub.RemoteFile) -> File | None:
         """The file as the manifest has it, or None if it is not what the hub has."""
         size = path.stat().st_size
         if size != remote.size_bytes:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from builder import hub, structure
+from builder import checkpoint, hf_hub
 from builder.errors import WrongFilesError
 from builder.manifest import File, Manifest, hashed, present
 
@@ -47,13 +47,13 @@ def verify(directory: Path, *, offline: bool = False) -> Verified:
     _complain(_against_manifest(directory, manifest))
     hashing_s = time.perf_counter() - begun
     if manifest.repository and not offline:
-        source = hub.repository(manifest.repository, manifest.commit, _ATTEMPTS)
+        source = hf_hub.repository(manifest.repository, manifest.commit, _ATTEMPTS)
         _complain(_beside_the_hub(directory, manifest, source))
-    structure.check(directory)
+    checkpoint.check(directory)
     return Verified(manifest, hashing_s)
 
 
-def is_the_hubs(path: Path, file: File, remote: hub.RemoteFile) -> bool:
+def is_the_hubs(path: Path, file: File, remote: hf_hub.RemoteFile) -> bool:
     """Whether what lies at `path`, with this size and hash, is what the hub has."""
     if file.size_bytes != remote.size_bytes:
         return False
@@ -91,7 +91,7 @@ def _difference(file: File, right: File, owner: str | None) -> str:
     return f"{what}, {file.size_bytes:,} bytes of {right.size_bytes:,}"
 
 
-def _beside_the_hub(directory: Path, manifest: Manifest, source: hub.Repository) -> Iterator[str]:
+def _beside_the_hub(directory: Path, manifest: Manifest, source: hf_hub.Repository) -> Iterator[str]:
     remote = {file.path: file for file in source.files}
     for file in manifest.files:
         if file.path not in remote:

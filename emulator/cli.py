@@ -20,9 +20,9 @@ from typing import Any
 import uvloop
 from pydantic import ValidationError
 
-from emulator.access import faults_in
+from emulator.api.auth import faults_in
+from emulator.app import Emulator, EmulatorSettings
 from emulator.errors import ConfigurationError
-from emulator.server import Emulator, EmulatorSettings
 
 _HANDLER = Path(__file__).parent.parent / "handler.py"
 # What the tiny model is called, and how it is led to call tools.

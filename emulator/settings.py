@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from emulator.queue import Rules
+from emulator.core.job_queue import Rules
 
 ScalerType = Literal["QUEUE_DELAY", "REQUEST_COUNT"]
 

@@ -8,11 +8,11 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
-from engine import native
 from engine.errors import ConfigurationError
+from engine.jobs import deltas
 
 if TYPE_CHECKING:
-    from engine.server import Server
+    from engine.backend.vllm_engine import Server
 
 Handler = Callable[[dict[str, Any]], AsyncGenerator[Any, None]]
 
@@ -62,7 +62,7 @@ async def answer(job: dict[str, Any], handler: Handler, server: Server) -> int:
 def _text(output: Any) -> str:
     """What a person reads of an output."""
     if isinstance(output, str):
-        return "".join(delta["text"] for delta in native.deltas(output)) if output.startswith("data:") else output
+        return "".join(delta["text"] for delta in deltas.deltas(output)) if output.startswith("data:") else output
     if not isinstance(output, dict):
         return ""
     if "text" in output:

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from emulator.server import Emulator, EmulatorSettings, background
-from emulator.workers import worker_environment
+from emulator.app import Emulator, EmulatorSettings, background
+from emulator.core.process import worker_environment
 
 _ENDPOINT = "test"
 _KEY = "rpa_notarealkey"

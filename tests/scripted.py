@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.dispatch import App, Message, Receive, Send
-from engine.routes import SERVING
+from engine.backend.routes import SERVING
+from engine.jobs.asgi import App, Message, Receive, Send
 
 
 @dataclass
@@ -74,7 +74,7 @@ class ScriptedApp:
         return self.failed
 
     async def app(self) -> App:
-        """Itself: it is an `engine.jobs.Engine` too."""
+        """Itself: it is an `engine.jobs.pipeline.Engine` too."""
         return self
 
 

@@ -15,12 +15,14 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
-from engine import jobs, lifecycle, platform
-from engine.dispatch import App, Message, Receive, Send
-from engine.routes import SERVING
-from engine.server import Server
-from engine.settings import Settings
-from engine.statistics import Statistics
+from engine import worker
+from engine.backend.routes import SERVING
+from engine.backend.statistics import Statistics
+from engine.backend.vllm_engine import Server
+from engine.config.settings import Settings
+from engine.jobs import pipeline
+from engine.jobs.asgi import App, Message, Receive, Send
+from engine.queue import runpod_client
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
 
@@ -79,8 +81,8 @@ ENGINE = ScriptedEngine()
 
 
 async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
-    outputs = jobs.run(job, ENGINE)
-    async with jobs.closing_with_consumer(outputs):
+    outputs = pipeline.run(job, ENGINE)
+    async with pipeline.closing_with_consumer(outputs):
         async for output in outputs:
             yield output
 
@@ -90,13 +92,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO)
     limit = int(os.environ.get("CONCURRENCY", "16"))
     if os.environ.get("LOOP") == "stock":
-        vars(platform)["missing_interface"] = lambda: "asked for by a test"
+        vars(runpod_client)["missing_interface"] = lambda: "asked for by a test"
     server, settings = cast("Server", ENGINE), Settings.read()
 
-    async def run(queue: platform.Platform) -> int:
-        return await lifecycle.serve(queue, handler, server, settings, limit)
+    async def run(queue: runpod_client.Platform) -> int:
+        return await worker.serve(queue, handler, server, settings, limit)
 
-    return platform.serve(handler, run, limit, ENGINE.failure)
+    return runpod_client.serve(handler, run, limit, ENGINE.failure)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.loop import Platform
+    from engine.queue.job_loop import Platform
 
 
 def main() -> int:
     import uvicorn
 
-    from engine import lifecycle, platform
-    from engine.settings import Settings
+    from engine import worker
+    from engine.config.settings import Settings
+    from engine.queue import runpod_client
     from handler import handler
 
     class Quiet(uvicorn.Server):
@@ -30,7 +31,7 @@ def main() -> int:
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    server, settings = lifecycle.server(), Settings.read()
+    server, settings = worker.server(), Settings.read()
     limit = server.max_num_seqs
 
     async def serve(queue: Platform) -> int:
@@ -38,12 +39,12 @@ def main() -> int:
         http = Quiet(uvicorn.Config(app, port=int(os.environ["HTTP_PORT"]), lifespan="off", log_level="warning"))
         serving = asyncio.create_task(http.serve())
         try:
-            return await lifecycle.serve(queue, handler, server, settings, limit)
+            return await worker.serve(queue, handler, server, settings, limit)
         finally:
             http.should_exit = True
             await serving
 
-    return platform.serve(handler, serve, limit, server.failure)
+    return runpod_client.serve(handler, serve, limit, server.failure)
 
 
 if __name__ == "__main__":
@@ -51,6 +52,6 @@ if __name__ == "__main__":
     sys.stdout.flush()
     os._exit(status)
 elif __name__ == "__mp_main__":  # a child that was spawned by vLLM
-    from engine import children
+    from engine import child_processes
 
-    children.end_with_parent()
+    child_processes.end_with_parent()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.tiny import tiny_model
+from builder.tiny_model.cache import tiny_model
 from tests import model_hub
 from tests.image.builds import CACHE, Buildah, pip_mounts, stand_in_for_python
 from tests.model_hub import Hub, Repository

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.tiny_corpus import example
-from emulator.server import background
+from builder.tiny_model.corpus import example
+from emulator.app import background
 from tests.image.builds import Buildah, stand_in_for_vllm
 from tests.image.conftest import NAME
 from tests.integration.emulator.conftest import Site, settings_with

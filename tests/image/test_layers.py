@@ -85,7 +85,7 @@ def test_the_image_holds_the_worker_and_nothing_else_of_the_checkout(image: dict
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["engine/health.py", "builder/doctor.py"])
+@pytest.mark.parametrize("path", ["engine/health.py", "builder/doctor/report.py"])
 def test_a_change_of_the_code_makes_the_last_layer_anew_and_no_other(
     path: str, build: Any, checkout: Path, hub: Hub
 ) -> None:

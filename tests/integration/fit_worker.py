@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from builder.tiny_corpus import example
+from builder.tiny_model.corpus import example
 from tests.integration.emulator.conftest import LLM_START_S, REPOSITORY, site_with
 from tests.processes import VLLM_ENVIRONMENT
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from builder.tiny_corpus import example
+from builder.tiny_model.corpus import example
 from tests.processes import ROOT, Process, running
 
 START_S = 240.0

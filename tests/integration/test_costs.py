@@ -54,21 +54,22 @@ def noting(pool, work, /, *args, **options):
     return submit(pool, work, *args, **options)
 
 ThreadPoolExecutor.submit = noting
-from engine import jobs, lifecycle
+from engine import worker
+from engine.jobs import pipeline
 
 async def main():
     for user in ("short", "x" * 5000):
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "user": user}
         job = {"id": "1", "input": {"openai_route": "/v1/chat/completions", "openai_input": body}}
         handed.clear()
-        answers = [answer async for answer in jobs.run(job, server)]
+        answers = [answer async for answer in pipeline.run(job, server)]
         print(json.dumps({"handed": handed, "object": answers[0].get("object")}))
 
-server = lifecycle.server()
+server = worker.server()
 try:
     asyncio.run(main())
 finally:
-    lifecycle.stop()
+    worker.stop()
 """
 
 

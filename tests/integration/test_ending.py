@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from builder.tiny_corpus import example
+from builder.tiny_model.corpus import example
 from tests.integration.conftest import START_S
 from tests.job_queue import JobQueue, serving
 from tests.processes import VLLM_ENVIRONMENT, Process, running

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine import vllm_args
-from engine.models import Model
+from engine.backend import vllm_args
+from engine.startup.model_resolver import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GIB = 1 << 30

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from builder.tiny_corpus import example
-from engine.fitness import SWITCHES
+from builder.tiny_model.corpus import example
+from engine.startup.fitness import SWITCHES
 from tests import online
 from tests.integration.conftest import START_S
 from tests.integration.emulator.conftest import REPOSITORY, alive, eventually, site_with
@@ -24,7 +24,7 @@ from tests.processes import ROOT, VLLM_ENVIRONMENT, running
 ON = dict.fromkeys(SWITCHES, "false")
 # No machine has so much.
 BAD = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "false", "RUNPOD_MIN_MEMORY_GB": "100000"}
-LIMITED = "from engine.fitness import Checks\nwith Checks(timeout_s=3) as checks: checks.wait()"
+LIMITED = "from engine.startup.fitness import Checks\nwith Checks(timeout_s=3) as checks: checks.wait()"
 
 
 def test_a_worker_on_a_bad_machine_ends_with_the_reason_before_the_engine_is_loaded(

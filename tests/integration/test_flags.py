@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from engine import models, variables, vllm_args
-from engine.configuration import Configuration
+from engine.backend import vllm_args
+from engine.config import environment
+from engine.config.settings import Settings
+from engine.config.vllm_flags import NOT_OURS, Flags
+from engine.config.worker_vllm import DEPRECATED, RETIRED
 from engine.errors import ConfigurationError
-from engine.flags import NOT_OURS, Flags
-from engine.settings import Settings
-from engine.worker_vllm import DEPRECATED, RETIRED
+from engine.startup import model_resolver
+from engine.startup.configuration import Configuration
 from tests.integration.conftest import START_S
 from tests.processes import VLLM_ENVIRONMENT, running
 
@@ -125,7 +127,7 @@ def flags_of(given: Mapping[str, str], tmp_path: Path | None = None) -> Flags:
     """The flags of an environment, in which the baked settings are in `tmp_path`."""
     baked = {"BAKED_SETTINGS_FILE": str(tmp_path / "settings.json")} if tmp_path else {}
     flags = vllm_args.flags()
-    flags.read(variables.read({**given, **baked}), [name.upper() for name in Settings.model_fields])
+    flags.read(environment.read({**given, **baked}), [name.upper() for name in Settings.model_fields])
     return flags
 
 
@@ -133,7 +135,7 @@ def flags_of(given: Mapping[str, str], tmp_path: Path | None = None) -> Flags:
 def test_a_variable_becomes_vllms_configuration(given: dict[str, str], path: str, value: Any, tiny_model: str) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    args = vllm_args.parse(flags_of(given), models.Model(tiny_model, ("tiny",)))
+    args = vllm_args.parse(flags_of(given), model_resolver.Model(tiny_model, ("tiny",)))
     effective = operator.attrgetter(path)(AsyncEngineArgs.from_cli_args(args).create_engine_config())
 
     assert effective == value or str(effective) == value
@@ -143,7 +145,7 @@ def test_a_variable_becomes_vllms_configuration(given: dict[str, str], path: str
 def test_a_variable_becomes_what_vllms_app_is_told(
     given: dict[str, str], name: str, value: Any, tiny_model: str
 ) -> None:
-    args = vllm_args.parse(flags_of(given), models.Model(tiny_model, ("tiny",)))
+    args = vllm_args.parse(flags_of(given), model_resolver.Model(tiny_model, ("tiny",)))
 
     assert getattr(args, name) == value
 
@@ -240,7 +242,7 @@ def test_json_is_read_as_people_write_it(name: str, text: str, value: Any) -> No
 )
 def test_a_models_name_may_have_spaces_in_it(text: str, names: list[str], tiny_model: str) -> None:
     flags = flags_of({"SERVED_MODEL_NAME": text})
-    args = vllm_args.parse(flags, models.Model(tiny_model, (*names, tiny_model)))
+    args = vllm_args.parse(flags, model_resolver.Model(tiny_model, (*names, tiny_model)))
 
     assert flags.value("served_model_name") == names
     assert args.served_model_name == [*names, tiny_model]
@@ -307,7 +309,7 @@ def test_what_vllms_server_refuses_before_it_loads_is_refused_before_a_model_is_
 ) -> None:
     """The model may be on the hub still: nothing is downloaded for settings that cannot be."""
     with pytest.raises(ConfigurationError) as caught:
-        Configuration.read(variables.read({"MODEL_NAME": "org/none", **given}))
+        Configuration.read(environment.read({"MODEL_NAME": "org/none", **given}))
 
     (line,) = str(caught.value).splitlines()
     assert said in line
@@ -317,7 +319,7 @@ def test_all_that_vllms_server_would_refuse_is_said_at_once() -> None:
     wrong = {"TOOL_CALL_PARSER": "x", "ENABLE_AUTO_TOOL_CHOICE": "true", "REASONING_PARSER": "y", "MIDDLEWARE": "no.Z"}
 
     with pytest.raises(ConfigurationError) as caught:
-        Configuration.read(variables.read({"MODEL_NAME": "org/none", "LORA_MODULES": "a=/nowhere", **wrong}))
+        Configuration.read(environment.read({"MODEL_NAME": "org/none", "LORA_MODULES": "a=/nowhere", **wrong}))
 
     assert [line.partition("=")[0] for line in str(caught.value).splitlines()] == [
         "TOOL_CALL_PARSER",
@@ -352,7 +354,7 @@ WITH_MODEL: list[tuple[dict[str, str], str]] = [
 def test_what_vllm_refuses_of_the_settings_and_the_model_together_is_refused_before_it_is_loaded(
     given: dict[str, str], said: str, tiny_model: str
 ) -> None:
-    configuration = Configuration.read(variables.read({"MODEL_NAME": tiny_model, "SEED": "1", **given}))
+    configuration = Configuration.read(environment.read({"MODEL_NAME": tiny_model, "SEED": "1", **given}))
 
     with pytest.raises(ConfigurationError) as caught:
         configuration.check_with_model()
@@ -367,17 +369,17 @@ def test_an_adapter_that_the_engine_would_refuse_is_refused_before_it_is_loaded(
     adapter = {"r": 64, "lora_alpha": 8, "target_modules": ["qkv_proj"], "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     given = {"MODEL_NAME": tiny_model, "ENABLE_LORA": "true", "LORA_MODULES": f"a={tmp_path}"}
-    Configuration.read(variables.read({**given, "MAX_LORA_RANK": "64"})).check_with_model()
+    Configuration.read(environment.read({**given, "MAX_LORA_RANK": "64"})).check_with_model()
 
     with pytest.raises(
         ConfigurationError, match=f"adapter a in {tmp_path} cannot be used: LoRA rank 64 is greater than"
     ):
-        Configuration.read(variables.read(given)).check_with_model()
+        Configuration.read(environment.read(given)).check_with_model()
 
 
 def test_flags_that_do_not_go_together_are_vllms_to_refuse(tiny_model: str) -> None:
     with pytest.raises(ConfigurationError, match="--enable-auto-tool-choice requires --tool-call-parser"):
-        vllm_args.parse(flags_of({"ENABLE_AUTO_TOOL_CHOICE": "true"}), models.Model(tiny_model, ("tiny",)))
+        vllm_args.parse(flags_of({"ENABLE_AUTO_TOOL_CHOICE": "true"}), model_resolver.Model(tiny_model, ("tiny",)))
 
 
 @pytest.mark.parametrize(
@@ -583,7 +585,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 def test_the_hubs_older_name_of_its_token_is_the_token_and_a_secret() -> None:
     configuration = Configuration.read(
-        variables.read({"MODEL_NAME": "org/none", "HUGGING_FACE_HUB_TOKEN": "hf_verysecret"})
+        environment.read({"MODEL_NAME": "org/none", "HUGGING_FACE_HUB_TOKEN": "hf_verysecret"})
     )
 
     assert "HF_TOKEN=(hidden)  (environment, HUGGING_FACE_HUB_TOKEN)" in configuration.lines()

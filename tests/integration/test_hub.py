@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from engine import hub, vllm_args
-from engine.flags import Flags
-from engine.variables import ENVIRONMENT, Variable
+from engine.backend import vllm_args
+from engine.config.environment import ENVIRONMENT, Variable
+from engine.config.vllm_flags import Flags
+from tools import runpod_hub
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
 
@@ -22,13 +23,13 @@ def flags() -> Flags:
 
 
 def test_the_listing_is_made_of_the_declarations_and_of_vllms_parser(flags: Flags) -> None:
-    assert hub.document(flags) == LISTING, "run `make docs`"
+    assert runpod_hub.document(flags) == LISTING, "run `make docs`"
 
 
 def test_every_choice_that_is_offered_is_one_that_vllm_takes(flags: Flags) -> None:
     choices = [
         (entry["key"], option["value"])
-        for entry in hub.flag_inputs(flags)
+        for entry in runpod_hub.flag_inputs(flags)
         for option in entry["input"].get("options", [])
         if option["value"]
     ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from builder.tiny_corpus import example
+from builder.tiny_model.corpus import example
 from tests.integration.conftest import START_S
 from tests.job_queue import JobQueue, serving
 from tests.processes import VLLM_ENVIRONMENT, Process, running

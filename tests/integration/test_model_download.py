@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from builder.tiny_corpus import example
+from builder.tiny_model.corpus import example
 from tests import model_hub
 from tests.model_hub import COMMIT, Fault, Hub, Repository
 from tests.processes import VLLM_ENVIRONMENT, running

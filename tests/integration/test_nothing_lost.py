@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.turmoil import (
+from tests.chaos import (
     Outcome,
     job_input,
     known_job,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from engine.routes import SERVING
+from engine.backend.routes import SERVING
 from tests.integration.parity import Both, events, joined, plain
 from tests.integration.parity_cases import (
     AT_ONCE_ONLY,

@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from builder.tiny_corpus import example
+from builder.tiny_model.corpus import example
 from tests.integration.conftest import START_S
 from tests.integration.emulator.conftest import alive, eventually
 from tests.integration.test_costs import APP, SDK, imports

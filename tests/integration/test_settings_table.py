@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from engine import variables, vllm_args
-from engine.configuration import Configuration
+from engine.backend import vllm_args
+from engine.config import environment
+from engine.config.settings import Settings
+from engine.config.vllm_flags import Flags
+from engine.config.worker_vllm import ALIASES, RETIRED
 from engine.errors import ConfigurationError
-from engine.flags import Flags
-from engine.settings import Settings
-from engine.worker_vllm import ALIASES, RETIRED
+from engine.startup.configuration import Configuration
 
 # Importing vLLM and torch warns of their own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -113,7 +114,7 @@ def judged(case: Case, flags: Flags, model: str, caplog: pytest.LogCaptureFixtur
     """What comes of a case, by kind; beginning with `BAD` if it is not as it should be."""
     caplog.clear()
     try:
-        given = variables.read({"MODEL_NAME": model, case.name: case.value})
+        given = environment.read({"MODEL_NAME": model, case.name: case.value})
         configuration = Configuration.read(given)
         configuration.check_with_model()
     except ConfigurationError as error:
@@ -149,7 +150,7 @@ def _refusal(case: Case, text: str, flags: Flags, model: str) -> str:
 
 
 def _as_not_given(case: Case, configuration: Configuration, model: str) -> str:
-    unset = Settings.read({"MODEL_NAME": variables.Variable(model, variables.ENVIRONMENT)})
+    unset = Settings.read({"MODEL_NAME": environment.Variable(model, environment.ENVIRONMENT)})
     given = configuration.flags.value(ALIASES.get(case.name, case.name.lower()))
     return "not given" if configuration.settings == unset and given is None else f"BAD: {case} changes something"
 

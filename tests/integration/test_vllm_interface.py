@@ -1,4 +1,4 @@
-"""What `engine/server.py` uses of vLLM; after an upgrade, a failure here says what has moved."""
+"""What `engine/backend/vllm_engine.py` uses of vLLM; after an upgrade, a failure here says what has moved."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from engine import compat, server, vllm_args
+from engine.backend import compat, vllm_args, vllm_engine
+from engine.backend.inline_executor import SHORT, InPlace
+from engine.backend.merging import MERGEABLE
+from engine.backend.routes import SERVING
 from engine.errors import ConfigurationError
-from engine.merging import MERGEABLE
-from engine.preparing import SHORT, InPlace
-from engine.routes import SERVING
 
 # Importing vLLM and torch warns of their own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-MOVED = "vLLM has changed what engine/server.py stands on: {}. See how `vllm serve` does it now, and do the same there."
+MOVED = "vLLM has changed what engine/backend/ uses: {}. See how `vllm serve` does it now, and do the same there."
 
 USED = {
     "vllm.engine.arg_utils.AsyncEngineArgs.from_cli_args": ["args"],
@@ -234,7 +234,7 @@ async def test_an_app_that_fails_as_it_starts_is_not_served(monkeypatch: pytest.
 
     monkeypatch.setattr(launcher, "build_app", lambda *_: FastAPI(lifespan=lifespan))
     monkeypatch.setattr(app_state, "init_app_state", nothing)
-    starting = object.__new__(server.Server)  # Its constructor would load the engine.
+    starting = object.__new__(vllm_engine.Server)  # Its constructor would load the engine.
     starting._lock, starting._app, starting.open_routes = asyncio.Lock(), None, frozenset()
     starting._args = SimpleNamespace(served_model_name=(), trust_request_chat_template=True)
     starting._engine = SimpleNamespace(get_supported_tasks=nothing, model_config=None, errored=False)
@@ -272,7 +272,7 @@ def test_the_size_of_the_cache_is_vllms_own_count(own: int | None, tokens: int) 
 
     assert hasattr(CacheConfig(), "kv_cache_size_tokens"), MOVED.format("its cache has no kv_cache_size_tokens")
     cache = SimpleNamespace(num_gpu_blocks=256, block_size=16, kv_cache_size_tokens=own)
-    loaded = object.__new__(server.Server)
+    loaded = object.__new__(vllm_engine.Server)
     loaded._engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
 
     assert loaded.cache_tokens == tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from builder.tiny_corpus import CORPUS, example
+from builder.tiny_model.corpus import CORPUS, example
 from tests.job_queue import JobQueue
 from tests.processes import Process
 

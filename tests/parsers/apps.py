@@ -8,7 +8,7 @@ import json
 from argparse import Namespace
 from typing import Any
 
-from engine.dispatch import App, Message, Receive, Send
+from engine.jobs.asgi import App, Message, Receive, Send
 
 BASE = "tiny"
 

@@ -9,12 +9,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import handler
-from engine import jobs
-from engine.preparing import InPlace
-from engine.server import Server
+from engine.backend.inline_executor import InPlace
+from engine.backend.vllm_engine import Server
+from engine.jobs import pipeline
 from tests.parsers.apps import BASE, arguments_of
 
-_run = jobs.run
+_run = pipeline.run
 _servers: dict[str, Server] = {}
 
 
@@ -40,5 +40,5 @@ def run(job: dict[str, Any], engine: Server) -> AsyncGenerator[Any, None]:
 
 
 if __name__ == "__main__":
-    vars(jobs)["run"] = run
+    vars(pipeline)["run"] = run
     sys.exit(handler.main())

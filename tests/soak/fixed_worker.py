@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 import handler
-from engine import admission, lifecycle
+from engine import worker
+from engine.queue import admission
 
 
 class FixedLimit(admission.Admission):
@@ -17,5 +18,5 @@ class FixedLimit(admission.Admission):
 
 
 if __name__ == "__main__":
-    vars(lifecycle)["Admission"] = FixedLimit
+    vars(worker)["Admission"] = FixedLimit
     sys.exit(handler.main())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.soak.conftest import Show
-from tests.turmoil import (
+from tests.chaos import (
     Outcome,
     job_input,
     known_job,
@@ -15,6 +14,7 @@ from tests.turmoil import (
     stopped_while_idle,
     worker_settings,
 )
+from tests.soak.conftest import Show
 
 ARRIVALS = 100
 IDLE = 50

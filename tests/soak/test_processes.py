@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.tiny_corpus import example
+from builder.tiny_model.corpus import example
 from tests.integration.emulator.conftest import alive, eventually
 from tests.integration.test_processes import END_S, GREEDY, on_two_cores
 from tests.job_queue import serving

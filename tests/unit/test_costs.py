@@ -13,14 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from engine import jobs
-from engine.batching import interval_s, interval_tokens
-from engine.delivery import JobDelivery
-from engine.platform import Delivery
+from engine.jobs import pipeline
+from engine.jobs.event_batcher import interval_s, interval_tokens
+from engine.queue.delivery import JobDelivery
+from engine.queue.runpod_client import Delivery
 from tests import virtual_time
 from tests.scripted import ScriptedApp, chat_chunks
 
-ENGINE = str(Path(jobs.__file__).parent)
+ENGINE = str(Path(pipeline.__file__).parents[1])
 TOKENS = 64
 STEP_S = 0.009
 # There were 139 for a job with one event, and 21 for each event more.
@@ -47,7 +47,7 @@ async def deliver(app: ScriptedApp, posts: Posts) -> None:
     """One streamed chat, from its input to its result."""
     delivery = JobDelivery(posts.post, "1", float("inf"))
     job = {"id": "1", "input": {"openai_route": "/v1/chat/completions", "openai_input": {"stream": True}}}
-    async for output in jobs.run(job, app):
+    async for output in pipeline.run(job, app):
         await delivery.stream(output)
     await delivery.finish()
 

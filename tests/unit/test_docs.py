@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.settings import Settings
-from engine.worker_vllm import ALIASES
+from engine.config.settings import Settings
+from engine.config.worker_vllm import ALIASES
 from tests.documents import DOCUMENTS as RUN
 from tests.documents import NOT_RUN, steps, to_run
 

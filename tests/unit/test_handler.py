@@ -93,6 +93,6 @@ def test_on_the_platform_a_worker_without_a_model_exits_with_an_error() -> None:
 
 
 def test_the_job_of_test_input_json_is_one_that_is_accepted() -> None:
-    from engine.payloads import parse
+    from engine.jobs.inputs import parse
 
     assert parse(json.loads((ROOT / "test_input.json").read_text()), 2048).path == "/v1/chat/completions"

@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 FORKS = """
 import os, threading, time
 from multiprocessing import get_context
-from engine import lifecycle, server
-from engine.settings import Settings
+from engine import worker as lifecycle
+from engine.backend import vllm_engine
+from engine.config.settings import Settings
 
 main, importing = os.getpid(), threading.Event()
 
@@ -28,7 +29,7 @@ def engine():
         worker.start()
         worker.join()
 
-server.import_app = import_app
+vllm_engine.import_app = import_app
 with lifecycle._importing_meanwhile(Settings()):
     engines = [get_context("fork").Process(target=engine) for _ in range(2)]
     for process in engines:

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
+from emulator.app import Emulator, EmulatorSettings, background
 from emulator.cli import _own_worker
-from emulator.server import Emulator, EmulatorSettings, background
 from tests.processes import VLLM_ENVIRONMENT
 
 KEY = "a-key-of-the-tests"

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from engine.routes import SERVING
+from engine.backend.routes import SERVING
 from tests.documents import ACCOUNT, REPLACED, ROOT, Step, steps, to_run
 from tests.integration.test_parity_pooling import with_head
 

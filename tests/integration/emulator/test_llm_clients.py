@@ -13,7 +13,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from builder.tiny_corpus import example
+from builder.tiny_model.corpus import example
 from tests.integration.emulator.conftest import KEY, Site, eventually
 from tests.integration.emulator.test_own_worker import messages_of
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from builder.tiny_corpus import CORPUS, Example, example
+from builder.tiny_model.corpus import CORPUS, Example, example
 from tests.integration.emulator.conftest import KEY, REPOSITORY, CommandLine, eventually
 
 pytestmark = pytest.mark.usefixtures("tiny_model")

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from emulator.faults import FaultSettings
-from emulator.server import Emulator, EmulatorSettings, background
+from emulator.app import Emulator, EmulatorSettings, background
+from emulator.core.faults import FaultSettings
 from emulator.settings import EndpointSettings
 
 KEY = "a-key-of-the-tests"

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from emulator.jobs import Job, Policy, Submission
-from emulator.queue import Queue, Rules
-from emulator.workers import ProcessListener
+from emulator.core.job import Job, Policy, Submission
+from emulator.core.job_queue import Queue, Rules
+from emulator.core.process import ProcessListener
 
 
 class Clock:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from emulator import server
-from emulator.server import Emulator, EmulatorSettings, background
+from emulator import app
+from emulator.app import Emulator, EmulatorSettings, background
 
 SETTINGS = EmulatorSettings.model_validate({"port": 0})
 
@@ -28,7 +28,7 @@ def test_an_emulator_that_does_not_start_in_time_is_told_to_stop_and_an_error(
         emulator._socket.close()
 
     monkeypatch.setattr(Emulator, "run", hang)
-    monkeypatch.setattr(server, "_STARTUP_S", 0.2)
+    monkeypatch.setattr(app, "_STARTUP_S", 0.2)
     try:
         with pytest.raises(TimeoutError, match=r"has not started within 0\.2 s"), background(SETTINGS):
             pytest.fail("it is not ready")

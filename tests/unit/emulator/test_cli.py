@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from emulator import cli
+from emulator.app import Emulator, EmulatorSettings
 from emulator.errors import ConfigurationError
-from emulator.server import Emulator, EmulatorSettings
 
 
 def write(path: Path, document: Any) -> str:

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from emulator.certificate import LOOPBACK, Certificate
-from emulator.queue import WAITING
+from emulator.core.job_queue import WAITING
 from tests.unit.emulator.conftest import KEY, Site, emulator_with, until
 from tests.unit.emulator.fakes import submission
 

@@ -1,0 +1,1 @@
+"""Makes the tiny model that tests and the first run use."""

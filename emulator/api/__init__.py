@@ -1,0 +1,1 @@
+"""The platform's HTTP interfaces: workers, clients, OpenAI gateway, administration and dashboard."""

@@ -1,0 +1,1 @@
+"""The platform's state: jobs, queue, fleet, autoscaler and faults."""

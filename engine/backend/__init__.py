@@ -1,0 +1,1 @@
+"""vLLM, which no other package imports: its arguments, engine, app and statistics."""

@@ -1,0 +1,1 @@
+"""One job: its input, the in-process call of vLLM's app, and its outputs."""

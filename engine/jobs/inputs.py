@@ -1,0 +1,320 @@
+"""The job inputs that the worker accepts, and the one request that each of them stands for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+
+from engine.backend import merging
+from engine.backend.routes import GET_ONLY, SERVING
+from engine.errors import ClosedRouteError, InvalidInputError, UnknownRouteError
+from engine.queue.take_response import Unreadable
+
+ACCEPTED = """\
+{"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
+{"openai_route": "/v1/models"}  a GET
+{"route": "/tokenize", "body": {...}}  the same, in worker-vllm's words
+{"messages": [...], "sampling_params": {...}, "stream": false}  a chat
+{"prompt": "...", "sampling_params": {...}, "stream": false}  a completion"""
+
+# A path and nothing else: no scheme, no host, no empty, `.` or `..` segment, no escapes. The query may follow. A slash
+# at the end is left out, as vLLM redirects to the route without it.
+_ROUTE = re.compile(r"(?P<path>(?:/(?!\.{1,2}(?:/|\?|$))[A-Za-z0-9._~-]+)+)/?(?:\?(?P<query>[!-~]*))?")
+
+# Fields of worker-vllm's jobs that say how its output was batched.
+RETIRED_FIELDS = {"batch_size", "max_batch_size", "min_batch_size", "batch_size_growth_factor"}
+# Fields of a request that may also stand at the top level of a native input, where LangChain's package puts them.
+SAMPLING_FIELDS = {
+    "bad_words", "best_of", "chat_template_kwargs", "early_stopping", "frequency_penalty", "ignore_eos",
+    "include_stop_str_in_output", "length_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens",
+    "min_p", "min_tokens", "n", "presence_penalty", "prompt_logprobs", "repetition_penalty", "response_format",
+    "seed", "skip_special_tokens", "spaces_between_special_tokens", "stop", "stop_token_ids", "structured_outputs",
+    "temperature", "tool_choice", "tools", "top_k", "top_logprobs", "top_p", "truncate_prompt_tokens",
+    "use_beam_search", "user",
+}  # fmt: skip
+# What vLLM called the fields of `structured_outputs` until 0.12; since then it leaves them out without a word.
+GUIDED_FIELDS = {
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json": "json",
+    "guided_json_object": "json_object",
+    "guided_regex": "regex",
+    "guided_whitespace_pattern": "whitespace_pattern",
+}
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of vLLM's app.
+
+    `body` is JSON, or None for a GET. `native` is true for a job in the top-level form, whose stream comes
+    back as dicts with the new text rather than as SSE text. `warnings` are for who sent the job. `mergeable` is true
+    for a stream of plain text, of which vLLM may make one event of several tokens.
+    """
+
+    method: str
+    path: str
+    query: str = ""
+    body: bytes | None = None
+    native: bool = False
+    warnings: tuple[str, ...] = ()
+    mergeable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A `Request` whose body is not written yet."""
+
+    method: str
+    path: str
+    query: str = ""
+    document: dict[str, Any] | None = None
+    native: bool = False
+
+
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+class _Input(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    @abstractmethod
+    def call(self, max_model_len: int) -> _Call:
+        """The call that this input stands for."""
+
+
+class OpenAIInput(_Input):
+    """An OpenAI request, as the platform makes it from `/v2/{endpoint}/openai/v1/...`."""
+
+    openai_route: StrictStr = "/v1/chat/completions"
+    openai_input: dict[str, Any] | None = None
+
+    def call(self, max_model_len: int) -> _Call:
+        """A POST of the input to the route; a GET of the route where there is no input, or none is taken there."""
+        del max_model_len
+        call = _call("openai_route", self.openai_route, self.openai_input)
+        return _Call("GET", call.path, call.query) if call.path in GET_ONLY and not self.openai_input else call
+
+
+class RouteInput(_Input):
+    """A call of any route, as worker-vllm has it."""
+
+    route: StrictStr
+    body: dict[str, Any] | None = None
+    method: Annotated[Literal["GET", "POST"], BeforeValidator(_upper)] | None = None
+
+    def call(self, max_model_len: int) -> _Call:
+        """A POST of the body, or a GET where there is none, unless `method` says otherwise."""
+        del max_model_len
+        method = self.method or ("POST" if self.body else "GET")
+        return _call("route", self.route, (self.body or {}) if method == "POST" else None)
+
+
+class _NativeInput(_Input):
+    sampling_params: dict[str, Any] = {}
+    stream: StrictBool = False
+    model: StrictStr | None = None
+
+    def _post(self, path: str, field: str, value: Any, defaults: dict[str, Any]) -> _Call:
+        body = {**self.sampling_params}
+        body |= {name: default for name, default in defaults.items() if body.get(name) is None}
+        for name in (field, "stream", "model"):
+            if name in self.sampling_params:
+                raise InvalidInputError(f"sampling_params holds {name!r}, which belongs at the top level of the input")
+        body |= {field: value, "stream": self.stream}
+        if self.model is not None:
+            body["model"] = self.model
+        if self.stream:
+            body["stream_options"] = {"include_usage": True, **_dict(body.get("stream_options"))}
+        return _Call("POST", path, document=body, native=True)
+
+
+class MessagesInput(_NativeInput):
+    """A chat at the top level of the input, for people who use `/run` directly."""
+
+    messages: Annotated[list[Any], Field(min_length=1)]
+
+    def call(self, max_model_len: int) -> _Call:
+        """A POST to `/v1/chat/completions`; without `max_tokens`, vLLM answers to the end there by itself."""
+        del max_model_len
+        return self._post("/v1/chat/completions", "messages", self.messages, {})
+
+
+class PromptInput(_NativeInput):
+    """A prompt at the top level of the input, for people who use `/run` directly."""
+
+    prompt: StrictStr | Annotated[list[Any], Field(min_length=1)]
+    apply_chat_template: StrictBool = False
+
+    def call(self, max_model_len: int) -> _Call:
+        """A POST to `/v1/completions` that lets the answer run to its end; or a chat of this one turn.
+
+        vLLM takes even `null` for its default there, 16 tokens; what is more than the prompt leaves room for, it cuts.
+        """
+        if self.apply_chat_template:
+            turn = {"role": "user", "content": self.prompt}
+            return self._post("/v1/chat/completions", "messages", [turn], {})
+        return self._post("/v1/completions", "prompt", self.prompt, {"max_tokens": max_model_len})
+
+
+# Which field says which form it is, in the order of looking.
+_FORMS: dict[str, type[_Input]] = {
+    "openai_route": OpenAIInput,
+    "openai_input": OpenAIInput,
+    "route": RouteInput,
+    "messages": MessagesInput,
+    "prompt": PromptInput,
+}
+
+
+def parse(
+    job: dict[str, Any],
+    max_model_len: int,
+    open_routes: frozenset[str] = SERVING,
+    event_tokens: Callable[[str], int | None] = lambda _: None,
+    has_route: Callable[[str], bool] = lambda _: True,
+) -> Request:
+    """The request that a job's `input` stands for.
+
+    Args:
+        job: what the queue gave.
+        max_model_len: the model's most tokens of prompt and answer together.
+        open_routes: the routes that a job may call.
+        event_tokens: how many tokens an event of a stream of plain text should hold on a route; None where each token
+            has to be an event of its own.
+        has_route: whether vLLM has a route.
+
+    Raises:
+        InvalidInputError: the input is none of the accepted forms; the message says what is wrong and what is accepted.
+        ClosedRouteError: the route is not one that a job may call.
+        UnknownRouteError: vLLM has no such route.
+    """
+    value = job.get("input")
+    if isinstance(value, Unreadable):
+        raise InvalidInputError(f"the job's input cannot be read: {value}")
+    if not isinstance(value, dict):
+        raise InvalidInputError(f"the job's input has to be a JSON object. Accepted:\n{ACCEPTED}")
+    value, warnings = _without_retired(value)
+    if value.get("messages") is not None and value.get("prompt"):
+        warnings += ("prompt: ignored, as messages go before it",)
+    value = _given(value)
+    form = next((_FORMS[field] for field in _FORMS if field in value), None)
+    if form is None:
+        raise InvalidInputError(f"the job's input is none of the accepted forms:\n{ACCEPTED}")
+    try:
+        call = form.model_validate(value).call(max_model_len)
+    except ValidationError as error:
+        faults = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in error.errors())
+        raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED}") from None
+    if call.path not in open_routes:
+        raise ClosedRouteError(call.path, sorted(open_routes)) if has_route(call.path) else UnknownRouteError(call.path)
+    document = None if call.document is None else _merged(call.document)
+    if document is not None and "guided_decoding_backend" in document:
+        warnings += ("guided_decoding_backend: ignored, as STRUCTURED_OUTPUTS_CONFIG of the worker says which is used",)
+    document = None if document is None else _structured(document)
+    plain = document is not None and merging.is_plain_text(call.path, document)
+    tokens = event_tokens(call.path) if plain else None
+    if document is not None and tokens is not None and tokens > 1:
+        document = {**document, "stream_interval": tokens}
+    body = None if document is None else _encode(document)
+    return Request(call.method, call.path, call.query, body, call.native, warnings, mergeable=tokens is not None)
+
+
+def _without_retired(value: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The input without the fields that are retired, and what is to be said of them."""
+    retired = ", ".join(sorted(RETIRED_FIELDS & value.keys()))
+    if not retired:
+        return value, ()
+    _log.warning("A job's %s is ignored: batches follow BATCH_INTERVAL_MS", retired)
+    rest = {name: part for name, part in value.items() if name not in RETIRED_FIELDS}
+    return rest, (f"{retired}: ignored, as the worker sets the size of batches",)
+
+
+def _given(value: dict[str, Any]) -> dict[str, Any]:
+    """The input without what is not given: `null`, as typed clients write it, and what another field overrides.
+
+    Sampling fields at the top level of a native input go where they belong.
+    """
+    given = {name: part for name, part in value.items() if part is not None}
+    if "messages" in given:  # As in worker-vllm, they override a prompt.
+        given = {name: part for name, part in given.items() if name not in ("prompt", "apply_chat_template")}
+    if given.keys() & _FORMS.keys() <= {"messages", "prompt"} and isinstance(given.get("sampling_params", {}), dict):
+        sampling = {name: part for name, part in given.items() if name in SAMPLING_FIELDS | GUIDED_FIELDS.keys()}
+        if extra := given.get("extra_body"):
+            sampling["extra_body"] = extra
+        given = {name: part for name, part in given.items() if name not in (*sampling, "extra_body")}
+        if sampling:
+            given["sampling_params"] = sampling | given.get("sampling_params", {})
+    return given
+
+
+def _merged(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with the fields of `extra_body` in it, where OpenAI's own clients put them."""
+    extra = body.get("extra_body")
+    if not isinstance(extra, dict):
+        return body
+    return {name: part for name, part in body.items() if name != "extra_body"} | extra
+
+
+def _structured(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with `guided_json` and the like as `structured_outputs`, as vLLM has called it since 0.12."""
+    guided = {name: part for name, part in body.items() if name in GUIDED_FIELDS and part is not None}
+    if guided and body.get("structured_outputs") is not None:
+        raise InvalidInputError(
+            f"{', '.join(sorted(guided))} beside structured_outputs: the former is an old name for a part of the latter"
+        )
+    body = {
+        name: part for name, part in body.items() if name not in GUIDED_FIELDS and name != "guided_decoding_backend"
+    }
+    if guided:
+        body["structured_outputs"] = {GUIDED_FIELDS[name]: part for name, part in guided.items()}
+    return body
+
+
+def _call(field: str, route: str, body: dict[str, Any] | None) -> _Call:
+    match = _ROUTE.fullmatch(route)
+    if match is None:
+        raise InvalidInputError(
+            f"{field} is {_shown(route)}, which is not a route: give the path alone, without a scheme or a host, "
+            'as in "/v1/chat/completions"'
+        )
+    path, query = match["path"], match["query"] or ""
+    return _Call("GET" if body is None else "POST", path, query, body)
+
+
+def _encode(body: dict[str, Any]) -> bytes:
+    """The body as strict JSON in UTF-8."""
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"the input holds {error.object[error.start]!a}, half of a surrogate pair, which is not a character: "
+            "send text as UTF-8, or escape characters beyond the Basic Multilingual Plane as both halves"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the input cannot be written as JSON: {error}") from None
+    except RecursionError:
+        raise InvalidInputError("the input is nested too deeply") from None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "input"
+
+
+def _shown(text: str, length: int = 100) -> str:
+    """A text of the client's as it may stand in a message: short, escaped, never half a surrogate."""
+    return ascii(text if len(text) <= length else text[:length] + "...")

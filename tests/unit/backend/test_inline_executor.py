@@ -1,0 +1,84 @@
+"""Short requests are prepared in place, long ones in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from engine.backend.inline_executor import SHORT, SHORT_BYTES, InPlace
+from engine.jobs import asgi
+from engine.jobs.asgi import Message, Receive, Send
+from engine.jobs.inputs import Request
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def executor() -> Iterator[InPlace]:
+    executor = InPlace(ThreadPoolExecutor(1))
+    yield executor
+    executor.shutdown()
+
+
+class App:
+    """Prepares each request with the executor, as vLLM does, and writes down in which threads."""
+
+    def __init__(self, executor: InPlace) -> None:
+        self.threads: dict[str, int] = {}
+        self._executor = executor
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        del receive
+        loop = asyncio.get_running_loop()
+        self.threads[scope["path"]] = await loop.run_in_executor(self._executor, threading.get_ident)
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body"})
+
+
+async def answered(app: App, path: str, body: bytes | None) -> None:
+    """Have the app answer a request."""
+    async with asgi.call(app, Request("POST", path, body=body)) as response:
+        await response.body()
+
+
+async def test_each_request_is_prepared_where_its_length_says(executor: InPlace) -> None:
+    app = App(executor)
+    bodies = {"short": bytes(SHORT_BYTES), "long": bytes(SHORT_BYTES + 1), "short again": b"", "none": None}
+
+    # In one task, so that one request's length would show in the next one.
+    for path, body in bodies.items():
+        await answered(app, path, body)
+
+    here = threading.get_ident()
+    assert [path for path, thread in app.threads.items() if thread == here] == ["short", "short again", "none"]
+    assert app.threads.keys() == bodies.keys()
+
+
+async def test_requests_side_by_side_do_not_mix_their_lengths(executor: InPlace) -> None:
+    app = App(executor)
+    bodies = {f"{number}": bytes(1 if number % 2 else 999_999) for number in range(20)}
+
+    await asyncio.gather(*(answered(app, path, body) for path, body in bodies.items()))
+
+    here = threading.get_ident()
+    assert {path for path, thread in app.threads.items() if thread == here} == {str(n) for n in range(1, 20, 2)}
+
+
+async def test_an_error_is_raised_where_the_result_is_asked_for(executor: InPlace) -> None:
+    def fail() -> None:
+        raise ValueError("no such template")
+
+    SHORT.set(True)
+    future = executor.submit(fail)
+
+    with pytest.raises(ValueError, match="no such template"):
+        future.result()
+
+
+async def test_what_is_no_request_is_left_to_the_threads(executor: InPlace) -> None:
+    future = executor.submit(threading.get_ident)
+    assert await asyncio.wrap_future(future) != threading.get_ident()

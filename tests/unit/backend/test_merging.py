@@ -1,0 +1,135 @@
+"""Which streams get larger events: those of plain text, and no other."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from engine.backend import merging
+from engine.backend.statistics import Statistics
+from engine.backend.vllm_engine import Server
+from engine.jobs import pipeline
+from engine.jobs.asgi import Message, Receive, Send
+from tests.scripted import ScriptedApp, chat_chunks
+
+pytestmark = pytest.mark.anyio
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PLAIN: dict[str, Any] = {"model": "tiny", "messages": [], "stream": True, "max_tokens": 9, "temperature": 0, "n": 2}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"stream_options": {"include_usage": True}},
+        {"stream_options": None},
+        {"stop": None, "logprobs": None, "tools": [], "echo": False, "logit_bias": None},
+    ],
+)
+def test_a_stream_of_plain_text_may_have_larger_events(path: str, more: dict[str, Any]) -> None:
+    assert merging.is_plain_text(path, PLAIN | more)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"stream": False},
+        {"stream": "true"},
+        {"tools": [{"type": "function"}]},
+        {"logprobs": True},
+        {"logprobs": 0},  # The log-probability of each token that a completion has.
+        {"top_logprobs": 2},
+        {"return_token_ids": True},
+        {"stop": "."},
+        {"stop": ["."]},
+        {"stop_token_ids": [1]},
+        {"echo": True},
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        {"stream_interval": 3},
+        {"a_field_of_a_later_vllm": 1},
+    ],
+    ids=json.dumps,
+)
+def test_any_other_stays_as_vllm_makes_it(more: dict[str, Any]) -> None:
+    assert not merging.is_plain_text(CHAT, PLAIN | more)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/tokenize"])
+def test_routes_whose_streams_have_events_of_many_kinds_stay_as_they_are(path: str) -> None:
+    assert not merging.is_plain_text(path, PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "value", "interval"),
+    [
+        (7, {"openai_input": PLAIN}, 7),
+        (7, {"messages": [1], "stream": True}, 7),
+        (7, {"prompt": "a", "stream": True}, 7),
+        (7, {"openai_input": PLAIN | {"logprobs": True}}, None),
+        (7, {"openai_input": PLAIN | {"stream_interval": 2}}, 2),
+        (1, {"openai_input": PLAIN}, None),
+    ],
+)
+async def test_a_request_asks_vllm_for_it_by_vllms_own_field(
+    tokens: int, value: dict[str, Any], interval: int | None
+) -> None:
+    app = ScriptedApp(chat_chunks("a"), content_type="text/event-stream", tokens=tokens)
+
+    _ = [output async for output in pipeline.run({"id": "1", "input": value}, app)]
+
+    assert json.loads(app.requests[0][1]).get("stream_interval") == interval
+
+
+@pytest.mark.parametrize(
+    ("tokens", "value", "mergeable"),
+    [
+        (7, {"openai_input": PLAIN}, True),
+        (1, {"openai_input": PLAIN}, True),
+        (None, {"openai_input": PLAIN}, False),
+        (7, {"openai_input": PLAIN | {"logprobs": True}}, False),
+        (7, {"openai_input": PLAIN | {"stream": False}}, False),
+    ],
+)
+async def test_what_answers_a_request_knows_whether_its_tokens_may_be_merged(
+    tokens: int | None, value: dict[str, Any], *, mergeable: bool
+) -> None:
+    known: list[bool] = []
+
+    class Asking(ScriptedApp):
+        async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+            known.append(merging.MERGEABLE.get())
+            await super().__call__(scope, receive, send)
+
+    app = Asking(chat_chunks("a"), content_type="text/event-stream", tokens=tokens)
+
+    _ = [output async for output in pipeline.run({"id": "1", "input": value}, app)]
+
+    assert known == [mergeable]
+    assert not merging.MERGEABLE.get()
+
+
+def server(*, parses_chats: bool = False, user_set_interval: bool = False) -> Server:
+    made = object.__new__(Server)  # Its constructor would load vLLM.
+    made._parses_chats, made._user_set_interval, made._batch_interval_s = parses_chats, user_set_interval, 0.02
+    made.statistics = Statistics()
+    made.statistics.load(0, 64, 0, 0.1)
+    made.statistics.engines[0].step_s = 0.01
+    return made
+
+
+def test_the_busier_the_engine_the_larger_its_events() -> None:
+    assert (
+        server().event_tokens(CHAT) == server().event_tokens(COMPLETIONS) == 40
+    )  # 64 streams, 160 deliveries a second
+
+
+def test_chats_that_a_parser_looks_at_stay_as_vllm_makes_them() -> None:
+    assert server(parses_chats=True).event_tokens(CHAT) is None
+    assert server(parses_chats=True).event_tokens(COMPLETIONS) == 40
+
+
+def test_an_interval_that_the_user_has_set_stands() -> None:
+    assert server(user_set_interval=True).event_tokens(COMPLETIONS) == 1

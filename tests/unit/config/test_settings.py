@@ -1,0 +1,129 @@
+"""Settings: what is accepted, and what a mistake is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config.settings import Settings, allowed
+from engine.errors import ConfigurationError
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_every_setting_has_a_default() -> None:
+    settings = Settings.read()
+
+    assert settings.max_concurrency == "auto"
+    assert not settings.on_platform
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_CONCURRENCY", "8")
+    monkeypatch.setenv("ALLOWED_ROUTES", "/metrics, /sleep,")
+    monkeypatch.setenv("LOG_JOB_INPUTS", "true")
+    monkeypatch.setenv("BATCH_INTERVAL_MS", "")
+    monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://queue/")
+
+    settings = Settings.read()
+
+    assert (settings.max_concurrency, settings.batch_interval_ms, settings.log_job_inputs) == (8, 20, True)
+    assert settings.allowed_routes == {"/metrics", "/sleep"}
+    assert settings.on_platform
+
+
+def test_settings_of_the_image_give_way_to_the_environments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    baked = tmp_path / "settings.json"
+    baked.write_text('{"MAX_CONCURRENCY": 4, "drain_timeout_s": 7, "BATCH_INTERVAL_MS": null}')
+    monkeypatch.setenv("BAKED_SETTINGS_FILE", str(baked))
+    monkeypatch.setenv("MAX_CONCURRENCY", "8")
+
+    settings = Settings.read()
+
+    assert (settings.max_concurrency, settings.drain_timeout_s, settings.batch_interval_ms) == (8, 7, 20)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "1"])
+def test_settings_of_the_image_that_are_no_json_object_stop_the_start(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    baked = tmp_path / "settings.json"
+    baked.write_text(text)
+    monkeypatch.setenv("BAKED_SETTINGS_FILE", str(baked))
+
+    with pytest.raises(ConfigurationError, match=r"settings\.json is not a JSON"):
+        Settings.read()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("DRAIN_TIMEOUT_S", "soon", "a number from 0"),
+        ("JOB_TIMEOUT_S", "0", "a number above 0"),
+        ("LOG_JOB_INPUTS", "perhaps", "`true` or `false`"),
+        ("MAX_CONCURRENCY", "many", "a whole number above 0 or `auto`"),
+        ("BATCH_INTERVAL_MS", "-1", "a whole number from 0 to 10000"),
+        ("ALLOWED_ROUTES", "metrics", "such as `/metrics`, `/sleep,/wake_up`"),
+    ],
+)
+def test_a_bad_value_names_the_variable_the_value_and_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, allowed: str
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.read()
+
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{name}={value!r} is not allowed. Allowed: {allowed}")
+
+
+@pytest.mark.parametrize("none", ["None", "none", "null"])
+def test_none_is_not_given(monkeypatch: pytest.MonkeyPatch, none: str) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(name.upper(), none)
+
+    assert Settings.read() == Settings()
+
+
+def test_all_bad_values_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_CONCURRENCY", "x")
+    monkeypatch.setenv("BATCH_INTERVAL_MS", "x")
+
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.read()
+
+    assert [line.partition("=")[0] for line in str(caught.value).splitlines()] == [
+        "MAX_CONCURRENCY",
+        "BATCH_INTERVAL_MS",
+    ]
+
+
+def test_a_secret_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    monkeypatch.setenv("MAX_CONCURRENCY", "x")
+
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.read()
+    monkeypatch.delenv("MAX_CONCURRENCY")
+
+    assert "verysecret" not in f"{caught.value} {Settings.read()!r} {Settings.read().model_dump_json()}"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("vllm_config_file", "a file"), ("baked_settings_file", "a file"), ("baked_model_dir", "a directory")],
+)
+def test_a_path_is_told_to_be_a_file_or_a_directory(name: str, told: str) -> None:
+    assert allowed(name) == told
+
+
+def test_a_file_that_is_not_there_is_no_fault_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CONFIG_FILE", "/nowhere.yaml")
+
+    assert Settings.read().vllm_config_file == Path("/nowhere.yaml")

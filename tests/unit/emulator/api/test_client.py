@@ -1,0 +1,238 @@
+"""The client API's bodies and statuses, field by field, over real HTTP.
+
+What is expected is what docs.runpod.io documents ("Operation reference", "Send API requests").
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from emulator.core.job import RUN_BODY_BYTES, RUNSYNC_BODY_BYTES
+from tests.unit.emulator.conftest import KEY, Site, Start
+
+
+def test_run_answers_with_the_id_and_the_state(site: Site) -> None:
+    answer = site.client.post("/run", json={"input": {"prompt": "Hello, world!"}})
+    assert answer.status_code == 200
+    body = answer.json()
+    assert body == {"id": body["id"], "status": "IN_QUEUE"}
+
+
+def test_status_of_a_completed_job_has_the_documented_fields(site: Site) -> None:
+    job_id = site.submit()
+    assert site.take() == {"id": job_id, "input": "hello"}
+    site.done(job_id, output={"text": ["Hello!"]}).raise_for_status()
+    body = site.status(job_id)
+    assert body == {
+        "delayTime": body["delayTime"],
+        "executionTime": body["executionTime"],
+        "id": job_id,
+        "output": {"text": ["Hello!"]},
+        "status": "COMPLETED",
+        "workerId": "w1",
+    }
+    assert isinstance(body["delayTime"], int)
+    assert isinstance(body["executionTime"], int)
+
+
+def test_runsync_answers_when_the_job_has_ended(site: Site) -> None:
+    def work() -> None:
+        job = None
+        while job is None:
+            job = site.take()
+        site.done(job["id"], output=[{"image": "https://image.url", "seed": 46578}]).raise_for_status()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    answer = site.client.post("/runsync", json={"input": {"prompt": "Hello, world!"}})
+    worker.join()
+    body = answer.json()
+    assert answer.status_code == 200
+    assert body["id"].startswith("sync-")
+    assert body == {
+        "delayTime": body["delayTime"],
+        "executionTime": body["executionTime"],
+        "id": body["id"],
+        "output": [{"image": "https://image.url", "seed": 46578}],
+        "status": "COMPLETED",
+        "workerId": "w1",
+    }
+
+
+def test_runsync_answers_with_the_state_when_its_wait_is_over(site: Site) -> None:
+    before = time.monotonic()
+    body = site.client.post("/runsync?wait=1000", json={"input": "x"}).json()
+    assert 0.9 <= time.monotonic() - before < 5
+    assert body == {"id": body["id"], "status": "IN_QUEUE"}
+    # The job goes on.
+    assert site.take()["id"] == body["id"]
+
+
+def test_stream_gives_each_output_once_and_ends_with_the_final_state(site: Site) -> None:
+    job_id = site.submit()
+    site.take()
+    site.stream(job_id, {"text": " How"}).raise_for_status()
+    site.stream(job_id, {"text": " are"}).raise_for_status()
+    assert site.client.get(f"/stream/{job_id}").json() == {
+        "status": "IN_PROGRESS",
+        "stream": [{"output": {"text": " How"}}, {"output": {"text": " are"}}],
+    }
+    site.stream(job_id, {"text": " you"}).raise_for_status()
+    site.done(job_id, output=[]).raise_for_status()
+    assert site.client.get(f"/stream/{job_id}").json() == {
+        "status": "COMPLETED",
+        "stream": [{"output": {"text": " you"}}],
+    }
+    assert site.client.get(f"/stream/{job_id}").json() == {"status": "COMPLETED", "stream": []}
+
+
+def test_cancel_answers_with_the_id_and_the_state(site: Site) -> None:
+    job_id = site.submit()
+    answer = site.client.post(f"/cancel/{job_id}")
+    assert (answer.status_code, answer.json()) == (200, {"id": job_id, "status": "CANCELLED"})
+
+
+def test_retry_answers_with_the_same_id_in_the_queue(site: Site) -> None:
+    job_id = site.submit()
+    site.take()
+    site.done(job_id, error="it broke").raise_for_status()
+    assert site.status(job_id)["error"] == "it broke"
+    answer = site.client.post(f"/retry/{job_id}")
+    assert (answer.status_code, answer.json()) == (200, {"id": job_id, "status": "IN_QUEUE"})
+    assert site.status(job_id) == {"id": job_id, "status": "IN_QUEUE"}
+
+
+def test_retry_of_a_job_that_did_not_fail_is_refused(site: Site) -> None:
+    assert site.client.post(f"/retry/{site.submit()}").status_code == 400
+
+
+def test_purge_queue_answers_with_how_many_it_removed(site: Site) -> None:
+    for _ in range(2):
+        site.submit()
+    answer = site.client.post("/purge-queue")
+    assert (answer.status_code, answer.json()) == (200, {"removed": 2, "status": "completed"})
+
+
+def test_health_has_the_documented_counts(site: Site) -> None:
+    done, failed, timed, _waiting = (site.submit() for _ in range(4))
+    for _ in range(3):
+        site.take()
+    site.done(done, output=1)
+    site.done(failed, error="it broke")
+    assert site.client.get("/health").json() == {
+        "jobs": {"completed": 1, "failed": 1, "inProgress": 1, "inQueue": 1, "retried": 0},
+        "workers": {"idle": 0, "initializing": 0, "ready": 0, "running": 1, "throttled": 0, "unhealthy": 0},
+    }
+    site.done(timed, output=1)
+    assert site.client.get("/health").json()["workers"]["idle"] == 1
+
+
+OPERATIONS = [
+    ("POST", "/run"),
+    ("POST", "/runsync"),
+    ("GET", "/status/x"),
+    ("GET", "/stream/x"),
+    ("POST", "/cancel/x"),
+    ("POST", "/retry/x"),
+    ("POST", "/purge-queue"),
+    ("GET", "/health"),
+]
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "wrong", "Bearer", f"Basic {KEY}"])
+def test_without_a_valid_key_every_operation_is_unauthorized(site: Site, header: str | None) -> None:
+    for method, path in OPERATIONS:
+        request = site.client.build_request(method, path, json={"input": "x"})
+        del request.headers["authorization"]
+        if header is not None:
+            request.headers["authorization"] = header
+        assert site.client.send(request).status_code == 401, path
+
+
+@pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer {KEY}", KEY])
+def test_a_key_is_accepted_in_both_forms(site: Site, header: str) -> None:
+    assert site.client.get("/health", headers={"Authorization": header}).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/status/x"), ("GET", "/stream/x"), ("POST", "/cancel/x")])
+def test_a_job_that_is_not_there_is_not_found(site: Site, method: str, path: str) -> None:
+    assert site.client.request(method, path).status_code == 404
+
+
+def test_an_endpoint_that_is_not_there_is_not_found(site: Site) -> None:
+    assert site.root.post("/v2/other/run", json={"input": 1}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"not json",
+        b"[]",
+        b"{}",
+        b'{"input": null}',
+        b'{"input": 1, "policy": {"ttl": 9999}}',
+        b'{"input": 1, "policy": {"executionTimeout": 4999}}',
+        b'{"input": 1, "webhook": "not a url"}',
+    ],
+)
+def test_a_body_that_is_no_submission_is_a_bad_request(site: Site, body: bytes) -> None:
+    answer = site.client.post("/run", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]
+
+
+@pytest.mark.parametrize(("path", "limit"), [("/run", RUN_BODY_BYTES), ("/runsync?wait=1000", RUNSYNC_BODY_BYTES)])
+def test_a_body_above_the_documented_limit_is_too_large(site: Site, path: str, limit: int) -> None:
+    frame = len('{"input": ""}')
+    fits = b'{"input": "' + b"x" * (limit - frame) + b'"}'
+    assert site.client.post(path, content=fits).status_code == 200
+    assert site.client.post(path, content=fits + b" ").status_code == 413
+
+
+def test_a_body_of_unknown_length_above_the_limit_is_too_large(site: Site) -> None:
+    chunks = (b" " * 1_000_000 for _ in range(11))
+    assert site.client.post("/run", content=chunks).status_code == 413
+
+
+def test_wait_has_to_be_a_number(site: Site) -> None:
+    assert site.client.post("/runsync?wait=soon", json={"input": 1}).status_code == 400
+
+
+def test_ttl_on_status_lets_a_result_expire_early(site: Site) -> None:
+    job_id = site.submit()
+    site.take()
+    site.done(job_id, output=1)
+    assert site.client.get(f"/status/{job_id}?ttl=1").status_code == 200
+    deadline = time.monotonic() + 5
+    while site.client.get(f"/status/{job_id}").status_code == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert site.client.get(f"/status/{job_id}").status_code == 404
+
+
+def test_a_third_purge_within_ten_seconds_is_one_too_many(site: Site) -> None:
+    assert [site.client.post("/purge-queue").status_code for _ in range(3)] == [200, 200, 429]
+
+
+def test_rate_limits_can_be_switched_off(start: Start) -> None:
+    site = start(rateLimits=False)
+    assert [site.client.post("/purge-queue").status_code for _ in range(3)] == [200, 200, 200]
+
+
+def test_endpoints_do_not_see_each_others_jobs(start: Start) -> None:
+    site = start(({"id": "other"},))
+    job_id = site.submit()
+    assert site.root.get(f"/v2/other/status/{job_id}").status_code == 404
+    assert site.root.get("/v2/other/health").json()["jobs"]["inQueue"] == 0
+    assert site.status(job_id)["status"] == "IN_QUEUE"
+
+
+def test_s3_config_reaches_the_worker_and_no_answer(site: Site) -> None:
+    config: dict[str, Any] = {"accessId": "id", "accessSecret": "secret", "bucketName": "b", "endpointUrl": "https://x"}
+    job_id = site.submit("x", s3Config=config)
+    assert site.take() == {"id": job_id, "input": "x", "s3Config": config}
+    assert "s3Config" not in site.status(job_id)

@@ -1,0 +1,205 @@
+"""The worker API as the SDK speaks it, over real HTTP, with the test for a worker."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import httpx
+import pytest
+
+from emulator.core.job import CHUNK_BYTES, RESULT_BYTES
+from tests.unit.emulator.conftest import KEY, Site, Start, hang_up, until
+
+
+def test_a_poll_without_a_job_is_held_and_then_empty(site: Site) -> None:
+    before = time.monotonic()
+    answer = site.worker.get("/job-take/w1?gpu=x&job_in_progress=0")
+    assert answer.status_code == 204
+    assert answer.content == b""
+    assert time.monotonic() - before >= 0.3
+
+
+def test_a_job_reaches_a_poll_that_is_held(start: Start) -> None:
+    site = start(longPoll=20)
+    taken: list[object] = []
+    poll = threading.Thread(target=lambda: taken.append(site.take()))
+    poll.start()
+    job_id = site.submit({"prompt": "hi"})
+    poll.join(5)
+    assert taken == [{"id": job_id, "input": {"prompt": "hi"}}]
+
+
+def test_a_batch_is_a_list_of_at_most_so_many_jobs(site: Site) -> None:
+    ids = [site.submit(number) for number in range(3)]
+    first = site.worker.get("/job-take-batch/w1?gpu=x&batch_size=2&job_in_progress=0")
+    assert first.json() == [{"id": ids[0], "input": 0}, {"id": ids[1], "input": 1}]
+    assert first.headers["content-type"] == "application/json"
+    second = site.worker.get("/job-take-batch/w1?gpu=x&batch_size=2&job_in_progress=1")
+    assert second.json() == [{"id": ids[2], "input": 2}]
+    assert site.worker.get("/job-take-batch/w1?gpu=x&batch_size=2").status_code == 204
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "many", ""])
+def test_a_batch_size_that_is_no_number_is_refused(site: Site, size: str) -> None:
+    assert site.worker.get(f"/job-take-batch/w1?batch_size={size}").status_code == 400
+
+
+def test_a_worker_that_hung_up_is_given_no_job(start: Start) -> None:
+    site = start(longPoll=20)
+    polls = site.emulator.endpoints["ep"].waiting._waiters
+    hang_up(site.worker, "GET", "/job-take/w1?gpu=x", once=lambda: polls)
+    until(lambda: not polls)  # The hang-up reaches the server a moment later.
+    job_id = site.submit()
+    assert site.status(job_id)["status"] == "IN_QUEUE"
+    assert site.take("w2")["id"] == job_id
+
+
+def test_deliveries_may_come_as_a_form_as_the_sdk_sends_them(site: Site) -> None:
+    job_id = site.submit()
+    site.take()
+    answer = site.worker.post(
+        f"/job-done/w1/{job_id}?gpu=x&isStream=true",
+        content=json.dumps({"output": "漢字"}, ensure_ascii=False).encode(),
+        headers={"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": job_id},
+    )
+    assert answer.status_code == 200
+    assert site.status(job_id)["output"] == "漢字"
+
+
+def test_progress_leaves_the_job_in_progress(site: Site) -> None:
+    job_id = site.submit()
+    site.take()
+    assert site.done(job_id, status="IN_PROGRESS", output="half").status_code == 200
+    assert (site.status(job_id)["status"], site.status(job_id)["output"]) == ("IN_PROGRESS", "half")
+
+
+def test_an_error_fails_the_job_as_text(site: Site) -> None:
+    job_id = site.submit()
+    site.take()
+    assert site.done(job_id, error='{"error": {"message": "no"}}').status_code == 200
+    assert (site.status(job_id)["status"], site.status(job_id)["error"]) == ("FAILED", '{"error": {"message": "no"}}')
+
+
+def test_deliveries_of_a_worker_that_does_not_hold_the_job_are_refused(site: Site) -> None:
+    job_id = site.submit()
+    site.take("w1")
+    assert site.stream(job_id, "x", worker="w2").status_code == 400
+    assert site.done(job_id, worker="w2", output="x").status_code == 400
+    assert site.done("no-such-job", output="x").status_code == 400
+    assert site.status(job_id)["status"] == "IN_PROGRESS"
+
+
+def test_deliveries_for_a_cancelled_job_are_refused(site: Site) -> None:
+    job_id = site.submit()
+    site.take()
+    site.client.post(f"/cancel/{job_id}")
+    assert site.stream(job_id, "x").status_code == 400
+    assert site.done(job_id, output="x").status_code == 400
+    assert site.status(job_id)["status"] == "CANCELLED"
+
+
+@pytest.mark.parametrize(("route", "limit"), [("job-stream", CHUNK_BYTES), ("job-done", RESULT_BYTES)])
+def test_a_delivery_above_the_limit_is_refused(site: Site, route: str, limit: int) -> None:
+    job_id = site.submit()
+    site.take()
+    frame = len('{"output": ""}')
+    fits = b'{"output": "' + b"x" * (limit - frame) + b'"}'
+    assert site.worker.post(f"/{route}/w1/{job_id}?gpu=x", content=fits + b" ").status_code == 400
+    assert site.status(job_id)["status"] == "IN_PROGRESS"
+    assert site.worker.post(f"/{route}/w1/{job_id}?gpu=x", content=fits).status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"output=1", b"[]"])
+def test_a_delivery_that_is_no_json_object_is_refused(site: Site, body: bytes) -> None:
+    job_id = site.submit()
+    site.take()
+    assert site.worker.post(f"/job-done/w1/{job_id}?gpu=x", content=body).status_code == 400
+    assert site.status(job_id)["status"] == "IN_PROGRESS"
+
+
+def test_the_stop_poll_brings_the_jobs_to_stop_once(start: Start) -> None:
+    site = start(longPoll=0.3)
+    first, second = site.submit(), site.submit()
+    site.take()
+    site.take()
+    assert site.worker.get("/job-stop/w1?gpu=x").status_code == 204
+    site.client.post(f"/cancel/{first}")
+    site.client.post(f"/cancel/{second}")
+    answer = site.worker.get("/job-stop/w1?gpu=x")
+    assert (answer.status_code, answer.json()) == (200, {"jobsToStop": [first, second]})
+    assert site.worker.get("/job-stop/w1?gpu=x").status_code == 204
+
+
+def test_a_stop_reaches_a_poll_that_is_held(start: Start) -> None:
+    site = start(longPoll=20)
+    job_id = site.submit()
+    site.take()
+    stopped: list[object] = []
+    poll = threading.Thread(target=lambda: stopped.append(site.worker.get("/job-stop/w1?gpu=x").json()))
+    poll.start()
+    site.client.post(f"/cancel/{job_id}")
+    poll.join(5)
+    assert stopped == [{"jobsToStop": [job_id]}]
+
+
+def test_pings_keep_the_jobs_that_they_name(start: Start) -> None:
+    site = start(lostAfter=1.5)
+    kept, dropped = site.submit(), site.submit()
+    site.take()
+    site.take()
+    deadline = time.monotonic() + 5
+    while site.status(dropped)["status"] == "IN_PROGRESS":
+        assert site.worker.get(f"/ping/w1?job_id={kept}&runpod_version=1.12.0").status_code == 200
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert site.status(dropped) == {"id": dropped, "status": "IN_QUEUE", "retries": 1}
+    assert site.status(kept)["status"] == "IN_PROGRESS"
+
+
+def test_a_worker_whose_pings_cease_loses_its_jobs(start: Start) -> None:
+    site = start(lostAfter=1)
+    job_id = site.submit()
+    site.take()
+    deadline = time.monotonic() + 5
+    while site.status(job_id)["status"] == "IN_PROGRESS":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert site.take("w2")["id"] == job_id
+    assert site.done(job_id, worker="w1", output="late").status_code == 400
+    assert site.done(job_id, worker="w2", output="done").status_code == 200
+    assert site.client.get("/health").json()["jobs"]["retried"] == 1
+
+
+@pytest.mark.parametrize("header", [None, "wrong", "Bearer wrong"])
+def test_a_worker_of_somebody_else_is_unauthorized(site: Site, header: str | None) -> None:
+    job_id = site.submit()
+    for path in ("/job-take/w1", "/job-stop/w1", "/ping/w1"):
+        request = httpx.Request("GET", f"{site.url}/v2/ep{path}", headers={"Authorization": header} if header else {})
+        with httpx.Client() as client:
+            assert client.send(request).status_code == 401
+    assert site.status(job_id)["status"] == "IN_QUEUE"
+
+
+def test_a_worker_started_by_hand_may_use_an_api_key(site: Site) -> None:
+    job_id = site.submit()
+    taken = site.worker.get("/job-take/w1?gpu=x", headers={"Authorization": KEY})
+    assert taken.json()["id"] == job_id
+
+
+def test_a_worker_that_was_silent_may_come_back(start: Start) -> None:
+    site = start(lostAfter=0.5)
+    assert site.take("w1") is None
+    deadline = time.monotonic() + 5
+    while site.client.get("/health").json()["workers"]["idle"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    job_id = site.submit()
+    assert site.take("w1")["id"] == job_id
+
+
+def test_half_a_surrogate_pair_goes_out_as_it_came_in(site: Site) -> None:
+    answer = site.client.post("/run", content=b'{"input": {"prompt": "half \\ud83d"}}')
+
+    assert site.take() == {"id": answer.json()["id"], "input": {"prompt": "half \ud83d"}}

@@ -1,0 +1,64 @@
+"""The documented rate limits."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from emulator.core.rate_limits import RATE_LIMITS, RateLimit, RateLimiter
+from emulator.errors import TooManyRequestsError
+from tests.unit.emulator.fakes import Clock
+
+
+def test_the_limits_are_those_of_the_documentation() -> None:
+    assert {
+        "runsync": RateLimit(2000, 400),
+        "run": RateLimit(1000, 200),
+        "status": RateLimit(2000, 400),
+        "stream": RateLimit(2000, 400),
+        "cancel": RateLimit(100, 20),
+        "purge-queue": RateLimit(2, None),
+        "openai": RateLimit(2000, 400),
+    } == RATE_LIMITS
+
+
+def admitted(limiter: RateLimiter, operation: str) -> bool:
+    try:
+        with limiter.admit(operation):
+            return True
+    except TooManyRequestsError:
+        return False
+
+
+def test_one_request_too_many_waits_until_the_window_has_moved_on() -> None:
+    clock = Clock()
+    limiter = RateLimiter(clock)
+    assert [admitted(limiter, "cancel") for _ in range(101)] == [True] * 100 + [False]
+    clock.now += 9.9
+    assert not admitted(limiter, "cancel")
+    clock.now += 0.1
+    assert admitted(limiter, "cancel")
+
+
+def test_one_request_too_many_at_once_waits_until_another_has_ended() -> None:
+    limiter = RateLimiter(Clock())
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(limiter.admit("cancel"))
+        assert not admitted(limiter, "cancel")
+        assert admitted(limiter, "run")
+    assert admitted(limiter, "cancel")
+
+
+def test_a_request_that_fails_has_ended_too() -> None:
+    limiter = RateLimiter(Clock())
+    for _ in range(30):
+        with pytest.raises(ValueError, match="broke"), limiter.admit("cancel"):
+            raise ValueError("broke")
+    assert admitted(limiter, "cancel")
+
+
+def test_operations_without_a_documented_limit_have_none() -> None:
+    limiter = RateLimiter(Clock())
+    assert all(admitted(limiter, "retry") for _ in range(5000))

@@ -1,0 +1,87 @@
+"""Weights are read ahead, all of them and nothing else, and nothing fails if they cannot be."""
+
+from __future__ import annotations
+
+import io
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine.startup import weight_prefetch
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are read, with how much of them."""
+    read: list[str] = []
+    open_file = Path.open
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer: Any, /) -> int:
+            count = super().readinto(buffer) or 0
+            read.append(f"{Path(str(self.name)).name} {count}")
+            return count
+
+    def opened(path: Path, mode: str = "r", **options: Any) -> Any:
+        return Counted(path) if mode == "rb" else open_file(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(weight_prefetch, "_PIECE_BYTES", 2)
+    return read
+
+
+def begin(directory: Path) -> None:
+    """Have it done to the end."""
+    weight_prefetch.begin(directory)
+    for thread in threading.enumerate():
+        if thread.name == "read ahead":
+            thread.join(10)
+
+
+def test_the_weights_are_read_and_nothing_else(tmp_path: Path, asked: list[str]) -> None:
+    for name in ("b.safetensors", "a.safetensors", "config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"xyz")
+
+    begin(tmp_path)
+
+    assert asked == [f"{name}.safetensors {count}" for name in "ab" for count in (2, 1, 0)]
+
+
+def test_weights_that_fill_the_memory_are_left_alone(
+    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"x" * 100)
+
+    class Memory:
+        available = 200
+
+    def memory() -> Any:
+        return Memory
+
+    monkeypatch.setattr(psutil, "virtual_memory", memory)
+    begin(tmp_path)
+
+    assert asked == []
+
+
+def test_what_is_not_there_is_no_error(tmp_path: Path, asked: list[str]) -> None:
+    (tmp_path / "gone.safetensors").write_bytes(b"x")
+    files = [tmp_path / "gone.safetensors"]
+    files[0].unlink()
+
+    weight_prefetch._read(files)
+    begin(tmp_path / "nowhere")
+
+    assert asked == []
+
+
+def test_a_link_to_nothing_is_passed_over(tmp_path: Path, asked: list[str]) -> None:
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b.safetensors").write_bytes(b"x")
+
+    begin(tmp_path)
+
+    assert asked == ["b.safetensors 1", "b.safetensors 0"]

@@ -1,0 +1,1 @@
+"""What maintainers run: generated files and upgrades. Not part of the image."""

@@ -1,0 +1,142 @@
+"""What RunPod's hub offers to set, made from the settings' declarations and from vLLM's parser.
+
+    python -m tools.runpod_hub .runpod/hub.json
+
+The form is that of the hub's publishing guide (https://docs.runpod.io/hub/publishing-guide).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from engine.config.settings import Settings, is_secret
+from engine.config.vllm_flags import Flags
+from engine.config.worker_vllm import ALIASES
+
+# Of vLLM's flags the most used; vLLM's parser knows their kinds and choices, but describes them only to `--help`.
+FLAGS = {
+    "MODEL_NAME": "Hub id or directory of the model. Without it: the model in the image.",
+    "MODEL_REVISION": "Branch, tag or commit of the model.",
+    "SERVED_MODEL_NAME": "Names that requests may call the model by, separated by commas; answers carry the first.",
+    "MAX_MODEL_LEN": "Most tokens of prompt and answer together: 8192, 16k, or auto for what fits the memory.",
+    "QUANTIZATION": "How the weights are quantized: awq, bitsandbytes, fp8, … Mostly the model itself says it.",
+    "DTYPE": "Type of the weights and of what is computed with them.",
+    "GPU_MEMORY_UTILIZATION": "Share of the GPU's memory that vLLM takes, above 0 and at most 1.",
+    "TENSOR_PARALLEL_SIZE": "GPUs of one worker that share the model.",
+    "MAX_NUM_SEQS": "Most requests that run at once.",
+    "ENFORCE_EAGER": "Skip compilation: slower tokens, faster start.",
+    "TOOL_CALL_PARSER": "How the model calls tools; with it, switch on the automatic choice of tools.",
+    "ENABLE_AUTO_TOOL_CHOICE": "Let the model call tools by itself.",
+    "REASONING_PARSER": "How the model thinks before it answers: qwen3, deepseek_r1, …",
+}
+# What is not hidden among the advanced ones.
+BASIC = {"MODEL_NAME", "MAX_MODEL_LEN", "QUANTIZATION", "SERVED_MODEL_NAME"}
+
+LISTING = {
+    "title": "vLLM, in process",
+    "description": "Any LLM behind an OpenAI-compatible endpoint: vLLM 0.32 inside the worker.",
+    "type": "serverless",
+    "category": "language",
+}
+MACHINE: dict[str, Any] = {
+    "runsOn": "GPU",
+    "containerDiskInGb": 100,
+    "gpuIds": "ADA_24,AMPERE_24,AMPERE_48,ADA_48_PRO",
+    "gpuCount": 1,
+    # What vLLM 0.32's wheels are built with.
+    "allowedCudaVersions": ["13.0"],
+}
+
+_UNITS = {"_S": " (seconds)", "_MS": " (milliseconds)"}
+_SPELLING = {"Vllm": "vLLM", "Gpu": "GPU", "Dtype": "Data type"}
+
+
+def document(flags: Flags) -> dict[str, Any]:
+    """The whole of `hub.json`."""
+    return {**LISTING, "config": {**MACHINE, "env": [*flag_inputs(flags), *setting_inputs()]}}
+
+
+def setting_inputs() -> list[dict[str, Any]]:
+    """The worker's own settings, as inputs of the hub's form.
+
+    Left out are secrets, which the form would show (they belong into the platform's secrets, or are set by the platform
+    itself), and what the image was built with.
+    """
+    properties = Settings.model_json_schema()["properties"]
+    return [
+        _input(name.upper(), schema["description"], _kind(schema), schema.get("default"))
+        for name, schema in properties.items()
+        if not is_secret(name) and not name.startswith("baked_")
+    ]
+
+
+def flag_inputs(flags: Flags) -> list[dict[str, Any]]:
+    """The most used flags of vLLM, as inputs of the hub's form.
+
+    Only booleans have a default, as a switch is on or off: what is not set is the image's, or else vLLM's.
+    """
+    return [_flag_input(name, flags.actions[ALIASES.get(name, name.lower())]) for name in FLAGS]
+
+
+def _flag_input(name: str, action: argparse.Action) -> dict[str, Any]:
+    if name == "MODEL_NAME":
+        return _input(name, FLAGS[name], {"type": "huggingface"}, None)
+    if action.nargs == 0:
+        return _input(name, FLAGS[name], _BOOLEAN, default=bool(action.default))
+    said = "" if action.default in (None, "") else f" vLLM's default: {action.default}."
+    if action.type in (int, float):
+        return _input(name, FLAGS[name] + said, {"type": "number"}, None)
+    choices = action.choices or _named_in(action.metavar)
+    if not choices:
+        return _input(name, FLAGS[name] + said, {"type": "string"}, None)
+    options = [{"label": "not set", "value": ""}, *({"label": choice, "value": choice} for choice in choices)]
+    return _input(name, FLAGS[name] + said, {"type": "string", "options": options}, "")
+
+
+_BOOLEAN = {"type": "boolean", "trueValue": "true", "falseValue": "false"}
+
+
+def _named_in(metavar: object) -> list[str]:
+    """The choices of a flag that takes others too, `{a,b} or …`: vLLM names them there alone."""
+    match = re.match(r"\{(.+?)\}", metavar) if isinstance(metavar, str) else None
+    return match[1].split(",") if match else []
+
+
+def _kind(schema: dict[str, Any]) -> dict[str, Any]:
+    """The hub's type for a setting, with its bounds; what may be a number or a word is text."""
+    kinds = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+    if len(kinds) > 1 or kinds[0]["type"] in ("string", "array"):
+        return {"type": "string"}
+    (kind,) = kinds
+    if kind["type"] == "boolean":
+        return _BOOLEAN
+    least = kind.get("minimum", math.floor(kind["exclusiveMinimum"]) + 1 if "exclusiveMinimum" in kind else None)
+    bounds = {"min": least, "max": kind.get("maximum")}
+    return {"type": "number"} | {name: bound for name, bound in bounds.items() if bound is not None}
+
+
+def _input(name: str, description: str, kind: dict[str, Any], default: object) -> dict[str, Any]:
+    told = {"name": _label(name), **kind, "description": description.replace("`", "")}
+    if default is not None and default != []:
+        told["default"] = default
+    return {"key": name, "input": {**told, "advanced": name not in BASIC}}
+
+
+def _label(name: str) -> str:
+    """The name as words: `Drain timeout (seconds)`."""
+    unit = next((unit for unit in _UNITS if name.endswith(unit)), "")
+    first, *rest = name.removesuffix(unit).capitalize().split("_")
+    return " ".join([_SPELLING.get(first, first), *rest]) + _UNITS.get(unit, "")
+
+
+if __name__ == "__main__":
+    from engine.backend import vllm_args
+
+    text = json.dumps(document(vllm_args.flags()), indent=2, ensure_ascii=False)
+    Path(sys.argv[1]).write_text(text + "\n", encoding="utf-8")
