@@ -11,7 +11,7 @@ WorkerError
     ├── UnknownRouteError     404: vLLM has no such route
     ├── RefusedError          vLLM answered with an error status, or ended a stream with an error; its body is passed on
     ├── TooLargeError         413: the job's result is larger than the platform takes
-    ├── RefusedResultError    500: the platform did not take the job's result, and will not
+    ├── RefusedOutputError    500: the platform did not take an output or the result of the job, and will not
     ├── InternalError         500: the worker failed at this job, and would again
     ├── EngineError           500: the engine broke off without an answer; another try may succeed
     ├── StoppedError          503: the worker ends before the job did; another worker may run it
@@ -141,21 +141,27 @@ class EngineError(JobError):
 
 
 class TooLargeError(JobError):
-    """The job's result is larger than the platform takes; sizes in bytes, the limit where it is known."""
+    """The job's result, or an output of it, is larger than the platform takes.
+
+    Args:
+        what: "result" or "output".
+        size_bytes: its size.
+        limit_bytes: the platform's limit, where it is known.
+    """
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     type = "PayloadTooLargeError"
 
-    def __init__(self, size_bytes: int, limit_bytes: int | None = None) -> None:
-        takes = "takes less" if limit_bytes is None else f"takes {limit_bytes}"
-        super().__init__(f"the result has {size_bytes} bytes, and the platform {takes}: ask for less at once")
+    def __init__(self, what: str, size_bytes: int, limit_bytes: int | None = None) -> None:
+        takes = "less" if limit_bytes is None else f"at most {limit_bytes}"
+        super().__init__(f"the {what} has {size_bytes} bytes, and the platform takes {takes}: ask for less in one job")
 
 
-class RefusedResultError(JobError):
-    """The platform did not take the job's result, and will not; its size, in bytes, may be why."""
+class RefusedOutputError(JobError):
+    """The platform did not take an output or the result of the job, and will not; its size, in bytes, may be why."""
 
-    def __init__(self, size_bytes: int, refusal: str) -> None:
-        super().__init__(f"the platform refused the result, which has {size_bytes} bytes: {refusal}")
+    def __init__(self, what: str, size_bytes: int, refusal: str) -> None:
+        super().__init__(f"the platform refused the {what}, which has {size_bytes} bytes: {refusal}")
 
 
 class StoppedError(JobError):
@@ -174,6 +180,15 @@ class TimedOutError(JobError):
 
     def __init__(self, limit_s: float) -> None:
         super().__init__(f"the job has run for {limit_s:g} s, which is as long as EXECUTION_TIMEOUT_S lets a job run")
+
+
+def error_text(output: Any) -> str | None:
+    """Return the error of an output that ends its job as failed (`JobError.output`), or None for any other output.
+
+    An answer of vLLM's may hold an `error` as well, as a response does: it has other fields too.
+    """
+    error = output.get("error") if isinstance(output, dict) and len(output) == 1 else None
+    return error if isinstance(error, str) and error else None
 
 
 _URL = re.compile(r"\S*://\S*")

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ConfigurationError
+from engine.errors import ConfigurationError, error_text
 from engine.jobs import deltas
 
 if TYPE_CHECKING:
@@ -50,13 +50,15 @@ async def answer(job: dict[str, Any], handler: Handler, server: Server) -> int:
     duration_s = time.monotonic() - begun
     tokens = server.statistics.generation_tokens - tokens
 
-    failed = bool(outputs) and isinstance(outputs[-1], dict) and "error" in outputs[-1]
-    status: dict[str, Any] = {"id": job["id"], "status": "FAILED" if failed else "COMPLETED"}
-    status |= {"error": outputs.pop()["error"]} if failed else {}
+    error = error_text(outputs[-1]) if outputs else None
+    status: dict[str, Any] = {"id": job["id"], "status": "COMPLETED" if error is None else "FAILED"}
+    if error is not None:
+        outputs.pop()
+        status["error"] = error
     _print("\n" + json.dumps(status | {"output": outputs}, ensure_ascii=False) + "\n")
     rate = tokens / duration_s if duration_s else 0.0
     _print(f"{tokens} tokens, the first after {first_s or 0.0:.3f} s, {rate:.1f} tokens/s\n")
-    return int(failed)
+    return int(error is not None)
 
 
 def _text(output: Any) -> str:

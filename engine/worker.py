@@ -57,8 +57,7 @@ def server(given: Mapping[str, Variable] | None = None, checks: Checks | None = 
             child_processes.end_with_this_process()
             given = environment.read() if given is None else given
             settings = Settings.read(given)
-            if settings.hf_token is None:  # Where it is `None`, the hub's client would take that for a token.
-                os.environ.pop(environment.TOKEN, None)
+            environment.export_token(given)
             compile_cache.choose(settings.network_volume)
             if (directory := model_resolver.likely(settings, given)) is not None:
                 weight_prefetch.begin(directory)
@@ -178,8 +177,8 @@ async def serve(platform: Platform, handler: Handler, server: Server, settings: 
         handler,
         Admission(server.statistics, limit, server.cache_tokens, server.max_model_len),
         failure=server.failure,
-        timeouts=Timeouts(settings.drain_timeout_s, settings.job_timeout_s, settings.execution_timeout_s),
-        tokens_of=server.tokens_of,
+        timeouts=Timeouts(settings.drain_timeout_s, settings.delivery_timeout_s, settings.execution_timeout_s),
+        tokens_of=server.pop_token_counts,
         log_inputs=settings.log_job_inputs,
         start=cold_start.WORKER,
     )

@@ -50,7 +50,7 @@ class ScriptedEngine:
         del path
         return 1
 
-    def tokens_of(self, job_id: str) -> tuple[int, int] | None:
+    def pop_token_counts(self, job_id: str) -> tuple[int, int] | None:
         del job_id
         return None
 

@@ -113,14 +113,12 @@ def _in_words(told: str, texts: list[str], model: str, flags: Flags | None, *gro
         if dest in ("tokenizer", "hf_config_path") and not Path(str(one.value)).exists()
     )
     repository = str(next(found, None) or next(elsewhere, model))
-    name = next((one.name for one in given.values() if repository in str(one.value)), None)
+    dest, name = next(((dest, one.name) for dest, one in given.items() if repository in str(one.value)), ("", None))
     if name is None and repository != model and Path(model).is_dir() and not repository.startswith("/"):
         name = "the model's config.json, which names it"
     if repository.startswith("/") and told in _OF_THE_HUB.values():
         told = "there is no directory {repository}: check {name}"
-    revision = {"TOKENIZER": "TOKENIZER_REVISION", "TOKENIZER_NAME": "TOKENIZER_REVISION"}.get(
-        name or "", "MODEL_REVISION"
-    )
+    revision = "TOKENIZER_REVISION" if dest == "tokenizer" else "MODEL_REVISION"
     return told.format(*groups, repository=repository, name=name or "MODEL_NAME", revision=revision)
 
 

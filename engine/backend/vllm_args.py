@@ -41,8 +41,7 @@ def set_environment() -> None:
     """Set what vLLM reads from the environment when it is imported, where the user has not said otherwise."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # vLLM's app would ask our own calls for this key; clients authenticate with the platform.
-    if os.environ.pop("VLLM_API_KEY", None):
-        _log.warning("VLLM_API_KEY is ignored: the platform authenticates clients")
+    os.environ.pop("VLLM_API_KEY", None)
 
 
 def flags() -> Flags:

@@ -12,6 +12,7 @@ import functools
 import importlib
 import logging
 import os
+import re
 import time
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -161,10 +162,14 @@ class Server:
         """Whether vLLM's app has a route of this path, for any method; asked once the app is made."""
         return self._app is None or _has_route(self._app, path)
 
-    def tokens_of(self, job_id: str) -> tuple[int, int] | None:
-        """Tokens in and out of a job that has ended; told once. vLLM's request ids hold the job's."""
+    def pop_token_counts(self, job_id: str) -> tuple[int, int] | None:
+        """Return and forget the tokens in and out of a job that has ended.
+
+        vLLM's request ids hold the job's: `chatcmpl-JOB-1a2b3c4d`, `cmpl-JOB-0-1a2b3c4d`.
+        """
         finished = self.statistics.finished
-        found = [finished.pop(request_id) for request_id in list(finished) if job_id in request_id]
+        whole_id = re.compile(rf"(?:^|-){re.escape(job_id)}(?:-|$)")
+        found = [finished.pop(request_id) for request_id in list(finished) if whole_id.search(request_id)]
         return (sum(tokens[0] for tokens in found), sum(tokens[1] for tokens in found)) if found else None
 
     async def app(self) -> App:

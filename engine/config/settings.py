@@ -56,8 +56,11 @@ class Settings(BaseModel):
     drain_timeout_s: float = Field(
         25, ge=0, description="Seconds that running jobs may go on when the worker is told to stop."
     )
-    job_timeout_s: float = Field(
-        600, gt=0, description="Seconds that deliveries of a job are tried: the endpoint's execution timeout."
+    delivery_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="Seconds from a job's start until its outputs are no longer delivered: the endpoint's execution "
+        "timeout.",
     )
     execution_timeout_s: Annotated[float, Field(gt=0)] | None = Field(
         None,

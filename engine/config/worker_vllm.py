@@ -70,7 +70,7 @@ RETIRED = {
     "QLORA_ADAPTER_NAME_OR_PATH": "use LORA_MODULES",
     "QUANTIZATION_PARAM_PATH": "vLLM reads scales from the model's own files",
     "RAW_OPENAI_OUTPUT": "an OpenAI job's output is vLLM's, as it is",
-    "REQUEST_TIMEOUT": "use JOB_TIMEOUT_S",
+    "REQUEST_TIMEOUT": "use EXECUTION_TIMEOUT_S",
     "ROPE_SCALING": "use HF_OVERRIDES",
     "ROPE_THETA": "use HF_OVERRIDES",
     "SCHEDULER_DELAY_FACTOR": "vLLM has no such delay any more",

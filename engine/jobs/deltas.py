@@ -12,6 +12,11 @@ from http import HTTPStatus
 from typing import Any, NotRequired, TypedDict
 
 from engine.errors import RefusedError
+from engine.jobs.event_batcher import ENVELOPE_BYTES
+from engine.json_codec import encode
+
+# What of a delta may be cut between two outputs.
+_CUT = {"text", "reasoning", "tool_calls", "logprobs", "token_ids"}
 
 
 class Delta(TypedDict):
@@ -60,6 +65,56 @@ def deltas(batch: str, warnings: tuple[str, ...] = ()) -> Iterator[Delta]:
         raise _refusal(error["error"])
 
 
+def split(delta: Delta, max_bytes: int) -> Iterator[Delta]:
+    """Return the delta in pieces that are small enough to be posted, in order; joined, they are the delta.
+
+    What cannot be cut, as one token with its log-probabilities, stays as large as it is.
+
+    Args:
+        delta: of one choice.
+        max_bytes: the most that a piece may have as the body of a post.
+    """
+    halves = () if len(encode(delta)) + ENVELOPE_BYTES <= max_bytes else _halves(delta)
+    if halves:
+        for half in halves:
+            yield from split(half, max_bytes)
+    else:
+        yield delta
+
+
+def _halves(delta: Delta) -> tuple[Delta, ...]:
+    """Return both halves of all that can be cut, what ends the choice in the second; nothing if nothing can be cut."""
+    first, second = Delta(index=delta["index"], text="", finish_reason=None), delta.copy()
+    cut = False
+    for name, value in delta.items():
+        if name in _CUT:
+            one, other = _cut(value)
+            if one and other:
+                cut = True
+                first[name], second[name] = one, other  # type: ignore[literal-required]
+    return (first, second) if cut else ()
+
+
+def _cut(value: Any) -> tuple[Any, Any]:
+    """Return two halves of a text, a list, or each list of an object; the first is empty where there is nothing to cut.
+
+    A single call of a tool is cut in its arguments, as vLLM streams them.
+    """
+    if isinstance(value, dict):
+        both = {name: _cut(part or []) for name, part in value.items()}
+        first = {name: one for name, (one, _) in both.items() if one}
+        return first, {name: other or None for name, (_, other) in both.items()}
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        call = value[0]
+        one, other = _cut((call.get("function") or {}).get("arguments") or "")
+        if not one:
+            return [], value
+        rest = {"index": call["index"]} if "index" in call else {}
+        return [call | {"function": call["function"] | {"arguments": one}}], [rest | {"function": {"arguments": other}}]
+    middle = len(value) // 2
+    return value[:middle], value[middle:]
+
+
 def error_in(batch: str) -> RefusedError | None:
     """The error that a stream of any of vLLM's routes ends with in this batch, if it does.
 
@@ -70,7 +125,8 @@ def error_in(batch: str) -> RefusedError | None:
         with suppress(ValueError):  # A piece of a large event: an error is none.
             for event in events(batch):
                 if event.get("type") == "response.failed":
-                    return _refusal((event.get("response") or {}).get("error"))
+                    error = (event.get("response") or {}).get("error")
+                    return _refusal(error or {"message": "vLLM reported that the response failed, without a reason"})
                 if event.get("error"):
                     return _refusal(event["error"])
     return None

@@ -13,7 +13,7 @@ from engine.errors import InternalError
 
 # The platform caps a streamed chunk at 1 MB; counted on the JSON text that is posted, envelope included.
 MAX_OUTPUT_BYTES = 1_000_000
-_ENVELOPE_BYTES = len('{"output": ""}')
+ENVELOPE_BYTES = len('{"output": ""}')
 # The most bytes that JSON makes of one character: a control character becomes six (`\u001f`).
 _WORST_ESCAPE_BYTES = 6
 # A delivery costs half a millisecond of the one core that vLLM's app runs on too: at most a tenth of it.
@@ -58,7 +58,7 @@ class EventBatcher:
 
     def __init__(self, max_bytes: int = MAX_OUTPUT_BYTES, *, cut: bool = True) -> None:
         self._cut = cut
-        self._max_bytes = max_bytes - _ENVELOPE_BYTES
+        self._max_bytes = max_bytes - ENVELOPE_BYTES
         if self._max_bytes < _WORST_ESCAPE_BYTES:
             raise ValueError(f"max_bytes is {max_bytes}, which leaves no room for a character")
         self._pending = bytearray()

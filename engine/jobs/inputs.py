@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, ValidationError
 
 from engine.backend import merging
 from engine.backend.routes import GET_ONLY, SERVING
@@ -20,7 +19,7 @@ from engine.queue.take_response import Unreadable
 ACCEPTED = """\
 {"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
 {"openai_route": "/v1/models"}  a GET
-{"route": "/tokenize", "body": {...}}  the same, in worker-vllm's words
+{"route": "/tokenize", "body": {...}}  the same, in worker-vllm's format
 {"messages": [...], "sampling_params": {...}, "stream": false}  a chat
 {"prompt": "...", "sampling_params": {...}, "stream": false}  a completion"""
 
@@ -28,8 +27,8 @@ ACCEPTED = """\
 # at the end is left out, as vLLM redirects to the route without it.
 _ROUTE = re.compile(r"(?P<path>(?:/(?!\.{1,2}(?:/|\?|$))[A-Za-z0-9._~-]+)+)/?(?:\?(?P<query>[!-~]*))?")
 
-# Fields of worker-vllm's jobs that say how its output was batched.
-RETIRED_FIELDS = {"batch_size", "max_batch_size", "min_batch_size", "batch_size_growth_factor"}
+# Fields of worker-vllm's jobs that set the size of its batches.
+BATCHING_FIELDS = {"batch_size", "max_batch_size", "min_batch_size", "batch_size_growth_factor"}
 # Fields of a request that may also stand at the top level of a native input, where LangChain's package puts them.
 SAMPLING_FIELDS = {
     "bad_words", "best_of", "chat_template_kwargs", "early_stopping", "frequency_penalty", "ignore_eos",
@@ -39,7 +38,7 @@ SAMPLING_FIELDS = {
     "temperature", "tool_choice", "tools", "top_k", "top_logprobs", "top_p", "truncate_prompt_tokens",
     "use_beam_search", "user",
 }  # fmt: skip
-# What vLLM called the fields of `structured_outputs` until 0.12; since then it leaves them out without a word.
+# vLLM's names, until 0.12, for the fields of `structured_outputs`. Since then it ignores them silently.
 GUIDED_FIELDS = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
@@ -48,8 +47,13 @@ GUIDED_FIELDS = {
     "guided_regex": "regex",
     "guided_whitespace_pattern": "whitespace_pattern",
 }
-
-_log = logging.getLogger(__name__)
+STRUCTURED_ROUTES = {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses"}
+# Fields that vLLM no longer has and ignores silently, where it answers requests for text.
+REMOVED_FIELDS = {
+    "best_of": "vLLM no longer has it: use n, and choose among the answers",
+    "early_stopping": "vLLM no longer has it",
+    "guided_decoding_backend": "STRUCTURED_OUTPUTS_CONFIG of the worker sets the backend",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,10 @@ class _Call:
     query: str = ""
     document: dict[str, Any] | None = None
     native: bool = False
+
+
+# `"true"` as well as `true`: forms and templates quote what they fill in, and worker-vllm takes it.
+_Flag = Annotated[bool, Field(strict=False)]
 
 
 def _upper(value: Any) -> Any:
@@ -122,14 +130,14 @@ class RouteInput(_Input):
 
 class _NativeInput(_Input):
     sampling_params: dict[str, Any] = {}
-    stream: StrictBool = False
+    stream: _Flag = False
     model: StrictStr | None = None
 
     def _post(self, path: str, field: str, value: Any, defaults: dict[str, Any]) -> _Call:
         body = {**self.sampling_params}
         body |= {name: default for name, default in defaults.items() if body.get(name) is None}
         for name in (field, "stream", "model"):
-            if name in self.sampling_params:
+            if body.pop(name, None) is not None:
                 raise InvalidInputError(f"sampling_params holds {name!r}, which belongs at the top level of the input")
         body |= {field: value, "stream": self.stream}
         if self.model is not None:
@@ -154,7 +162,7 @@ class PromptInput(_NativeInput):
     """A prompt at the top level of the input, for people who use `/run` directly."""
 
     prompt: StrictStr | Annotated[list[Any], Field(min_length=1)]
-    apply_chat_template: StrictBool = False
+    apply_chat_template: _Flag = False
 
     def call(self, max_model_len: int) -> _Call:
         """A POST to `/v1/completions` that lets the answer run to its end; or a chat of this one turn.
@@ -203,10 +211,8 @@ def parse(
     if isinstance(value, Unreadable):
         raise InvalidInputError(f"the job's input cannot be read: {value}")
     if not isinstance(value, dict):
-        raise InvalidInputError(f"the job's input has to be a JSON object. Accepted:\n{ACCEPTED}")
-    value, warnings = _without_retired(value)
-    if value.get("messages") is not None and value.get("prompt"):
-        warnings += ("prompt: ignored, as messages go before it",)
+        raise InvalidInputError(f"the job's input must be a JSON object. Accepted:\n{ACCEPTED}")
+    warnings = list(_ignored(value))
     value = _given(value)
     form = next((_FORMS[field] for field in _FORMS if field in value), None)
     if form is None:
@@ -218,34 +224,35 @@ def parse(
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED}") from None
     if call.path not in open_routes:
         raise ClosedRouteError(call.path, sorted(open_routes)) if has_route(call.path) else UnknownRouteError(call.path)
-    document = None if call.document is None else _merged(call.document)
-    if document is not None and "guided_decoding_backend" in document:
-        warnings += ("guided_decoding_backend: ignored, as STRUCTURED_OUTPUTS_CONFIG of the worker says which is used",)
-    document = None if document is None else _structured(document)
-    plain = document is not None and merging.is_plain_text(call.path, document)
+    if call.document is None:
+        return Request(call.method, call.path, call.query, None, call.native, tuple(warnings))
+    document, removed = _current(call.path, _merged(call.document))
+    plain = merging.is_plain_text(call.path, document)
     tokens = event_tokens(call.path) if plain else None
-    if document is not None and tokens is not None and tokens > 1:
+    if tokens is not None and tokens > 1:
         document = {**document, "stream_interval": tokens}
-    body = None if document is None else _encode(document)
-    return Request(call.method, call.path, call.query, body, call.native, warnings, mergeable=tokens is not None)
+    warnings += removed
+    body = _encode(document)
+    return Request(call.method, call.path, call.query, body, call.native, tuple(warnings), mergeable=tokens is not None)
 
 
-def _without_retired(value: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The input without the fields that are retired, and what is to be said of them."""
-    retired = ", ".join(sorted(RETIRED_FIELDS & value.keys()))
-    if not retired:
-        return value, ()
-    _log.warning("A job's %s is ignored: batches follow BATCH_INTERVAL_MS", retired)
-    rest = {name: part for name, part in value.items() if name not in RETIRED_FIELDS}
-    return rest, (f"{retired}: ignored, as the worker sets the size of batches",)
+def _ignored(value: dict[str, Any]) -> Iterator[str]:
+    """Say what of the input is ignored."""
+    if batching := ", ".join(sorted(BATCHING_FIELDS & value.keys())):
+        yield f"{batching}: ignored, as BATCH_INTERVAL_MS of the worker sets the size of batches"
+    if value.get("messages") is not None:
+        if value.get("prompt"):
+            yield "prompt: ignored, as messages are given"
+        if value.get("apply_chat_template") is not None and not value["apply_chat_template"]:
+            yield "apply_chat_template: ignored, as messages always use the chat template"
 
 
 def _given(value: dict[str, Any]) -> dict[str, Any]:
-    """The input without what is not given: `null`, as typed clients write it, and what another field overrides.
+    """Return the input without what is ignored, or `null`, as typed clients write it for what is not given.
 
-    Sampling fields at the top level of a native input go where they belong.
+    Sampling fields at the top level of a native input move to `sampling_params`.
     """
-    given = {name: part for name, part in value.items() if part is not None}
+    given = {name: part for name, part in value.items() if part is not None and name not in BATCHING_FIELDS}
     if "messages" in given:  # As in worker-vllm, they override a prompt.
         given = {name: part for name, part in given.items() if name not in ("prompt", "apply_chat_template")}
     if given.keys() & _FORMS.keys() <= {"messages", "prompt"} and isinstance(given.get("sampling_params", {}), dict):
@@ -259,26 +266,36 @@ def _given(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(body: dict[str, Any]) -> dict[str, Any]:
-    """The body with the fields of `extra_body` in it, where OpenAI's own clients put them."""
+    """Return the body with the fields of `extra_body` in it, where OpenAI's own clients put them."""
     extra = body.get("extra_body")
-    if not isinstance(extra, dict):
-        return body
-    return {name: part for name, part in body.items() if name != "extra_body"} | extra
+    if extra is not None and not isinstance(extra, dict):
+        raise InvalidInputError("extra_body must be a JSON object of more fields of the request")
+    return {name: part for name, part in body.items() if name != "extra_body"} | (extra or {})
 
 
-def _structured(body: dict[str, Any]) -> dict[str, Any]:
-    """The body with `guided_json` and the like as `structured_outputs`, as vLLM has called it since 0.12."""
+def _current(path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the body in the names that vLLM has today, and what of it is ignored.
+
+    Raises:
+        InvalidInputError: the route has no structured outputs, or they are given under both names.
+    """
     guided = {name: part for name, part in body.items() if name in GUIDED_FIELDS and part is not None}
+    if guided and path not in STRUCTURED_ROUTES:
+        raise InvalidInputError(
+            f"{path} has no structured outputs, so {', '.join(sorted(guided))} cannot be used. "
+            f"Routes that have them: {', '.join(sorted(STRUCTURED_ROUTES))}"
+        )
     if guided and body.get("structured_outputs") is not None:
         raise InvalidInputError(
-            f"{', '.join(sorted(guided))} beside structured_outputs: the former is an old name for a part of the latter"
+            f"{', '.join(sorted(guided))} and structured_outputs are both given: the former is an old name for a part "
+            "of the latter, so give only structured_outputs"
         )
-    body = {
-        name: part for name, part in body.items() if name not in GUIDED_FIELDS and name != "guided_decoding_backend"
-    }
+    removed = REMOVED_FIELDS.keys() & body.keys() if path in STRUCTURED_ROUTES else set()
+    warnings = [f"{name}: ignored, as {REMOVED_FIELDS[name]}" for name in sorted(removed) if body[name] is not None]
+    body = {name: part for name, part in body.items() if name not in GUIDED_FIELDS and name not in removed}
     if guided:
         body["structured_outputs"] = {GUIDED_FIELDS[name]: part for name, part in guided.items()}
-    return body
+    return body, warnings
 
 
 def _call(field: str, route: str, body: dict[str, Any] | None) -> _Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import logging
 import time
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 from engine.errors import InternalError, InvalidInputError, JobError, RefusedError, StoppedError
 from engine.jobs import asgi, deltas, inputs
-from engine.jobs.event_batcher import EventBatcher
+from engine.jobs.event_batcher import MAX_OUTPUT_BYTES, EventBatcher
 from engine.json_codec import decode
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
     try:
         app = await engine.app()
         request = inputs.parse(job, engine.max_model_len, engine.open_routes, engine.event_tokens, engine.has_route)
+        for warning in request.warnings:
+            _log.warning("Job %s: %s", job.get("id"), warning)
         async with asgi.call(app, request, str(job.get("id", ""))) as response:
             await _check(response)
             if response.content_type == "text/event-stream":
@@ -127,7 +130,8 @@ async def _stream(
         async for batch in batches:
             if request.native:
                 for delta in deltas.deltas(batch, request.warnings):
-                    yield delta
+                    for part in deltas.split(delta, MAX_OUTPUT_BYTES):
+                        yield part
             else:
                 error = error or deltas.error_in(batch)
                 yield batch
@@ -172,6 +176,6 @@ async def _check(response: asgi.Response) -> None:
         document = body.decode(errors="replace")
     if isinstance(document, dict) and "error" in document:
         raise RefusedError(status, document)
-    phrase = HTTPStatus(status).phrase
+    phrase = http.client.responses.get(status, f"Status {status}")
     message = str(document.get("detail", document) if isinstance(document, dict) else document) or phrase
     raise RefusedError(status, {"error": {"message": message, "type": phrase, "param": None, "code": status}})

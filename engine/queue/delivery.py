@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
-from engine.errors import DeliveryError, JobError, RefusedDeliveryError, RefusedResultError, TooLargeError
+from engine.errors import DeliveryError, JobError, RefusedDeliveryError, RefusedOutputError, TooLargeError
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES
 from engine.json_codec import encode
 from engine.queue.runpod_client import Delivery
@@ -21,8 +20,12 @@ from engine.queue.runpod_client import Delivery
 MAX_RESULT_BYTES = 20_000_000
 # A result is tried for so long, however late the job is: without one, its client waits for nothing.
 LEAST_RESULT_S = 10.0
-# Refusals of a result that may pass: a key that is being replaced, a gateway in the way. Tried for as long, too.
-_DOUBTFUL = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.CONFLICT}
+# Refusals that may pass: a key that is being replaced, a gateway in the way. For a result, a conflict as well: another
+# delivery of the job may be under way. Each is tried again for `LEAST_RESULT_S`.
+_PASSING_REFUSALS = {
+    Delivery.STREAM: {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN},
+    Delivery.RESULT: {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.CONFLICT},
+}
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 5.0
 
@@ -55,7 +58,7 @@ class JobDelivery:
         """Deliver an output of the stream. One that is above the platform's cap comes with the result alone.
 
         Raises:
-            RefusedDeliveryError: the platform does not want it: the job is no longer ours.
+            TooLargeError, RefusedOutputError: the platform does not take it; the job ends with this error.
             DeliveryError: it did not arrive in time.
         """
         encoded = encode(output)
@@ -64,7 +67,11 @@ class JobDelivery:
         if len(body) > MAX_OUTPUT_BYTES:
             _log.warning("Job %s: an output of %d bytes is above the stream's cap", self._job_id, len(body))
             return
-        await self._deliver(Delivery.STREAM, body, self._deadline)
+        try:
+            await self._deliver(Delivery.STREAM, body, self._deadline)
+        except RefusedDeliveryError as refusal:
+            _log.error("Job %s: the platform refused an output (%s)", self._job_id, refusal)
+            raise _refused("output", len(body), refusal) from None
         self.count += 1
 
     async def finish(self, error: JobError | None = None, *, replace_worker: bool = False) -> str:
@@ -86,14 +93,15 @@ class JobDelivery:
             result["stopPod"] = True
         body = encode(result)
         if len(body) > MAX_RESULT_BYTES and not isinstance(error, TooLargeError):
-            return await self.finish(TooLargeError(len(body), MAX_RESULT_BYTES), replace_worker=replace_worker)
+            too_large = TooLargeError("result", len(body), MAX_RESULT_BYTES)
+            return await self.finish(too_large, replace_worker=replace_worker)
         try:
             await self._deliver(Delivery.RESULT, body, max(self._deadline, self._finishing_until))
         except RefusedDeliveryError as refusal:
             _log.error("Job %s: the platform refuses its result (%s)", self._job_id, refusal)
             if error is not None:
                 return "undelivered"
-            return await self.finish(_instead(len(body), refusal), replace_worker=replace_worker)
+            return await self.finish(_refused("result", len(body), refusal), replace_worker=replace_worker)
         except DeliveryError as failure:
             _log.error("Job %s: its result could not be delivered (%s)", self._job_id, failure)
             return "undelivered"
@@ -109,6 +117,7 @@ class JobDelivery:
             await self._deliver_again(kind, body, until, failure)
 
     async def _deliver_again(self, kind: Delivery, body: bytes, until: float, failure: Exception) -> None:
+        refused_until = self._finishing_until or time.monotonic() + LEAST_RESULT_S
         failures = [failure]
 
         async def post() -> None:
@@ -116,24 +125,30 @@ class JobDelivery:
                 raise failures.pop()
             await self._post(kind, self._job_id, body)
 
+        def may_pass(failure: BaseException) -> bool:
+            return self._may_pass(kind, failure) and (
+                isinstance(failure, DeliveryError) or time.monotonic() < refused_until
+            )
+
         pause = wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S)
         attempts = AsyncRetrying(
             stop=lambda _: time.monotonic() >= until,
             wait=lambda state: min(pause(state), max(until - time.monotonic(), 0)),
-            retry=retry_if_exception(partial(self._may_pass, kind)),
+            retry=retry_if_exception(may_pass),
             reraise=True,
         )
         await attempts(post)
 
-    def _may_pass(self, kind: Delivery, failure: BaseException) -> bool:
+    @staticmethod
+    def _may_pass(kind: Delivery, failure: BaseException) -> bool:
         """Whether another try may succeed."""
-        if isinstance(failure, RefusedDeliveryError) and kind is Delivery.RESULT:
-            return failure.status in _DOUBTFUL and time.monotonic() < (self._finishing_until or 0.0)
+        if isinstance(failure, RefusedDeliveryError):
+            return failure.status in _PASSING_REFUSALS[kind]
         return isinstance(failure, DeliveryError)
 
 
-def _instead(size_bytes: int, refusal: RefusedDeliveryError) -> JobError:
-    """What a job ends with whose result was refused."""
+def _refused(what: str, size_bytes: int, refusal: RefusedDeliveryError) -> JobError:
+    """Return the error that a job ends with when its output or result was refused."""
     if refusal.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        return TooLargeError(size_bytes)
-    return RefusedResultError(size_bytes, str(refusal))
+        return TooLargeError(what, size_bytes)
+    return RefusedOutputError(what, size_bytes, str(refusal))

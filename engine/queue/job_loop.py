@@ -27,10 +27,10 @@ from engine.errors import (
     EngineError,
     InternalError,
     JobError,
-    RefusedDeliveryError,
     StoppedError,
     TimedOutError,
     described,
+    error_text,
 )
 from engine.queue.admission import Admission
 from engine.queue.delivery import JobDelivery
@@ -309,8 +309,8 @@ class JobLoop:
             error = held.ended_with if held.ending else await self._outputs(job, held, delivery)
         except asyncio.CancelledError:
             error = held.ended_with or StoppedError("the job was broken off in the worker; try again")
-        except RefusedDeliveryError as refusal:
-            error = InternalError(f"the platform refused an output: {refusal}")
+        except JobError as refused:
+            error = refused
         except DeliveryError as failure:
             error = EngineError(f"an output could not be delivered: {failure}")
         except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)
@@ -363,8 +363,8 @@ class JobLoop:
                 if held.first_output_s is None:
                     held.first_output_s = time.monotonic() - held.begun
                     self._first_output()
-                if isinstance(output, dict) and output.get("error"):
-                    return _ToldError(output["error"])
+                if (text := error_text(output)) is not None:
+                    return _ToldError(text)
                 await delivery.stream(output)
         if held.ending:
             # The handler has kept its cancellation to itself: it has not run to its end, or runs on.
@@ -512,7 +512,8 @@ class _Pace:
         longest_s = _LONGEST_IDLE_WAIT_S
         try:
             yield
-        except BusyError:
+        except BusyError as error:
+            _log.warning("%s: %s; next attempt in %.0f s", failure, error, BUSY_WAIT_S)
             self.wait_s = BUSY_WAIT_S
             return
         except Exception as error:  # noqa: BLE001 (whatever it is, the next call may succeed)

@@ -120,7 +120,7 @@ class Platform:
         try:
             return await self._sdk_job.get_job(self._takes, count) or []
         except self._busy:
-            raise BusyError("the platform asks to wait before the next take") from None
+            raise BusyError("the platform answered with status 429") from None
 
     def let_go(self) -> None:
         """Tell the platform that no job is wanted any more, but hear what it is saying.
@@ -150,7 +150,7 @@ class Platform:
         except TimeoutError:
             return []
         except self._busy:
-            raise BusyError("the platform asks to wait") from None
+            raise BusyError("the platform answered with status 429") from None
 
     async def post(self, kind: Delivery, job_id: str, body: bytes) -> None:
         """Deliver, in one try.

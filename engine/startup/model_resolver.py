@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.config.environment import NOT_GIVEN
 from engine.errors import ConfigurationError
 from engine.startup import model_store
 
@@ -84,10 +85,10 @@ def choose(settings: Settings, flags: Flags) -> Model:
     if named is None:
         path, why, own_names = _unnamed(settings)
     elif model_store.is_dir(named) or not _HUB_ID.fullmatch(named) or flags.value("load_format") not in _FROM_FILES:
-        if named.startswith(("/", "./", "../", "~")) and not model_store.is_dir(named):
-            raise ConfigurationError(f"MODEL_NAME is {named!r}, and there is no such directory{_who_may_not(named)}")
-        path, why = named, "named by MODEL_NAME"
-        there = model_store.held(Path(named))
+        path, why = os.path.expanduser(named), "named by MODEL_NAME"  # noqa: PTH111 (not every name is a path)
+        if named.startswith(("/", "./", "../", "~")) and not model_store.is_dir(path):
+            raise ConfigurationError(f"MODEL_NAME={named!r}: there is no such directory{_who_may_not(path)}")
+        there = model_store.held(Path(path))
         own_names = [there.repository] if there is not None and there.repository else []
     else:
         own_names = [named]
@@ -108,10 +109,10 @@ def choose(settings: Settings, flags: Flags) -> Model:
 def likely(settings: Settings, variables: Mapping[str, Variable]) -> Path | None:
     """Where the model will probably be loaded from, as far as it can be told without asking vLLM's parser."""
     named = variables.get("MODEL_NAME") or variables.get("MODEL")
-    if named is None:
+    if named is None or named.value in NOT_GIVEN:
         return settings.baked_model_dir
     if model_store.is_dir(named.value) or not _HUB_ID.fullmatch(named.value):
-        return Path(named.value)
+        return Path(named.value).expanduser()
     revision = variables.get("MODEL_REVISION") or variables.get("REVISION")
     download_dir = variables.get("DOWNLOAD_DIR")
     found = _found(

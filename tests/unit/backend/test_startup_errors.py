@@ -87,6 +87,16 @@ def test_what_the_hub_refuses_is_known_by_its_class_and_is_about_the_repository_
     assert startup_errors.explain(RuntimeError("see above") if noted else outer, text, "/a/model", flags) == said
 
 
+@pytest.mark.parametrize("name", ["TOKENIZER", "TOKENIZER_NAME", "--tokenizer"])
+def test_a_revision_of_the_tokenizer_is_named_however_the_tokenizer_was_given(name: str) -> None:
+    flags = object.__new__(Flags)
+    flags.given = {"tokenizer": Given(name, "environment", "", (), "org/none")}
+
+    said = startup_errors.explain(hub_error("RevisionNotFoundError", NOT_FOUND), "", "/a/model", flags)
+
+    assert said == "org/none has no such revision: check TOKENIZER_REVISION"
+
+
 def test_where_the_hub_cannot_be_reached_what_was_asked_for_is_what_a_flag_names(tmp_path: Path) -> None:
     flags = object.__new__(Flags)
     flags.given = {"tokenizer": Given("TOKENIZER_NAME", "environment", "", (), "org/none")}

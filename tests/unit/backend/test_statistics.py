@@ -8,6 +8,7 @@ import pytest
 
 from engine.backend import compat
 from engine.backend.statistics import FINISHED_KEPT, Statistics
+from engine.backend.vllm_engine import Server
 from engine.queue.admission import Admission
 
 CACHE_TOKENS = 4096
@@ -87,3 +88,18 @@ def test_ends_that_nobody_asks_for_do_not_gather() -> None:
         statistics.finish(str(number), 1, 1)
 
     assert len(statistics.finished) == FINISHED_KEPT
+
+
+def test_the_tokens_of_a_job_are_those_of_its_own_requests() -> None:
+    """Not those of a job whose id begins, or ends, like its own."""
+    engine = object.__new__(Server)  # Its constructor would load the engine.
+    engine.statistics = Statistics()
+    for tokens, request_id in enumerate(
+        ["chatcmpl-job-1-0a1b2c3d", "cmpl-job-1-0-0a1b2c3d", "cmpl-job-1-1-0a1b2c3d", "cmpl-job-11-0-0a1b2c3d",
+         "chatcmpl-ajob-1-0a1b2c3d", "job-1"]
+    ):  # fmt: skip
+        engine.statistics.finish(request_id, 10, tokens)
+
+    assert engine.pop_token_counts("job-1") == (40, 0 + 1 + 2 + 5)
+    assert engine.pop_token_counts("job-1") is None
+    assert engine.pop_token_counts("job-11") == (10, 3)

@@ -21,7 +21,11 @@ def image(tmp_path: Path) -> dict[str, str]:
     return {"BAKED_SETTINGS_FILE": str(file)}
 
 
-@pytest.mark.parametrize("own", [{}, {"MODEL_NAME": ""}, {"MODEL_NAME": "org/model"}, {"model_name": "org/Model"}])
+@pytest.mark.parametrize(
+    "own",
+    [{}, *({"MODEL_NAME": name} for name in ("", "None", "null", "org/model")), {"model_name": "org/Model"}],
+    ids=str,
+)
 def test_what_the_image_was_built_with_is_used_for_its_model(image: dict[str, str], own: dict[str, str]) -> None:
     given = environment.read({**image, **own, "DTYPE": "half"})
 
@@ -63,8 +67,67 @@ def test_the_token_has_an_older_name_as_for_the_hubs_client(own: dict[str, str],
 
 
 @pytest.mark.parametrize("text", ["[1]", "{"])
-def test_a_file_that_is_no_object_is_told(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_an_object_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.json").write_text(text)
 
-    with pytest.raises(ConfigurationError, match="is not a JSON"):
+    with pytest.raises(ConfigurationError, match=r"is not a JSON object|cannot be read as JSON"):
         environment.read({"BAKED_SETTINGS_FILE": str(tmp_path / "settings.json")})
+
+
+def test_a_file_that_is_named_and_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"BAKED_SETTINGS_FILE='.*/none.json' cannot be read"):
+        environment.read({"BAKED_SETTINGS_FILE": str(tmp_path / "none.json")})
+
+
+@pytest.mark.parametrize("value", ["", "None", "null", " "])
+def test_no_file_need_be_named(value: str) -> None:
+    assert environment.read({"BAKED_SETTINGS_FILE": value, "DTYPE": "half"})["DTYPE"].value == "half"
+
+
+@pytest.mark.parametrize(
+    ("baked", "own", "effective"),
+    [
+        ({}, {"JOB_TIMEOUT_S": "5"}, "5"),
+        ({}, {"JOB_TIMEOUT_S": "5", "DELIVERY_TIMEOUT_S": "6"}, "6"),
+        ({"DELIVERY_TIMEOUT_S": 7}, {"JOB_TIMEOUT_S": "5"}, "5"),
+        ({"JOB_TIMEOUT_S": 7}, {"DELIVERY_TIMEOUT_S": "6"}, "6"),
+        ({"JOB_TIMEOUT_S": 7}, {}, "7"),
+    ],
+    ids=str,
+)
+def test_a_setting_still_has_its_former_name_where_that_is_given(
+    baked: dict[str, int], own: dict[str, str], effective: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(baked))
+
+    given = environment.read({"BAKED_SETTINGS_FILE": str(tmp_path / "settings.json"), **own})
+
+    assert given["DELIVERY_TIMEOUT_S"].value == effective
+    assert "JOB_TIMEOUT_S" not in given
+    assert "is a former name: use DELIVERY_TIMEOUT_S" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("own", "token"),
+    [
+        ({"HF_TOKEN": "None"}, None),
+        ({"HF_TOKEN": "null", "HUGGING_FACE_HUB_TOKEN": "old"}, None),
+        ({"HUGGING_FACE_HUB_TOKEN": "None"}, None),
+        ({"HUGGING_FACE_HUB_TOKEN": "old"}, "old"),
+        ({"HF_TOKEN": "new"}, "new"),
+    ],
+    ids=str,
+)
+def test_the_hubs_client_finds_the_token_that_is_given_and_no_other(
+    own: dict[str, str], token: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import get_token
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+
+    environment.export_token(environment.read())
+
+    assert get_token() == token

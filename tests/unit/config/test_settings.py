@@ -56,7 +56,9 @@ def test_settings_of_the_image_that_are_no_json_object_stop_the_start(
     baked.write_text(text)
     monkeypatch.setenv("BAKED_SETTINGS_FILE", str(baked))
 
-    with pytest.raises(ConfigurationError, match=r"settings\.json is not a JSON"):
+    with pytest.raises(
+        ConfigurationError, match=r"settings\.json' cannot be read as JSON|settings\.json is not a JSON object"
+    ):
         Settings.read()
 
 
@@ -64,7 +66,7 @@ def test_settings_of_the_image_that_are_no_json_object_stop_the_start(
     ("name", "value", "allowed"),
     [
         ("DRAIN_TIMEOUT_S", "soon", "a number from 0"),
-        ("JOB_TIMEOUT_S", "0", "a number above 0"),
+        ("DELIVERY_TIMEOUT_S", "0", "a number above 0"),
         ("LOG_JOB_INPUTS", "perhaps", "`true` or `false`"),
         ("MAX_CONCURRENCY", "many", "a whole number above 0 or `auto`"),
         ("BATCH_INTERVAL_MS", "-1", "a whole number from 0 to 10000"),

@@ -8,6 +8,8 @@ import pytest
 
 from engine.errors import RefusedError
 from engine.jobs import deltas
+from engine.jobs.event_batcher import MAX_OUTPUT_BYTES
+from engine.json_codec import encode
 from tests.scripted import chat_chunks, sse
 
 
@@ -133,3 +135,48 @@ def test_an_error_event_ends_the_job_with_the_engines_own_error() -> None:
 
 def test_comments_that_keep_a_connection_alive_are_no_events() -> None:
     assert list(deltas.events(": keep-alive\n\ndata: [DONE]\n\n")) == []
+
+
+def test_a_response_that_failed_without_a_reason_has_an_error_that_says_so() -> None:
+    failed = deltas.error_in('event: response.failed\ndata: {"type": "response.failed", "response": {}}\n\n')
+
+    assert failed is not None
+    assert failed.document()["error"]["message"] == "vLLM reported that the response failed, without a reason"
+
+
+LARGE: dict[str, Any] = {
+    "text": {"text": "漢\x1f" * 400_000},
+    "reasoning": {"reasoning": "x" * 2_500_000, "text": "y"},
+    "log-probabilities": {
+        "text": "a" * 3000,
+        "logprobs": {"content": [{"token": "a", "bytes": [97] * 300}] * 3000, "refusal": None},
+        "token_ids": list(range(3000)),
+    },
+    "tool calls": {"tool_calls": [{"index": 1, "id": "c", "function": {"name": "f", "arguments": "z" * 1_500_000}}]},
+}
+
+
+@pytest.mark.parametrize("large", LARGE.values(), ids=LARGE)
+def test_a_delta_above_the_cap_comes_in_pieces_that_joined_are_the_delta(large: dict[str, Any]) -> None:
+    delta: Any = {"index": 2, "text": "", "finish_reason": "stop", "stop_reason": "x", "usage": {"t": 1}, **large}
+
+    parts: list[Any] = list(deltas.split(delta, MAX_OUTPUT_BYTES))
+
+    assert len(parts) > 1
+    assert all(len(encode({"output": part})) <= MAX_OUTPUT_BYTES for part in parts)
+    assert "".join(part["text"] for part in parts) == delta["text"]
+    assert "".join(part.get("reasoning", "") for part in parts) == delta.get("reasoning", "")
+    assert [token for part in parts for token in part.get("token_ids", [])] == delta.get("token_ids", [])
+    logprobs = [one for part in parts if "logprobs" in part for one in part["logprobs"]["content"] or []]
+    assert logprobs == delta.get("logprobs", {}).get("content", [])
+    calls = [call for part in parts for call in part.get("tool_calls", [])]
+    assert "".join(call["function"]["arguments"] for call in calls) == "z" * (1_500_000 if calls else 0)
+    assert [call["index"] for call in calls] == [1] * len(calls)
+    assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["stop"]
+    assert [part for part in parts if "usage" in part or "stop_reason" in part] == parts[-1:]
+
+
+def test_what_cannot_be_cut_stays_as_it_is() -> None:
+    delta: Any = {"index": 0, "text": "", "finish_reason": None, "logprobs": {"content": [{"token": "x" * 2_000_000}]}}
+
+    assert list(deltas.split(delta, MAX_OUTPUT_BYTES)) == [delta]

@@ -16,6 +16,7 @@ from tests.scripted import ScriptedApp, chat_chunks, sse
 pytestmark = pytest.mark.anyio
 CHAT = {"openai_route": "/v1/chat/completions", "openai_input": {"messages": [], "stream": True}}
 NATIVE = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+IGNORED = "batch_size: ignored, as BATCH_INTERVAL_MS of the worker sets the size of batches"
 REFUSAL = {"error": {"message": "漢: no such model", "type": "NotFoundError", "param": "model", "code": 404}}
 
 
@@ -84,6 +85,19 @@ async def test_a_refusal_keeps_its_status_type_code_and_message() -> None:
     app = ScriptedApp(body=[json.dumps(REFUSAL).encode()], status=404)
 
     assert error_of(await outputs_of(app, CHAT)) == {**REFUSAL, "status": 404, "retryable": False}
+
+
+async def test_a_status_without_a_name_is_passed_on() -> None:
+    document = error_of(await outputs_of(ScriptedApp(body=[b""], status=499), CHAT))
+
+    assert (document["status"], document["error"]["type"]) == (499, "Status 499")
+
+
+async def test_an_answer_with_an_error_in_it_is_an_answer() -> None:
+    """VLLM's responses have the field, and so may documents of other routes."""
+    answer = {"object": "response", "status": "incomplete", "error": {"code": "x", "message": "cut"}}
+
+    assert await outputs_of(ScriptedApp(body=[json.dumps(answer).encode()]), CHAT) == [answer]
 
 
 @pytest.mark.parametrize("body", [b"Bad gateway", b"[]", b'"x"', b"", b'{"detail":"No"}', b"{}"])
@@ -276,7 +290,27 @@ async def test_what_was_ignored_of_a_top_level_job_stands_in_its_answer() -> Non
 
     (answer,) = await outputs_of(app, {"prompt": "x", "batch_size": 5})
 
-    assert answer == {"choices": [], "warnings": ["batch_size: ignored, as the worker sets the size of batches"]}
+    assert answer == {"choices": [], "warnings": [IGNORED]}
+
+
+@pytest.mark.parametrize("value", [{"prompt": "x"}, {"openai_input": {"messages": []}}], ids=["native", "openai"])
+async def test_what_was_ignored_of_any_job_is_logged_with_its_id(
+    value: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    await outputs_of(ScriptedApp(), {**value, "batch_size": 5})
+
+    assert caplog.messages == [f"Job job-1: {IGNORED}"]
+
+
+async def test_an_event_above_the_cap_of_a_top_level_stream_comes_in_pieces() -> None:
+    text = "x" * 2_500_000
+    app = ScriptedApp(body=chat_chunks(text), content_type="text/event-stream")
+
+    outputs = await outputs_of(app, NATIVE)
+
+    assert len(outputs) > 2
+    assert max(len(json.dumps({"output": output})) for output in outputs) <= 1_000_000
+    assert "".join(output["text"] for output in outputs) == text
 
 
 async def test_a_route_that_vllm_does_not_have_is_not_found() -> None:

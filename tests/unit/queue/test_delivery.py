@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.errors import DeliveryError, EngineError, RefusedDeliveryError
+from engine.errors import DeliveryError, EngineError, RefusedDeliveryError, RefusedOutputError, TooLargeError
 from engine.json_codec import encode
 from engine.queue import delivery
 from engine.queue.delivery import JobDelivery
@@ -96,12 +96,31 @@ def test_all_deliveries_of_a_job_share_its_time_and_its_result_has_ten_seconds_a
         assert runner.run(tried()) == pytest.approx(70, abs=0.1)
 
 
-async def test_an_output_that_is_refused_is_not_tried_again() -> None:
-    post = Post(RefusedDeliveryError("status 400"))
+@pytest.mark.parametrize(
+    ("status", "error", "document_status"),
+    [(None, RefusedOutputError, 500), (400, RefusedOutputError, 500), (409, RefusedOutputError, 500),
+     (413, TooLargeError, 413)],
+)  # fmt: skip
+async def test_an_output_that_is_refused_ends_the_job_with_an_error_that_says_why(
+    status: int | None, error: type[RefusedOutputError | TooLargeError], document_status: int
+) -> None:
+    post = Post(RefusedDeliveryError(f"status {status}", status))
 
-    with pytest.raises(RefusedDeliveryError):
+    with pytest.raises(error, match=r"the (platform refused the )?output.* has? 14 bytes|which has 14 bytes") as raised:
         await JobDelivery(post, "job", NEVER).stream("a")
+
     assert len(post.tried) == 1
+    assert raised.value.document()["status"] == document_status
+    assert raised.value.document()["retryable"] is False
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_an_output_that_is_refused_for_a_reason_that_may_pass_is_tried_again(status: int) -> None:
+    post = Post(*[RefusedDeliveryError("no", status)] * 3)
+
+    await JobDelivery(post, "job", NEVER).stream("a")
+
+    assert post.arrived == [(Delivery.STREAM, {"output": "a"})]
 
 
 async def test_an_output_above_the_cap_comes_with_the_result_alone() -> None:
@@ -186,17 +205,12 @@ async def test_a_result_that_is_refused_for_a_reason_that_may_pass_is_tried_agai
     assert post.arrived == [(Delivery.RESULT, {"output": []})]
 
 
-@pytest.mark.parametrize(("kind", "status"), [(Delivery.STREAM, 403), (Delivery.RESULT, 400)])
-async def test_any_other_refusal_is_final(kind: Delivery, status: int) -> None:
-    post = Post(RefusedDeliveryError("no", status))
-    job = JobDelivery(post, "job", NEVER)
+async def test_any_other_refusal_of_a_result_is_final() -> None:
+    post = Post(RefusedDeliveryError("no", 400))
 
-    if kind is Delivery.STREAM:
-        with pytest.raises(RefusedDeliveryError):
-            await job.stream("a")
-    else:
-        assert await job.finish() == "failed"
-    assert [tried for tried, _ in post.tried].count(kind) == (1 if kind is Delivery.STREAM else 2)
+    assert await JobDelivery(post, "job", NEVER).finish() == "failed"
+
+    assert [kind for kind, _ in post.tried] == [Delivery.RESULT] * 2
 
 
 def test_a_result_that_stays_refused_is_given_up_though_the_job_has_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,7 +273,7 @@ async def test_a_take_that_fails_is_told_without_its_url(error: Exception, caplo
     assert isinstance(error, aiohttp.InvalidURL) or "502" in caplog.text or "nothing came" in caplog.text
 
 
-def test_a_busy_platform_is_left_alone_for_as_long_as_it_asks() -> None:
+def test_a_platform_that_limits_requests_is_asked_again_after_five_seconds(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()
     bench.queue.errors = [BusyError("wait")]
 
@@ -287,6 +287,16 @@ def test_a_busy_platform_is_left_alone_for_as_long_as_it_asks() -> None:
 
     with virtual_time.runner() as runner:
         runner.run(leave_alone())
+    assert "Jobs could not be taken: wait; next attempt in 5 s" in caplog.messages
+
+
+async def test_an_answer_with_an_error_in_it_is_an_output_and_the_job_is_completed() -> None:
+    bench = Bench()
+    answer = {"object": "response", "error": {"message": "cut"}}
+    async with running(bench):
+        bench.submit("1", words=[answer, {"error": {"message": "no text"}}])
+
+        assert await bench.queue.result("1") == {"output": [answer, {"error": {"message": "no text"}}]}
 
 
 def test_a_job_that_is_offered_again_and_again_while_it_runs_is_not_asked_for_without_a_pause() -> None:
@@ -516,7 +526,7 @@ async def test_a_refused_output_ends_the_work_and_the_job() -> None:
     async with running(bench):
         bench.submit("1", waits=True)
 
-        assert "refused an output" in error_of(await bench.queue.result("1"))["error"]["message"]
+        assert "refused the output" in error_of(await bench.queue.result("1"))["error"]["message"]
         assert bench.work.closed == ["1"]
 
 

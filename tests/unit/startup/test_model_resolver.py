@@ -155,6 +155,16 @@ def test_a_named_directory_is_served_as_it_is_and_has_to_be_there(machine: Machi
         machine.choose("/nowhere/model")
 
 
+def test_a_tilde_is_the_users_directory(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = machine.home / "a-model"
+    directory.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(machine.home))
+
+    assert machine.choose("~/a-model").path == str(directory)
+    with pytest.raises(ConfigurationError, match=r"MODEL_NAME='~/none': there is no such directory"):
+        machine.choose("~/none")
+
+
 def test_a_named_directory_with_a_manifest_answers_to_its_hub_id_too(machine: Machine) -> None:
     path = machine.whole(machine.image)
 
