@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
     from engine.config.environment import Variable
-    from engine.config.settings import Settings
+    from engine.queue.protocol import JobQueue
 
 TEST_INPUT = Path(__file__).with_name("test_input.json")
 
@@ -34,7 +34,7 @@ async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
     """Run one job of the queue on the worker's engine and yield its outputs, as any RunPod-style SDK expects.
 
     Args:
-        job: `{"id": ..., "input": {...}}`; `engine.jobs.inputs` says what an input may be.
+        job: `{"id": ..., "input": {...}}`; `engine.jobs.inputs` has the accepted inputs.
 
     Yields:
         What `engine.jobs.pipeline.run` yields: text, dicts or one JSON value; `{"error": ...}` last if the job failed.
@@ -42,8 +42,8 @@ async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
     from engine import worker
     from engine.jobs import pipeline
 
-    outputs = pipeline.run(job, worker.server())
-    async with pipeline.closing_with_consumer(outputs):
+    outputs = pipeline.run(job, worker.current().engine)
+    async with pipeline.aclosing_on_task_exit(outputs):
         async for output in outputs:
             yield output
 
@@ -79,12 +79,12 @@ def main() -> int:
     from engine.errors import ConfigurationError
     from engine.startup import amx
 
-    cold_start.WORKER.ended("interpreter")
+    cold_start.WORKER.mark("interpreter")
     amx.ask()
     try:
         _set_logging()
-        given = environment.read()
-        settings = Settings.read(given)
+        variables = environment.read()
+        settings = Settings.read(variables)
         if arguments.rp_serve_api:
             from emulator import cli
 
@@ -97,52 +97,51 @@ def main() -> int:
             signal.signal(number, lambda *_: sys.exit(0))
         if polling:
             sys.argv[1:] = rest
-            return _poll(given, settings)
+            return _poll(variables)
         if rest:
             parser.error(f"unknown: {' '.join(rest)}")
         if arguments.print_config:
-            return _print_configuration(given)
-        return _answer(given, arguments.test_input)
+            return _print_configuration(variables)
+        return _answer(variables, arguments.test_input)
     except ConfigurationError as error:
         sys.stderr.write(f"The worker cannot start: {error}\n")
         return 1
     finally:
-        worker.stop()
+        worker.shutdown()
 
 
-def _print_configuration(given: Mapping[str, Variable]) -> int:
+def _print_configuration(variables: Mapping[str, Variable]) -> int:
     """Print what the worker would start with, and whether vLLM takes it."""
-    from engine.startup.configuration import Configuration
+    from engine.startup import configure
 
-    configuration = Configuration.read(given)
+    configuration = configure.read(variables)
     for line in configuration.lines():
         sys.stdout.write(line + "\n")
-    configuration.check_with_model()
+    configure.check_with_model(configuration)
     return 0
 
 
-def _answer(given: Mapping[str, Variable], test_input: str | None) -> int:
+def _answer(variables: Mapping[str, Variable], test_input: str | None) -> int:
     """Answer one job and print what it gives."""
     from engine import local, worker
 
     job = local.read_job(TEST_INPUT.read_text(encoding="utf-8") if test_input is None else test_input)
-    return asyncio.run(local.answer(job, handler, worker.server(given)))
+    return asyncio.run(local.answer(job, handler, worker.current(variables).engine))
 
 
-def _poll(given: Mapping[str, Variable], settings: Settings) -> int:
+def _poll(variables: Mapping[str, Variable]) -> int:
     """Take jobs from the platform's queue until told to stop."""
     from engine import worker
     from engine.queue import runpod_client
     from engine.startup import fitness
 
     with fitness.Checks() as checks:
-        server = worker.server(given, checks)
-    limit = server.max_num_seqs if settings.max_concurrency == "auto" else settings.max_concurrency
+        serving = worker.current(variables, checks)
 
-    async def run(queue: runpod_client.Platform) -> int:
-        return await worker.serve(queue, handler, server, settings, limit)
+    async def run(queue: JobQueue) -> int:
+        return await serving.serve(queue, handler)
 
-    return runpod_client.serve(handler, run, limit, server.failure)
+    return runpod_client.serve(handler, run, serving.max_concurrency, serving.engine.failure)
 
 
 def _set_logging() -> None:
@@ -182,5 +181,5 @@ elif __name__ == "__mp_main__":  # a child that was spawned by vLLM
     from engine.startup import amx
 
     amx.ask()
-    child_processes.end_with_parent()
-    startup_logs.take()
+    child_processes.set_parent_death_signal()
+    startup_logs.install()

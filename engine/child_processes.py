@@ -1,8 +1,8 @@
-"""Children end with the worker, however it ends: one that is killed cannot tell them any more.
+"""Ends child processes with the worker, also when it is killed and cannot end them itself.
 
-vLLM's engine core and its workers, and the SDK's ping, are children of the worker. Left to themselves they outlive a
-worker that gets SIGKILL: the engine keeps its memory, and the ping goes on telling the platform that all is well.
-Linux ends them itself once they have asked for it (prctl(2), `PR_SET_PDEATHSIG`); elsewhere this does nothing.
+vLLM's engine core and its workers, and the SDK's ping, are children of the worker. After a SIGKILL they would go on:
+the engine would keep its memory, and the ping would report to the platform that all is well. Linux kills them when
+their parent ends if they request it (prctl(2), `PR_SET_PDEATHSIG`); elsewhere this does nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
-    """Let this process be killed when its parent ends.
+def set_parent_death_signal() -> None:
+    """Let Linux kill this process when its parent ends.
 
-    Strictly it is the parent's *thread* that counts: children have to be started from one that lasts.
+    The parent's *thread* counts: start children from a thread that lasts as long as the process.
     """
     if sys.platform == "linux":
         import ctypes
@@ -25,9 +25,9 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def end_with_this_process() -> None:
-    """Let every process that is forked from now on end with the one that forked it.
+def kill_children_on_exit() -> None:
+    """Let every process that is forked from now on end with its parent.
 
-    One that starts another program, by `spawn` or as a command, has to ask for itself, by `end_with_parent`.
+    A process that executes another program, by `spawn` or as a command, must call `set_parent_death_signal` itself.
     """
-    os.register_at_fork(after_in_child=end_with_parent)
+    os.register_at_fork(after_in_child=set_parent_death_signal)

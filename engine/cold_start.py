@@ -31,7 +31,7 @@ _NOTED = (
     (re.compile(r"Loading weights took ([\d.]+) s"), "weights"),
     (re.compile(r"init engine \(.*\) took ([\d.]+) s"), "warm_up"),
 )
-LAST = "first_output"
+FINAL_PHASE = "first_output"
 
 _log = logging.getLogger(__name__)
 
@@ -47,16 +47,16 @@ class ColdStart:
         self._last = self._begun = time.monotonic() - _age_s() if begun is None else begun
         self._phases: dict[str, float] = {}
 
-    def ended(self, phase: str) -> None:
+    def mark(self, phase: str) -> None:
         """A phase has ended: all that has passed since the last one belongs to it. Told twice, it counts once."""
-        if phase not in self._phases and LAST not in self._phases:
+        if phase not in self._phases and FINAL_PHASE not in self._phases:
             now = time.monotonic()
             self._phases[phase] = now - self._last
             self._last = now
 
-    def engine_started(self, lines: str) -> None:
+    def split_engine_phase(self, lines: str) -> None:
         """The engine runs; what its processes logged meanwhile tells which part of its phase was another one."""
-        self.ended("engine")
+        self.mark("engine")
         for pattern, phase in _NOTED:
             # Workers load at the same time: the slowest of them is what is waited for.
             seconds = max(map(float, pattern.findall(lines)), default=0.0)

@@ -28,7 +28,7 @@ def file() -> Path:
     return Path(tempfile.gettempdir()) / f"vllm-serverless-{os.getuid()}" / f"{worker}.alive"
 
 
-async def beat(failure: Callable[[], str | None]) -> None:
+async def heartbeat(failure: Callable[[], str | None]) -> None:
     """Say that all is well for as long as nothing is wrong for good.
 
     Where the file cannot be written, a line of the log says so, and the worker works on: nobody may be watching.

@@ -12,7 +12,7 @@ from engine.errors import ConfigurationError, error_text
 from engine.jobs import deltas
 
 if TYPE_CHECKING:
-    from engine.backend.vllm_engine import Server
+    from engine.backend.vllm_engine import VLLMEngine
 
 Handler = Callable[[dict[str, Any]], AsyncGenerator[Any, None]]
 
@@ -32,15 +32,15 @@ def read_job(text: str) -> dict[str, Any]:
     return {"id": "local", **job}
 
 
-async def answer(job: dict[str, Any], handler: Handler, server: Server) -> int:
+async def answer(job: dict[str, Any], handler: Handler, engine: VLLMEngine) -> int:
     """Run the job and print its text as it comes, then the job as `/status` would give it, then its figures.
 
     Returns:
         The exit status: 0 if the job completed, 1 if it failed.
     """
-    await server.app()
+    await engine.app()
     outputs: list[Any] = []
-    tokens = server.statistics.generation_tokens
+    tokens = engine.statistics.generation_tokens
     begun = time.monotonic()
     first_s: float | None = None
     async for output in handler(job):
@@ -48,7 +48,7 @@ async def answer(job: dict[str, Any], handler: Handler, server: Server) -> int:
         outputs.append(output)
         _print(_text(output))
     duration_s = time.monotonic() - begun
-    tokens = server.statistics.generation_tokens - tokens
+    tokens = engine.statistics.generation_tokens - tokens
 
     error = error_text(outputs[-1]) if outputs else None
     status: dict[str, Any] = {"id": job["id"], "status": "COMPLETED" if error is None else "FAILED"}

@@ -1,4 +1,4 @@
-"""The worker's one engine: loaded once, shared by all jobs, ended with the process; and the loop around it."""
+"""The life of the worker: `Worker.start` loads the engine, `serve` runs jobs, `shutdown` ends the engine."""
 
 from __future__ import annotations
 
@@ -9,94 +9,186 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from engine import child_processes, cold_start, health
-from engine.backend import startup_errors, startup_logs, vllm_args
 from engine.config import environment
 from engine.config.settings import Settings
 from engine.errors import ConfigurationError
 from engine.queue.admission import Admission
-from engine.startup import compile_cache, model_resolver, weight_prefetch
-from engine.startup.configuration import Configuration
+from engine.startup import compile_cache, configure, model_resolver, weight_prefetch
 
 if TYPE_CHECKING:
-    from engine.backend.vllm_engine import Server
+    from engine.backend.configuration import Configuration
+    from engine.backend.vllm_engine import VLLMEngine
     from engine.config.environment import Variable
-    from engine.queue.job_loop import Handler, Platform
+    from engine.queue.job_loop import Handler
+    from engine.queue.protocol import JobQueue
     from engine.startup.fitness import Checks
 
-# vLLM prepares long requests in a thread. While it and the loop are both busy, each waits so long for the other to let
-# go of the interpreter, several times a request; Python's own is 5 ms.
+# vLLM tokenizes long requests in a thread. While it and the event loop are both busy, each waits this long for the GIL,
+# several times a request; Python's default is 5 ms.
 SWITCH_INTERVAL_S = 0.001
-# Garbage is looked for when so many more objects have been made than are gone (Python's own: 700), and in what has been
-# looked at before each twentieth time: 64 streams hold 20,000 objects that are no garbage.
-GARBAGE_THRESHOLDS = (20_000, 20, 20)
+# gc.set_threshold: collect generation 0 after 20,000 net allocations (default 700), older ones every 20th time. 64
+# streams keep about 20,000 live objects.
+GC_THRESHOLDS = (20_000, 20, 20)
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
-_server: Server | None = None
 
 
-def server(given: Mapping[str, Variable] | None = None, checks: Checks | None = None) -> Server:
-    """The worker's engine; loaded by the first call, which takes as long as the model needs.
+class Worker:
+    """One engine and the jobs that run on it.
 
     Args:
-        given: the variables that say what to load; this process's, without them.
-        checks: of the machine, which has to pass them first.
+        engine: loaded.
+        settings: the worker's own.
+    """
+
+    def __init__(self, engine: VLLMEngine, settings: Settings) -> None:
+        self.engine = engine
+        self._settings = settings
+
+    @classmethod
+    def start(cls, variables: Mapping[str, Variable] | None = None, checks: Checks | None = None) -> Self:
+        """Load the engine, which takes as long as the model needs.
+
+        Args:
+            variables: that configure the worker; those of this process by default.
+            checks: of the machine, which must pass before the engine is loaded.
+
+        Raises:
+            ConfigurationError: the settings, the machine or the model do not let the worker start.
+        """
+        timer = cold_start.WORKER
+        child_processes.kill_children_on_exit()
+        variables = environment.read() if variables is None else variables
+        settings = Settings.read(variables)
+        environment.export_token(variables)
+        compile_cache.configure(settings.network_volume)
+        if (directory := model_resolver.guess_model_dir(settings, variables)) is not None:
+            weight_prefetch.start(directory)
+        with _gc_paused_then_frozen():
+            from engine.backend import vllm_engine
+
+            vllm_engine.import_engine()
+        timer.mark("imports")
+        configuration = configure.read(variables)
+        timer.mark("configuration")
+        if checks is not None:
+            checks.wait()
+            timer.mark("fitness")
+        _download(configuration)
+        timer.mark("model_files")
+        _log.info("Loading the engine")
+        engine = _load_engine(configuration)
+        _log.info("Engine ready after %.1f s, serving %s", timer.total_s, ", ".join(configuration.model.names))
+        return cls(engine, settings)
+
+    @property
+    def max_concurrency(self) -> int:
+        """Maximum number of jobs at once."""
+        limit = self._settings.max_concurrency
+        return self.engine.max_num_seqs if limit == "auto" else limit
+
+    async def serve(self, queue: JobQueue, handler: Handler) -> int:
+        """Take jobs and run them until SIGTERM or SIGINT, or until the engine fails; a second signal ends at once.
+
+        Args:
+            queue: where jobs come from.
+            handler: an async generator of a job's outputs.
+
+        Returns:
+            The exit status: 0 if the worker was asked to stop, 1 if the engine has failed.
+        """
+        from engine.queue.job_loop import JobLoop, Timeouts
+
+        engine, settings = self.engine, self._settings
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.set_threshold(*GC_THRESHOLDS)
+        jobs = JobLoop(
+            queue,
+            handler,
+            Admission(engine.statistics, self.max_concurrency, engine.cache_tokens, engine.max_model_len),
+            load_changed=engine.statistics.changed,
+            failure=engine.failure,
+            timeouts=Timeouts(settings.drain_timeout_s, settings.delivery_timeout_s, settings.execution_timeout_s),
+            pop_token_counts=engine.pop_token_counts,
+            log_inputs=settings.log_job_inputs,
+            cold_start=cold_start.WORKER,
+        )
+        cold_start.WORKER.mark("sdk")
+        _stop_on_signals(jobs.stop, settings.drain_timeout_s)
+        await engine.app()
+        cold_start.WORKER.mark("app")
+        cold_start.WORKER.log("Cold start")
+        jobs.supervise(health.heartbeat(engine.failure), "heartbeat")
+        return await jobs.run()
+
+    def shutdown(self) -> None:
+        """End the engine and its processes."""
+        self.engine.shutdown()
+
+
+_lock = threading.Lock()
+_current: Worker | None = None
+
+
+def current(variables: Mapping[str, Variable] | None = None, checks: Checks | None = None) -> Worker:
+    """Return this process's worker; the first call starts it (`Worker.start`)."""
+    global _current  # noqa: PLW0603 (a handler is a plain function: its worker must be found from the module)
+    with _lock:
+        if _current is None:
+            _current = Worker.start(variables, checks)
+        return _current
+
+
+def shutdown() -> None:
+    """End this process's worker, if it was started."""
+    global _current  # noqa: PLW0603
+    with _lock:
+        if _current is not None:
+            _current.shutdown()
+            _current = None
+
+
+def _download(configuration: Configuration) -> None:
+    """Download what is missing of the model and its adapters; after that, the hub is not asked again if possible."""
+    from engine.backend import vllm_args
+
+    model_resolver.download(configuration.model)
+    vllm_args.download_adapters(configuration.flags, configuration.args, configuration.model)
+    model_resolver.enable_offline_mode(configuration.model, configuration.flags)
+
+
+def _load_engine(configuration: Configuration) -> VLLMEngine:
+    """Load the engine, and import meanwhile what is needed after it.
 
     Raises:
-        ConfigurationError: the settings, the machine or the model do not let it start.
+        ConfigurationError: it does not start; the message is the reason, from whichever process knows it.
     """
-    global _server  # noqa: PLW0603 (one worker, one engine: this is where it is)
-    with _lock:
-        if _server is None:
-            start = cold_start.WORKER
-            child_processes.end_with_this_process()
-            given = environment.read() if given is None else given
-            settings = Settings.read(given)
-            environment.export_token(given)
-            compile_cache.choose(settings.network_volume)
-            if (directory := model_resolver.likely(settings, given)) is not None:
-                weight_prefetch.begin(directory)
-            with _no_garbage():
-                from engine.backend import vllm_engine
+    from engine.backend import startup_errors, startup_logs, vllm_engine
 
-                vllm_engine.import_engine()
-            start.ended("imports")
-            configuration = Configuration.read(given)
-            start.ended("configuration")
-            if checks is not None:
-                checks.wait()
-                start.ended("fitness")
-            model = configuration.model
-            model.download()
-            vllm_args.download_adapters(configuration.flags, configuration.args, model)
-            model_resolver.stay_offline(model, configuration.flags)
-            start.ended("model_files")
-            _log.info("Loading the engine")
-            with startup_logs.taken() as noted, _importing_meanwhile(settings):
-                try:
-                    _server = vllm_engine.Server(configuration)
-                except ConfigurationError:
-                    raise
-                except Exception as error:
-                    _log.debug("The engine does not start", exc_info=error)
-                    told = startup_errors.explain(error, noted.errors, model.path, configuration.flags)
-                    raise ConfigurationError(told) from error
-                start.engine_started(noted.lines)
-                compile_cache.tell(noted.lines)
-            _log.info("Engine ready after %.1f s, serving %s", start.total_s, ", ".join(model.names))
-        return _server
+    with startup_logs.captured() as logs, _import_app_in_background(configuration.settings):
+        try:
+            engine = vllm_engine.VLLMEngine(configuration)
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            _log.debug("The engine does not start", exc_info=error)
+            reason = startup_errors.explain(error, logs.errors, configuration.model.path, configuration.flags)
+            raise ConfigurationError(reason) from error
+        cold_start.WORKER.split_engine_phase(logs.lines)
+        compile_cache.log_usage(logs.lines)
+    return engine
 
 
 @contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Imports make hardly any garbage, and looking for it takes a fifth of their time.
+def _gc_paused_then_frozen() -> Iterator[None]:
+    """Pause the garbage collector during imports, where it takes a fifth of the time and finds hardly anything.
 
-    What they have made is not looked at again, and so stays shared with the processes that are forked.
+    What was imported is frozen: it is not scanned again, and so stays shared with forked processes.
     """
     gc.disable()
     try:
@@ -107,12 +199,12 @@ def _no_garbage() -> Iterator[None]:
 
 
 @contextmanager
-def _importing_meanwhile(settings: Settings) -> Iterator[None]:
-    """Import what is needed once the engine runs, while its processes start: from when the first of them is forked.
+def _import_app_in_background(settings: Settings) -> Iterator[None]:
+    """Import what is needed after the engine while its processes start: from when the first of them is forked.
 
-    No process may be forked in the middle of an import: it would wait for ever as it imports the same. So a later fork,
-    of a coordinator's engines as with data parallelism, first waits for the imports to end. Where processes are
-    spawned, nothing is done.
+    No process may be forked during an import: in the child, the import lock would stay locked for ever. So a later
+    fork, as a coordinator makes for data parallelism, first waits for the imports to end. Where processes are spawned,
+    nothing is imported here.
     """
 
     def imports() -> None:
@@ -128,7 +220,7 @@ def _importing_meanwhile(settings: Settings) -> Iterator[None]:
     pending = [importing]
 
     def begin() -> None:
-        if pending and os.getpid() == process:  # The engine's processes inherit this, and fork their own.
+        if pending and os.getpid() == process:  # Forked processes inherit this hook, and fork their own children.
             pending.pop().start()
 
     def finish() -> None:
@@ -145,70 +237,31 @@ def _importing_meanwhile(settings: Settings) -> Iterator[None]:
             importing.join()
 
 
-def stop() -> None:
-    """End the engine and its processes, if it was loaded."""
-    global _server  # noqa: PLW0603
-    with _lock:
-        if _server is not None:
-            _server.shutdown()
-            _server = None
+def _stop_on_signals(stop: Callable[[], None], drain_timeout_s: float) -> None:
+    """Call `stop` at the first SIGTERM or SIGINT, and end the process at the second, or when stopping takes too long.
 
-
-async def serve(platform: Platform, handler: Handler, server: Server, settings: Settings, limit: int) -> int:
-    """Take jobs and run them until SIGTERM or SIGINT, or until the engine fails; a second signal ends at once.
-
-    Args:
-        platform: where jobs come from.
-        handler: an async generator of a job's outputs.
-        server: the engine.
-        settings: the worker's.
-        limit: most jobs at once.
-
-    Returns:
-        The exit status: 0 if it was told to stop, 1 if the engine has failed.
+    The limit holds whatever hangs: the platform kills a worker that does not end, and with it what was not delivered.
     """
     from engine.backend.vllm_engine import SHUTDOWN_TIMEOUT_S
-    from engine.queue.job_loop import GIVE_UP_S, LAST_WORDS_S, JobLoop, Timeouts
+    from engine.queue.job_loop import ABANDON_TIMEOUT_S, FINAL_DELIVERY_TIMEOUT_S
 
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    gc.set_threshold(*GARBAGE_THRESHOLDS)
-    jobs = JobLoop(
-        platform,
-        handler,
-        Admission(server.statistics, limit, server.cache_tokens, server.max_model_len),
-        failure=server.failure,
-        timeouts=Timeouts(settings.drain_timeout_s, settings.delivery_timeout_s, settings.execution_timeout_s),
-        tokens_of=server.pop_token_counts,
-        log_inputs=settings.log_job_inputs,
-        start=cold_start.WORKER,
-    )
-    cold_start.WORKER.ended("sdk")
+    limit_s = drain_timeout_s + FINAL_DELIVERY_TIMEOUT_S + ABANDON_TIMEOUT_S + SHUTDOWN_TIMEOUT_S
+    stopping = threading.Event()
 
-    # What follows a signal takes no longer, whatever hangs: the platform kills a worker that does not end.
-    most_s = settings.drain_timeout_s + LAST_WORDS_S + GIVE_UP_S + SHUTDOWN_TIMEOUT_S
-    told = False
-
-    def stop() -> None:
-        nonlocal told
-        if told:
+    def on_signal() -> None:
+        if stopping.is_set():
             os._exit(1)  # The engine's processes end with this one.
-        told = True
-        jobs.stop()
-        overdue = threading.Timer(most_s, _end_overdue, (most_s,))
+        stopping.set()
+        stop()
+        overdue = threading.Timer(limit_s, _end_overdue, (limit_s,))
         overdue.daemon = True
         overdue.start()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    server.statistics.changed = jobs.wake
-    await server.app()
-    cold_start.WORKER.ended("app")
-    cold_start.WORKER.log("Cold start")
-    jobs.supervise(health.beat(server.failure), "tell that all is well")
-    return await jobs.run()
+        loop.add_signal_handler(number, on_signal)
 
 
-def _end_overdue(most_s: float) -> None:
-    _log.error("The worker has not ended %.0f s after it was told to: it ends now", most_s)
+def _end_overdue(limit_s: float) -> None:
+    _log.error("The worker has not ended %.0f s after it was asked to stop: ending it now", limit_s)
     os._exit(1)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import BusyError, DeliveryError, RefusedDeliveryError
-from engine.queue.runpod_client import LET_GO_S, Delivery
+from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError
+from engine.queue.protocol import POLL_CANCEL_GRACE_S, PostKind
 
 # A poll is held so long, as the platform does.
 HELD_S = 30.0
@@ -45,7 +45,7 @@ class Fate:
 FINE = Fate()
 POLL_FATES = [
     Fate(before=ConnectionError("cannot connect")),
-    Fate(before=BusyError("wait")),
+    Fate(before=RateLimitedError("wait")),
     Fate(before=ValueError("nonsense")),
     Fate(after=ConnectionError("closed")),
     Fate(late_s=0.3),
@@ -145,7 +145,7 @@ class Ledger:
             await asyncio.sleep(fate.late_s)
         except asyncio.CancelledError:
             # What takes longer than the loop waits for is cut off, and the platform's to give out again.
-            cut_off = self._ended_at is not None and time.monotonic() >= self._ended_at + LET_GO_S
+            cut_off = self._ended_at is not None and time.monotonic() >= self._ended_at + POLL_CANCEL_GRACE_S
             self._promise(not jobs or cut_off, "a take was cancelled as it brought jobs")
             raise
         if fate.after:
@@ -159,12 +159,12 @@ class Ledger:
                 self.late.add(job["id"])
         return jobs
 
-    def let_go(self) -> None:
+    def stop_polling(self) -> None:
         self._freed.set()
         if not self._serving() and self._ended_at is None:
             self._ended_at = time.monotonic()
 
-    async def stops(self) -> list[str]:
+    async def stop_signals(self) -> list[str]:
         fate = self.polls.popleft() if self.polls else FINE
         if fate.before:
             raise fate.before
@@ -193,12 +193,12 @@ class Ledger:
                 for wait in waits:
                     wait.cancel()
 
-    async def post(self, kind: Delivery, job_id: str, body: bytes) -> None:
+    async def post(self, kind: PostKind, job_id: str, body: bytes) -> None:
         fate = self.posts.popleft() if self.posts else FINE
         if fate != FINE or self.down:
             self.faulty.add(job_id)
         self._promise(job_id in self.held, f"{kind} is posted for {job_id}, which the pings do not name")
-        if kind is Delivery.RESULT:
+        if kind is PostKind.RESULT:
             self._posting.add(job_id)
             self._promise(job_id not in self.told, f"a result is posted for {job_id}, which was to be stopped")
         if self.down:
@@ -208,21 +208,21 @@ class Ledger:
             raise fate.before
         if job_id not in self.open:
             raise RefusedDeliveryError("status 400: nobody waits for it")
-        if kind is Delivery.RESULT:
+        if kind is PostKind.RESULT:
             self.results.append((job_id, json.loads(body)))
             self.open.discard(job_id)
         await asyncio.sleep(fate.late_s)
         if fate.after:
             raise fate.after
 
-    def hold(self, job_id: str) -> None:
+    def add_in_progress(self, job_id: str) -> None:
         self._promise(job_id not in self.held, f"{job_id} is held twice")
         # Given out when its last run had not quite ended: it is another run.
         self._give(job_id)
         self.held.add(job_id)
         self.begun.add(job_id)
 
-    def release(self, job_id: str) -> None:
+    def remove_in_progress(self, job_id: str) -> None:
         self._promise(job_id in self.held, f"{job_id} is released twice")
         self.held.discard(job_id)
         self._posting.discard(job_id)

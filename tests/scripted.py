@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.backend.app import App, Message, Receive, Send
 from engine.backend.routes import SERVING
-from engine.jobs.asgi import App, Message, Receive, Send
 
 
 @dataclass

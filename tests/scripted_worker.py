@@ -15,14 +15,15 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
-from engine import worker
+from engine.backend.app import App, Message, Receive, Send
 from engine.backend.routes import SERVING
 from engine.backend.statistics import Statistics
-from engine.backend.vllm_engine import Server
+from engine.backend.vllm_engine import VLLMEngine
 from engine.config.settings import Settings
 from engine.jobs import pipeline
-from engine.jobs.asgi import App, Message, Receive, Send
 from engine.queue import runpod_client
+from engine.queue.protocol import JobQueue
+from engine.worker import Worker
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
 
@@ -31,6 +32,7 @@ class ScriptedEngine:
     """What the worker needs of an engine; it never fails and never fills up."""
 
     max_model_len = 2048
+    max_num_seqs = int(os.environ.get("CONCURRENCY", "16"))
     batch_interval_s = 0.0
     open_routes = SERVING
     cache_tokens = 10**6
@@ -82,7 +84,7 @@ ENGINE = ScriptedEngine()
 
 async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
     outputs = pipeline.run(job, ENGINE)
-    async with pipeline.closing_with_consumer(outputs):
+    async with pipeline.aclosing_on_task_exit(outputs):
         async for output in outputs:
             yield output
 
@@ -90,15 +92,14 @@ async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
 def main() -> int:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     logging.basicConfig(level=logging.INFO)
-    limit = int(os.environ.get("CONCURRENCY", "16"))
     if os.environ.get("LOOP") == "stock":
         vars(runpod_client)["missing_interface"] = lambda: "asked for by a test"
-    server, settings = cast("Server", ENGINE), Settings.read()
+    worker = Worker(cast("VLLMEngine", ENGINE), Settings.read())
 
-    async def run(queue: runpod_client.Platform) -> int:
-        return await worker.serve(queue, handler, server, settings, limit)
+    async def run(queue: JobQueue) -> int:
+        return await worker.serve(queue, handler)
 
-    return runpod_client.serve(handler, run, limit, ENGINE.failure)
+    return runpod_client.serve(handler, run, worker.max_concurrency, ENGINE.failure)
 
 
 if __name__ == "__main__":

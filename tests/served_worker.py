@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.queue.job_loop import Platform
+    from engine.queue.protocol import JobQueue
 
 
 def main() -> int:
     import uvicorn
 
     from engine import worker
-    from engine.config.settings import Settings
     from engine.queue import runpod_client
     from handler import handler
 
@@ -31,20 +30,19 @@ def main() -> int:
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    server, settings = worker.server(), Settings.read()
-    limit = server.max_num_seqs
+    serving = worker.current()
 
-    async def serve(queue: Platform) -> int:
-        app = await server.app()
+    async def serve(queue: JobQueue) -> int:
+        app = await serving.engine.app()
         http = Quiet(uvicorn.Config(app, port=int(os.environ["HTTP_PORT"]), lifespan="off", log_level="warning"))
-        serving = asyncio.create_task(http.serve())
+        listening = asyncio.create_task(http.serve())
         try:
-            return await worker.serve(queue, handler, server, settings, limit)
+            return await serving.serve(queue, handler)
         finally:
             http.should_exit = True
-            await serving
+            await listening
 
-    return runpod_client.serve(handler, serve, limit, server.failure)
+    return runpod_client.serve(handler, serve, serving.max_concurrency, serving.engine.failure)
 
 
 if __name__ == "__main__":
@@ -54,4 +52,4 @@ if __name__ == "__main__":
 elif __name__ == "__mp_main__":  # a child that was spawned by vLLM
     from engine import child_processes
 
-    child_processes.end_with_parent()
+    child_processes.set_parent_death_signal()

@@ -1,13 +1,14 @@
-"""Fetching media that a job names by its address: from public addresses alone.
+"""Fetches media that a job names by URL, from public addresses only.
 
-A job must not read what only the worker's network can reach. Each request and each connection is checked as it is made,
-so that neither a redirect nor a name that answers differently the second time gets around it. Hosts that
-`ALLOWED_MEDIA_DOMAINS` names may have any address; no other host may have it for that. Proxies of the environment
-(`HTTPS_PROXY`) are not used, as vLLM would: a proxy looks names up itself, and what it connects to cannot be checked.
+A job must not read what only the worker's network can reach. Each request and each connection is checked when it is
+made, so that neither a redirect nor a host name that resolves differently the second time bypasses the check. Hosts in
+`ALLOWED_MEDIA_DOMAINS` may have any address, which is then not allowed for other hosts. Proxies of the environment
+(`HTTPS_PROXY`) are not used, unlike in vLLM: a proxy resolves names itself, so its connections cannot be checked.
 """
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 from collections.abc import Callable, Collection
@@ -16,26 +17,24 @@ from typing import Any
 import aiohttp
 
 REFUSAL = (
-    "media is fetched from public addresses alone: send it as a data: URL, or let ALLOWED_MEDIA_DOMAINS of the worker "
-    "name its host"
+    "media is fetched from public addresses only: send it as a data: URL, or add its host to ALLOWED_MEDIA_DOMAINS of "
+    "the worker"
 )
-
-
-# An IPv4 address may stand in the last 32 bits of these: behind NAT64, and as IPv6 once wrote them.
+# The last 32 bits of these are an IPv4 address: NAT64 (RFC 6052), and IPv4-compatible addresses (RFC 4291).
 _HOLDING_IPV4 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
-# Not public, whatever the registries that Python knows say: NAT64 of one's own, and the host of an Azure machine.
+# Not public, although Python's registries say so: local NAT64 (RFC 8215), and the host of an Azure machine.
 _NOT_PUBLIC = (ipaddress.ip_network("64:ff9b:1::/48"), ipaddress.ip_network("168.63.129.16/32"))
 
 
 def is_public(address: str) -> bool:
-    """Whether an address, without or with a zone, can be reached from everywhere; an IPv4 address in it decides."""
+    """Return whether an address, without or with a zone, is reachable from everywhere; an embedded IPv4 one decides."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        held = ip.ipv4_mapped or ip.sixtofour
-        if held is None and any(ip in network for network in _HOLDING_IPV4):
-            held = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if held is not None:
-            return is_public(str(held))
+        embedded = ip.ipv4_mapped or ip.sixtofour
+        if embedded is None and any(ip in network for network in _HOLDING_IPV4):
+            embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if embedded is not None:
+            return is_public(str(embedded))
         if ip.is_site_local:
             return False
     return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
@@ -50,23 +49,23 @@ def _is_address(host: str) -> bool:
 
 
 def public_session(refuse: Callable[[str], Exception], hosts: Collection[str] = ()) -> aiohttp.ClientSession:
-    """A session that connects to public addresses alone; any other raises what `refuse` makes of the message.
+    """Return a session that connects to public addresses only.
 
     Args:
-        refuse: makes an exception of a message.
+        refuse: makes the exception that is raised for any other address, from a message.
         hosts: names and addresses that may be connected to wherever they are.
     """
     allowed: set[str] = set()
 
     def check(address: str, host: str = "") -> None:
-        """Let an address of an allowed host be, and refuse any other that is not public."""
+        """Accept an address of an allowed host, and refuse any other that is not public."""
         if host in hosts:
             allowed.add(address)
         elif (host or address not in allowed) and not is_public(address):
             raise refuse(REFUSAL)
 
     async def check_url(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        # An address in the URL itself is not looked up. A redirect comes by here too.
+        # An address in the URL itself is not resolved. A redirect is a request too.
         host = request.url.host or ""
         if _is_address(host):
             check(host, host)
@@ -86,3 +85,32 @@ def public_session(refuse: Callable[[str], Exception], hosts: Collection[str] = 
 
     connector = aiohttp.TCPConnector(resolver=Resolver(), socket_factory=connect)
     return aiohttp.ClientSession(connector=connector, middlewares=(check_url,))
+
+
+def install_public_media_connector() -> None:
+    """Make vLLM fetch media through `public_session`; vLLM itself checks URLs against `ALLOWED_MEDIA_DOMAINS`."""
+    from vllm.connections import HTTPConnection
+    from vllm.exceptions import VLLMValidationError
+    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+
+    class PublicConnection(HTTPConnection):  # type: ignore[misc]  # vLLM is not typed for --strict
+        session: aiohttp.ClientSession | None = None
+
+        def __init__(self, hosts: tuple[str, ...]) -> None:
+            super().__init__()
+            self.hosts = hosts
+
+        async def get_async_client(self) -> aiohttp.ClientSession:
+            self.session = self.session or public_session(VLLMValidationError, self.hosts)
+            return self.session
+
+        def get_sync_client(self) -> Any:
+            raise VLLMValidationError("media is fetched asynchronously only")
+
+    connection = functools.cache(PublicConnection)
+
+    @MEDIA_CONNECTOR_REGISTRY.register("http")
+    class PublicMediaConnector(MediaConnector):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, allowed_media_domains: list[str] | None = None, **options: Any) -> None:
+            options["connection"] = connection(tuple(allowed_media_domains or ()))
+            super().__init__(*arguments, allowed_media_domains=allowed_media_domains, **options)

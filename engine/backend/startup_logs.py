@@ -1,7 +1,7 @@
-"""What the engine's processes note for the worker to read while they start: why they failed, how long they took.
+"""Captures log lines of the engine's processes while they start: why they failed, and how long they took.
 
-What goes wrong in vLLM's processes is told to the worker as "see above" alone, and how long they take not at all. So
-they note lines of their logs in files that both know.
+vLLM reports an error in one of its processes to the worker only as "see above", and durations not at all. So its
+processes also write their log lines to files that the worker reads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _DIRECTORY = "VLLM_SERVERLESS_START_NOTES"
-# Who logs why the engine's process, or one of its workers, could not start, and what took how long (vLLM 0.32).
+# Loggers of vLLM 0.32 that report why one of its processes could not start, and how long each step took.
 _LOGGERS = (
     "vllm.compilation.backends",
     "vllm.compilation.decorators",
@@ -24,45 +24,45 @@ _LOGGERS = (
 )
 
 
-class Notes:
-    """What has been noted."""
+class StartupLogs:
+    """What was captured."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     @property
     def errors(self) -> str:
-        """Log records of errors, tracebacks included."""
+        """Log records of errors, with tracebacks."""
         return _read(self._directory / "errors")
 
     @property
     def lines(self) -> str:
-        """The messages of all other records, one a line."""
+        """Messages of all other records, one per line."""
         return _read(self._directory / "lines")
 
 
 @contextmanager
-def taken() -> Iterator[Notes]:
-    """The notes of this process and its children, in this block."""
+def captured() -> Iterator[StartupLogs]:
+    """Capture the log lines of this process and its children in this block."""
     with tempfile.TemporaryDirectory() as directory:
         os.environ[_DIRECTORY] = directory
-        take()
+        install()
         try:
-            yield Notes(Path(directory))
+            yield StartupLogs(Path(directory))
         finally:
             del os.environ[_DIRECTORY]
 
 
-def take() -> None:
-    """Let this process, and those that it forks, take notes, if the worker wants any."""
+def install() -> None:
+    """Capture the log lines of this process, and of those that it forks, if the worker asks for it."""
     directory = os.environ.get(_DIRECTORY)
     if directory is not None:
         for name in _LOGGERS:
-            logging.getLogger(name).addFilter(_Note(Path(directory)))
+            logging.getLogger(name).addFilter(_CaptureFilter(Path(directory)))
 
 
-class _Note(logging.Filter):
-    """Writes records down as they pass. Not a handler: vLLM sets up its logging anew and takes handlers away."""
+class _CaptureFilter(logging.Filter):
+    """Writes records to a file. Not a handler: vLLM configures its logging again and removes handlers."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__()

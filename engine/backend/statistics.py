@@ -1,63 +1,66 @@
-"""What the engine last said of itself, and what its requests have been like; sizes in tokens, times in seconds."""
+"""The engine's load at its last step, and averages over its requests. Sizes in tokens, times in seconds."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-# So many of the last requests say what one is like.
-REMEMBERED = 16
-# Requests that nobody asks about, as under the SDK's own loop, do not gather for good.
-FINISHED_KEPT = 4096
+# Window of the exponential moving averages, in requests or steps.
+EMA_WINDOW = 16
+# Under the SDK's own loop nobody asks for finished requests: they must not accumulate.
+MAX_FINISHED_ENTRIES = 4096
 
 
 @dataclass(slots=True)
-class EngineLoad:
-    """What one engine said at its last step (vLLM's `SchedulerStats`); there are several where data is parallel."""
+class EngineStep:
+    """What one engine reported at its last step (vLLM's `SchedulerStats`); data parallelism has several engines."""
 
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
-    """Share of its KV cache that is taken, from 0 to 1."""
+    """Share of its KV cache in use, from 0 to 1."""
     stepped_at: float = 0.0
     step_s: float = 0.0
-    """What a step takes while requests run, on average, the last ones counting most."""
+    """Moving average of the duration of a step while requests run."""
 
 
 @dataclass(slots=True)
 class Statistics:
-    """The sum of what the engines say, kept apart by engine: each reports its own load alone.
+    """Sums over the engines, kept per engine, as each reports its own load only.
 
     Args:
-        answer_tokens: how many tokens the requests that run have been answered so far, in all. It is asked for when it
-            is needed: a sum kept here would count requests that were aborted, of which vLLM reports no end.
+        output_tokens: returns how many output tokens the running requests have so far, in total. It is computed when
+            needed: a sum kept here would include aborted requests, whose end vLLM does not report.
+
+    Attributes:
+        changed: is set at each step of an engine.
+        finished: tokens in and out of finished requests, by request id, until `VLLMEngine.pop_token_counts`.
     """
 
-    answer_tokens: Callable[[], int] = lambda: 0
-    engines: dict[int, EngineLoad] = field(default_factory=dict)
+    output_tokens: Callable[[], int] = lambda: 0
+    engines: dict[int, EngineStep] = field(default_factory=dict)
     generation_tokens: int = 0
-    usual_prompt_tokens: float = 512.0
-    usual_answer_tokens: float = 512.0
-    """What requests that have finished had, on average, the last ones counting most; at first a guess."""
+    avg_prompt_tokens: float = 512.0
+    avg_output_tokens: float = 512.0
+    """Moving averages over finished requests, first a guess."""
     finished: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Tokens in and out of requests that have finished, until they are asked for."""
-    changed: Callable[[], None] = lambda: None
-    """Called at each step."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def running(self) -> int:
-        """Requests that run, on all engines."""
+        """Running requests, on all engines."""
         return sum(engine.running for engine in self.engines.values())
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for an engine that has them, on all engines."""
+        """Requests that wait in an engine, on all engines."""
         return sum(engine.waiting for engine in self.engines.values())
 
     @property
     def kv_cache_usage(self) -> float:
-        """Share of all engines' KV caches that is taken: they are of one size."""
+        """Share of all engines' KV caches in use; the caches are of one size."""
         return sum(engine.kv_cache_usage for engine in self.engines.values()) / max(len(self.engines), 1)
 
     @property
@@ -67,37 +70,37 @@ class Statistics:
 
     @property
     def step_s(self) -> float:
-        """What a step takes on the slowest engine that runs requests."""
+        """Duration of a step on the slowest engine."""
         return max((engine.step_s for engine in self.engines.values()), default=0.0)
 
     @property
-    def answered_tokens(self) -> float:
-        """What the requests that run have been answered so far, on average."""
+    def avg_running_output_tokens(self) -> float:
+        """Output tokens that the running requests have so far, on average."""
         running = self.running
-        return self.answer_tokens() / running if running else 0.0
+        return self.output_tokens() / running if running else 0.0
 
-    def step(self, index: int) -> None:
-        """An engine has made a step."""
+    def on_step(self, index: int) -> None:
+        """Record that an engine has made a step."""
         engine = self._engine(index)
         now = time.monotonic()
         if engine.running:
-            engine.step_s += (now - engine.stepped_at - engine.step_s) / REMEMBERED
+            engine.step_s += (now - engine.stepped_at - engine.step_s) / EMA_WINDOW
         engine.stepped_at = now
 
-    def load(self, index: int, running: int, waiting: int, kv_cache_usage: float) -> None:
-        """What an engine has to do from now on."""
+    def on_scheduler_stats(self, index: int, running: int, waiting: int, kv_cache_usage: float) -> None:
+        """Record an engine's load."""
         engine = self._engine(index)
         engine.running, engine.waiting, engine.kv_cache_usage = running, waiting, kv_cache_usage
 
-    def finish(self, request_id: str, prompt_tokens: int, answer_tokens: int) -> None:
-        """A request has finished, with so many tokens."""
-        self.usual_prompt_tokens += (prompt_tokens - self.usual_prompt_tokens) / REMEMBERED
-        self.usual_answer_tokens += (answer_tokens - self.usual_answer_tokens) / REMEMBERED
-        self.finished[request_id] = (prompt_tokens, answer_tokens)
-        if len(self.finished) > FINISHED_KEPT:
+    def on_finished(self, request_id: str, prompt_tokens: int, output_tokens: int) -> None:
+        """Record that a request has finished."""
+        self.avg_prompt_tokens += (prompt_tokens - self.avg_prompt_tokens) / EMA_WINDOW
+        self.avg_output_tokens += (output_tokens - self.avg_output_tokens) / EMA_WINDOW
+        self.finished[request_id] = (prompt_tokens, output_tokens)
+        if len(self.finished) > MAX_FINISHED_ENTRIES:
             del self.finished[next(iter(self.finished))]
 
-    def _engine(self, index: int) -> EngineLoad:
+    def _engine(self, index: int) -> EngineStep:
         if index not in self.engines:
-            self.engines[index] = EngineLoad()
+            self.engines[index] = EngineStep()
         return self.engines[index]

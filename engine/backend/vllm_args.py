@@ -17,9 +17,9 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args
 from pydantic import ConfigDict, TypeAdapter
 
 from engine.backend import compat, startup_errors
+from engine.config.model import Model
 from engine.config.vllm_flags import Flags, reason
 from engine.errors import ConfigurationError
-from engine.startup.model_resolver import Model
 
 GIB_BYTES = 1 << 30
 # On a CPU vLLM would take most of the machine's memory for the KV cache and compile for a minute.

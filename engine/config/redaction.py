@@ -1,15 +1,15 @@
-"""Secrets, kept out of what the worker prints: they are known by the names that their values stand beside."""
+"""Keeps secrets out of logs and errors. A value is a secret if its name says so, or it looks like a hub token."""
 
 from __future__ import annotations
 
 import re
 
-HIDDEN = "(hidden)"
+MASK = "(hidden)"
 _WORD = "(?:token|secret|password|passwd|credentials?|keys?)"
 # `API_KEY`, `hf-token`, `aws_secret_access_key`; not `tokenizer` or `max_num_batched_tokens`.
 _NAME = re.compile(rf"(?:^|[-_.]){_WORD}$", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"hf_\w+")
-# On a command line, all up to the next option.
+# On a command line, everything up to the next option.
 _OPTION = re.compile(rf"(--?(?:[\w.-]*[-_.])?{_WORD}(?:=|\s+))(?!-)(?:(?!\s-).)+", re.IGNORECASE | re.DOTALL)
 # In JSON, YAML and what Python prints: `"api_key": "…"`, `api_key: …`, `api_key='…'`.
 _FIELD = re.compile(
@@ -17,16 +17,16 @@ _FIELD = re.compile(
     r"""(?!(?:None|null)\b)(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|\[[^\]]*\]?|[^\s,{}\]\[()"']+)""",
     re.IGNORECASE,
 )
-# What pydantic shows of a value, which it cuts in the middle: a name may be gone, and the secret still be there.
+# pydantic shows a value cut in the middle: the name of a secret may be gone, and the secret still be there.
 _CUT_VALUE = re.compile(r", input_value=.*?, input_type=\w+", re.DOTALL)
 
 
-def names_secret(name: str) -> bool:
-    """Whether what has this name is a secret."""
+def is_secret_name(name: str) -> bool:
+    """Return whether a value of this name is a secret."""
     return _NAME.search(name) is not None
 
 
 def redacted(text: str) -> str:
-    """The text without the hub's tokens, and without what stands after an option or in a field named as a secret."""
-    text = _OPTION.sub(rf"\1{HIDDEN}", _CUT_VALUE.sub("", text))
-    return _HUB_TOKEN.sub("hf_...", _FIELD.sub(rf"\g<name>{HIDDEN}", text))
+    """Return the text without hub tokens, and without the values of options and fields whose names say secret."""
+    text = _OPTION.sub(rf"\1{MASK}", _CUT_VALUE.sub("", text))
+    return _HUB_TOKEN.sub("hf_...", _FIELD.sub(rf"\g<name>{MASK}", text))

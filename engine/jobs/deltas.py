@@ -1,6 +1,6 @@
-"""Streams of top-level jobs: vLLM's events become dicts with the new text, so that nobody has to parse SSE.
+"""Turns vLLM's events into dicts with the new text, for streamed top-level jobs: their clients need not parse SSE.
 
-A dict holds what one batch brought for one choice, a `Delta`; the last one of a job also holds `usage`.
+A dict, a `Delta`, has what one batch brought for one choice; the last one of a job also has `usage`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, NotRequired, TypedDict
 
-from engine.errors import RefusedError
+from engine.errors import EngineResponseError
 from engine.jobs.event_batcher import ENVELOPE_BYTES
 from engine.json_codec import encode
 
-# What of a delta may be cut between two outputs.
-_CUT = {"text", "reasoning", "tool_calls", "logprobs", "token_ids"}
+# Fields that may be split between two outputs.
+_SPLITTABLE = {"text", "reasoning", "tool_calls", "logprobs", "token_ids"}
 
 
 class Delta(TypedDict):
-    """What is new of one choice; all but the first three only where the engine sent it."""
+    """The new part of one choice; all but the first three fields only if the engine sent them."""
 
     index: int
     text: str
@@ -30,18 +30,18 @@ class Delta(TypedDict):
     reasoning: NotRequired[str]
     tool_calls: NotRequired[list[dict[str, Any]]]
     logprobs: NotRequired[dict[str, Any]]
-    """OpenAI's object of this route, for all new tokens: its lists hold one item a token."""
+    """OpenAI's object of this route for all new tokens: its lists have one item per token."""
     token_ids: NotRequired[list[int]]
     usage: NotRequired[dict[str, Any]]
     warnings: NotRequired[list[str]]
-    """What was ignored in the job's input; beside `usage`."""
+    """What was ignored in the job's input; sent with `usage`."""
 
 
 def deltas(batch: str, warnings: tuple[str, ...] = ()) -> Iterator[Delta]:
-    """The dicts for one batch of complete events: one for each choice with something new, in order of their index.
+    """Yield the dicts of one batch of complete events: one for each choice with new content, ordered by index.
 
     Raises:
-        RefusedError: one of the events is an error, the engine's own; what came before it has been given then.
+        EngineResponseError: one of the events is an error of the engine; what came before it has been yielded.
     """
     choices: dict[int, Delta] = {}
     usage: dict[str, Any] | None = None
@@ -54,7 +54,7 @@ def deltas(batch: str, warnings: tuple[str, ...] = ()) -> Iterator[Delta]:
         for choice in event.get("choices", ()):
             merged = choices.setdefault(choice["index"], Delta(index=choice["index"], text="", finish_reason=None))
             _merge(merged, choice)
-    found = [choices[index] for index in sorted(choices) if _has_news(choices[index])]
+    found = [choices[index] for index in sorted(choices) if _is_nonempty(choices[index])]
     if usage:
         found = found or [Delta(index=0, text="", finish_reason=None)]
         found[-1]["usage"] = usage
@@ -62,17 +62,17 @@ def deltas(batch: str, warnings: tuple[str, ...] = ()) -> Iterator[Delta]:
             found[-1]["warnings"] = list(warnings)
     yield from found
     if error is not None:
-        raise _refusal(error["error"])
+        raise _engine_error(error["error"])
 
 
 def split(delta: Delta, max_bytes: int) -> Iterator[Delta]:
-    """Return the delta in pieces that are small enough to be posted, in order; joined, they are the delta.
+    """Yield the delta in parts that are small enough to be posted; concatenated, they are the delta.
 
-    What cannot be cut, as one token with its log-probabilities, stays as large as it is.
+    What cannot be split, as one token with its log-probabilities, stays as it is.
 
     Args:
         delta: of one choice.
-        max_bytes: the most that a piece may have as the body of a post.
+        max_bytes: maximum size of a part as the body of a post.
     """
     halves = () if len(encode(delta)) + ENVELOPE_BYTES <= max_bytes else _halves(delta)
     if halves:
@@ -83,30 +83,30 @@ def split(delta: Delta, max_bytes: int) -> Iterator[Delta]:
 
 
 def _halves(delta: Delta) -> tuple[Delta, ...]:
-    """Return both halves of all that can be cut, what ends the choice in the second; nothing if nothing can be cut."""
+    """Return both halves, with the end of the choice in the second one; nothing if no field can be split."""
     first, second = Delta(index=delta["index"], text="", finish_reason=None), delta.copy()
-    cut = False
+    is_split = False
     for name, value in delta.items():
-        if name in _CUT:
-            one, other = _cut(value)
+        if name in _SPLITTABLE:
+            one, other = _split_value(value)
             if one and other:
-                cut = True
+                is_split = True
                 first[name], second[name] = one, other  # type: ignore[literal-required]
-    return (first, second) if cut else ()
+    return (first, second) if is_split else ()
 
 
-def _cut(value: Any) -> tuple[Any, Any]:
-    """Return two halves of a text, a list, or each list of an object; the first is empty where there is nothing to cut.
+def _split_value(value: Any) -> tuple[Any, Any]:
+    """Return two halves of a text, a list, or each list of an object; the first is empty if there is only one item.
 
-    A single call of a tool is cut in its arguments, as vLLM streams them.
+    A single tool call is split in its arguments, as vLLM streams them.
     """
     if isinstance(value, dict):
-        both = {name: _cut(part or []) for name, part in value.items()}
+        both = {name: _split_value(part or []) for name, part in value.items()}
         first = {name: one for name, (one, _) in both.items() if one}
         return first, {name: other or None for name, (_, other) in both.items()}
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         call = value[0]
-        one, other = _cut((call.get("function") or {}).get("arguments") or "")
+        one, other = _split_value((call.get("function") or {}).get("arguments") or "")
         if not one:
             return [], value
         rest = {"index": call["index"]} if "index" in call else {}
@@ -115,30 +115,32 @@ def _cut(value: Any) -> tuple[Any, Any]:
     return value[:middle], value[middle:]
 
 
-def error_in(batch: str) -> RefusedError | None:
-    """The error that a stream of any of vLLM's routes ends with in this batch, if it does.
+def error_in(batch: str) -> EngineResponseError | None:
+    """Return the error that a stream of any of vLLM's routes ends with in this batch, or None.
 
-    OpenAI's chats and completions, and Anthropic's messages, have an event with `error`; responses have one of the type
-    `response.failed`. That it is an error shows in its JSON: quotes within a text are escaped.
+    OpenAI's chats and completions, and Anthropic's messages, send an event with `error`; responses send one of the type
+    `response.failed`. The search for the words is exact enough: quotes within a text are escaped.
     """
     if '"error"' in batch or "response.failed" in batch:
-        with suppress(ValueError):  # A piece of a large event: an error is none.
+        with suppress(ValueError):  # A piece of a large event, which is not an error.
             for event in events(batch):
                 if event.get("type") == "response.failed":
                     error = (event.get("response") or {}).get("error")
-                    return _refusal(error or {"message": "vLLM reported that the response failed, without a reason"})
+                    return _engine_error(
+                        error or {"message": "vLLM reported that the response failed, without a reason"}
+                    )
                 if event.get("error"):
-                    return _refusal(event["error"])
+                    return _engine_error(event["error"])
     return None
 
 
-def answer(document: Any, warnings: tuple[str, ...] = ()) -> Any:
-    """The answer to a native job that does not stream: vLLM's, with what earlier worker-vllm called its parts.
+def add_worker_vllm_fields(document: Any, warnings: tuple[str, ...] = ()) -> Any:
+    """Add earlier worker-vllm's field names to the response of a top-level job that does not stream.
 
     RunPod's package for LangChain reads `choices[].tokens` (texts), `usage.input` and `usage.output`.
 
     Args:
-        document: vLLM's answer.
+        document: vLLM's response.
         warnings: what was ignored in the job's input.
     """
     if isinstance(document, dict) and warnings:
@@ -151,15 +153,15 @@ def answer(document: Any, warnings: tuple[str, ...] = ()) -> Any:
     return document
 
 
-def _refusal(error: Any) -> RefusedError:
+def _engine_error(error: Any) -> EngineResponseError:
     code = error.get("code") if isinstance(error, dict) else None
     status = code if isinstance(code, int) else HTTPStatus.INTERNAL_SERVER_ERROR.value
-    return RefusedError(status, {"error": error})
+    return EngineResponseError(status, {"error": error})
 
 
 def events(batch: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects of the `data:` lines of server-sent events; the closing `[DONE]` is left out."""
-    # By line feeds alone: `splitlines` would also cut at separators that JSON text may hold as they are.
+    """Yield the JSON objects of the `data:` lines of server-sent events, without the final `[DONE]`."""
+    # Split at line feeds only: `splitlines` also splits at separators that are allowed in JSON text.
     for line in batch.split("\n"):
         data = line.removeprefix("data:").strip()
         if line.startswith("data:") and data != "[DONE]":
@@ -174,7 +176,7 @@ def _merge(merged: Delta, choice: dict[str, Any]) -> None:
     if calls := delta.get("tool_calls"):
         merged.setdefault("tool_calls", []).extend(calls)
     if logprobs := choice.get("logprobs"):
-        merged["logprobs"] = _one_after_the_other(merged.get("logprobs", {}), logprobs)
+        merged["logprobs"] = _concat_logprobs(merged.get("logprobs", {}), logprobs)
     if token_ids := choice.get("token_ids"):
         merged.setdefault("token_ids", []).extend(token_ids)
     if (stop_reason := choice.get("stop_reason")) is not None:
@@ -182,11 +184,11 @@ def _merge(merged: Delta, choice: dict[str, Any]) -> None:
     merged["finish_reason"] = choice.get("finish_reason") or merged["finish_reason"]
 
 
-def _one_after_the_other(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The lists of two objects joined: `content` of a chat, `tokens`, `token_logprobs`, … of a completion."""
+def _concat_logprobs(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Concatenate the lists of two objects: `content` of a chat, `tokens`, `token_logprobs`, … of a completion."""
     both = {name: (first.get(name) or []) + (second.get(name) or []) for name in {**first, **second}}
     return {name: items or None for name, items in both.items()}
 
 
-def _has_news(merged: Delta) -> bool:
+def _is_nonempty(merged: Delta) -> bool:
     return any(value for name, value in merged.items() if name != "index")

@@ -1,4 +1,4 @@
-"""The job inputs that the worker accepts, and the one request that each of them stands for."""
+"""Reads a job's input, in any of the accepted formats, as one request to vLLM's app."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, V
 
 from engine.backend import merging
 from engine.backend.routes import GET_ONLY, SERVING
-from engine.errors import ClosedRouteError, InvalidInputError, UnknownRouteError
-from engine.queue.take_response import Unreadable
+from engine.errors import InvalidInputError, RouteNotAllowedError, UnknownRouteError
 
-ACCEPTED = """\
+ACCEPTED_INPUTS = """\
 {"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
 {"openai_route": "/v1/models"}  a GET
 {"route": "/tokenize", "body": {...}}  the same, in worker-vllm's format
 {"messages": [...], "sampling_params": {...}, "stream": false}  a chat
 {"prompt": "...", "sampling_params": {...}, "stream": false}  a completion"""
 
-# A path and nothing else: no scheme, no host, no empty, `.` or `..` segment, no escapes. The query may follow. A slash
-# at the end is left out, as vLLM redirects to the route without it.
+# A path only: no scheme, no host, no empty, `.` or `..` segment, no escapes; a query may follow. A final slash is
+# dropped, as vLLM redirects to the route without it.
 _ROUTE = re.compile(r"(?P<path>(?:/(?!\.{1,2}(?:/|\?|$))[A-Za-z0-9._~-]+)+)/?(?:\?(?P<query>[!-~]*))?")
 
 # Fields of worker-vllm's jobs that set the size of its batches.
 BATCHING_FIELDS = {"batch_size", "max_batch_size", "min_batch_size", "batch_size_growth_factor"}
-# Fields of a request that may also stand at the top level of a native input, where LangChain's package puts them.
+# Fields of a request that are also accepted at the top level of an input, where RunPod's LangChain package puts them.
 SAMPLING_FIELDS = {
     "bad_words", "best_of", "chat_template_kwargs", "early_stopping", "frequency_penalty", "ignore_eos",
     "include_stop_str_in_output", "length_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens",
@@ -60,9 +59,14 @@ REMOVED_FIELDS = {
 class Request:
     """One call of vLLM's app.
 
-    `body` is JSON, or None for a GET. `native` is true for a job in the top-level form, whose stream comes
-    back as dicts with the new text rather than as SSE text. `warnings` are for who sent the job. `mergeable` is true
-    for a stream of plain text, of which vLLM may make one event of several tokens.
+    Attributes:
+        method: GET or POST.
+        path: of the route.
+        query: of the route, or empty.
+        body: JSON, or None for a GET.
+        native: whether the job is in the top-level format, whose stream is dicts with the new text, not SSE text.
+        warnings: what was ignored, for the client and the log.
+        mergeable: whether vLLM may put several tokens into one event, as in a stream of plain text.
     """
 
     method: str
@@ -74,9 +78,15 @@ class Request:
     mergeable: bool = False
 
 
+class UnreadableInput(str):
+    """The reason why a job's input cannot be read; it replaces the input."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A `Request` whose body is not written yet."""
+    """A `Request` whose body is not encoded yet."""
 
     method: str
     path: str
@@ -98,7 +108,7 @@ class _Input(BaseModel):
 
     @abstractmethod
     def call(self, max_model_len: int) -> _Call:
-        """The call that this input stands for."""
+        """Return the call that this input describes."""
 
 
 class OpenAIInput(_Input):
@@ -108,24 +118,24 @@ class OpenAIInput(_Input):
     openai_input: dict[str, Any] | None = None
 
     def call(self, max_model_len: int) -> _Call:
-        """A POST of the input to the route; a GET of the route where there is no input, or none is taken there."""
+        """Return a POST of the input; a GET if there is no input, or the route takes none."""
         del max_model_len
-        call = _call("openai_route", self.openai_route, self.openai_input)
+        call = _openai_request("openai_route", self.openai_route, self.openai_input)
         return _Call("GET", call.path, call.query) if call.path in GET_ONLY and not self.openai_input else call
 
 
 class RouteInput(_Input):
-    """A call of any route, as worker-vllm has it."""
+    """A call of any route, in worker-vllm's format."""
 
     route: StrictStr
     body: dict[str, Any] | None = None
     method: Annotated[Literal["GET", "POST"], BeforeValidator(_upper)] | None = None
 
     def call(self, max_model_len: int) -> _Call:
-        """A POST of the body, or a GET where there is none, unless `method` says otherwise."""
+        """Return a POST of the body, or a GET without one, unless `method` says otherwise."""
         del max_model_len
         method = self.method or ("POST" if self.body else "GET")
-        return _call("route", self.route, (self.body or {}) if method == "POST" else None)
+        return _openai_request("route", self.route, (self.body or {}) if method == "POST" else None)
 
 
 class _NativeInput(_Input):
@@ -148,26 +158,26 @@ class _NativeInput(_Input):
 
 
 class MessagesInput(_NativeInput):
-    """A chat at the top level of the input, for people who use `/run` directly."""
+    """A chat at the top level of the input, for clients that call `/run` directly."""
 
     messages: Annotated[list[Any], Field(min_length=1)]
 
     def call(self, max_model_len: int) -> _Call:
-        """A POST to `/v1/chat/completions`; without `max_tokens`, vLLM answers to the end there by itself."""
+        """Return a POST to `/v1/chat/completions`; `max_tokens` defaults to the rest of the context there."""
         del max_model_len
         return self._post("/v1/chat/completions", "messages", self.messages, {})
 
 
 class PromptInput(_NativeInput):
-    """A prompt at the top level of the input, for people who use `/run` directly."""
+    """A prompt at the top level of the input, for clients that call `/run` directly."""
 
     prompt: StrictStr | Annotated[list[Any], Field(min_length=1)]
     apply_chat_template: _Flag = False
 
     def call(self, max_model_len: int) -> _Call:
-        """A POST to `/v1/completions` that lets the answer run to its end; or a chat of this one turn.
+        """Return a POST to `/v1/completions` whose `max_tokens` is the rest of the context; or a chat of this one turn.
 
-        vLLM takes even `null` for its default there, 16 tokens; what is more than the prompt leaves room for, it cuts.
+        For vLLM even `null` means its default there, 16 tokens. It reduces a value that exceeds the context.
         """
         if self.apply_chat_template:
             turn = {"role": "user", "content": self.prompt}
@@ -175,8 +185,8 @@ class PromptInput(_NativeInput):
         return self._post("/v1/completions", "prompt", self.prompt, {"max_tokens": max_model_len})
 
 
-# Which field says which form it is, in the order of looking.
-_FORMS: dict[str, type[_Input]] = {
+# The field that identifies each format, in order of precedence.
+_INPUT_TYPES: dict[str, type[_Input]] = {
     "openai_route": OpenAIInput,
     "openai_input": OpenAIInput,
     "route": RouteInput,
@@ -192,38 +202,43 @@ def parse(
     event_tokens: Callable[[str], int | None] = lambda _: None,
     has_route: Callable[[str], bool] = lambda _: True,
 ) -> Request:
-    """The request that a job's `input` stands for.
+    """Return the request that a job's `input` describes.
 
     Args:
-        job: what the queue gave.
-        max_model_len: the model's most tokens of prompt and answer together.
-        open_routes: the routes that a job may call.
-        event_tokens: how many tokens an event of a stream of plain text should hold on a route; None where each token
-            has to be an event of its own.
-        has_route: whether vLLM has a route.
+        job: as it was taken.
+        max_model_len: maximum tokens of prompt and output together.
+        open_routes: the routes that jobs may call.
+        event_tokens: returns how many tokens an event of a stream of plain text should have on a route; None where each
+            token must be an event of its own.
+        has_route: returns whether vLLM has a route.
 
     Raises:
-        InvalidInputError: the input is none of the accepted forms; the message says what is wrong and what is accepted.
-        ClosedRouteError: the route is not one that a job may call.
+        InvalidInputError: the input is in none of the accepted formats; the message says what is wrong and what is
+            accepted.
+        RouteNotAllowedError: jobs may not call the route.
         UnknownRouteError: vLLM has no such route.
     """
     value = job.get("input")
-    if isinstance(value, Unreadable):
+    if isinstance(value, UnreadableInput):
         raise InvalidInputError(f"the job's input cannot be read: {value}")
     if not isinstance(value, dict):
-        raise InvalidInputError(f"the job's input must be a JSON object. Accepted:\n{ACCEPTED}")
+        raise InvalidInputError(f"the job's input must be a JSON object. Accepted:\n{ACCEPTED_INPUTS}")
     warnings = list(_ignored(value))
     value = _given(value)
-    form = next((_FORMS[field] for field in _FORMS if field in value), None)
+    form = next((_INPUT_TYPES[field] for field in _INPUT_TYPES if field in value), None)
     if form is None:
-        raise InvalidInputError(f"the job's input is none of the accepted forms:\n{ACCEPTED}")
+        raise InvalidInputError(f"the job's input is in none of the accepted formats:\n{ACCEPTED_INPUTS}")
     try:
         call = form.model_validate(value).call(max_model_len)
     except ValidationError as error:
-        faults = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in error.errors())
-        raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED}") from None
+        faults = "; ".join(f"{_field_path(fault['loc'])}: {fault['msg']}" for fault in error.errors())
+        raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED_INPUTS}") from None
     if call.path not in open_routes:
-        raise ClosedRouteError(call.path, sorted(open_routes)) if has_route(call.path) else UnknownRouteError(call.path)
+        raise (
+            RouteNotAllowedError(call.path, sorted(open_routes))
+            if has_route(call.path)
+            else UnknownRouteError(call.path)
+        )
     if call.document is None:
         return Request(call.method, call.path, call.query, None, call.native, tuple(warnings))
     document, removed = _current(call.path, _merged(call.document))
@@ -255,7 +270,9 @@ def _given(value: dict[str, Any]) -> dict[str, Any]:
     given = {name: part for name, part in value.items() if part is not None and name not in BATCHING_FIELDS}
     if "messages" in given:  # As in worker-vllm, they override a prompt.
         given = {name: part for name, part in given.items() if name not in ("prompt", "apply_chat_template")}
-    if given.keys() & _FORMS.keys() <= {"messages", "prompt"} and isinstance(given.get("sampling_params", {}), dict):
+    if given.keys() & _INPUT_TYPES.keys() <= {"messages", "prompt"} and isinstance(
+        given.get("sampling_params", {}), dict
+    ):
         sampling = {name: part for name, part in given.items() if name in SAMPLING_FIELDS | GUIDED_FIELDS.keys()}
         if extra := given.get("extra_body"):
             sampling["extra_body"] = extra
@@ -298,11 +315,11 @@ def _current(path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     return body, warnings
 
 
-def _call(field: str, route: str, body: dict[str, Any] | None) -> _Call:
+def _openai_request(field: str, route: str, body: dict[str, Any] | None) -> _Call:
     match = _ROUTE.fullmatch(route)
     if match is None:
         raise InvalidInputError(
-            f"{field} is {_shown(route)}, which is not a route: give the path alone, without a scheme or a host, "
+            f"{field} is {_quote(route)}, which is not a route: give only the path, without a scheme or a host, "
             'as in "/v1/chat/completions"'
         )
     path, query = match["path"], match["query"] or ""
@@ -310,7 +327,7 @@ def _call(field: str, route: str, body: dict[str, Any] | None) -> _Call:
 
 
 def _encode(body: dict[str, Any]) -> bytes:
-    """The body as strict JSON in UTF-8."""
+    """Return the body as strict JSON in UTF-8."""
     try:
         return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
@@ -328,10 +345,10 @@ def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _place(location: tuple[int | str, ...]) -> str:
+def _field_path(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "input"
 
 
-def _shown(text: str, length: int = 100) -> str:
-    """A text of the client's as it may stand in a message: short, escaped, never half a surrogate."""
+def _quote(text: str, length: int = 100) -> str:
+    """Return a client's text as it can be put into a message: short and escaped."""
     return ascii(text if len(text) <= length else text[:length] + "...")

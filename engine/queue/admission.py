@@ -1,76 +1,80 @@
-"""How many jobs to take now: what the engine can start at once and bring to its end, and no more.
+"""Decides how many jobs to take now: as many as the engine can start at once and complete.
 
-What it cannot start belongs in the queue, where the platform counts it and another worker can take it.
+Other jobs stay in the queue, where the platform counts them and another worker can take them.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-# With less of the KV cache free than this, new requests make running ones give way.
-FULL = 0.9
+# Above this share of the KV cache, new requests cause preemptions of running ones.
+KV_CACHE_HIGH_WATERMARK = 0.9
 
 
-class Load(Protocol):
-    """What the engine last said of itself, and what its requests have been like; sizes in tokens."""
+class EngineLoad(Protocol):
+    """The engine's load at its last step, and averages over its requests; sizes in tokens."""
 
-    usual_prompt_tokens: float
-    usual_answer_tokens: float
+    avg_prompt_tokens: float
+    avg_output_tokens: float
 
     @property
     def running(self) -> int:
-        """Requests that run."""
+        """Number of running requests."""
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for the engine."""
+        """Number of requests that wait in the engine."""
 
     @property
     def kv_cache_usage(self) -> float:
-        """Share of the KV cache that is taken, from 0 to 1."""
+        """Share of the KV cache in use, from 0 to 1."""
 
     @property
-    def answered_tokens(self) -> float:
-        """What the requests that run have been answered so far, on average."""
+    def avg_running_output_tokens(self) -> float:
+        """Output tokens that the running requests have so far, on average."""
 
 
 class Admission:
-    """Answers one question, from the engine's statistics.
+    """Says how many more jobs to take.
 
     Args:
-        load: the engine's statistics, kept up to date by it.
+        load: the engine's statistics, which it keeps up to date.
         limit: most jobs at once.
-        cache_tokens: so many tokens fit the KV cache.
-        longest_tokens: the longest request that the engine takes. A cache that does not hold one is not what bounds the
-            engine: a model that only embeds or ranks has none to speak of.
+        cache_tokens: capacity of the KV cache.
+        longest_tokens: the longest request that the engine accepts. A smaller KV cache does not limit the engine: it is
+            that of a model that only embeds or ranks.
     """
 
-    def __init__(self, load: Load, limit: int, cache_tokens: int, longest_tokens: int = 0) -> None:
+    def __init__(self, load: EngineLoad, limit: int, cache_tokens: int, longest_tokens: int = 0) -> None:
         self._load = load
         self._limit = limit
         self._cache_tokens = cache_tokens
-        self._cached = cache_tokens >= longest_tokens
+        self._limited_by_kv_cache = cache_tokens >= longest_tokens
 
-    def room(self, held: int) -> int:
-        """How many more jobs to take while `held` are held; an idle worker always has room for one."""
-        # Statistics come with steps: without a job there is none, and the last ones are old.
-        if held and (self._load.waiting or (self._cached and self._load.kv_cache_usage >= FULL)):
+    def available_slots(self, running: int) -> int:
+        """Return how many more jobs to take while `running` are in progress; an idle worker can always take one."""
+        # Statistics come with the engine's steps. Without a job there are none, and the last ones are outdated.
+        if running and (
+            self._load.waiting or (self._limited_by_kv_cache and self._load.kv_cache_usage >= KV_CACHE_HIGH_WATERMARK)
+        ):
             return 0
-        if not self._cached:
-            return max(self._limit - held, 0)
-        # Cut before it is rounded: beside a tiny size, what fits has no bounds.
-        fitting = min(FULL * self._cache_tokens / max(self._size_tokens(held), 1), self._limit)
-        return max(int(max(fitting, 1)) - held, 0)
+        if not self._limited_by_kv_cache:
+            return max(self._limit - running, 0)
+        capacity_tokens = KV_CACHE_HIGH_WATERMARK * self._cache_tokens
+        # The minimum comes before `int`: for a tiny request the quotient is huge.
+        fitting = min(capacity_tokens / max(self._tokens_per_request(running), 1), self._limit)
+        return max(int(max(fitting, 1)) - running, 0)
 
-    def _size_tokens(self, held: int) -> float:
-        """What a request takes up, on average, while it runs.
+    def _tokens_per_request(self, running: int) -> float:
+        """Estimate the KV cache that a request needs on average while it runs, in tokens.
 
-        Its prompt and half of its answer: requests of mixed ages have half on average, and what ends makes room for
-        what grows. Those that run say it themselves, but while they are younger than that, as all are after a burst.
+        It is the prompt and half of the output: requests of mixed ages have half of their output on average, and those
+        that end make room for those that grow. The running requests show their size themselves, except while they are
+        younger than that, as all are after a burst.
         """
         load = self._load
-        half = load.usual_answer_tokens / 2
-        if not (held and load.running):
-            return load.usual_prompt_tokens + half
+        half_output = load.avg_output_tokens / 2
+        if not (running and load.running):
+            return load.avg_prompt_tokens + half_output
         each = load.kv_cache_usage * self._cache_tokens / load.running
-        return each + max(half - load.answered_tokens, 0)
+        return each + max(half_output - load.avg_running_output_tokens, 0)

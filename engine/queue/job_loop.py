@@ -1,79 +1,53 @@
-"""The worker's loop: takes jobs as the engine has room for them, runs them, and ends without losing one.
+"""The job loop: takes jobs as the engine has room for them, runs them, and ends without losing one.
 
     SERVING ──stop()──▶ DRAINING ──▶ ENDED, exit status 0
        └────fail()────▶ FAILED ────▶ ENDED, exit status 1
 
-It sleeps on events and never polls: a taken job starts at once, a freed slot is asked for at once. At most one take is
-under way.
+It waits for events and never polls on a timer: a job starts as soon as it was taken, and a free slot is filled at once.
+At most one take is in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
-from engine.cold_start import LAST, ColdStart
+from engine.cold_start import FINAL_PHASE, ColdStart
 from engine.errors import (
-    BusyError,
     DeliveryError,
     EngineError,
     InternalError,
     JobError,
-    StoppedError,
     TimedOutError,
-    described,
+    WorkerShutdownError,
     error_text,
+    safe_str,
 )
+from engine.queue import job_log
 from engine.queue.admission import Admission
+from engine.queue.backoff import PollBackoff
 from engine.queue.delivery import JobDelivery
-from engine.queue.runpod_client import LET_GO_S, TAKE_TIMEOUT_S, Delivery
+from engine.queue.protocol import POLL_CANCEL_GRACE_S, TAKE_TIMEOUT_S, JobQueue
 
-# The SDK waits so long when the platform says 429.
-BUSY_WAIT_S = 5.0
-_FIRST_WAIT_S = 0.05
-_LONGEST_WAIT_S = 5.0
-_LONGEST_IDLE_WAIT_S = 1.0
-# A call that the platform did not hold open says nothing about the next one: without a pause we would spin.
-_HELD_S = 0.5
-_WATCH_S = 0.25
-# What the ends of jobs may take when the worker itself ends, and what is left of their tasks then.
-LAST_WORDS_S = 8.0
-GIVE_UP_S = 2.0
-# How much of it the last job grants to the others.
-_OTHERS_S = 3.0
-# In characters; every route of vLLM is much shorter.
-_LONGEST_ROUTE = 100
+_WATCH_INTERVAL_S = 0.25
+# How long the last deliveries may take when the worker ends, and after that, what is left of the jobs' tasks.
+FINAL_DELIVERY_TIMEOUT_S = 8.0
+ABANDON_TIMEOUT_S = 2.0
+# How much of it the result that asks for another worker waits for the other results.
+_REPLACEMENT_DELAY_S = 3.0
 
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[dict[str, Any]], AsyncGenerator[Any, None]]
 
 
-class Platform(Protocol):
-    """What the loop needs of the platform; `engine.queue.runpod_client.Platform` has it."""
-
-    async def take(self, count: int) -> list[Any]: ...  # noqa: D102 (see there)
-
-    def let_go(self) -> None: ...  # noqa: D102
-
-    async def stops(self) -> list[str]: ...  # noqa: D102
-
-    async def post(self, kind: Delivery, job_id: str, body: bytes) -> None: ...  # noqa: D102
-
-    def hold(self, job_id: str) -> None: ...  # noqa: D102
-
-    def release(self, job_id: str) -> None: ...  # noqa: D102
-
-
-class State(Enum):
+class LoopState(Enum):
     """What the loop is doing."""
 
     SERVING = "serving"
@@ -82,33 +56,49 @@ class State(Enum):
     ENDED = "ended"
 
 
-@dataclass(eq=False)
-class _Held:
-    """A job that is held, its task, and why it was cancelled, if it was.
+class JobState(Enum):
+    """How far a job has come."""
 
-    `ending` is set once its end is decided: from then on it is not cancelled any more. `again` is the same job, if it
-    was given out anew since then: as soon as this run is over, it is run.
+    PENDING = "pending"
+    """Its task has not run yet. A task that is cancelled now would never run, nor remove the job."""
+    RUNNING = "running"
+    FINISHING = "finishing"
+    """Its result is decided and is being delivered: it is no longer cancelled."""
+    STOPPED = "stopped"
+    """The platform has stopped it, or the worker has given it up: it gets no result."""
+
+
+@dataclass(eq=False)
+class RunningJob:
+    """A job, its task, and what is known of its end.
+
+    Attributes:
+        id: the platform's.
+        started_at: when it was taken, by `time.monotonic()`.
+        abort_error: the error that it ends with, if it was aborted.
+        redelivered_job: the same job, taken again while this run was ending. It runs when this run is over.
     """
 
     id: str
-    begun: float
+    started_at: float
+    state: JobState = JobState.PENDING
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
-    started: bool = False
-    ending: bool = False
-    stopped: bool = False
-    ended_with: JobError | None = None
+    abort_error: JobError | None = None
     first_output_s: float | None = None
     outcome: str = "completed"
-    again: dict[str, Any] | None = None
+    redelivered_job: dict[str, Any] | None = None
 
-    def cancel(self) -> None:
-        """Break the run off, for the reason that was set before.
+    @property
+    def can_be_aborted(self) -> bool:
+        """Whether its end is still open."""
+        return self.state in (JobState.PENDING, JobState.RUNNING)
 
-        A task that is cancelled before its first turn never has one: it would not even let go of the job.
-        """
-        self.ending = True
-        if self.task is not None and self.started:
+    def abort(self, state: JobState, error: JobError | None = None) -> None:
+        """Cancel its task and move on to `state`."""
+        has_run = self.state is not JobState.PENDING
+        self.state, self.abort_error = state, error
+        if self.task is not None and has_run:
             self.task.cancel()
 
 
@@ -116,85 +106,82 @@ class _Held:
 class Timeouts:
     """How long things may take, in seconds.
 
-    Args:
-        drain_s: jobs that run when the worker is told to stop.
-        job_s: one job, deliveries included: the platform's executionTimeout.
-        run_s: one job, after which it is broken off; None for as long as it likes.
+    Attributes:
+        drain_s: jobs that run when the worker is asked to stop.
+        delivery_s: from a job's start until its outputs are no longer delivered: the platform's execution timeout.
+        execution_s: a job, after which it is aborted; None for no limit.
     """
 
     drain_s: float = 25.0
-    job_s: float = 600.0
-    run_s: float | None = None
+    delivery_s: float = 600.0
+    execution_s: float | None = None
 
 
 class JobLoop:
-    """Runs jobs until it is told to stop, or the engine fails.
+    """Runs jobs until it is asked to stop or the engine fails.
 
     Args:
-        platform: where jobs come from and outputs go.
+        queue: where jobs come from and outputs go.
         handler: an async generator of a job's outputs.
-        admission: how many jobs to take now; `wake` tells that its answer may have changed.
-        failure: what is wrong with the engine for good, if something is.
+        admission: says how many jobs to take now.
+        load_changed: is set when the answer of `admission` may have changed.
+        failure: returns what is wrong with the engine for good, or None.
         timeouts: how long things may take.
-        tokens_of: tokens in and out of a job that has ended, if the engine has told.
-        log_inputs: whether the log shows what jobs ask.
-        start: is told when the first job has been taken, and when its first output is there.
+        pop_token_counts: returns and forgets the tokens of a job's prompt and answer, if the engine knows them.
+        log_inputs: whether the log shows the inputs of jobs.
+        cold_start: is marked when the first job was taken, and when its first output was there.
     """
 
-    def __init__(  # noqa: PLR0913 (all that it acts on, so that a test can put its own in place)
+    def __init__(  # noqa: PLR0913 (all that it depends on, so that a test can replace each)
         self,
-        platform: Platform,
+        queue: JobQueue,
         handler: Handler,
         admission: Admission,
         *,
+        load_changed: asyncio.Event | None = None,
         failure: Callable[[], str | None] = lambda: None,
         timeouts: Timeouts | None = None,
-        tokens_of: Callable[[str], tuple[int, int] | None] = lambda _: None,
+        pop_token_counts: Callable[[str], tuple[int, int] | None] = lambda _: None,
         log_inputs: bool = False,
-        start: ColdStart | None = None,
+        cold_start: ColdStart | None = None,
     ) -> None:
-        self._platform = platform
+        self._queue = queue
         self._handler = handler
         self._admission = admission
+        self._changed = load_changed or asyncio.Event()
         self._failure = failure
         self._timeouts = timeouts or Timeouts()
-        self._tokens_of = tokens_of
+        self._pop_token_counts = pop_token_counts
         self._log_inputs = log_inputs
-        self._start = start
-        self._jobs: dict[str, _Held] = {}
+        self._cold_start = cold_start
+        self._jobs: dict[str, RunningJob] = {}
         self._supervised: set[asyncio.Task[None]] = set()
-        self._changed = asyncio.Event()
         self._ending = asyncio.Event()
-        self._turn = asyncio.Lock()
+        self._start_lock = asyncio.Lock()
         self._ended_at = 0.0
-        self._reason: str | None = None
-        self._over: StoppedError | None = None
-        self.state = State.SERVING
-
-    def wake(self) -> None:
-        """The engine's load has changed: look again how many jobs to take."""
-        self._changed.set()
+        self._failure_reason: str | None = None
+        self._shutdown_error: WorkerShutdownError | None = None
+        self.state = LoopState.SERVING
 
     def stop(self) -> None:
-        """Take no further job; end when those that are held have ended."""
-        if self.state is State.SERVING:
-            self._end(State.DRAINING)
+        """Take no further job, and end when the running ones have ended."""
+        if self.state is LoopState.SERVING:
+            self._end(LoopState.DRAINING)
 
     def fail(self, reason: str) -> None:
-        """The worker cannot serve any more: take no further job, end those that are held as retryable."""
-        if self.state in (State.SERVING, State.DRAINING):
-            self._reason = reason
+        """Take no further job, and end the running ones as retryable: the worker cannot serve any more."""
+        if self.state in (LoopState.SERVING, LoopState.DRAINING):
+            self._failure_reason = reason
             _log.error("The worker has failed: %s", reason)
-            self._end(State.FAILED)
+            self._end(LoopState.FAILED)
 
     def supervise(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Run a task beside the jobs until the loop ends; if it ends with an exception, so does the worker."""
-        task = self._task(work, name)
+        """Run a task until the loop ends; if the task ends with an exception, the worker fails."""
+        task = self._create_task(work, name)
         self._supervised.add(task)
         return task
 
-    def _task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """A task whose exception the worker does not outlive: what it was there for would not be done any more."""
+    def _create_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(self._task_ended)
         return task
@@ -202,333 +189,283 @@ class JobLoop:
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("Task %r failed", task.get_name(), exc_info=error)
-            self.fail(f"its task {task.get_name()!r} ended with {described(error)}")
+            self.fail(f"its task {task.get_name()!r} ended with {safe_str(error)}")
 
-    def _end(self, state: State) -> None:
+    def _end(self, state: LoopState) -> None:
         self.state = state
         self._ended_at = time.monotonic()
         self._ending.set()
-        # In this very turn: what is posted next may be what makes a client send another job.
-        self._platform.let_go()
+        # Before anything else is posted: a client may answer to that with another job, which would come here.
+        self._queue.stop_polling()
 
     async def run(self) -> int:
         """Run until `stop` or `fail`; return the exit status: 0, or 1 if the worker has failed.
 
-        Cancelled, it gives up the jobs that it holds.
+        If it is cancelled, it abandons the running jobs.
         """
         taking = self.supervise(self._take_jobs(), "take jobs")
-        self.supervise(self._watch_stops(), "watch for jobs to stop")
+        self.supervise(self._watch_stop_signals(), "watch for stop signals")
         self.supervise(self._watch_engine(), "watch the engine")
         try:
             await self._ending.wait()
-            _log.info("Worker %s: %d jobs held", self.state.value, len(self._jobs))
+            _log.info("Worker %s: %d jobs in progress", self.state.value, len(self._jobs))
             await self._end_jobs(taking)
         finally:
-            await self._leave_no_task()
-        status = int(self.state is State.FAILED)
-        self.state = State.ENDED
+            await self._abandon_jobs()
+        status = int(self.state is LoopState.FAILED)
+        self.state = LoopState.ENDED
         return status
 
-    # Taking jobs.
+    # Taking jobs
 
     async def _take_jobs(self) -> None:
-        pace = _Pace()
+        backoff = PollBackoff()
         while not self._ending.is_set():
             self._changed.clear()
-            room = self._admission.room(len(self._jobs))
-            if not room:
-                await self._either(self._changed.wait())
+            slots = self._admission.available_slots(len(self._jobs))
+            if not slots:
+                await self._wait_or_shutdown(self._changed.wait())
                 continue
-            with pace.call("Jobs could not be taken"):
-                pace.found = [job for job in await self._take(room) if self._begin(job)]
-            if pace.wait_s:
-                await self._either(asyncio.sleep(pace.wait_s))
+            with backoff.attempt("Polling for jobs failed"):
+                backoff.result = [job for job in await self._take(slots) if self._start_job(job)]
+            if backoff.wait_s:
+                await self._wait_or_shutdown(asyncio.sleep(backoff.wait_s))
 
     async def _take(self, count: int) -> list[Any]:
-        """Take up to `count` jobs; let go when the worker ends, without losing a job that may be on its way."""
-        take = asyncio.create_task(self._platform.take(count), name="take")
+        """Take up to `count` jobs. When the worker ends, stop polling without losing a job that is on its way."""
+        take = asyncio.create_task(self._queue.take(count), name="take")
         try:
-            await self._either(asyncio.wait({take}, timeout=TAKE_TIMEOUT_S))
+            await self._wait_or_shutdown(asyncio.wait({take}, timeout=TAKE_TIMEOUT_S))
             if take.done():
                 return take.result()
-            self._platform.let_go()
-            await asyncio.wait({take}, timeout=LET_GO_S)
+            self._queue.stop_polling()
+            await asyncio.wait({take}, timeout=POLL_CANCEL_GRACE_S)
         finally:
             take.cancel()
         await asyncio.wait({take})
         return [] if take.cancelled() or take.exception() else take.result()
 
-    async def _either(self, this: Awaitable[object]) -> None:
-        """Wait for this, or for the worker's end."""
-        waits = {asyncio.ensure_future(this), asyncio.ensure_future(self._ending.wait())}
+    async def _wait_or_shutdown(self, event: Awaitable[object]) -> None:
+        waits = {asyncio.ensure_future(event), asyncio.ensure_future(self._ending.wait())}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
 
-    def _begin(self, job: Any) -> bool:
-        """Begin a job, now or when its last run is over; say whether it is one to begin."""
-        job_id = _id(job)
+    def _start_job(self, job: Any) -> bool:
+        """Start a job, now or when its last run is over; return whether it is one that starts."""
+        job_id = _job_id(job)
         if job_id is None:
-            _log.error("A %s without an id was taken in the place of a job; it is skipped", type(job).__name__)
+            _log.error("Skipping a malformed job: a %s without an id", type(job).__name__)
             return False
-        if self._over is not None or self.state is State.FAILED:
-            # Never held: the platform gives it out again, and its client does not see it fail.
-            _log.warning("Job %s: came too late to be run here; it goes back to the queue", job_id)
+        if self._shutdown_error is not None or self.state is LoopState.FAILED:
+            # It was never reported as in progress: the platform gives it to another worker.
+            _log.warning("Job %s: arrived too late to run here; it returns to the queue", job_id)
             return False
         if (last := self._jobs.get(job_id)) is not None:
-            # A platform that has had the last run's end, or has stopped it, gives the job out for another one.
-            if last.ending and last.again is None:
-                last.again = job
+            # The platform has the result of the last run, or has stopped it, and starts another one.
+            if not last.can_be_aborted and last.redelivered_job is None:
+                last.redelivered_job = job
                 return True
-            _log.warning("Job %s was delivered again while it runs; it is not run twice", job_id)
+            _log.warning("Job %s: redelivered while it runs; the duplicate is ignored", job_id)
             return False
-        if self._start is not None:
-            self._start.ended("first_take")
-        held = _Held(job_id, time.monotonic())
-        self._jobs[job_id] = held
-        self._platform.hold(job_id)
-        if self._timeouts.run_s is not None:
-            held.timer = asyncio.get_running_loop().call_later(self._timeouts.run_s, self._time_out, held)
-        held.task = self._task(self._run(job, held), f"job {job_id}")
-        line = {"job": job_id, **_batch(job), "route": _route(job), "status": "started"}
-        try:
-            _log.info("%s", json.dumps(line | {"input": job.get("input")} if self._log_inputs else line))
-        except RecursionError:  # An input could just be read that cannot be written.
-            _log.info("%s", json.dumps(line | {"input": "nested too deeply"}))
+        if self._cold_start is not None:
+            self._cold_start.mark("first_take")
+        running = RunningJob(job_id, time.monotonic())
+        self._jobs[job_id] = running
+        self._queue.add_in_progress(job_id)
+        if (limit_s := self._timeouts.execution_s) is not None:
+            running.timer = asyncio.get_running_loop().call_later(limit_s, self._time_out, running, limit_s)
+        running.task = self._create_task(self._run_job(job, running), f"job {job_id}")
+        job_log.log_started(job_id, job, with_input=self._log_inputs)
         return True
 
-    # Running a job.
+    # Running a job
 
-    async def _run(self, job: dict[str, Any], held: _Held) -> None:
-        delivery = JobDelivery(self._platform.post, held.id, held.begun + self._timeouts.job_s)
-        error: JobError | None
-        held.started = True
+    async def _run_job(self, job: dict[str, Any], running: RunningJob) -> None:
+        delivery = JobDelivery(self._queue.post, running.id, running.started_at + self._timeouts.delivery_s)
+        error = running.abort_error
+        if running.state is JobState.PENDING:
+            running.state = JobState.RUNNING
+            error = await self._run_handler(job, running, delivery)
+        if running.timer is not None:
+            running.timer.cancel()
         try:
-            error = held.ended_with if held.ending else await self._outputs(job, held, delivery)
-        except asyncio.CancelledError:
-            error = held.ended_with or StoppedError("the job was broken off in the worker; try again")
-        except JobError as refused:
-            error = refused
-        except DeliveryError as failure:
-            error = EngineError(f"an output could not be delivered: {failure}")
-        except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)
-            _log.exception("Job %s failed in the worker", held.id)
-            error = InternalError("the worker failed; its log says why")
-        held.ending = True
-        if held.timer is not None:
-            held.timer.cancel()
-        try:
-            if held.stopped:
-                held.outcome = "stopped"
+            if running.state is JobState.STOPPED:
+                running.outcome = "stopped"
             else:
-                reason = self._failed()
+                running.state = JobState.FINISHING
+                reason = self._check_engine()
                 if reason is not None:
-                    error = StoppedError(f"the worker has failed: {reason}")
-                replace = reason is not None and await self._is_left_alone(held)
-                held.outcome = await delivery.finish(error, replace_worker=replace)
+                    error = WorkerShutdownError(f"the worker has failed: {reason}")
+                replace = reason is not None and await self._should_request_replacement(running)
+                running.outcome = await delivery.finish(error, replace_worker=replace)
         finally:
-            del self._jobs[held.id]
-            self._platform.release(held.id)
-            self._changed.set()
-            self._log_end(job, held, delivery.count)
-            if held.again is not None:
-                self._begin(held.again)
+            self._remove_job(job, running, delivery.count)
 
-    async def _is_left_alone(self, held: _Held) -> bool:
-        """Whether this job's result is to ask for another worker: the oldest job's, when the others have theirs.
+    async def _run_handler(self, job: dict[str, Any], running: RunningJob, delivery: JobDelivery) -> JobError | None:
+        """Run the handler; return the error that the job ends with, if it does not complete."""
+        try:
+            return await self._deliver_outputs(job, running, delivery)
+        except asyncio.CancelledError:
+            return running.abort_error or WorkerShutdownError("the job was cancelled in the worker; try again")
+        except JobError as error:
+            return error
+        except DeliveryError as error:
+            return EngineError(f"an output could not be delivered: {error}")
+        except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)
+            _log.exception("Job %s failed in the worker", running.id)
+            return InternalError("internal worker error; see the worker's log")
 
-        A platform may end the worker at that word, and with it what has not been delivered yet.
+    async def _deliver_outputs(
+        self, job: dict[str, Any], running: RunningJob, delivery: JobDelivery
+    ) -> JobError | None:
+        """Deliver the handler's outputs as they come; return the error that it reports.
+
+        The jobs of one take start one turn of the event loop after another. Started together, each would wait until
+        the last of them is tokenized, and the engine with them.
         """
-        if held is not next(one for one in self._jobs.values() if not one.stopped):
-            return False
-        others = [task for task in self._tasks() if task is not held.task]
-        if others:
-            await asyncio.wait(others, timeout=max(self._ended_at + _OTHERS_S - time.monotonic(), 0))
-        return True
-
-    async def _outputs(self, job: dict[str, Any], held: _Held, delivery: JobDelivery) -> JobError | None:
-        """Deliver a job's outputs as they come; return the error that it ends with.
-
-        The jobs of one take begin a turn of the event loop apart: side by side, each would wait until the last of them
-        is prepared, and the engine with them.
-        """
-        async with self._turn:
+        async with self._start_lock:
             await asyncio.sleep(0)
         async with aclosing(self._handler(job)) as outputs:
             async for output in outputs:
-                if held.ending:
+                if running.state is not JobState.RUNNING:
                     break
-                if held.first_output_s is None:
-                    held.first_output_s = time.monotonic() - held.begun
-                    self._first_output()
+                if running.first_output_s is None:
+                    running.first_output_s = time.monotonic() - running.started_at
+                    self._mark_first_output()
                 if (text := error_text(output)) is not None:
-                    return _ToldError(text)
+                    return HandlerError(text)
                 await delivery.stream(output)
-        if held.ending:
-            # The handler has kept its cancellation to itself: it has not run to its end, or runs on.
+        if running.state is not JobState.RUNNING:
+            # The handler has suppressed its cancellation: it has not come to its own end, or goes on.
             raise asyncio.CancelledError
         return None
 
-    def _first_output(self) -> None:
-        """A job has its first output; the first of all ends the worker's start."""
-        start, self._start = self._start, None
-        if start is not None:
-            start.ended(LAST)
-            start.log("First output")
+    async def _should_request_replacement(self, running: RunningJob) -> bool:
+        """Return whether this job's result asks for another worker: the oldest job's does, after all other results.
 
-    def _log_end(self, job: dict[str, Any], held: _Held, batches: int) -> None:
-        tokens = self._tokens_of(held.id)
-        line = {
-            "job": held.id,
-            **_batch(job),
-            "route": _route(job),
-            "status": held.outcome,
-            "tokens_in": tokens[0] if tokens else None,
-            "tokens_out": tokens[1] if tokens else None,
-            "first_output_s": None if held.first_output_s is None else round(held.first_output_s, 4),
-            "duration_s": round(time.monotonic() - held.begun, 4),
-            "batches": batches,
-        }
-        _log.info("%s", json.dumps(line))
+        The platform may end the worker at once when it is asked, and with it deliveries that are still under way.
+        """
+        if running is not next(one for one in self._jobs.values() if one.state is not JobState.STOPPED):
+            return False
+        others = [task for task in self._tasks() if task is not running.task]
+        if others:
+            await asyncio.wait(others, timeout=max(self._ended_at + _REPLACEMENT_DELAY_S - time.monotonic(), 0))
+        return True
 
-    # What comes from outside.
+    def _remove_job(self, job: dict[str, Any], running: RunningJob, batches: int) -> None:
+        del self._jobs[running.id]
+        self._queue.remove_in_progress(running.id)
+        self._changed.set()
+        job_log.log_ended(
+            running.id,
+            job,
+            running.outcome,
+            tokens=self._pop_token_counts(running.id),
+            first_output_s=running.first_output_s,
+            duration_s=time.monotonic() - running.started_at,
+            batches=batches,
+        )
+        if running.redelivered_job is not None:
+            self._start_job(running.redelivered_job)
 
-    async def _watch_stops(self) -> None:
-        pace = _Pace()
+    def _mark_first_output(self) -> None:
+        """Note the worker's first output of all, which ends its cold start."""
+        cold_start, self._cold_start = self._cold_start, None
+        if cold_start is not None:
+            cold_start.mark(FINAL_PHASE)
+            cold_start.log("First output")
+
+    # Aborting jobs
+
+    async def _watch_stop_signals(self) -> None:
+        backoff = PollBackoff()
         while True:
-            with pace.call("Stop signals could not be asked for"):
-                pace.found = job_ids = await self._platform.stops()
+            with backoff.attempt("Polling for stop signals failed"):
+                backoff.result = job_ids = await self._queue.stop_signals()
                 for job_id in job_ids:
                     self._stop_job(job_id)
-            await asyncio.sleep(pace.wait_s)
+            await asyncio.sleep(backoff.wait_s)
 
     def _stop_job(self, job_id: str) -> None:
-        held = self._jobs.get(job_id)
-        if held is not None:
-            held.again = None
-        if held is not None and not held.ending:
-            held.stopped = True
-            held.cancel()
+        running = self._jobs.get(job_id)
+        if running is not None:
+            running.redelivered_job = None
+        if running is not None and running.can_be_aborted:
+            running.abort(JobState.STOPPED)
 
-    def _time_out(self, held: _Held) -> None:
-        """Break off a job that has run for as long as it may."""
-        if not held.ending:
-            held.ended_with = TimedOutError(self._timeouts.run_s or 0.0)
-            held.cancel()
+    @staticmethod
+    def _time_out(running: RunningJob, limit_s: float) -> None:
+        if running.can_be_aborted:
+            running.abort(JobState.FINISHING, TimedOutError(limit_s))
 
     async def _watch_engine(self) -> None:
-        while self._failed() is None:  # noqa: ASYNC110 (vLLM tells nobody, and a stall least of all)
-            await asyncio.sleep(_WATCH_S)
+        while self._check_engine() is None:  # noqa: ASYNC110 (vLLM sends no event for this, least of all for a stall)
+            await asyncio.sleep(_WATCH_INTERVAL_S)
 
-    def _failed(self) -> str | None:
-        """What is wrong with the worker for good; if something is, the loop ends.
+    def _check_engine(self) -> str | None:
+        """Return what is wrong with the worker for good; if something is, end the loop.
 
-        It stays wrong: an engine that hangs has no request left to hang on once its jobs are broken off.
+        The answer stays: a stalled engine has no unfinished request any more once its jobs are aborted.
         """
-        if self._reason is None:
+        if self._failure_reason is None:
             try:
                 reason = self._failure()
-            except Exception as error:  # noqa: BLE001 (an engine that nobody can watch is not to be trusted with jobs)
-                reason = f"the engine's state cannot be read: {described(error)}"
+            except Exception as error:  # noqa: BLE001 (an engine that cannot be watched must not get jobs)
+                reason = f"the engine's state cannot be read: {safe_str(error)}"
             if reason is not None:
                 self.fail(reason)
-        return self._reason
+        return self._failure_reason
+
+    # Ending
 
     @property
-    def _deadline(self) -> float:
-        """When the jobs that are held as the worker ends are broken off."""
-        return self._ended_at + (self._timeouts.drain_s if self.state is State.DRAINING else 0.0)
+    def _drain_deadline(self) -> float:
+        """When the running jobs are aborted, by `time.monotonic()`."""
+        return self._ended_at + (self._timeouts.drain_s if self.state is LoopState.DRAINING else 0.0)
 
     async def _end_jobs(self, taking: asyncio.Task[None]) -> None:
-        """Wait for jobs that are held, or still on their way, as long as they may take; then end all as retryable."""
-        while self._pending(taking) and (left_s := self._deadline - time.monotonic()) > 0:
-            await asyncio.wait(self._pending(taking), timeout=min(left_s, _WATCH_S))
-        why = "the worker has failed" if self.state is State.FAILED else "the worker was told to stop"
-        self._over = StoppedError(f"{why} before the job had ended; try again")
-        for held in self._jobs.values():
-            if not held.ending:
-                held.ended_with = self._over
-                held.cancel()
-        over_at = time.monotonic() + LAST_WORDS_S
-        while (pending := self._pending(taking)) and (left_s := over_at - time.monotonic()) > 0:
-            await asyncio.wait(pending, timeout=left_s)
+        """Let jobs that run, or are still on their way, use the drain time; then end all of them as retryable."""
+        while self._unfinished(taking) and (left_s := self._drain_deadline - time.monotonic()) > 0:
+            await asyncio.wait(self._unfinished(taking), timeout=min(left_s, _WATCH_INTERVAL_S))
+        why = "the worker has failed" if self.state is LoopState.FAILED else "the worker was asked to stop"
+        self._shutdown_error = WorkerShutdownError(f"{why} before the job had ended; try again")
+        for running in self._jobs.values():
+            if running.can_be_aborted:
+                running.abort(JobState.FINISHING, self._shutdown_error)
+        deadline = time.monotonic() + FINAL_DELIVERY_TIMEOUT_S
+        while (unfinished := self._unfinished(taking)) and (left_s := deadline - time.monotonic()) > 0:
+            await asyncio.wait(unfinished, timeout=left_s)
 
-    def _pending(self, taking: asyncio.Task[None]) -> list[asyncio.Task[None]]:
+    def _unfinished(self, taking: asyncio.Task[None]) -> list[asyncio.Task[None]]:
         return [task for task in (taking, *self._tasks()) if not task.done()]
 
-    async def _leave_no_task(self) -> None:
-        """Cancel what still runs: a job that has not ended by now is given up."""
-        for held in self._jobs.values():
-            _log.error("Job %s: the worker ends before its end could be delivered", held.id)
-            held.stopped, held.again = True, None
-            held.cancel()
+    async def _abandon_jobs(self) -> None:
+        """Cancel all tasks: a job that has not ended by now gets no result from this worker."""
+        for running in self._jobs.values():
+            _log.error("Job %s: the worker ends before the result could be delivered", running.id)
+            running.redelivered_job = None
+            running.abort(JobState.STOPPED)
         for task in self._supervised:
             task.cancel()
-        await asyncio.wait([*self._supervised, *self._tasks()], timeout=GIVE_UP_S)
+        await asyncio.wait([*self._supervised, *self._tasks()], timeout=ABANDON_TIMEOUT_S)
 
     def _tasks(self) -> list[asyncio.Task[None]]:
-        return [held.task for held in self._jobs.values() if held.task is not None]
+        return [running.task for running in self._jobs.values() if running.task is not None]
 
 
-def _id(job: Any) -> str | None:
-    """The id of what was taken in the place of a job, if it is a job that has one."""
+def _job_id(job: Any) -> str | None:
+    """Return the id of a job; None if this is not a job, or has no usable id."""
     value = job.get("id") if isinstance(job, dict) else None
     text = str(value) if isinstance(value, str | int) else ""
     return text if text and text.isprintable() else None
 
 
-def _batch(job: dict[str, Any]) -> dict[str, str]:
-    """The `batchId` that the platform gives to the jobs of a batch, for the log."""
-    batch = job.get("batchId")
-    return {"batchId": batch} if isinstance(batch, str) and batch else {}
-
-
-def _route(job: dict[str, Any]) -> str | None:
-    """The route that a job calls; what is no plain route is the client's own words, which no log shows."""
-    value = job.get("input")
-    route = value.get("openai_route", value.get("route", "native")) if isinstance(value, dict) else None
-    path = route.partition("?")[0] if isinstance(route, str) else None
-    return path if path is not None and len(path) <= _LONGEST_ROUTE else None
-
-
-class _Pace:
-    """Keeps a long poll from spinning: after a call that failed or was not held, wait, longer and longer.
-
-    `found` is what the call brought; `wait_s` is how long to wait before the next one.
-    """
-
-    def __init__(self) -> None:
-        self.found: Sequence[object] = ()
-        self.wait_s = 0.0
-        self._next_s = _FIRST_WAIT_S
-
-    @contextmanager
-    def call(self, failure: str) -> Iterator[None]:
-        """Around one call; an error of it is logged as a `failure`."""
-        begun = time.monotonic()
-        self.found, self.wait_s = (), 0.0
-        longest_s = _LONGEST_IDLE_WAIT_S
-        try:
-            yield
-        except BusyError as error:
-            _log.warning("%s: %s; next attempt in %.0f s", failure, error, BUSY_WAIT_S)
-            self.wait_s = BUSY_WAIT_S
-            return
-        except Exception as error:  # noqa: BLE001 (whatever it is, the next call may succeed)
-            _log.warning("%s: %s", failure, described(error))
-            longest_s = _LONGEST_WAIT_S
-        else:
-            if self.found or time.monotonic() - begun > _HELD_S:
-                self._next_s = _FIRST_WAIT_S
-                return
-        self.wait_s = min(self._next_s, longest_s) * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
-        self._next_s = min(2 * self._next_s, _LONGEST_WAIT_S)
-
-
-class _ToldError(JobError):
-    """The error that the handler has yielded, as it is."""
+class HandlerError(JobError):
+    """The error that the handler has yielded, passed on as it is."""
 
     def output(self) -> dict[str, str]:
+        """Return the job output that ends the job as failed."""
         return {"error": str(self)}

@@ -1,7 +1,7 @@
-"""The platform's worker protocol, through the SDK, which the serving process imports here alone.
+"""RunPod's queue, through its SDK; only this file imports the SDK in the serving process.
 
-Of the SDK we keep the take, the stop channel, the ping and the log; its loop is replaced by ours. Where an SDK lacks
-what our loop needs, the worker says so and uses the SDK's own loop, with the engine watched all the same.
+The SDK's take, stop channel, ping and log are kept; its loop is replaced by `engine.queue.job_loop`. Where an SDK lacks
+what that loop needs, the worker logs it and uses the SDK's own loop; the engine is watched in either case.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
-from enum import Enum
 from http import HTTPStatus
 from typing import Any, Self
 from urllib.parse import quote
@@ -24,55 +23,44 @@ from urllib.parse import quote
 import aiohttp
 import uvloop
 
-from engine.errors import BusyError, DeliveryError, RefusedDeliveryError, described
+from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError, safe_str
+from engine.queue.protocol import TAKE_TIMEOUT_S, PostKind
 from engine.queue.take_response import TakeResponse
 
 TESTED_VERSIONS = ("1.12.",)
-# How often the engine is looked at under the SDK's own loop, and what its jobs may take to end once it has failed.
-_WATCH_S = 0.5
-_STOCK_GRACE_S = 3.0
-# The SDK gives a take up after so long; nothing that the platform holds open should outlive it.
-TAKE_TIMEOUT_S = 90.0
-# How long a take that was let go may still bring a job: the platform closes its side after a round trip, as a rule.
-LET_GO_S = 2.0
+# Under the SDK's own loop: how often the engine is checked, and how long its jobs may take to end once it has failed.
+_WATCH_INTERVAL_S = 0.5
+_STOCK_LOOP_GRACE_S = 3.0
 _POST_TIMEOUT_S = 60.0
-# How much of a refusal is told.
-_TOLD_BYTES = 200
-# Statuses of answers that another try may not get.
-_PASSING = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+# How much of the body of a refusal is logged.
+_MAX_ERROR_BODY_BYTES = 200
+_RETRYABLE_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 
 _log = logging.getLogger(__name__)
 
 
-class Delivery(Enum):
-    """What is posted for a job: an output of its stream, or its result."""
-
-    STREAM = "stream"
-    RESULT = "result"
-
-
 class _TakeConnector(aiohttp.TCPConnector):
-    """A connector that knows the one connection that it has given out.
+    """A connector that remembers its one connection, so that it can be closed for writing.
 
-    While nothing is `wanted` it gives out none: aiohttp tries a GET once more by itself when its connection ends.
+    While it is not `polling` it opens none: aiohttp repeats a GET once by itself when its connection ends.
     """
 
     transport: asyncio.Transport | None = None
-    wanted = True
+    polling = True
 
     async def connect(self, *arguments: Any, **options: Any) -> aiohttp.connector.Connection:
-        if not self.wanted:
-            raise aiohttp.ClientConnectionError("no job is wanted any more")
+        if not self.polling:
+            raise aiohttp.ClientConnectionError("polling has stopped")
         connection = await super().connect(*arguments, **options)
-        if not self.wanted:  # It was let go while the connection was made.
+        if not self.polling:  # It stopped while the connection was opened.
             connection.close()
-            raise aiohttp.ClientConnectionError("no job is wanted any more")
+            raise aiohttp.ClientConnectionError("polling has stopped")
         self.transport = connection.transport
         return connection
 
 
-class Platform:
-    """What the loop needs of the platform, on one event loop: `async with Platform() as platform`."""
+class RunPodClient:
+    """A `JobQueue` on one event loop: `async with RunPodClient() as queue`."""
 
     def __init__(self) -> None:
         from runpod.http_client import TooManyRequests, get_auth_header
@@ -80,10 +68,10 @@ class Platform:
         from runpod.serverless.modules.worker_state import JobsProgress
 
         self._sdk_job = rp_job
-        self._busy: type[Exception] = TooManyRequests
-        self._held = JobsProgress()
+        self._rate_limited: type[Exception] = TooManyRequests
+        self._in_progress = JobsProgress()
         self._headers = get_auth_header()
-        self._urls = {Delivery.STREAM: rp_http.JOB_STREAM_URL, Delivery.RESULT: rp_http.JOB_DONE_URL}
+        self._urls = {PostKind.OUTPUT: rp_http.JOB_STREAM_URL, PostKind.RESULT: rp_http.JOB_DONE_URL}
         self._connector = _TakeConnector()
         self._stack = AsyncExitStack()
 
@@ -106,88 +94,84 @@ class Platform:
         return await self._stack.enter_async_context(session)
 
     async def take(self, count: int) -> list[Any]:
-        """Ask for up to `count` jobs; empty when none came while the platform held the call.
-
-        Whatever stood in the place of a job comes as it is: `engine.queue.take_response`.
-
-        It is never cut off from our side while the platform may be answering: a job could be on its way. Call `let_go`.
+        """Return up to `count` jobs, as `engine.queue.take_response` finds them in the response.
 
         Raises:
-            BusyError: the platform asks us to wait.
-            aiohttp.ClientError, OSError: it could not be asked.
+            RateLimitedError: the platform asks to wait.
+            aiohttp.ClientError, OSError: it cannot be reached.
         """
-        self._connector.wanted = True
+        self._connector.polling = True
         try:
             return await self._sdk_job.get_job(self._takes, count) or []
-        except self._busy:
-            raise BusyError("the platform answered with status 429") from None
+        except self._rate_limited:
+            raise RateLimitedError("the platform answered with status 429") from None
 
-    def let_go(self) -> None:
-        """Tell the platform that no job is wanted any more, but hear what it is saying.
+    def stop_polling(self) -> None:
+        """Close the connection for writing only, so that a job that was already sent still arrives.
 
-        The connection is closed from our side alone: a server that has not answered yet sees that nobody asks, and a
-        job that it has sent still arrives. Below TLS, which asyncio's transports cannot close by halves: RFC 8446,
-        section 6.1, lets either side end alone, and what has been sent before is still decrypted.
+        A server that has not answered yet sees the end of its client's stream and sends no job. The socket is shut down
+        below TLS, as asyncio's transports cannot half-close it. RFC 8446, section 6.1, allows either side to end its
+        own direction, and what was sent before is still decrypted.
         """
-        self._connector.wanted = False
+        self._connector.polling = False
         transport, self._connector.transport = self._connector.transport, None
         if transport is None or transport.is_closing():
             return
-        # A connection that has just ended has nothing left to close.
+        # OSError: the connection has just ended by itself.
         with suppress(OSError), socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
             connection.shutdown(socket.SHUT_WR)
 
-    async def stops(self) -> list[str]:
-        """Wait for jobs that are to be stopped; empty when there were none while the platform held the call.
+    async def stop_signals(self) -> list[str]:
+        """Return the ids of jobs to stop.
 
         Raises:
-            BusyError: the platform asks us to wait.
-            aiohttp.ClientError, OSError: it could not be asked.
+            RateLimitedError: the platform asks to wait.
+            aiohttp.ClientError, OSError: it cannot be reached.
         """
         try:
             async with asyncio.timeout(TAKE_TIMEOUT_S):
                 return list(await self._sdk_job.get_stop_signals(self._stops))
         except TimeoutError:
             return []
-        except self._busy:
-            raise BusyError("the platform answered with status 429") from None
+        except self._rate_limited:
+            raise RateLimitedError("the platform answered with status 429") from None
 
-    async def post(self, kind: Delivery, job_id: str, body: bytes) -> None:
-        """Deliver, in one try.
+    async def post(self, kind: PostKind, job_id: str, body: bytes) -> None:
+        """Deliver a JSON body for a job, in one attempt.
 
         Raises:
-            RefusedDeliveryError: the platform does not want it, and will not.
-            DeliveryError: it did not arrive, or it cannot be known; another try may succeed.
+            RefusedDeliveryError: the platform does not accept it, and will not.
+            DeliveryError: it did not arrive, or this cannot be known; another attempt may succeed.
         """
         url = self._urls[kind].replace("$ID", quote(job_id, safe=""))
-        url += f"&isStream={'true' if kind is Delivery.RESULT else 'false'}"
+        url += f"&isStream={'true' if kind is PostKind.RESULT else 'false'}"
         headers = {"X-Request-ID": job_id, "Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
         try:
             async with self._posts.post(url, data=body, headers=headers) as answer:
-                # A gateway's page may be in any encoding.
-                text = (await answer.read())[:_TOLD_BYTES].decode(errors="replace")
+                # The error page of a gateway may be in any encoding.
+                text = (await answer.read())[:_MAX_ERROR_BODY_BYTES].decode(errors="replace")
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise DeliveryError(described(error)) from None
+            raise DeliveryError(safe_str(error)) from None
         if answer.status < HTTPStatus.BAD_REQUEST:
             return
         message = f"status {answer.status}: {text}"
-        if answer.status < HTTPStatus.INTERNAL_SERVER_ERROR and answer.status not in _PASSING:
+        if answer.status < HTTPStatus.INTERNAL_SERVER_ERROR and answer.status not in _RETRYABLE_STATUSES:
             raise RefusedDeliveryError(message, answer.status)
         raise DeliveryError(message)
 
-    def hold(self, job_id: str) -> None:
-        """From now on the ping names the job as one that we have."""
-        self._held.add(job_id)
+    def add_in_progress(self, job_id: str) -> None:
+        """Report the job as in progress with each ping from now on."""
+        self._in_progress.add(job_id)
 
-    def release(self, job_id: str) -> None:
-        """From now on the ping does not name the job any more."""
-        self._held.remove(job_id)
+    def remove_in_progress(self, job_id: str) -> None:
+        """Stop reporting the job."""
+        self._in_progress.remove(job_id)
 
 
 def missing_interface() -> str | None:
-    """What an SDK lacks of that which our loop needs, in words; None if it has all of it.
+    """Return what the SDK lacks of what the job loop needs; None if nothing is missing.
 
-    Looked for in the SDK itself: its version says neither what an upgrade has moved nor what it has left alone.
+    The SDK itself is inspected: its version does not say what an upgrade has moved.
     """
     try:
         from runpod.http_client import TooManyRequests, get_auth_header
@@ -218,38 +202,38 @@ def missing_interface() -> str | None:
             "the worker starts rp_scale.JobScaler": worker.rp_scale is rp_scale,
         }
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        return described(error)
-    return next((f"not so: {what}" for what, is_so in checks.items() if not is_so), None)
+        return safe_str(error)
+    return next((f"it does not hold that {what}" for what, is_so in checks.items() if not is_so), None)
 
 
 def import_sdk() -> None:
-    """Import the SDK, which takes a second and a half."""
+    """Import the SDK, which takes about 1.5 seconds."""
     importlib.import_module("runpod.serverless.modules.rp_scale")
 
 
 def serve(
     handler: Callable[..., Any],
-    run: Callable[[Platform], Awaitable[int]],
+    run: Callable[[RunPodClient], Awaitable[int]],
     concurrency: int,
     failure: Callable[[], str | None],
 ) -> int:
-    """Let the SDK start the worker, with `run` in the place of its loop; return the exit status.
+    """Let the SDK start the worker, with `run` instead of its loop; return the exit status.
 
     Args:
         handler: an async generator of a job's outputs, as the SDK registers it.
-        run: takes jobs from the platform until it is told to stop; gives the exit status.
-        concurrency: most jobs at once, where the SDK's own loop has to be used.
-        failure: what is wrong with the engine for good, if something is; asked where the SDK's own loop is used.
+        run: takes jobs from the queue until it is asked to stop; returns the exit status.
+        concurrency: most jobs at once; used with the SDK's own loop.
+        failure: returns what is wrong with the engine for good, or None; used with the SDK's own loop.
     """
     import runpod
     from runpod.serverless.modules import rp_scale
 
-    # Who asks for a job's status, rather than its stream, finds the whole answer there.
+    # The aggregate is what `/status` returns for a job whose client did not read the stream.
     config = {"handler": handler, "return_aggregate_stream": True, "concurrency_modifier": lambda _: concurrency}
     statuses: list[int] = []
 
     class Scaler:
-        """What the SDK starts in the place of its `JobScaler`."""
+        """What the SDK starts instead of its `JobScaler`."""
 
         def __init__(self, _config: dict[str, Any]) -> None:
             pass
@@ -259,29 +243,29 @@ def serve(
                 statuses.append(runner.run(self._run()))
 
         async def _run(self) -> int:
-            async with Platform() as platform:
-                return await run(platform)
+            async with RunPodClient() as queue:
+                return await run(queue)
 
     if not runpod.__version__.startswith(TESTED_VERSIONS):
         _log.warning("runpod %s is not a version that this worker was tested with", runpod.__version__)
     if (missing := missing_interface()) is None:
         rp_scale.JobScaler = Scaler
     else:
-        _log.warning("The SDK's own loop is used, as runpod %s lacks what ours needs: %s", runpod.__version__, missing)
+        _log.warning("Using the SDK's own loop, as runpod %s lacks what ours needs: %s", runpod.__version__, missing)
         threading.Thread(target=_end_with_engine, args=(failure,), name="watch the engine", daemon=True).start()
     runpod.serverless.start(config)
     return statuses[0] if statuses else 0
 
 
 def _end_with_engine(failure: Callable[[], str | None]) -> None:
-    """End the process when the engine has failed: the SDK's own loop would go on taking jobs and fail each of them."""
+    """End the process when the engine has failed: the SDK's own loop would take more jobs, and each would fail."""
     reason = None
     while reason is None:
-        time.sleep(_WATCH_S)
+        time.sleep(_WATCH_INTERVAL_S)
         try:
             reason = failure()
-        except Exception as error:  # noqa: BLE001 (an engine that nobody can watch is not to be trusted with jobs)
-            reason = f"the engine's state cannot be read: {described(error)}"
+        except Exception as error:  # noqa: BLE001 (an engine that cannot be watched must not get jobs)
+            reason = f"the engine's state cannot be read: {safe_str(error)}"
     _log.error("The worker has failed: %s", reason)
-    time.sleep(_STOCK_GRACE_S)
+    time.sleep(_STOCK_LOOP_GRACE_S)
     os._exit(1)

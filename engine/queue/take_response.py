@@ -1,4 +1,4 @@
-"""The jobs in the platform's answer to a take: each that can be read is found, whatever stands beside it."""
+"""Finds the jobs in the platform's response to a take, also where a part of it cannot be read."""
 
 from __future__ import annotations
 
@@ -10,48 +10,43 @@ from typing import Any
 
 import aiohttp
 
-from engine.errors import described
+from engine.errors import safe_str
+from engine.jobs.inputs import UnreadableInput
 from engine.json_codec import decode
 
-# A JSON string (or what has come of one), with its value where it is the key `id`; or a bracket.
+# A JSON string, possibly cut off; with its value where it is the key `id`; or a bracket.
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _TOKEN = re.compile(rb'"id"\s*+:\s*+(?P<id>%b|-?\d++)|%b?+|[\[\]{}]' % (_STRING, _STRING), re.DOTALL)
 
 _log = logging.getLogger(__name__)
 
 
-class Unreadable(str):
-    """In the place of a job's input that cannot be read: why not."""
-
-    __slots__ = ()
-
-
 class TakeResponse(aiohttp.ClientResponse):
-    """An answer to a take. The SDK asks it for its JSON, and would lose all of its jobs to one that is no JSON."""
+    """A response to a take. The SDK calls `json()`, and would lose all jobs of a response if one cannot be decoded."""
 
     async def json(self, **_: Any) -> list[Any]:
-        """The jobs in the body, as far as it has come."""
+        """Return the jobs in the body, as far as it was received."""
         body = bytearray()
         try:
             async for chunk in self.content.iter_any():
                 body += chunk
         except (aiohttp.ClientError, OSError) as error:
-            _log.warning("The answer to a take broke off: %s", described(error))
+            _log.warning("The response to a take is incomplete: %s", safe_str(error))
         return await jobs_in(bytes(body))
 
 
 async def jobs_in(body: bytes) -> list[Any]:
-    """What stands in the place of jobs, in order.
+    """Return the items of the response, in order.
 
-    Where the body cannot be read as a whole, its objects are read one by one: each that is complete is a job, whose
-    input is `Unreadable` where it cannot be read; one that is not complete goes back to the queue, as it is not ours to
-    say what it asks.
+    If the body cannot be decoded as one document, its objects are decoded one by one. Each complete object is a job;
+    its input is an `UnreadableInput` if it cannot be decoded. An incomplete job is left to the platform, which gives it
+    to a worker again.
     """
     try:
         found = decode(body)
     except (ValueError, RecursionError) as error:
-        _log.warning("The answer to a take cannot be read as a whole: %s", described(error))
-        # In a thread: to look at each bracket of 10 MB takes seconds.
+        _log.warning("The response to a take cannot be decoded as one document: %s", safe_str(error))
+        # In a thread: scanning 10 MB bracket by bracket takes seconds.
         return await asyncio.to_thread(lambda: [_job(*each) for each in _objects(body)])
     if isinstance(found, list):
         return found
@@ -66,13 +61,13 @@ def _job(text: bytes, id_text: bytes | None) -> Any:
     except ValueError as error:
         why = f"the job is not JSON in UTF-8: {error}"
     try:
-        return {"id": decode(id_text or b"null"), "input": Unreadable(why)}
+        return {"id": decode(id_text or b"null"), "input": UnreadableInput(why)}
     except ValueError:
         return None
 
 
 def _objects(body: bytes) -> Iterator[tuple[bytes, bytes | None]]:
-    """The outermost objects that are complete, each with the text of its `id`; however deep they are."""
+    """Yield the complete outermost objects, each with the JSON text of its `id`, without recursion."""
     depth = start = 0
     id_text = None
     for token in _TOKEN.finditer(body):

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from engine.child_processes import end_with_parent
+from engine.child_processes import set_parent_death_signal
 from engine.errors import ConfigurationError
 
 # By default the SDK's own limits add up to a minute: 30 s for the GPU's memory, 5 to 10 s for each other program that
@@ -59,7 +59,7 @@ class Checks:
                 cwd=_ROOT,
                 pass_fds=[self._copy.fileno()],
                 process_group=0,  # The SDK asks other programs, which are to end with it.
-                preexec_fn=end_with_parent,  # noqa: PLW1509 (no other thread runs that early)
+                preexec_fn=set_parent_death_signal,  # noqa: PLW1509 (no other thread runs that early)
             )
 
     def __enter__(self) -> Self:

@@ -9,11 +9,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config.environment import NOT_GIVEN
+from engine.config.model import Model
 from engine.errors import ConfigurationError
 from engine.startup import model_store
 
@@ -42,26 +42,15 @@ _MORE_FROM_THE_HUB = (
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model to serve: where vLLM loads it from, and the names that it answers to, first of them its own.
+def download(model: Model) -> None:
+    """Download the model's files, if they are not there yet; this may take long.
 
-    `to_download` is its hub id and revision, while the directory does not hold it yet.
+    Raises:
+        ConfigurationError: they cannot be downloaded.
     """
-
-    path: str
-    names: tuple[str, ...]
-    to_download: tuple[str, str | None] | None = None
-
-    def download(self) -> None:
-        """Have the files where they are expected, which may take long.
-
-        Raises:
-            ConfigurationError: they cannot be had.
-        """
-        if self.to_download is not None:
-            name, revision = self.to_download
-            model_store.download(name, Path(self.path), revision)
+    if model.to_download is not None:
+        name, revision = model.to_download
+        model_store.download(name, Path(model.path), revision)
 
 
 def choose(settings: Settings, flags: Flags) -> Model:
@@ -106,7 +95,7 @@ def choose(settings: Settings, flags: Flags) -> Model:
     return Model(path, tuple(dict.fromkeys([*names, path])), to_download)
 
 
-def likely(settings: Settings, variables: Mapping[str, Variable]) -> Path | None:
+def guess_model_dir(settings: Settings, variables: Mapping[str, Variable]) -> Path | None:
     """Where the model will probably be loaded from, as far as it can be told without asking vLLM's parser."""
     named = variables.get("MODEL_NAME") or variables.get("MODEL")
     if named is None or named.value in NOT_GIVEN:
@@ -121,7 +110,7 @@ def likely(settings: Settings, variables: Mapping[str, Variable]) -> Path | None
     return next((path for path, _ in found), None)
 
 
-def stay_offline(model: Model, flags: Flags) -> None:
+def enable_offline_mode(model: Model, flags: Flags) -> None:
     """Ask the hub for nothing more, in this process and its children, if all that the worker needs is in files."""
     directory = Path(model.path)
     if not model_store.is_dir(directory) or any(_is_elsewhere(flags.value(name)) for name in _MORE_FROM_THE_HUB):

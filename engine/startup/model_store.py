@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.child_processes import end_with_parent
+from engine.child_processes import set_parent_death_signal
 from engine.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +122,7 @@ def download(name: str, directory: Path, revision: str | None) -> None:
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        preexec_fn=end_with_parent,  # noqa: PLW1509 (no other thread runs that early)
+        preexec_fn=set_parent_death_signal,  # noqa: PLW1509 (no other thread runs that early)
     ) as process:
         tail = b""
         try:

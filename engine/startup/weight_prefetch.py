@@ -1,4 +1,4 @@
-"""Reads a model's weights into the file cache while Python imports: from a cold disk both take seconds."""
+"""Reads a model's weights into the page cache while Python imports; from a cold disk both take seconds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _log = logging.getLogger(__name__)
 
 
-def begin(directory: Path) -> None:
-    """Begin to read the directory's weights, and go on.
+def start(directory: Path) -> None:
+    """Start to read the directory's weights in a thread.
 
-    Nothing is kept in this process, and nothing fails if it cannot be done. Weights that would push out of the cache
-    what has just been read are left alone.
+    Nothing is kept in this process, and errors are ignored. Weights that are larger than half of the available memory
+    are not read: they would evict from the cache what was just read.
     """
     sizes: dict[Path, int] = {}
     with contextlib.suppress(OSError):  # A directory that this user may not read
@@ -28,11 +28,11 @@ def begin(directory: Path) -> None:
                 sizes[file] = file.stat().st_size
     files, size_bytes = list(sizes), sum(sizes.values())
     if size_bytes < psutil.virtual_memory().available / 2:
-        threading.Thread(target=_read, args=(files,), name="read ahead", daemon=True).start()
+        threading.Thread(target=_read, args=(files,), name="prefetch weights", daemon=True).start()
 
 
 def _read(files: list[Path]) -> None:
-    # Read, not advised: Linux cuts what it is advised to read to a fraction of a megabyte.
+    # Not `posix_fadvise`: Linux limits what it reads to a fraction of a megabyte.
     buffer = bytearray(_PIECE_BYTES)
     for file in files:
         try:
@@ -40,4 +40,4 @@ def _read(files: list[Path]) -> None:
                 while opened.readinto(buffer):
                     pass
         except OSError as error:
-            _log.debug("%s cannot be read ahead: %s", file, error)
+            _log.debug("%s cannot be prefetched: %s", file, error)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.backend import vllm_args
-from engine.startup.model_resolver import Model
+from engine.config.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GIB = 1 << 30

@@ -12,12 +12,12 @@ import pytest
 
 from engine.backend import vllm_args
 from engine.config import environment
+from engine.config.model import Model
 from engine.config.settings import Settings
 from engine.config.vllm_flags import NOT_OURS, Flags
 from engine.config.worker_vllm import DEPRECATED, RETIRED
 from engine.errors import ConfigurationError
-from engine.startup import model_resolver
-from engine.startup.configuration import Configuration
+from engine.startup import configure
 from tests.integration.conftest import START_S
 from tests.processes import VLLM_ENVIRONMENT, running
 
@@ -135,7 +135,7 @@ def flags_of(given: Mapping[str, str], tmp_path: Path | None = None) -> Flags:
 def test_a_variable_becomes_vllms_configuration(given: dict[str, str], path: str, value: Any, tiny_model: str) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    args = vllm_args.parse(flags_of(given), model_resolver.Model(tiny_model, ("tiny",)))
+    args = vllm_args.parse(flags_of(given), Model(tiny_model, ("tiny",)))
     effective = operator.attrgetter(path)(AsyncEngineArgs.from_cli_args(args).create_engine_config())
 
     assert effective == value or str(effective) == value
@@ -145,7 +145,7 @@ def test_a_variable_becomes_vllms_configuration(given: dict[str, str], path: str
 def test_a_variable_becomes_what_vllms_app_is_told(
     given: dict[str, str], name: str, value: Any, tiny_model: str
 ) -> None:
-    args = vllm_args.parse(flags_of(given), model_resolver.Model(tiny_model, ("tiny",)))
+    args = vllm_args.parse(flags_of(given), Model(tiny_model, ("tiny",)))
 
     assert getattr(args, name) == value
 
@@ -242,7 +242,7 @@ def test_json_is_read_as_people_write_it(name: str, text: str, value: Any) -> No
 )
 def test_a_models_name_may_have_spaces_in_it(text: str, names: list[str], tiny_model: str) -> None:
     flags = flags_of({"SERVED_MODEL_NAME": text})
-    args = vllm_args.parse(flags, model_resolver.Model(tiny_model, (*names, tiny_model)))
+    args = vllm_args.parse(flags, Model(tiny_model, (*names, tiny_model)))
 
     assert flags.value("served_model_name") == names
     assert args.served_model_name == [*names, tiny_model]
@@ -309,7 +309,7 @@ def test_what_vllms_server_refuses_before_it_loads_is_refused_before_a_model_is_
 ) -> None:
     """The model may be on the hub still: nothing is downloaded for settings that cannot be."""
     with pytest.raises(ConfigurationError) as caught:
-        Configuration.read(environment.read({"MODEL_NAME": "org/none", **given}))
+        configure.read(environment.read({"MODEL_NAME": "org/none", **given}))
 
     (line,) = str(caught.value).splitlines()
     assert said in line
@@ -319,7 +319,7 @@ def test_all_that_vllms_server_would_refuse_is_said_at_once() -> None:
     wrong = {"TOOL_CALL_PARSER": "x", "ENABLE_AUTO_TOOL_CHOICE": "true", "REASONING_PARSER": "y", "MIDDLEWARE": "no.Z"}
 
     with pytest.raises(ConfigurationError) as caught:
-        Configuration.read(environment.read({"MODEL_NAME": "org/none", "LORA_MODULES": "a=/nowhere", **wrong}))
+        configure.read(environment.read({"MODEL_NAME": "org/none", "LORA_MODULES": "a=/nowhere", **wrong}))
 
     assert [line.partition("=")[0] for line in str(caught.value).splitlines()] == [
         "TOOL_CALL_PARSER",
@@ -354,10 +354,10 @@ WITH_MODEL: list[tuple[dict[str, str], str]] = [
 def test_what_vllm_refuses_of_the_settings_and_the_model_together_is_refused_before_it_is_loaded(
     given: dict[str, str], said: str, tiny_model: str
 ) -> None:
-    configuration = Configuration.read(environment.read({"MODEL_NAME": tiny_model, "SEED": "1", **given}))
+    configuration = configure.read(environment.read({"MODEL_NAME": tiny_model, "SEED": "1", **given}))
 
     with pytest.raises(ConfigurationError) as caught:
-        configuration.check_with_model()
+        configure.check_with_model(configuration)
 
     (line,) = str(caught.value).splitlines()
     assert said in line
@@ -369,17 +369,17 @@ def test_an_adapter_that_the_engine_would_refuse_is_refused_before_it_is_loaded(
     adapter = {"r": 64, "lora_alpha": 8, "target_modules": ["qkv_proj"], "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     given = {"MODEL_NAME": tiny_model, "ENABLE_LORA": "true", "LORA_MODULES": f"a={tmp_path}"}
-    Configuration.read(environment.read({**given, "MAX_LORA_RANK": "64"})).check_with_model()
+    configure.check_with_model(configure.read(environment.read({**given, "MAX_LORA_RANK": "64"})))
 
     with pytest.raises(
         ConfigurationError, match=f"adapter a in {tmp_path} cannot be used: LoRA rank 64 is greater than"
     ):
-        Configuration.read(environment.read(given)).check_with_model()
+        configure.check_with_model(configure.read(environment.read(given)))
 
 
 def test_flags_that_do_not_go_together_are_vllms_to_refuse(tiny_model: str) -> None:
     with pytest.raises(ConfigurationError, match="--enable-auto-tool-choice requires --tool-call-parser"):
-        vllm_args.parse(flags_of({"ENABLE_AUTO_TOOL_CHOICE": "true"}), model_resolver.Model(tiny_model, ("tiny",)))
+        vllm_args.parse(flags_of({"ENABLE_AUTO_TOOL_CHOICE": "true"}), Model(tiny_model, ("tiny",)))
 
 
 @pytest.mark.parametrize(
@@ -584,7 +584,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 def test_the_hubs_older_name_of_its_token_is_the_token_and_a_secret() -> None:
-    configuration = Configuration.read(
+    configuration = configure.read(
         environment.read({"MODEL_NAME": "org/none", "HUGGING_FACE_HUB_TOKEN": "hf_verysecret"})
     )
 
@@ -641,5 +641,5 @@ def test_data_parallelism_is_refused_with_what_to_do_instead(monkeypatch: pytest
     monkeypatch.setenv("DATA_PARALLEL_SIZE", "2")
 
     with pytest.raises(ConfigurationError, match=r"DATA_PARALLEL_SIZE is 2.*more workers") as caught:
-        Configuration.read()
+        configure.read()
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from engine.backend import vllm_engine
+from engine.backend import media
 
 # Importing vLLM warns of deprecations of its own.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -57,7 +57,7 @@ def fetch(url: str, domains: list[str] | None = None) -> tuple[int, int]:
     """The size of a picture, fetched as vLLM's chat route does."""
     from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
 
-    vllm_engine._keep_media_public()
+    media.install_public_media_connector()
     connector: Any = MEDIA_CONNECTOR_REGISTRY.load("http", allowed_media_domains=domains)
 
     async def once() -> tuple[int, int]:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import pytest
 
 from engine.backend import vllm_args
+from engine.backend.configuration import Configuration
 from engine.config import environment
 from engine.config.settings import Settings
 from engine.config.vllm_flags import Flags
 from engine.config.worker_vllm import ALIASES, RETIRED
 from engine.errors import ConfigurationError
-from engine.startup.configuration import Configuration
+from engine.startup import configure
 
 # Importing vLLM and torch warns of their own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -115,8 +116,8 @@ def judged(case: Case, flags: Flags, model: str, caplog: pytest.LogCaptureFixtur
     caplog.clear()
     try:
         given = environment.read({"MODEL_NAME": model, case.name: case.value})
-        configuration = Configuration.read(given)
-        configuration.check_with_model()
+        configuration = configure.read(given)
+        configure.check_with_model(configuration)
     except ConfigurationError as error:
         return _refusal(case, str(error), flags, model)
     said = [message for message in caplog.messages if message.startswith(f"{case.name} is ")]

@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from engine.backend import compat, vllm_args, vllm_engine
-from engine.backend.inline_executor import SHORT, InPlace
+from engine.backend.configuration import Configuration
+from engine.backend.inline_executor import SHORT, InlineExecutor
 from engine.backend.merging import MERGEABLE
 from engine.backend.routes import SERVING
 from engine.errors import ConfigurationError
@@ -93,7 +94,7 @@ async def test_what_vllm_prepares_with_can_be_done_in_place() -> None:
     from vllm.renderers.base import _SwappableExecutor
 
     executor = _SwappableExecutor(max_workers=1)
-    executor._inner = InPlace(executor._inner)
+    executor._inner = InlineExecutor(executor._inner)
     threads: list[int] = []
 
     for short in (True, False):
@@ -120,7 +121,7 @@ def collectors(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
 
     theirs = async_llm.RequestOutputCollector
     monkeypatch.setattr(async_llm, "RequestOutputCollector", theirs)
-    compat.keep_deltas_apart()
+    compat.keep_deltas_separate()
     return theirs, async_llm.RequestOutputCollector
 
 
@@ -196,9 +197,9 @@ def test_without_what_an_optimisation_needs_the_worker_starts_and_says_so(
     from vllm.v1.engine import async_llm
 
     monkeypatch.delattr(async_llm, "RequestOutputCollector")
-    compat.keep_deltas_apart()
-    compat.prepare_in_place(object())
-    compat.leave_out_middleware(object())
+    compat.keep_deltas_separate()
+    compat.render_short_requests_inline(object())
+    compat.remove_unused_middleware(object())
 
     assert [record.getMessage().split(", which")[0] for record in caplog.records] == [
         "This vLLM does not allow deltas to be kept apart",
@@ -234,12 +235,11 @@ async def test_an_app_that_fails_as_it_starts_is_not_served(monkeypatch: pytest.
 
     monkeypatch.setattr(launcher, "build_app", lambda *_: FastAPI(lifespan=lifespan))
     monkeypatch.setattr(app_state, "init_app_state", nothing)
-    starting = object.__new__(vllm_engine.Server)  # Its constructor would load the engine.
-    starting._lock, starting._app, starting.open_routes = asyncio.Lock(), None, frozenset()
-    starting._args = SimpleNamespace(served_model_name=(), trust_request_chat_template=True)
+    starting = object.__new__(vllm_engine.VLLMEngine)  # Its constructor would load the engine.
+    starting._app_lock, starting._app, starting.open_routes = asyncio.Lock(), None, frozenset()
+    args = SimpleNamespace(served_model_name=(), trust_request_chat_template=True, model="org/model")
+    starting._configuration = cast("Configuration", SimpleNamespace(args=args, flags=vllm_args.flags()))
     starting._engine = SimpleNamespace(get_supported_tasks=nothing, model_config=None, errored=False)
-    starting._args.model, starting._flags, starting._failed = "org/model", vllm_args.flags(), None
-    starting._allowed_routes = frozenset()
 
     for _ in range(2):
         with pytest.raises(ConfigurationError, match="the app cannot start"):
@@ -272,7 +272,7 @@ def test_the_size_of_the_cache_is_vllms_own_count(own: int | None, tokens: int) 
 
     assert hasattr(CacheConfig(), "kv_cache_size_tokens"), MOVED.format("its cache has no kv_cache_size_tokens")
     cache = SimpleNamespace(num_gpu_blocks=256, block_size=16, kv_cache_size_tokens=own)
-    loaded = object.__new__(vllm_engine.Server)
+    loaded = object.__new__(vllm_engine.VLLMEngine)
     loaded._engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
 
     assert loaded.cache_tokens == tokens
@@ -314,7 +314,7 @@ def test_every_route_of_vllms_is_open_or_closed_for_a_reason() -> None:
     app = build_app(args, (*GENERATION_TASKS, *POOLING_TASKS, *FRONTEND_TASKS), AnyModel())
     closed = set[str]().union(*CLOSED.values())
 
-    assert {one.cls.__name__ for one in app.user_middleware} >= compat.UNSEEN_MIDDLEWARE, (
+    assert {one.cls.__name__ for one in app.user_middleware} >= compat.UNUSED_MIDDLEWARE, (
         "nothing to leave out is found"
     )
     assert {route.path for route in app.routes} == (SERVING - NOT_VLLMS) | closed, "vLLM's routes are others now"

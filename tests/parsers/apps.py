@@ -8,7 +8,7 @@ import json
 from argparse import Namespace
 from typing import Any
 
-from engine.jobs.asgi import App, Message, Receive, Send
+from engine.backend.app import App, Message, Receive, Send
 
 BASE = "tiny"
 

@@ -29,7 +29,7 @@ def test_phases_add_up_to_the_whole(clock: Any) -> None:
     start = ColdStart(begun=99.0)
     for phase, seconds in (("interpreter", 0.0), ("imports", 6.0), ("app", 0.5)):
         clock.now += seconds
-        start.ended(phase)
+        start.mark(phase)
 
     assert start.document() == {"total_s": 7.5, "phases_s": {"interpreter": 1.0, "imports": 6.0, "app": 0.5}}
 
@@ -37,7 +37,7 @@ def test_phases_add_up_to_the_whole(clock: Any) -> None:
 def test_a_phase_that_is_told_again_or_after_the_end_counts_once(clock: Any) -> None:
     start = ColdStart(begun=99.0)
     for phase in ("first_take", "first_take", "first_output", "app"):
-        start.ended(phase)
+        start.mark(phase)
         clock.now += 1.0
 
     assert start.document() == {"total_s": 3.0, "phases_s": {"first_take": 1.0, "first_output": 2.0}}
@@ -48,7 +48,7 @@ def test_what_the_engines_processes_tell_is_taken_out_of_the_engines_phase(clock
     clock.now += 10.0
     lines = "Loading weights took 2.50 seconds\nLoading weights took 3.00 seconds\nsomething else took 9 s\n"
 
-    start.engine_started(
+    start.split_engine_phase(
         lines + "init engine (profile, create kv cache, warmup model) took 4.25 s (compilation: 4 s)\n"
     )
 
@@ -59,14 +59,14 @@ def test_the_engines_processes_cannot_take_longer_than_the_engine(clock: Any) ->
     start = ColdStart(begun=clock.now)
     clock.now += 1.0
 
-    start.engine_started("Loading weights took 2.50 seconds\n")
+    start.split_engine_phase("Loading weights took 2.50 seconds\n")
 
     assert start.document() == {"total_s": 1.0, "phases_s": {"engine": 0.0, "weights": 1.0, "warm_up": 0.0}}
 
 
 def test_a_start_is_logged_in_one_line_with_json(caplog: pytest.LogCaptureFixture) -> None:
     start = ColdStart()
-    start.ended("interpreter")
+    start.mark("interpreter")
 
     with caplog.at_level(logging.INFO):
         start.log("Cold start")
@@ -79,7 +79,7 @@ def test_a_start_is_logged_in_one_line_with_json(caplog: pytest.LogCaptureFixtur
 
 def test_a_start_begins_with_the_process() -> None:
     program = (
-        "import time; time.sleep(0.5); from engine.cold_start import WORKER as w; w.ended('x'); print(w.document())"
+        "import time; time.sleep(0.5); from engine.cold_start import WORKER as w; w.mark('x'); print(w.document())"
     )
 
     answer = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, timeout=60)

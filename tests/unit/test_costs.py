@@ -13,10 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from engine.backend.stream_interval import interval_s, interval_tokens
 from engine.jobs import pipeline
-from engine.jobs.event_batcher import interval_s, interval_tokens
 from engine.queue.delivery import JobDelivery
-from engine.queue.runpod_client import Delivery
+from engine.queue.protocol import PostKind
 from tests import virtual_time
 from tests.scripted import ScriptedApp, chat_chunks
 
@@ -37,9 +37,9 @@ class Posts:
         self.streamed = 0
         self.posted_bytes = 0
 
-    async def post(self, kind: Delivery, job_id: str, body: bytes) -> None:
+    async def post(self, kind: PostKind, job_id: str, body: bytes) -> None:
         del job_id
-        self.streamed += kind is Delivery.STREAM
+        self.streamed += kind is PostKind.OUTPUT
         self.posted_bytes += len(body)
 
 

@@ -29,7 +29,7 @@ def test_a_worker_that_has_not_started_is_not_well(file: Path) -> None:
 
 def test_a_worker_is_well_while_its_loop_turns(file: Path) -> None:
     async def turn() -> None:
-        beating = asyncio.create_task(health.beat(lambda: None))
+        beating = asyncio.create_task(health.heartbeat(lambda: None))
         await asyncio.sleep(0.05)
         os.utime(file, (0, 0))
         await asyncio.sleep(0.05)
@@ -43,7 +43,7 @@ def test_a_worker_is_well_while_its_loop_turns(file: Path) -> None:
 
 
 def test_a_worker_with_a_dead_engine_is_not_well(file: Path) -> None:
-    asyncio.run(health.beat(lambda: "its process is dead"))
+    asyncio.run(health.heartbeat(lambda: "its process is dead"))
     assert not file.exists()
 
 
@@ -57,7 +57,7 @@ def test_workers_of_one_machine_do_not_speak_for_each_other(file: Path, monkeypa
 
 async def beaten_for_a_while() -> None:
     with suppress(TimeoutError):
-        await asyncio.wait_for(health.beat(lambda: None), 0.1)
+        await asyncio.wait_for(health.heartbeat(lambda: None), 0.1)
 
 
 def test_a_file_that_cannot_be_written_is_told_once_and_ends_nothing(

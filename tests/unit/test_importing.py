@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FORKS = """
 import os, threading, time
 from multiprocessing import get_context
-from engine import worker as lifecycle
+from engine import worker
 from engine.backend import vllm_engine
 from engine.config.settings import Settings
 
@@ -25,12 +25,12 @@ def import_app():
 
 def engine():
     print("forked amid imports:", importing.is_set(), flush=True)
-    for worker in [get_context("fork").Process(target=time.sleep, args=(0,)) for _ in range(2)]:
-        worker.start()
-        worker.join()
+    for child in [get_context("fork").Process(target=time.sleep, args=(0,)) for _ in range(2)]:
+        child.start()
+        child.join()
 
 vllm_engine.import_app = import_app
-with lifecycle._importing_meanwhile(Settings()):
+with worker._import_app_in_background(Settings()):
     engines = [get_context("fork").Process(target=engine) for _ in range(2)]
     for process in engines:
         process.start()

@@ -9,17 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from engine.backend.inline_executor import SHORT, SHORT_BYTES, InPlace
+from engine.backend.app import Message, Receive, Send
+from engine.backend.inline_executor import SHORT, SHORT_BYTES, InlineExecutor
 from engine.jobs import asgi
-from engine.jobs.asgi import Message, Receive, Send
 from engine.jobs.inputs import Request
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def executor() -> Iterator[InPlace]:
-    executor = InPlace(ThreadPoolExecutor(1))
+def executor() -> Iterator[InlineExecutor]:
+    executor = InlineExecutor(ThreadPoolExecutor(1))
     yield executor
     executor.shutdown()
 
@@ -27,7 +27,7 @@ def executor() -> Iterator[InPlace]:
 class App:
     """Prepares each request with the executor, as vLLM does, and writes down in which threads."""
 
-    def __init__(self, executor: InPlace) -> None:
+    def __init__(self, executor: InlineExecutor) -> None:
         self.threads: dict[str, int] = {}
         self._executor = executor
 
@@ -41,11 +41,11 @@ class App:
 
 async def answered(app: App, path: str, body: bytes | None) -> None:
     """Have the app answer a request."""
-    async with asgi.call(app, Request("POST", path, body=body)) as response:
+    async with asgi.stream(app, Request("POST", path, body=body)) as response:
         await response.body()
 
 
-async def test_each_request_is_prepared_where_its_length_says(executor: InPlace) -> None:
+async def test_each_request_is_prepared_where_its_length_says(executor: InlineExecutor) -> None:
     app = App(executor)
     bodies = {"short": bytes(SHORT_BYTES), "long": bytes(SHORT_BYTES + 1), "short again": b"", "none": None}
 
@@ -58,7 +58,7 @@ async def test_each_request_is_prepared_where_its_length_says(executor: InPlace)
     assert app.threads.keys() == bodies.keys()
 
 
-async def test_requests_side_by_side_do_not_mix_their_lengths(executor: InPlace) -> None:
+async def test_requests_side_by_side_do_not_mix_their_lengths(executor: InlineExecutor) -> None:
     app = App(executor)
     bodies = {f"{number}": bytes(1 if number % 2 else 999_999) for number in range(20)}
 
@@ -68,7 +68,7 @@ async def test_requests_side_by_side_do_not_mix_their_lengths(executor: InPlace)
     assert {path for path, thread in app.threads.items() if thread == here} == {str(n) for n in range(1, 20, 2)}
 
 
-async def test_an_error_is_raised_where_the_result_is_asked_for(executor: InPlace) -> None:
+async def test_an_error_is_raised_where_the_result_is_asked_for(executor: InlineExecutor) -> None:
     def fail() -> None:
         raise ValueError("no such template")
 
@@ -79,6 +79,6 @@ async def test_an_error_is_raised_where_the_result_is_asked_for(executor: InPlac
         future.result()
 
 
-async def test_what_is_no_request_is_left_to_the_threads(executor: InPlace) -> None:
+async def test_what_is_no_request_is_left_to_the_threads(executor: InlineExecutor) -> None:
     future = executor.submit(threading.get_ident)
     assert await asyncio.wrap_future(future) != threading.get_ident()

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from engine.backend import merging
+from engine.backend.app import Message, Receive, Send
 from engine.backend.statistics import Statistics
-from engine.backend.vllm_engine import Server
+from engine.backend.vllm_engine import VLLMEngine
 from engine.jobs import pipeline
-from engine.jobs.asgi import Message, Receive, Send
 from tests.scripted import ScriptedApp, chat_chunks
 
 pytestmark = pytest.mark.anyio
@@ -111,11 +111,11 @@ async def test_what_answers_a_request_knows_whether_its_tokens_may_be_merged(
     assert not merging.MERGEABLE.get()
 
 
-def server(*, parses_chats: bool = False, user_set_interval: bool = False) -> Server:
-    made = object.__new__(Server)  # Its constructor would load vLLM.
-    made._parses_chats, made._user_set_interval, made._batch_interval_s = parses_chats, user_set_interval, 0.02
+def server(*, parses_chats: bool = False, user_set_interval: bool = False) -> VLLMEngine:
+    made = object.__new__(VLLMEngine)  # Its constructor would load vLLM.
+    made._parses_chats, made._stream_interval_is_set, made._min_interval_s = parses_chats, user_set_interval, 0.02
     made.statistics = Statistics()
-    made.statistics.load(0, 64, 0, 0.1)
+    made.statistics.on_scheduler_stats(0, 64, 0, 0.1)
     made.statistics.engines[0].step_s = 0.01
     return made
 

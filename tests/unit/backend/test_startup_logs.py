@@ -11,7 +11,7 @@ from engine.backend import startup_errors, startup_logs
 
 
 def test_errors_are_noted_though_vllm_sets_up_its_logging_after_us() -> None:
-    with startup_logs.taken() as noted:
+    with startup_logs.captured() as noted:
         logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "loggers": {"vllm": {}}})
         logger = logging.getLogger("vllm.v1.engine.core")
         logger.warning("loading took %.2f seconds", 1.5)
@@ -28,12 +28,12 @@ def test_errors_are_noted_though_vllm_sets_up_its_logging_after_us() -> None:
 
 
 def _child() -> None:
-    startup_logs.take()
+    startup_logs.install()
     logging.getLogger("vllm.v1.engine.core").error("from a child")
 
 
 def test_a_process_that_is_spawned_takes_notes_too() -> None:
-    with startup_logs.taken() as noted:
+    with startup_logs.captured() as noted:
         process = multiprocessing.get_context("spawn").Process(target=_child)
         process.start()
         process.join(60)
@@ -44,6 +44,6 @@ def test_a_process_that_is_spawned_takes_notes_too() -> None:
 def test_without_a_worker_that_reads_them_nothing_is_noted() -> None:
     before = list(logging.getLogger("vllm.v1.engine.core").filters)
 
-    startup_logs.take()
+    startup_logs.install()
 
     assert logging.getLogger("vllm.v1.engine.core").filters == before

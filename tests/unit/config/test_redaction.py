@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config.redaction import names_secret, redacted
+from engine.config.redaction import is_secret_name, redacted
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,4 @@ def test_what_is_no_secret_is_shown(text: str) -> None:
     ],
 )
 def test_a_name_tells_a_secret_by_its_last_word(name: str, secret: bool) -> None:
-    assert names_secret(name) is secret
+    assert is_secret_name(name) is secret

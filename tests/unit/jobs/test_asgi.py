@@ -9,9 +9,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import pytest
 from fastapi import APIRouter, FastAPI
 
+from engine.backend import app
+from engine.backend.app import Message, Receive, Send
 from engine.errors import EngineError
 from engine.jobs import asgi
-from engine.jobs.asgi import Message, Receive, Send
 from engine.jobs.inputs import Request
 from tests.scripted import ScriptedApp
 
@@ -22,7 +23,7 @@ POST = Request("POST", "/v1/chat/completions", "beta=true", b'{"a":1}')
 async def test_the_app_gets_the_request_and_the_caller_the_answer() -> None:
     app = ScriptedApp(body=[b'{"b":', b"2}"], status=201)
 
-    async with asgi.call(app, POST, "job-1") as response:
+    async with asgi.stream(app, POST, "job-1") as response:
         body = await response.body()
 
     ((scope, sent),) = app.requests
@@ -36,7 +37,7 @@ async def test_the_app_gets_the_request_and_the_caller_the_answer() -> None:
 async def test_a_request_id_that_is_no_header_is_left_out() -> None:
     app = ScriptedApp()
 
-    async with asgi.call(app, POST, "job\r\nhost: elsewhere"):
+    async with asgi.stream(app, POST, "job\r\nhost: elsewhere"):
         pass
 
     assert b"x-request-id" not in dict(app.requests[0][0]["headers"])
@@ -45,8 +46,8 @@ async def test_a_request_id_that_is_no_header_is_left_out() -> None:
 async def test_what_gathers_while_the_caller_is_busy_is_one_chunk() -> None:
     app = ScriptedApp(body=[b"a", b"b", b"c", b"d"])
 
-    async with asgi.call(app, POST) as response:
-        assert await response.ended(within_s=10)
+    async with asgi.stream(app, POST) as response:
+        assert await response.wait_complete(10)
         chunks = [chunk async for chunk in response.chunks()]
 
     assert chunks == [b"abcd"]
@@ -56,7 +57,7 @@ async def test_leaving_early_is_a_disconnect_and_leaves_no_task() -> None:
     before = asyncio.all_tasks()
     app = ScriptedApp(body=[b"x"] * 1000, pause_s=0.01)
 
-    async with asgi.call(app, POST) as response:
+    async with asgi.stream(app, POST) as response:
         async for _ in response.chunks():
             break
 
@@ -69,7 +70,7 @@ async def test_a_cancelled_caller_is_a_disconnect_and_leaves_no_task() -> None:
     app = ScriptedApp(body=[b"x"] * 1000, pause_s=0.01)
 
     async def caller() -> None:
-        async with asgi.call(app, POST) as response:
+        async with asgi.stream(app, POST) as response:
             await response.body()
 
     task = asyncio.ensure_future(caller())
@@ -94,7 +95,7 @@ async def test_an_app_that_does_not_listen_is_cancelled(monkeypatch: pytest.Monk
         finally:
             cancelled.set()
 
-    async with asgi.call(deaf, POST):
+    async with asgi.stream(deaf, POST):
         pass
 
     assert cancelled.is_set()
@@ -115,7 +116,7 @@ async def test_what_is_sent_to_a_caller_that_has_left_is_dropped_without_an_erro
             await send({"type": "http.response.body", "body": b"x", "more_body": True})
             sent.append(number)
 
-    async with asgi.call(talker, POST):
+    async with asgi.stream(talker, POST):
         pass
 
     assert sent == [0, 1, 2]
@@ -127,7 +128,7 @@ async def test_an_app_that_fails_before_its_answer_is_an_engine_error(caplog: py
         raise RuntimeError("out of cheese")
 
     with pytest.raises(EngineError):
-        async with asgi.call(broken, POST):
+        async with asgi.stream(broken, POST):
             pass
 
     assert "out of cheese" in caplog.text
@@ -137,7 +138,7 @@ async def test_an_app_that_fails_amid_its_answer_gives_what_it_had_and_then_an_e
     app = ScriptedApp(body=[b"half"], fails=True)
 
     async def consume() -> None:
-        async with asgi.call(app, POST) as response:
+        async with asgi.stream(app, POST) as response:
             chunks = response.chunks()
             assert await anext(chunks) == b"half"
             await anext(chunks)
@@ -174,7 +175,7 @@ def test_lifespans_end_with_the_loop_from_the_inside_out() -> None:
 
     async def run() -> asyncio.Task[None]:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["message"]))
-        return await asgi.start(_app_of_many_lifespans(begun, ended))
+        return await app.run_lifespan(_app_of_many_lifespans(begun, ended))
 
     asyncio.run(run())
 
@@ -190,4 +191,4 @@ async def test_a_lifespan_that_does_not_start_is_an_error() -> None:
         yield
 
     with pytest.raises(ValueError, match="no start"):
-        await asgi.start(FastAPI(lifespan=broken))
+        await app.run_lifespan(FastAPI(lifespan=broken))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.errors import RefusedError
+from engine.errors import EngineResponseError
 from engine.jobs import deltas
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES
 from engine.json_codec import encode
@@ -120,14 +120,14 @@ def test_what_came_before_an_error_event_is_given_first() -> None:
     found = deltas.deltas(batch(sse({"choices": [{"index": 0, "text": "a"}]}, {"error": {"message": "no"}})))
 
     assert next(found)["text"] == "a"
-    with pytest.raises(RefusedError):
+    with pytest.raises(EngineResponseError):
         next(found)
 
 
 def test_an_error_event_ends_the_job_with_the_engines_own_error() -> None:
     error = {"error": {"message": "no", "type": "BadRequestError", "param": None, "code": 400}}
 
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(EngineResponseError) as caught:
         list(deltas.deltas(batch(sse(error))))
 
     assert caught.value.document() == {**error, "status": 400, "retryable": False}

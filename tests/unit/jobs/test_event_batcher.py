@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from engine.backend.stream_interval import MAX_DELIVERIES_PER_S, interval_s, interval_tokens
 from engine.errors import InternalError
-from engine.jobs.event_batcher import MAX_DELIVERIES_PER_S, EventBatcher, interval_s, interval_tokens
+from engine.jobs.event_batcher import EventBatcher
 
 # Text that is awkward to cut and to escape: characters of one to four bytes, joiners, controls, both line endings.
 AWKWARD = st.text(

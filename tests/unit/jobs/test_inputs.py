@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.backend.routes import SERVING
-from engine.errors import ClosedRouteError, InvalidInputError, JobError, UnknownRouteError
+from engine.errors import InvalidInputError, JobError, RouteNotAllowedError, UnknownRouteError
 from engine.jobs.inputs import BATCHING_FIELDS, Request, parse
 
 MESSAGES = [{"role": "user", "content": "漢 😀"}]
@@ -113,8 +113,8 @@ def test_a_route_that_is_accepted_is_a_plain_path(route: str) -> None:
         (None, "must be a JSON object"),
         ("text", "must be a JSON object"),
         ([], "must be a JSON object"),
-        ({}, "none of the accepted forms"),
-        ({"text": "x"}, "none of the accepted forms"),
+        ({}, "none of the accepted formats"),
+        ({"text": "x"}, "none of the accepted formats"),
         ({"openai_route": 5}, "openai_route: Input should be a valid string"),
         ({"openai_route": "/v1/models", "openai_input": "{}"}, "openai_input: Input should be a valid dictionary"),
         ({"openai_route": "/v1/models", "openai_input": []}, "openai_input: Input should be a valid dictionary"),
@@ -226,7 +226,7 @@ CLOSED = ["/metrics", "/sleep", "/wake_up", "/v1/load_lora_adapter", "/start_pro
 def test_administration_is_closed_until_a_setting_opens_it(route: str) -> None:
     job = {"id": "1", "input": {"openai_route": route, "openai_input": {}}}
 
-    with pytest.raises(ClosedRouteError, match=r"is not open to jobs\. Open are .*; ALLOWED_ROUTES"):
+    with pytest.raises(RouteNotAllowedError, match=r"jobs may not call .*\. Allowed: .*ALLOWED_ROUTES"):
         parse(job, 2048)
     assert parse(job, 2048, SERVING | {route}).path == route
 
@@ -280,7 +280,7 @@ def test_a_route_that_vllm_does_not_have_is_not_found_and_one_that_it_has_is_clo
 
     with pytest.raises(UnknownRouteError, match="vLLM has no route /v1/models/tiny"):
         parse(job, 2048, has_route=lambda _: False)
-    with pytest.raises(ClosedRouteError):
+    with pytest.raises(RouteNotAllowedError):
         parse(job, 2048, has_route=lambda _: True)
 
 

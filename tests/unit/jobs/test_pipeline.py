@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from engine.backend.app import App
 from engine.jobs import pipeline
-from engine.jobs.asgi import App
 from tests.scripted import ScriptedApp, chat_chunks, sse
 
 pytestmark = pytest.mark.anyio
@@ -179,7 +179,7 @@ async def test_a_consumer_that_is_cancelled_while_it_delivers_is_a_disconnect() 
 
     async def handler() -> AsyncGenerator[Any, None]:
         outputs = pipeline.run({"id": "1", "input": CHAT}, app)
-        async with pipeline.closing_with_consumer(outputs):
+        async with pipeline.aclosing_on_task_exit(outputs):
             async for output in outputs:
                 yield output
 

@@ -13,7 +13,7 @@ from engine.errors import DeliveryError, EngineError, RefusedDeliveryError, Refu
 from engine.json_codec import encode
 from engine.queue import delivery
 from engine.queue.delivery import JobDelivery
-from engine.queue.runpod_client import Delivery
+from engine.queue.protocol import PostKind
 from tests import virtual_time
 
 pytestmark = pytest.mark.anyio
@@ -25,10 +25,10 @@ class Post:
 
     def __init__(self, *fates: Exception | None) -> None:
         self.fates = list(fates)
-        self.tried: list[tuple[Delivery, Any]] = []
-        self.arrived: list[tuple[Delivery, Any]] = []
+        self.tried: list[tuple[PostKind, Any]] = []
+        self.arrived: list[tuple[PostKind, Any]] = []
 
-    async def __call__(self, kind: Delivery, job_id: str, body: bytes) -> None:
+    async def __call__(self, kind: PostKind, job_id: str, body: bytes) -> None:
         assert job_id == "job"
         # Decoded first: `json` would take half a surrogate pair in UTF-8, which is none.
         document = json.loads(body.decode())
@@ -42,7 +42,7 @@ class Post:
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "_FIRST_WAIT_S", 0.0001)
-    monkeypatch.setattr(delivery, "_LONGEST_WAIT_S", 0.0001)
+    monkeypatch.setattr(delivery, "_MAX_WAIT_S", 0.0001)
 
 
 async def test_outputs_arrive_in_order_and_the_result_holds_them_all() -> None:
@@ -54,9 +54,9 @@ async def test_outputs_arrive_in_order_and_the_result_holds_them_all() -> None:
     await job.finish()
 
     assert post.arrived == [
-        (Delivery.STREAM, {"output": "漢"}),
-        (Delivery.STREAM, {"output": {"text": "b"}}),
-        (Delivery.RESULT, {"output": ["漢", {"text": "b"}]}),
+        (PostKind.OUTPUT, {"output": "漢"}),
+        (PostKind.OUTPUT, {"output": {"text": "b"}}),
+        (PostKind.RESULT, {"output": ["漢", {"text": "b"}]}),
     ]
 
 
@@ -67,7 +67,7 @@ async def test_a_delivery_is_tried_until_it_arrives() -> None:
     await job.stream("a")
 
     assert len(post.tried) == 21
-    assert post.arrived == [(Delivery.STREAM, {"output": "a"})]
+    assert post.arrived == [(PostKind.OUTPUT, {"output": "a"})]
 
 
 async def test_an_output_that_cannot_arrive_in_time_is_an_error() -> None:
@@ -80,7 +80,7 @@ def test_all_deliveries_of_a_job_share_its_time_and_its_result_has_ten_seconds_a
     outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "_FIRST_WAIT_S", 1.0)
-    monkeypatch.setattr(delivery, "_LONGEST_WAIT_S", 5.0)
+    monkeypatch.setattr(delivery, "_MAX_WAIT_S", 5.0)
     down = Post(*[DeliveryError("down")] * 1000)
 
     async def tried() -> float:
@@ -120,7 +120,7 @@ async def test_an_output_that_is_refused_for_a_reason_that_may_pass_is_tried_aga
 
     await JobDelivery(post, "job", NEVER).stream("a")
 
-    assert post.arrived == [(Delivery.STREAM, {"output": "a"})]
+    assert post.arrived == [(PostKind.OUTPUT, {"output": "a"})]
 
 
 async def test_an_output_above_the_cap_comes_with_the_result_alone() -> None:
@@ -131,7 +131,7 @@ async def test_an_output_above_the_cap_comes_with_the_result_alone() -> None:
     await job.stream(large)
     await job.finish()
 
-    assert post.arrived == [(Delivery.RESULT, {"output": [large]})]
+    assert post.arrived == [(PostKind.RESULT, {"output": [large]})]
 
 
 async def test_a_result_that_is_too_large_becomes_an_error_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ async def test_a_refused_result_is_followed_by_a_small_error() -> None:
     await job.stream("a")
     assert await job.finish() == "failed"
 
-    assert [kind for kind, _ in post.tried] == [Delivery.STREAM, Delivery.RESULT, Delivery.RESULT]
+    assert [kind for kind, _ in post.tried] == [PostKind.OUTPUT, PostKind.RESULT, PostKind.RESULT]
     error = json.loads(post.arrived[-1][1]["error"])
     assert "refused the result, which has 16 bytes: status 400: too large" in error["error"]["message"]
     # The same job would have the same result.
@@ -176,7 +176,7 @@ async def test_a_result_that_the_platform_says_is_too_large_becomes_an_error_wit
 async def test_what_cannot_be_delivered_is_in_the_log_with_the_jobs_id(
     fate: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "LEAST_RESULT_S", 0.05)
+    monkeypatch.setattr(delivery, "MIN_RESULT_TIMEOUT_S", 0.05)
 
     assert await JobDelivery(Post(*[fate] * 100_000), "job", time.monotonic()).finish() == "undelivered"
 
@@ -202,7 +202,7 @@ async def test_a_result_that_is_refused_for_a_reason_that_may_pass_is_tried_agai
 
     assert await JobDelivery(post, "job", NEVER).finish() == "completed"
 
-    assert post.arrived == [(Delivery.RESULT, {"output": []})]
+    assert post.arrived == [(PostKind.RESULT, {"output": []})]
 
 
 async def test_any_other_refusal_of_a_result_is_final() -> None:
@@ -210,22 +210,22 @@ async def test_any_other_refusal_of_a_result_is_final() -> None:
 
     assert await JobDelivery(post, "job", NEVER).finish() == "failed"
 
-    assert [kind for kind, _ in post.tried] == [Delivery.RESULT] * 2
+    assert [kind for kind, _ in post.tried] == [PostKind.RESULT] * 2
 
 
 def test_a_result_that_stays_refused_is_given_up_though_the_job_has_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "_FIRST_WAIT_S", 0.5)
-    monkeypatch.setattr(delivery, "_LONGEST_WAIT_S", 0.5)
+    monkeypatch.setattr(delivery, "_MAX_WAIT_S", 0.5)
 
     class Refusing(Post):
-        async def __call__(self, kind: Delivery, job_id: str, body: bytes) -> None:
+        async def __call__(self, kind: PostKind, job_id: str, body: bytes) -> None:
             self.fates = [RefusedDeliveryError("no", 403)]
             await super().__call__(kind, job_id, body)
 
     async def finish() -> None:
         begun = time.monotonic()
         assert await JobDelivery(Refusing(), "job", begun + 600).finish() == "undelivered"
-        assert time.monotonic() - begun <= delivery.LEAST_RESULT_S + 0.5
+        assert time.monotonic() - begun <= delivery.MIN_RESULT_TIMEOUT_S + 0.5
 
     with virtual_time.runner() as runner:
         runner.run(finish())

@@ -17,11 +17,12 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from engine.backend.statistics import Statistics
-from engine.backend.vllm_engine import FIRST_STEP_FACTOR, Server
-from engine.errors import BusyError, DeliveryError, RefusedDeliveryError
+from engine.backend.vllm_engine import FIRST_STEP_FACTOR, VLLMEngine
+from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError
 from engine.queue.admission import Admission
-from engine.queue.job_loop import BUSY_WAIT_S, GIVE_UP_S, LAST_WORDS_S, JobLoop, Timeouts
-from engine.queue.runpod_client import LET_GO_S, Delivery
+from engine.queue.backoff import RATE_LIMIT_WAIT_S
+from engine.queue.job_loop import ABANDON_TIMEOUT_S, FINAL_DELIVERY_TIMEOUT_S, JobLoop, Timeouts
+from engine.queue.protocol import POLL_CANCEL_GRACE_S, PostKind
 from tests import virtual_time
 from tests.unit.queue.test_admission import Load
 
@@ -65,18 +66,18 @@ class Queue:
             jobs.append(self.waiting.get_nowait())
         return jobs
 
-    def let_go(self) -> None:
+    def stop_polling(self) -> None:
         self.free.set()
 
-    async def stops(self) -> list[str]:
+    async def stop_signals(self) -> list[str]:
         return [await self.to_stop.get()]
 
-    async def post(self, kind: Delivery, job_id: str, body: bytes) -> None:
+    async def post(self, kind: PostKind, job_id: str, body: bytes) -> None:
         if self.down:
             await asyncio.sleep(1)
             raise DeliveryError("down")
         document = json.loads(body)
-        if kind is Delivery.STREAM:
+        if kind is PostKind.OUTPUT:
             if self.refuses:
                 raise RefusedDeliveryError("status 400: not held")
             self.streamed.append((job_id, document["output"]))
@@ -86,11 +87,11 @@ class Queue:
             self.results[job_id] = document
             self.done.set()
 
-    def hold(self, job_id: str) -> None:
+    def add_in_progress(self, job_id: str) -> None:
         self.held.add(job_id)
         self.ever_held.add(job_id)
 
-    def release(self, job_id: str) -> None:
+    def remove_in_progress(self, job_id: str) -> None:
         self.held.remove(job_id)
 
     async def result(self, job_id: str) -> dict[str, Any]:
@@ -136,9 +137,15 @@ class Bench:
     ) -> None:
         self.queue, self.work, self.load = queue or Queue(), Work(), Load()
         self.broken: str | None = None
+        self.load_changed = asyncio.Event()
         admission = Admission(self.load, limit, cache_tokens)
         self.loop = JobLoop(
-            self.queue, self.work, admission, failure=lambda: self.broken, timeouts=Timeouts(**timeouts)
+            self.queue,
+            self.work,
+            admission,
+            load_changed=self.load_changed,
+            failure=lambda: self.broken,
+            timeouts=Timeouts(**timeouts),
         )
 
     def submit(self, job_id: str, **value: Any) -> None:
@@ -236,8 +243,8 @@ async def test_the_engines_word_lets_more_jobs_in_while_jobs_run() -> None:
         await asyncio.sleep(0.01)
         assert bench.work.begun == ["1"]
 
-        bench.load.running, bench.load.kv_cache_usage, bench.load.answered_tokens = 1, 0.1, 400
-        bench.loop.wake()
+        bench.load.running, bench.load.kv_cache_usage, bench.load.avg_running_output_tokens = 1, 0.1, 400
+        bench.load_changed.set()
 
         await bench.queue.result("2")
         bench.work.go.set()
@@ -275,19 +282,19 @@ async def test_a_take_that_fails_is_told_without_its_url(error: Exception, caplo
 
 def test_a_platform_that_limits_requests_is_asked_again_after_five_seconds(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()
-    bench.queue.errors = [BusyError("wait")]
+    bench.queue.errors = [RateLimitedError("wait")]
 
     async def leave_alone() -> None:
         async with running(bench):
             bench.submit("1")
-            await asyncio.sleep(BUSY_WAIT_S - 0.01)
+            await asyncio.sleep(RATE_LIMIT_WAIT_S - 0.01)
             assert len(bench.queue.asked) == 1
             await bench.queue.result("1")
-            assert time.monotonic() < BUSY_WAIT_S + 0.01
+            assert time.monotonic() < RATE_LIMIT_WAIT_S + 0.01
 
     with virtual_time.runner() as runner:
         runner.run(leave_alone())
-    assert "Jobs could not be taken: wait; next attempt in 5 s" in caplog.messages
+    assert "Polling for jobs failed: wait; next attempt in 5 s" in caplog.messages
 
 
 async def test_an_answer_with_an_error_in_it_is_an_output_and_the_job_is_completed() -> None:
@@ -328,7 +335,7 @@ async def test_a_bad_entry_of_a_batch_does_not_lose_the_others(caplog: pytest.Lo
     bench.submit("1")
     async with running(bench):
         assert await bench.queue.result("1") == {"output": ["a", "b"]}
-    assert caplog.text.count("skipped") == len(entries)
+    assert caplog.text.count("Skipping a malformed job") == len(entries)
 
 
 async def test_the_log_names_the_batch_of_a_job(caplog: pytest.LogCaptureFixture) -> None:
@@ -391,7 +398,7 @@ async def test_a_job_whose_result_could_not_be_delivered_is_not_completed_in_the
     caplog.set_level(logging.INFO)
     bench = Bench()
 
-    async def refuse(_kind: Delivery, _job_id: str, _body: bytes) -> None:
+    async def refuse(_kind: PostKind, _job_id: str, _body: bytes) -> None:
         raise RefusedDeliveryError("status 404")
 
     bench.queue.post = refuse  # type: ignore[method-assign, assignment]
@@ -469,9 +476,9 @@ async def test_a_job_that_is_retried_before_the_platforms_word_on_its_result_is_
     bench = Bench()
     heard, post = asyncio.Event(), bench.queue.post
 
-    async def post_slowly(kind: Delivery, job_id: str, body: bytes) -> None:
+    async def post_slowly(kind: PostKind, job_id: str, body: bytes) -> None:
         await post(kind, job_id, body)
-        if kind is Delivery.RESULT:
+        if kind is PostKind.RESULT:
             await heard.wait()
 
     bench.queue.post = post_slowly  # type: ignore[method-assign]
@@ -489,12 +496,12 @@ async def test_a_job_that_is_retried_before_the_platforms_word_on_its_result_is_
 async def test_a_job_that_is_stopped_before_its_first_turn_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(limit=1)
 
-    def hold(job_id: str) -> None:
+    def add_in_progress(job_id: str) -> None:
         bench.queue.held.add(job_id)
         if job_id == "1":
             bench.queue.to_stop.put_nowait(job_id)
 
-    monkeypatch.setattr(bench.queue, "hold", hold)
+    monkeypatch.setattr(bench.queue, "add_in_progress", add_in_progress)
     async with running(bench):
         await asyncio.sleep(0.01)
         bench.submit("1")
@@ -563,7 +570,7 @@ class HeldOpen(Queue):
         return [await self.waiting.get()]
 
 
-@pytest.mark.parametrize(("came_s", "ended_s"), [(None, LET_GO_S), (1.5, 1.5)])
+@pytest.mark.parametrize(("came_s", "ended_s"), [(None, POLL_CANCEL_GRACE_S), (1.5, 1.5)])
 def test_a_take_that_the_platform_does_not_close_is_cut_off_and_may_bring_a_job_until_then(
     came_s: float | None, ended_s: float
 ) -> None:
@@ -620,7 +627,7 @@ def test_the_time_from_the_signal_to_the_end_is_bounded_though_nothing_can_be_de
             begun = time.monotonic()
             bench.loop.stop()
             await task
-            assert drain_s <= time.monotonic() - begun <= drain_s + LAST_WORDS_S + GIVE_UP_S
+            assert drain_s <= time.monotonic() - begun <= drain_s + FINAL_DELIVERY_TIMEOUT_S + ABANDON_TIMEOUT_S
 
     with virtual_time.runner() as runner:
         runner.run(drain())
@@ -639,8 +646,8 @@ async def test_a_task_of_the_loop_that_fails_ends_the_worker_and_its_jobs_as_ret
         bench.submit("1", waits=True)
         await bench.work.begins.wait()
         if broken == "admission":
-            vars(bench.loop._admission)["room"] = fail
-            bench.loop.wake()
+            vars(bench.loop._admission)["available_slots"] = fail
+            bench.load_changed.set()
         elif broken == "failure":
             bench.loop._failure = fail
         else:
@@ -657,7 +664,7 @@ async def test_a_job_whose_task_fails_ends_the_worker() -> None:
     bench = Bench()
 
     async with running(bench, 1) as task:
-        vars(bench.loop)["_log_end"] = fail_now
+        vars(bench.loop)["_pop_token_counts"] = fail_now
         bench.submit("1")
         assert await task == 1
 
@@ -673,11 +680,11 @@ async def test_every_task_of_the_loop_has_a_name() -> None:
         await bench.work.begins.wait()
         names = {task.get_name() for task in asyncio.all_tasks()}
         bench.work.go.set()
-    assert {"take jobs", "watch for jobs to stop", "watch the engine", "job 1"} <= names
+    assert {"take jobs", "watch for stop signals", "watch the engine", "job 1"} <= names
 
 
 def test_a_job_that_never_ends_is_ended_after_as_long_as_a_job_may_run() -> None:
-    bench = Bench(run_s=30.0)
+    bench = Bench(execution_s=30.0)
 
     async def run() -> None:
         async with running(bench):
@@ -782,7 +789,7 @@ def test_an_engine_that_makes_no_step_ends_all_jobs_as_retryable_and_the_platfor
         finally:
             requests.remove(job["id"])
 
-    server = object.__new__(Server)  # Its constructor would load vLLM.
+    server = object.__new__(VLLMEngine)  # Its constructor would load vLLM.
     server.statistics, server._stall_timeout_s, server._engine, server._idle_at = Statistics(), 60.0, engine, 0.0
     bench = Bench()
     bench.loop = JobLoop(bench.queue, work, Admission(bench.load, 8, 10**6), failure=server.failure)
@@ -791,14 +798,14 @@ def test_an_engine_that_makes_no_step_ends_all_jobs_as_retryable_and_the_platfor
         async with running(bench, status=1):
             await asyncio.sleep(1)
             if steps is not None:
-                server.statistics.step(0)
+                server.statistics.on_step(0)
             # Without a request there is no step to wait for.
             await asyncio.sleep(1000)
             for number in range(3):
                 bench.submit(str(number))
             await asyncio.sleep(stalled_s - 1)
             for _ in range(steps or 0):
-                server.statistics.step(0)
+                server.statistics.on_step(0)
                 await asyncio.sleep(stalled_s - 1)
             assert not bench.queue.results
             for number in range(3):

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 )
 
 from engine.queue.admission import Admission
-from engine.queue.job_loop import GIVE_UP_S, LAST_WORDS_S, JobLoop, State, Timeouts
+from engine.queue.job_loop import ABANDON_TIMEOUT_S, FINAL_DELIVERY_TIMEOUT_S, JobLoop, LoopState, Timeouts
 from tests import virtual_time
 from tests.fake_job_queue import FINE, POLL_FATES, POST_FATES, Fate, Ledger
 from tests.unit.queue.test_admission import Load
@@ -38,7 +38,7 @@ from tests.unit.queue.test_admission import Load
 T = TypeVar("T")
 LIMIT = 3
 DRAIN_S = 20.0
-MOST_S = DRAIN_S + LAST_WORDS_S + GIVE_UP_S + 1
+MOST_S = DRAIN_S + FINAL_DELIVERY_TIMEOUT_S + ABANDON_TIMEOUT_S + 1
 """The loop's end takes no longer."""
 SLOW_CLOSE_S = 6.0
 """Closing a job takes so long at most: less than the loop grants."""
@@ -67,7 +67,7 @@ class Errors(logging.Handler):
 
     def returned(self, job_id: str) -> bool:
         """Whether it came when the worker could not run it any more, and went back to the queue."""
-        return any(line.startswith(f"Job {job_id}: came too late") for line in self.lines)
+        return any(line.startswith(f"Job {job_id}: arrived too late") for line in self.lines)
 
 
 class LoopMachine(RuleBasedStateMachine):
@@ -89,13 +89,15 @@ class LoopMachine(RuleBasedStateMachine):
         self.cancelled = False
         # What the exit status may be.
         self.statuses = {0}
-        self.ledger = Ledger(lambda: self.loop.state is State.SERVING)
+        self.ledger = Ledger(lambda: self.loop.state is LoopState.SERVING)
+        self.load_changed = asyncio.Event()
         self.loop = JobLoop(
             self.ledger,
             self.work,
             Admission(self.load, LIMIT, 1200),
+            load_changed=self.load_changed,
             failure=self.failure,
-            timeouts=Timeouts(drain_s=DRAIN_S, job_s=100),
+            timeouts=Timeouts(drain_s=DRAIN_S, delivery_s=100),
         )
         loop = self.runner.get_loop()
         # A task that failed and that nobody asked is a promise broken too.
@@ -194,7 +196,7 @@ class LoopMachine(RuleBasedStateMachine):
     @rule(running=st.integers(0, 3), waiting=st.integers(0, 2), usage=st.floats(0, 1))
     def the_load_changes(self, running: int, waiting: int, usage: float) -> None:
         self.load.running, self.load.waiting, self.load.kv_cache_usage = running, waiting, usage
-        self.loop.wake()
+        self.load_changed.set()
 
     @rule(count=st.integers(1, 8))
     def turns_pass(self, count: int) -> None:
@@ -245,11 +247,11 @@ class LoopMachine(RuleBasedStateMachine):
         if really and self.ended_at is None:
             usage, self.load.kv_cache_usage = self.load.kv_cache_usage, None  # type: ignore[assignment]
             self.load.waiting = 0
-            self.loop.wake()
+            self.load_changed.set()
             self.time_passes(0.01)
             # While a take is under way, and while none is held, it is not asked for this.
             self.load.kv_cache_usage = usage
-            if self.loop.state is not State.SERVING:
+            if self.loop.state is not LoopState.SERVING:
                 self._ends()
                 self.statuses = {1}
 
@@ -274,7 +276,7 @@ class LoopMachine(RuleBasedStateMachine):
             self.ended_at = time.monotonic()
 
     def _undecided(self) -> bool:
-        return self.loop.state in (State.SERVING, State.DRAINING)
+        return self.loop.state in (LoopState.SERVING, LoopState.DRAINING)
 
     # What always holds.
 
@@ -308,7 +310,7 @@ class LoopMachine(RuleBasedStateMachine):
                 # A job that is stopped ends without a look at the engine.
                 self.statuses.add(0)
             if not self.cancelled:
-                assert self.loop.state is State.ENDED
+                assert self.loop.state is LoopState.ENDED
                 assert self.task.result() in self.statuses
 
     async def _end(self) -> set[asyncio.Task[Any]]:

@@ -16,7 +16,8 @@ import uvloop
 from aiohttp import web
 
 from engine.errors import DeliveryError, RefusedDeliveryError
-from engine.queue.runpod_client import LET_GO_S, Delivery, Platform, missing_interface, serve
+from engine.queue.protocol import POLL_CANCEL_GRACE_S, PostKind
+from engine.queue.runpod_client import RunPodClient, missing_interface, serve
 
 pytestmark = pytest.mark.anyio
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -25,7 +26,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @asynccontextmanager
 async def platform_at(
     answer: Answer, monkeypatch: pytest.MonkeyPatch, tls: Path | None = None
-) -> AsyncIterator[Platform]:
+) -> AsyncIterator[RunPodClient]:
     """A platform whose every call gets this answer; `tls` is where its certificate is."""
     from runpod.serverless.modules import rp_job
 
@@ -42,8 +43,8 @@ async def platform_at(
     url = f"http{'s' if tls else ''}://127.0.0.1:{runner.addresses[0][1]}"
     monkeypatch.setattr(rp_job, "JOB_GET_URL", f"{url}/job-take/worker?key=secret")
     try:
-        async with Platform() as platform:
-            platform._urls = {kind: f"{url}/{kind.value}/$ID?key=secret" for kind in Delivery}
+        async with RunPodClient() as platform:
+            platform._urls = {kind: f"{url}/{kind.value}/$ID?key=secret" for kind in PostKind}
             if client is not None:
                 platform._connector._ssl = client
             yield platform
@@ -72,7 +73,7 @@ async def test_a_gateways_page_in_another_encoding_is_an_answer_like_any_other(m
 
     async with platform_at(page, monkeypatch) as platform:
         with pytest.raises(DeliveryError, match=r"status 502: <p>St.rung</p>"):
-            await platform.post(Delivery.RESULT, "1", b"{}")
+            await platform.post(PostKind.RESULT, "1", b"{}")
 
 
 async def test_a_refusal_says_its_status_and_no_more_of_its_page_than_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ async def test_a_refusal_says_its_status_and_no_more_of_its_page_than_a_line(mon
 
     async with platform_at(refuse, monkeypatch) as platform:
         with pytest.raises(RefusedDeliveryError) as refusal:
-            await platform.post(Delivery.STREAM, "1", b"{}")
+            await platform.post(PostKind.OUTPUT, "1", b"{}")
     assert refusal.value.status == 413
     assert len(str(refusal.value)) < 100
 
@@ -92,7 +93,7 @@ async def test_a_delivery_that_fails_is_told_without_its_url(monkeypatch: pytest
 
     async with platform_at(around, monkeypatch) as platform:
         with pytest.raises(DeliveryError, match="TooManyRedirects") as failure:
-            await platform.post(Delivery.RESULT, "1", b"{}")
+            await platform.post(PostKind.RESULT, "1", b"{}")
     assert "secret" not in str(failure.value)
 
 
@@ -117,7 +118,7 @@ async def test_a_job_that_is_on_its_way_as_its_take_is_let_go_arrives(
         take = asyncio.create_task(platform.take(1))
         await sent.wait()
         assert not take.done()
-        platform.let_go()
+        platform.stop_polling()
 
         assert await take == [{"id": "1", "input": {}}]
 
@@ -136,11 +137,11 @@ async def test_a_take_that_is_let_go_ends_as_soon_as_the_platform_sees_that_nobo
         take = asyncio.create_task(platform.take(1))
         await asked.wait()
         begun = time.monotonic()
-        platform.let_go()
+        platform.stop_polling()
 
         with pytest.raises(aiohttp.ClientConnectionError):
             await asyncio.wait_for(take, 10)
-        assert time.monotonic() - begun < LET_GO_S
+        assert time.monotonic() - begun < POLL_CANCEL_GRACE_S
 
 
 def test_the_sdk_that_is_installed_has_what_our_loop_needs() -> None:

@@ -17,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.jobs import pipeline
-from engine.queue import job_loop
+from engine.jobs.inputs import UnreadableInput
+from engine.queue import backoff
 from engine.queue.admission import Admission
 from engine.queue.job_loop import JobLoop
-from engine.queue.runpod_client import Delivery, Platform
-from engine.queue.take_response import Unreadable, jobs_in
+from engine.queue.protocol import PostKind
+from engine.queue.runpod_client import RunPodClient
+from engine.queue.take_response import jobs_in
 from tests.scripted import ScriptedApp
 from tests.unit.queue.test_admission import Load
 
@@ -61,7 +63,7 @@ def test_what_stands_in_a_take(body: bytes, found: list[Any]) -> None:
     got = found_in(body)
 
     for one in got:
-        if isinstance(one, dict) and isinstance(one["input"], Unreadable):
+        if isinstance(one, dict) and isinstance(one["input"], UnreadableInput):
             del one["input"]
     assert got == found
 
@@ -85,7 +87,7 @@ class Site:
     async def start(self) -> None:
         app = web.Application()
         app.router.add_get("/{kind:job-take|job-take-batch}/worker", self.take)
-        app.router.add_post("/{kind:stream|result}/{job}", self.post)
+        app.router.add_post("/{kind:output|result}/{job}", self.post)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         self.stack.push_async_callback(runner.cleanup)
@@ -96,8 +98,8 @@ class Site:
 
         self.stack.callback(setattr, rp_job, "JOB_GET_URL", rp_job.JOB_GET_URL)
         rp_job.JOB_GET_URL = f"{url}/job-take/worker?x=1"
-        platform = await self.stack.enter_async_context(Platform())
-        platform._urls = {kind: f"{url}/{kind.value}/$ID?x=1" for kind in Delivery}
+        platform = await self.stack.enter_async_context(RunPodClient())
+        platform._urls = {kind: f"{url}/{kind.value}/$ID?x=1" for kind in PostKind}
         engine = ScriptedApp(body=[b'{"answer": true}'])
         self.loop = JobLoop(platform, lambda job: pipeline.run(job, engine), Admission(Load(), LIMIT, 10**9))
         self.running = asyncio.create_task(self.loop.run())
@@ -131,8 +133,8 @@ class Site:
 def site() -> Iterator[tuple[asyncio.Runner, Site]]:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, pytest.MonkeyPatch.context() as patch:
         # Takes that bring nothing follow one another without a pause.
-        patch.setattr(job_loop, "_LONGEST_WAIT_S", 0.0)
-        patch.setattr(job_loop, "_LONGEST_IDLE_WAIT_S", 0.0)
+        patch.setattr(backoff, "_MAX_ERROR_WAIT_S", 0.0)
+        patch.setattr(backoff, "_MAX_IDLE_WAIT_S", 0.0)
         site = Site()
         runner.run(site.start())
         yield runner, site

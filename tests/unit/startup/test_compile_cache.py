@@ -18,13 +18,13 @@ def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_kept_on_the_volume(tmp_path: Path) -> None:
-    compile_cache.choose(tmp_path)
+    compile_cache.configure(tmp_path)
 
     assert os.environ["VLLM_CACHE_ROOT"] == str(tmp_path / "vllm-cache")
 
 
 def test_without_a_volume_it_is_kept_where_vllm_keeps_it(tmp_path: Path) -> None:
-    compile_cache.choose(tmp_path / "nowhere")
+    compile_cache.configure(tmp_path / "nowhere")
 
     assert "VLLM_CACHE_ROOT" not in os.environ
 
@@ -32,7 +32,7 @@ def test_without_a_volume_it_is_kept_where_vllm_keeps_it(tmp_path: Path) -> None
 def test_what_the_user_says_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", "/mine")
 
-    compile_cache.choose(tmp_path)
+    compile_cache.configure(tmp_path)
 
     assert os.environ["VLLM_CACHE_ROOT"] == "/mine"
 
@@ -42,18 +42,18 @@ def test_what_the_user_says_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ("Directly load AOT compilation from path /x", ["Compile cache ~/.cache/vllm: used"]),
         ("Directly load the compiled graph(s) for compile range (1, 2) from the cache", ["used"]),
-        ("Compiling a graph for compile range (1, 2) takes 9.00 s", ["nothing for this model"]),
-        ("saved AOT compiled function to /x", ["nothing for this model"]),
+        ("Compiling a graph for compile range (1, 2) takes 9.00 s", ["empty for this model"]),
+        ("saved AOT compiled function to /x", ["empty for this model"]),
         (
             "Compiling model again due to a load failure from /x, reason: no attribute 'y'\nsaved AOT compiled",
-            ["not used, as vLLM cannot load what is there: no attribute 'y'"],
+            ["not used, as vLLM cannot load it: no attribute 'y'"],
         ),
         ("Loading weights took 1.00 s", []),
     ],
 )
 def test_a_start_says_whether_it_could_use_it(lines: str, told: list[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        compile_cache.tell(lines)
+        compile_cache.log_usage(lines)
 
     assert len(caplog.records) == len(told)
     assert all(words in record.getMessage() for words, record in zip(told, caplog.records, strict=True))

@@ -18,11 +18,11 @@ import pytest
 from huggingface_hub import constants
 
 from engine.config.environment import ENVIRONMENT, Variable
+from engine.config.model import Model
 from engine.config.settings import Settings
 from engine.config.vllm_flags import Flags
 from engine.errors import ConfigurationError
 from engine.startup import model_resolver, model_store
-from engine.startup.model_resolver import Model
 
 NAME = "Org/A--Model"
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -209,7 +209,7 @@ def test_download_dir_is_looked_in_and_is_where_a_model_is_downloaded_to(machine
     assert machine.choose(NAME, download_dir=str(elsewhere)).path == cached
     given = {"MODEL_NAME": Variable(NAME, ENVIRONMENT), "DOWNLOAD_DIR": Variable(str(elsewhere), ENVIRONMENT)}
     settings = Settings(baked_model_dir=machine.image, network_volume=machine.volume)
-    assert model_resolver.likely(settings, given) == Path(cached)
+    assert model_resolver.guess_model_dir(settings, given) == Path(cached)
 
 
 def test_a_volume_that_the_workers_user_may_not_read_is_not_looked_into(
@@ -258,7 +258,7 @@ def test_a_download_ends_at_once_when_the_worker_is_told_to_stop(
     begun = time.monotonic()
     try:
         with pytest.raises(SystemExit):
-            Model(str(tmp_path / "models" / "a"), (), ("Org/A", None)).download()
+            model_resolver.download(Model(str(tmp_path / "models" / "a"), (), ("Org/A", None)))
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -380,7 +380,7 @@ def test_a_download_that_fails_gives_the_builders_reason_and_no_progress(
     monkeypatch.setattr(subprocess, "Popen", lambda _, **options: real(_saying(said, end), **options))
 
     with pytest.raises(ConfigurationError) as raised:
-        Model(str(tmp_path / "models" / "a"), (), ("Org/A", None)).download()
+        model_resolver.download(Model(str(tmp_path / "models" / "a"), (), ("Org/A", None)))
     assert str(raised.value) == told
 
 
@@ -393,7 +393,7 @@ def test_a_volume_that_the_workers_user_may_not_write_to_is_told_with_what_to_do
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK and path.exists())
 
     with pytest.raises(ConfigurationError, match=f"Permission denied.* may not write to {tmp_path}: build .* WORKER=0"):
-        Model(str(tmp_path / "models" / "a"), (), ("Org/A", None)).download()
+        model_resolver.download(Model(str(tmp_path / "models" / "a"), (), ("Org/A", None)))
 
 
 @pytest.mark.parametrize(
@@ -425,9 +425,9 @@ def test_the_hub_is_not_asked_when_all_that_is_needed_is_here(
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
-    model_resolver.stay_offline(Model("org/model", ()), Given(flags))
+    model_resolver.enable_offline_mode(Model("org/model", ()), Given(flags))
     assert not constants.HF_HUB_OFFLINE
-    model_resolver.stay_offline(Model(str(tmp_path), ()), Given(flags))
+    model_resolver.enable_offline_mode(Model(str(tmp_path), ()), Given(flags))
     assert bool(constants.HF_HUB_OFFLINE) is offline
 
 
@@ -448,7 +448,7 @@ def test_the_hub_is_asked_for_code_of_another_repository_if_that_is_trusted(
     for trusted in (True, False):
         monkeypatch.setenv("HF_HUB_OFFLINE", "")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        model_resolver.stay_offline(Model(str(tmp_path), ()), Given({"trust_remote_code": trusted}))
+        model_resolver.enable_offline_mode(Model(str(tmp_path), ()), Given({"trust_remote_code": trusted}))
         assert bool(constants.HF_HUB_OFFLINE) is not (elsewhere and trusted)
 
 

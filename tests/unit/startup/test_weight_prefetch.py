@@ -35,9 +35,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def begin(directory: Path) -> None:
     """Have it done to the end."""
-    weight_prefetch.begin(directory)
+    weight_prefetch.start(directory)
     for thread in threading.enumerate():
-        if thread.name == "read ahead":
+        if thread.name == "prefetch weights":
             thread.join(10)
 
 

@@ -1,0 +1,69 @@
+"""The whole configuration: the worker's settings, vLLM's flags and the model, each with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from engine.backend import vllm_args
+from engine.config.environment import Variable
+from engine.config.model import Model
+from engine.config.redaction import MASK, is_secret_name, redacted
+from engine.config.settings import Settings, is_secret
+from engine.config.vllm_flags import Flags
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What the worker starts with.
+
+    Attributes:
+        variables: that it was made from, by their names in capitals.
+        settings: the worker's own.
+        flags: of vLLM, that are set.
+        model: the model.
+        args: the arguments of `vllm serve` that result.
+    """
+
+    variables: Mapping[str, Variable]
+    settings: Settings
+    flags: Flags
+    model: Model
+    args: Any
+
+    @cached_property
+    def engine_config(self) -> tuple[Any, Any]:
+        """VLLM's engine arguments, and its configuration for them and the model's files.
+
+        Raises:
+            ConfigurationError: vLLM does not accept them.
+        """
+        return vllm_args.engine_config(self.flags, self.args, self.model)
+
+    def lines(self) -> Iterator[str]:
+        """Yield every effective value with its source, one line each; secrets are masked."""
+        yield "# The worker's own settings"
+        for name in Settings.model_fields:
+            value = getattr(self.settings, name)
+            shown = MASK if value is not None and is_secret(name) else value
+            source = self.variables[name.upper()].source if name.upper() in self.variables else "default"
+            yield _line(name, shown, source)
+        yield "# vLLM's flags"
+        args = vars(self.args)
+        chosen = {"model": self.model.path, "served_model_name": self.model.names}
+        for name in sorted(self.flags.actions):
+            flag = self.flags.given.get(name)
+            value, default = chosen.get(name, args.get(name)), self.flags.actions[name].default
+            if flag is not None:
+                written = flag.name.lstrip("-").replace("-", "_").lower()
+                source = flag.source if written == name else f"{flag.source}, {flag.name}"
+            else:
+                source = "default" if value == default else "worker's default"
+            yield _line(name, MASK if value and is_secret_name(name) else value, source)
+
+
+def _line(name: str, value: Any, source: str) -> str:
+    text = " ".join(str(getattr(value, "value", value)).split())
+    return redacted(f"{name.upper()}={text}") + f"  ({source})"
