@@ -43,6 +43,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "python -m builder verify DIR"): _HUB,
     ("README.md", "python -m builder manifest DIR"): _HUB,
     ("README.md", "python -m bench"): _LONG,
+    ("README.md", "make soak"): _LONG,
     ("deploy.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
     ("deploy.md", "docker build"): _NAMES,
     ("deploy.md", "HF_TOKEN_FILE=~/.cache/huggingface/token docker compose build vllm"): _DOCKER,
