@@ -1,7 +1,8 @@
 """What a job is, the states that it goes through, and the platform's documented limits.
 
 Sources: docs.runpod.io, "Operation reference", "Send API requests", "Job states and metrics" and "Endpoint settings";
-runpod 1.12.0 for the worker's side. `docs/decisions.md` says what was assumed where they are silent.
+runpod 1.12.0 for the worker's side. `docs/decisions/0084-what-the-emulator-assumes.md` says
+what was assumed where they are silent.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tests.documents import DOCUMENTS as RUN
 from tests.documents import NOT_RUN, steps, to_run
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b|\bDTYPE\b|\bQUANTIZATION\b")
 
