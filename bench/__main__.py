@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_common_options(result)
     cold_parser = result.add_subparsers(dest="command").add_parser(
-        "cold", description="Measure cold starts: from a worker's exec to the first token of a job that is queued."
+        "cold",
+        help="measure cold starts",
+        description="Measure cold starts: from a worker's exec to the first token of a job that is already queued.",
     )
     cold_parser.add_argument(
         "--model", choices=cold.MODELS, default="tiny", help="the tiny model, or 1 GB of random weights (default: tiny)"
@@ -61,10 +63,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
 def _add_common_options(result: argparse.ArgumentParser) -> None:
