@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat: this worker beside vLLM's own server and beside worker-vllm."""
+"""Reproducible measurements of this worker, compared with vLLM's own server and with worker-vllm."""

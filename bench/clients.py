@@ -1,7 +1,7 @@
-"""Clients that cost next to nothing: they write down what comes and when, and read it only after the load is over.
+"""Load clients that use very little CPU: they record what arrives and when, and parse it only after the load.
 
-They share the processor with the servers that they measure. So each request is a connection of its own that the server
-closes at the end (`Connection: close`): nothing has to be understood to know when an answer is over.
+Clients share the processor with the systems that they measure. Each request opens its own connection and the server
+closes it at the end (`Connection: close`), so the client can see the end of a response without parsing it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
-# A request that has not ended by then is given up and counted as an error.
-LIMIT_S = 300.0
-# A server that refuses at once would otherwise be asked thousands of times a second.
-_AFTER_REFUSAL_S = 0.1
+# A request that takes longer is cancelled and counts as an error.
+REQUEST_TIMEOUT_S = 300.0
+# Without this delay, a client would retry thousands of times a second against a server that rejects immediately.
+_RETRY_DELAY_S = 0.1
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server answers chats: its port on this machine and the path of its route."""
+    """Where a system serves chat completions: a port on this machine and the path of the route."""
 
     port: int
     path: str
     host: str = "127.0.0.1"
 
     def request(self, body: bytes) -> bytes:
-        """The bytes of a POST of this JSON."""
+        """Return the bytes of a POST request with this JSON body."""
         head = (
             f"POST {self.path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nAuthorization: Bearer local\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -38,41 +38,42 @@ class Address:
 
 
 @dataclass
-class Exchange:
-    """One request and what came back, unread. Times are `time.monotonic()`.
+class RequestTrace:
+    """One request and the unparsed response. Times are `time.monotonic()`.
 
     Args:
-        due_s: when it was to be sent: in an open loop, a client that is late does not make the server look faster.
-        arrivals: each piece as the socket gave it, and when.
-        ended_s: when the server closed.
-        failure: what went wrong with the connection, if something did.
+        due_s: when the request was scheduled; with an open loop, a client that sends late does not make the system
+            look faster.
+        received: each read from the socket: when, and the bytes.
+        ended_s: when the connection closed.
+        error: the connection error or timeout, if there was one.
     """
 
     due_s: float
-    arrivals: list[tuple[float, bytes]] = field(default_factory=list)
+    received: list[tuple[float, bytes]] = field(default_factory=list)
     ended_s: float = 0.0
-    failure: str | None = None
+    error: str | None = None
 
     @property
-    def refused(self) -> bool:
-        """Whether there was no answer with status 200."""
-        return not self.arrivals or b" 200 " not in self.arrivals[0][1][:16]
+    def ok(self) -> bool:
+        """Whether the response has status 200."""
+        return bool(self.received) and b" 200 " in self.received[0][1][:16]
 
 
 class _Connection(asyncio.Protocol):
-    """Sends one request and writes down what comes."""
+    """Sends one request and records what arrives."""
 
-    def __init__(self, request: bytes, arrivals: list[tuple[float, bytes]]) -> None:
+    def __init__(self, request: bytes, received: list[tuple[float, bytes]]) -> None:
         self._request = request
-        self._arrivals = arrivals
+        self._received = received
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Not asked with isinstance: uvloop's transports are of a family of their own.
+        # A cast and no isinstance: uvloop's transports do not inherit from asyncio.Transport.
         cast("asyncio.Transport", transport).write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        self._arrivals.append((time.monotonic(), data))
+        self._received.append((time.monotonic(), data))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.closed.done():
@@ -83,65 +84,67 @@ class _Connection(asyncio.Protocol):
             self.closed.set_exception(exc)
 
 
-async def ask(address: Address, body: bytes, due_s: float | None = None, limit_s: float = LIMIT_S) -> Exchange:
-    """Send one request and wait for its end; a failure stands in the result."""
-    exchange = Exchange(time.monotonic() if due_s is None else due_s)
+async def send(
+    address: Address, body: bytes, due_s: float | None = None, timeout_s: float = REQUEST_TIMEOUT_S
+) -> RequestTrace:
+    """Send one request and wait for the end of the response; errors are recorded in the trace."""
+    trace = RequestTrace(time.monotonic() if due_s is None else due_s)
     request = address.request(body)
     try:
-        async with asyncio.timeout(limit_s):
+        async with asyncio.timeout(timeout_s):
             transport, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _Connection(request, exchange.arrivals), address.host, address.port
+                lambda: _Connection(request, trace.received), address.host, address.port
             )
             try:
                 await connection.closed
             finally:
                 transport.abort()
     except TimeoutError:
-        exchange.failure = f"no end within {limit_s:g} s"
+        trace.error = f"timed out after {timeout_s:g} s"
     except OSError as error:
-        exchange.failure = f"{type(error).__name__}: {error.strerror or error}"
-    exchange.ended_s = time.monotonic()
-    return exchange
+        trace.error = f"{type(error).__name__}: {error.strerror or error}"
+    trace.ended_s = time.monotonic()
+    return trace
 
 
-async def closed_loop(address: Address, body: bytes, clients: int, seconds: float) -> list[Exchange]:
-    """So many clients, each of which asks anew when its answer has ended, for so long.
+async def closed_loop(address: Address, body: bytes, clients: int, seconds: float) -> list[RequestTrace]:
+    """Run N clients for some seconds; each sends its next request as soon as its last response has ended.
 
-    Each asks once at least, and the last answers are awaited.
+    Each client sends at least one request, and the last responses are awaited.
     """
-    exchanges: list[Exchange] = []
+    traces: list[RequestTrace] = []
 
     async def client(ends_at: float) -> None:
         while True:
-            exchange = await ask(address, body)
-            exchanges.append(exchange)
+            trace = await send(address, body)
+            traces.append(trace)
             if time.monotonic() >= ends_at:
                 return
-            if exchange.refused:
-                await asyncio.sleep(_AFTER_REFUSAL_S)
+            if not trace.ok:
+                await asyncio.sleep(_RETRY_DELAY_S)
 
-    with _no_collections():
-        # The clock starts here: the collection before may have taken a while.
+    with _gc_paused():
+        # The clock starts here because the garbage collection above may have taken some time.
         ends_at = time.monotonic() + seconds
         await asyncio.gather(*(client(ends_at) for _ in range(clients)))
-    return exchanges
+    return traces
 
 
-async def open_loop(address: Address, body: bytes, arrivals: Sequence[float]) -> list[Exchange]:
-    """One request at each of these times, in seconds from now; the last answers are awaited."""
+async def open_loop(address: Address, body: bytes, arrivals_s: Sequence[float]) -> list[RequestTrace]:
+    """Send one request at each of these times, in seconds from now; the last responses are awaited."""
 
-    async def client(due_s: float) -> Exchange:
+    async def client(due_s: float) -> RequestTrace:
         await asyncio.sleep(due_s - time.monotonic())
-        return await ask(address, body, due_s)
+        return await send(address, body, due_s)
 
-    with _no_collections():
-        begun = time.monotonic()
-        return await asyncio.gather(*(client(begun + at) for at in arrivals))
+    with _gc_paused():
+        start = time.monotonic()
+        return await asyncio.gather(*(client(start + arrival_s) for arrival_s in arrivals_s))
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
-    """Without pauses for the collection of garbage, which would look like the server's."""
+def _gc_paused() -> Iterator[None]:
+    """Disable garbage collection, whose pauses would look like latency of the system under test."""
     gc.collect()
     gc.disable()
     try:

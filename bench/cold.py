@@ -1,8 +1,8 @@
-"""`python -m bench cold`: from the worker's exec to the first token of a job that is waiting already.
+"""`python -m bench cold`: the time from a worker's exec to the first token of a job that is already in the queue.
 
-For each start there is a fresh emulator without a worker. A streamed chat of 16 tokens is submitted to it; the queue
-has a worker started; the clock runs from the worker's start to the first text that the client sees. That start is the
-emulator's `startedAt`, taken just before it starts the worker's launcher: the exec follows some 30 ms later, the same
+Each start has a new emulator without workers. A streamed chat job of 16 tokens is submitted, which makes the
+autoscaler start a worker. The time runs from the worker's start to the first text that the client receives. That start
+is the emulator's `startedAt`, just before it starts the worker's launcher; the exec follows about 30 ms later, the same
 for both workers.
 """
 
@@ -23,27 +23,28 @@ from statistics import median
 import uvloop
 
 from bench import environment, goals, report, synthetic_model, systems
-from bench.clients import ask
-from bench.metrics import FaultyAnswerError, read_answer
+from bench.clients import send
+from bench.metrics import InvalidResponseError, parse_response
+from bench.report import print_progress
 from bench.scenarios import Scenario
-from bench.systems import OURS, PEER, Platform, ServerError
+from bench.systems import OURS, PEER, EmulatedPlatform, StartError
 
 MODELS = ("tiny", "1gb")
 CACHES = ("cold", "warm")
 _JOB = Scenario(clients=1, tokens=16)
-_POLL_S = 0.1
-_PHASES = "Cold start "
+_POLL_S = 0.5
+_LOG_PREFIX = "Cold start "
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 @dataclass
-class Start:
+class ColdStart:
     """One start.
 
     Args:
         first_token_s: from the worker's start to the first text at the client.
-        ready_s: from the worker's start to its first call for jobs.
-        phases_s: what the worker's log says about its start, if it does.
+        ready_s: from the worker's start to its first poll for jobs.
+        phases_s: the phases of the start, if the worker logs them.
     """
 
     first_token_s: float
@@ -52,80 +53,81 @@ class Start:
 
 
 def run(model: str, cache: str, rounds: int, peer: Path | None, out: Path) -> int:
-    """Measure starts of this worker and of the peer in turn, print and write what was found; return the exit code."""
-    path = str(synthetic_model.made_up_model()) if model == "1gb" else systems.tiny_model()
+    """Measure starts of this worker and of the peer in turn; print and write the results; return the exit code."""
+    path = synthetic_model.synthetic_model() if model == "1gb" else systems.tiny_model()
     names = [OURS] if peer is None else [OURS, PEER]
-    found: dict[str, list[Start | None]] = {name: [] for name in names}
+    starts: dict[str, list[ColdStart | None]] = {name: [] for name in names}
     errors: list[str] = []
-    # What a cold start reads from the disk: Python and its packages are among it for each worker.
-    files = [Path(path), *([] if peer is None else [peer])] if cache == "cold" else []
+    # What a cold start reads from disk, in addition to Python and its packages.
+    evicted = [path, *([] if peer is None else [peer])] if cache == "cold" else []
     for number in range(rounds):
         for name in names if number % 2 == 0 else reversed(names):
+            start = None
             try:
-                start = uvloop.run(_start(name, path, peer, files, out / "logs"))
-                _say(f"round {number + 1} of {rounds}: {name}, first token after {start.first_token_s:.2f} s")
-            except (ServerError, FaultyAnswerError) as error:
-                start = None
+                start = uvloop.run(_start(name, path, peer, evicted, out / "logs"))
+                print_progress(f"Round {number + 1} of {rounds}: {name}, first token after {start.first_token_s:.2f} s")
+            except (StartError, InvalidResponseError) as error:
                 errors.append(f"{name}: {error}")
-                _say(errors[-1])
-            found[name].append(start)
-    about = {
-        **environment.machine(),
+                print_progress(errors[-1])
+            starts[name].append(start)
+    conditions = {
+        **environment.hardware(),
         **environment.versions(peer),
-        "model": f"{model} ({_size_mib(path):.0f} MiB of weights)",
-        "file cache": how_emptied() if files else "warm",
+        "model": f"{model} ({_weights_mib(path):.0f} MiB of weights)",
+        "file cache": eviction_method() if evicted else "warm",
         "rounds": str(rounds),
     }
-    target = goals.cold_target(ratios(found), model, cache)
+    target = goals.cold_start_target(ratios(starts), model, cache)
     lines = [
-        *(f"{key}: {value}" for key, value in about.items()),
+        *(f"{key}: {value}" for key, value in conditions.items()),
         "",
-        *table(found),
+        *table(starts),
         *(f"  error: {error}" for error in errors),
         "",
-        *goals.lines([target], rounds),
+        *goals.target_lines([target], rounds),
     ]
-    sys.stdout.write("\n".join(lines) + "\n")
+    text = "\n".join(lines) + "\n"
+    sys.stdout.write(text)
     document = {
-        "about": about,
-        "starts": {name: [start and asdict(start) for start in starts] for name, starts in found.items()},
+        "environment": conditions,
+        "starts": {name: [start and asdict(start) for start in of_system] for name, of_system in starts.items()},
         "errors": errors,
         "targets": [{**asdict(target), "verdict": target.verdict}],
     }
     report.write_json(out / f"cold-{model}-{cache}.json", document)
-    report.write_text(out / f"cold-{model}-{cache}.txt", "\n".join(lines) + "\n")
-    return 0 if any(start for starts in found.values() for start in starts) else 1
+    report.write_text(out / f"cold-{model}-{cache}.txt", text)
+    return 0 if any(start for of_system in starts.values() for start in of_system) else 1
 
 
-def ratios(found: dict[str, list[Start | None]]) -> list[float]:
-    """This worker's exec to first token by the peer's, in each round in which both have started."""
+def ratios(starts: dict[str, list[ColdStart | None]]) -> list[float]:
+    """Return the ratio of this worker's time to first token to the peer's, of each round in which both started."""
     return [
         ours.first_token_s / peers.first_token_s
-        for ours, peers in zip(found.get(OURS, []), found.get(PEER, []), strict=False)
+        for ours, peers in zip(starts.get(OURS, []), starts.get(PEER, []), strict=False)
         if ours and peers
     ]
 
 
-def table(found: dict[str, list[Start | None]]) -> list[str]:
-    """The medians, with the least and the greatest; and the phases of this worker's start where it tells them."""
-    lines = [f"{'seconds from the exec':24}" + "".join(f"{name:>26}" for name in found)]
-    whole = {name: [start for start in starts if start] for name, starts in found.items()}
-    for told, values in (
-        ("to the first token", {name: [it.first_token_s for it in starts] for name, starts in whole.items()}),
-        ("to ready", {name: [it.ready_s for it in starts] for name, starts in whole.items()}),
+def table(starts: dict[str, list[ColdStart | None]]) -> list[str]:
+    """Return the medians with minimum and maximum, and this worker's phases if it has logged them."""
+    lines = [f"{'seconds after the exec':24}" + "".join(f"{name:>26}" for name in starts)]
+    succeeded = {name: [start for start in of_system if start] for name, of_system in starts.items()}
+    for label, values in (
+        ("first token", [[start.first_token_s for start in of_system] for of_system in succeeded.values()]),
+        ("ready", [[start.ready_s for start in of_system] for of_system in succeeded.values()]),
     ):
-        lines.append(f"{told:24}" + "".join(f"{report.spread(column):>26}" for column in values.values()))
-    names = dict.fromkeys(phase for start in whole.get(OURS, []) for phase in start.phases_s)
-    for phase in names:
-        values_s = [start.phases_s[phase] for start in whole[OURS] if phase in start.phases_s]
-        lines.append(f"{'  ' + phase:24}{report.number(median(values_s)):>26}")
+        lines.append(f"{label:24}" + "".join(f"{report.format_spread(column):>26}" for column in values))
+    phases = dict.fromkeys(phase for start in succeeded.get(OURS, []) for phase in start.phases_s)
+    for phase in phases:
+        values_s = [start.phases_s[phase] for start in succeeded[OURS] if phase in start.phases_s]
+        lines.append(f"{'  ' + phase:24}{report.format_number(median(values_s)):>26}")
     return lines
 
 
 def read_phases(log: Iterable[str]) -> dict[str, float]:
-    """The phases of a start in seconds, from the worker's line `Cold start {"total_s": ..., "phases_s": {...}}`."""
+    """Return the phases of a start in seconds from the log line `Cold start {"total_s": ..., "phases_s": {...}}`."""
     for line in log:
-        _, found, rest = line.partition(_PHASES)
+        _, found, rest = line.partition(_LOG_PREFIX)
         if found and rest.startswith("{"):
             try:
                 phases = json.loads(rest)["phases_s"]
@@ -135,52 +137,57 @@ def read_phases(log: Iterable[str]) -> dict[str, float]:
     return {}
 
 
-async def _start(name: str, model: str, peer: Path | None, files: Sequence[Path], logs: Path) -> Start:
-    """One start of one worker, in an emulator that has none yet; `files` is what the system is to forget before."""
+async def _start(name: str, model: Path, peer: Path | None, evicted: Sequence[Path], logs: Path) -> ColdStart:
+    """Measure one start of one worker; `evicted` directories are removed from the file cache before it."""
     gpu = environment.gpu() is not None
-    given: AbstractContextManager[list[str]] = nullcontext(systems.worker_options(model, gpu=gpu))
+    worker: AbstractContextManager[list[str]] = nullcontext(systems.worker_options(model, gpu=gpu))
     if name == PEER and peer is not None:
-        given = systems.peer_options(model, logs, gpu=gpu, checkout=peer)
-    with given as options:
-        # The first job that waits has a worker started.
+        worker = systems.peer_options(model, logs, gpu=gpu, checkout=peer)
+    with worker as options:
+        # The first job in the queue makes the autoscaler start a worker.
         scaling = ["--workers-min=0", "--scaler-type=REQUEST_COUNT", "--scaler-value=1"]
         with systems.emulator(name, [*scaling, *options], logs) as (platform, _):
-            # After the emulator's own start, which has read Python and packages that the worker reads as well.
-            if files:
-                empty_file_cache(files)
+            # After the emulator's own start, which reads Python and packages that the worker reads as well.
+            if evicted:
+                drop_file_cache(evicted)
             return await _first_token(platform)
 
 
-async def _first_token(platform: Platform) -> Start:
-    """Submit a job to an emulator without a worker, and wait for its answer or for the worker's end."""
-    offset = time.time() - time.monotonic()
-    asked = asyncio.create_task(ask(systems.gateway(platform), _JOB.body(), limit_s=systems.START_S))
-    while not asked.done():
-        await asyncio.wait({asked}, timeout=_POLL_S * 5)
+async def _first_token(platform: EmulatedPlatform) -> ColdStart:
+    """Submit a job to an emulator without workers, and wait for its response.
+
+    Raises:
+        StartError: the worker has exited.
+        InvalidResponseError: the job failed.
+    """
+    offset_s = time.time() - time.monotonic()
+    request = asyncio.create_task(send(platform.address, _JOB.body(), timeout_s=systems.START_TIMEOUT_S))
+    while not request.done():
+        await asyncio.wait({request}, timeout=_POLL_S)
         if platform.state()["gone"]:
-            asked.cancel()
-            await asyncio.wait({asked})
+            request.cancel()
+            await asyncio.wait({request})
             platform.worker()
-    exchange = asked.result()
-    answer = read_answer(exchange, _JOB)
+    trace = request.result()
+    response = parse_response(trace, _JOB)
     worker = platform.worker()
-    first_token_s = exchange.due_s + answer.shown[0][0] + offset - worker["startedAt"]
-    return Start(first_token_s, worker["readyAt"] - worker["startedAt"], read_phases(worker["log"]))
+    first_token_s = trace.due_s + response.chunks[0].time_s + offset_s - worker["startedAt"]
+    return ColdStart(first_token_s, worker["readyAt"] - worker["startedAt"], read_phases(worker["log"]))
 
 
-def how_emptied() -> str:
-    """How `empty_file_cache` goes about it here."""
+def eviction_method() -> str:
+    """Return how `drop_file_cache` works on this machine."""
     if os.access(_DROP_CACHES, os.W_OK):
         return f"cold: {_DROP_CACHES}"
     return "cold: posix_fadvise(DONTNEED) on Python, its packages, the model and the peer"
 
 
-def empty_file_cache(directories: Sequence[Path]) -> None:
-    """Have the system forget what it has read of files.
+def drop_file_cache(directories: Sequence[Path]) -> None:
+    """Remove files from the kernel's file cache.
 
-    The whole cache where that is allowed (root); otherwise each file of Python, its packages and these directories is
-    let go. Either way what running processes have mapped stays: the interpreter and few libraries, as nothing here
-    imports torch.
+    As root, drop the complete cache; otherwise evict each file of Python, its packages and these directories. Both
+    leave pages that running processes have mapped: the interpreter and a few libraries, but not torch, which neither
+    the bench nor the emulator imports.
     """
     os.sync()
     if os.access(_DROP_CACHES, os.W_OK):
@@ -190,10 +197,10 @@ def empty_file_cache(directories: Sequence[Path]) -> None:
     for directory in {Path(paths["stdlib"]), Path(paths["purelib"]), Path(paths["platlib"]), *directories}:
         for file in directory.rglob("*"):
             if file.is_file():
-                _let_go(file)
+                _evict(file)
 
 
-def _let_go(file: Path) -> None:
+def _evict(file: Path) -> None:
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError:
@@ -204,10 +211,5 @@ def _let_go(file: Path) -> None:
         os.close(descriptor)
 
 
-def _size_mib(model: str) -> float:
-    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 2**20
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+def _weights_mib(model: Path) -> float:
+    return sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2**20

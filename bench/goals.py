@@ -1,4 +1,7 @@
-"""What this worker is to reach, and whether it has. Judged here and in no test: a test must not depend on a machine."""
+"""This worker's performance targets, and whether a run met them.
+
+They are judged here and in no test: whether a test passes must not depend on the machine.
+"""
 
 from __future__ import annotations
 
@@ -10,93 +13,97 @@ from bench.compare import Results
 from bench.scenarios import Scenario
 from bench.systems import OURS, PEER, VLLM
 
-LEAST_ROUNDS = 7
+MIN_ROUNDS = 7
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a figure of this worker.
+    """A bound on one of this worker's metrics.
 
     Args:
-        text: what is asked for.
-        found: the figure, None where it was not measured.
-        limit: its bound.
-        at_least: whether the bound is the least value; otherwise it is the greatest.
+        description: what is measured.
+        measured: the value, None if it was not measured.
+        bound: the limit, itself included.
+        at_least: whether the bound is a minimum; otherwise it is a maximum.
     """
 
-    text: str
-    found: float | None
-    limit: float
+    description: str
+    measured: float | None
+    bound: float
     at_least: bool = False
 
     @property
     def verdict(self) -> str:
-        """`reached`, `NOT REACHED` or `not measured`."""
-        if self.found is None:
+        """`met`, `MISSED` or `not measured`."""
+        if self.measured is None:
             return "not measured"
-        reached = self.found >= self.limit if self.at_least else self.found <= self.limit
-        return "reached" if reached else "NOT REACHED"
+        met = self.measured >= self.bound if self.at_least else self.measured <= self.bound
+        return "met" if met else "MISSED"
 
     def line(self) -> str:
-        """The verdict, what was found and what is asked for."""
-        found = "-" if self.found is None else f"{self.found:.3g}"
+        """Return one line: the verdict, the measured value, the bound and the description."""
+        measured = "-" if self.measured is None else f"{self.measured:.3g}"
         sign = "at least" if self.at_least else "at most"
-        return f"{self.verdict:12}  {found:>7}  {sign} {self.limit:g}: {self.text}"
+        return f"{self.verdict:12}  {measured:>7}  {sign} {self.bound:g}: {self.description}"
 
 
-def speed_targets(results: Results) -> list[Target]:
-    """All targets but the cold start's; ITL is per token, and ratios and differences are paired by round."""
-    one, eight, many, most = (Scenario(clients=count) for count in (1, 8, 24, 64))
-    far = Scenario(clients=64, latency_ms=40)
+def load_targets(results: Results) -> list[Target]:
+    """Return all targets under load; ITL is per token, and ratios and differences are of values of the same round."""
+    clients_1, clients_8, clients_24, clients_64 = (Scenario(clients=count) for count in (1, 8, 24, 64))
+    latency_40_ms = Scenario(clients=64, latency_ms=40)
 
-    def ratio(scenario: Scenario, figure: str, other: str) -> float | None:
-        return results.ratio(scenario, figure, OURS, other)
+    def ratio(scenario: Scenario, metric: str, other: str) -> float | None:
+        return results.ratio(scenario, metric, OURS, other)
 
-    def own(scenario: Scenario, figure: str) -> float | None:
-        return _median(results.values(scenario, OURS, figure))
+    def value(scenario: Scenario, metric: str) -> float | None:
+        return _median(results.values(scenario, OURS, metric))
 
-    later_ms = _median([ours - vllm for ours, vllm in results.pairs(eight, "ttft_p50_ms", OURS, VLLM)])
-    streamed = "streamed answers of 64 tokens"
+    ttft_pairs = results.pairs(clients_8, "ttft_p50_ms", OURS, VLLM)
+    added_ttft_ms = _median([ours - vllm for ours, vllm in ttft_pairs])
+    streamed = "streamed responses of 64 tokens"
     return [
         Target(
-            f"requests/s by vLLM alone's, 64 clients, {streamed}",
-            ratio(most, "requests_per_s", VLLM),
+            f"requests/s relative to vLLM alone, 64 clients, {streamed}",
+            ratio(clients_64, "requests_per_s", VLLM),
             1.0,
             at_least=True,
         ),
         Target(
-            f"requests/s by worker-vllm's, 64 clients, {streamed}",
-            ratio(most, "requests_per_s", PEER),
+            f"requests/s relative to worker-vllm, 64 clients, {streamed}",
+            ratio(clients_64, "requests_per_s", PEER),
             3.0,
             at_least=True,
         ),
         Target(
-            "the same by vLLM alone's, platform 40 ms away", ratio(far, "requests_per_s", VLLM), 0.95, at_least=True
+            "requests/s relative to vLLM alone, 64 clients, platform latency 40 ms",
+            ratio(latency_40_ms, "requests_per_s", VLLM),
+            0.95,
+            at_least=True,
         ),
-        Target("TTFT p50 by worker-vllm's, 1 client", ratio(one, "ttft_p50_ms", PEER), 0.15),
-        Target("ms of TTFT p50 above vLLM alone's, 8 clients", later_ms, 10.0),
-        Target("TTFT p95 by vLLM alone's, 64 clients", ratio(most, "ttft_p95_ms", VLLM), 1.2),
-        Target("ms of ITL p95, 24 clients", own(many, "itl_p95_ms"), 60.0),
-        Target("ITL p95 by vLLM alone's, 24 clients", ratio(many, "itl_p95_ms", VLLM), 1.5),
-        Target("deliveries per output token, 24 clients", own(many, "deliveries_per_token"), 0.08),
+        Target("TTFT p50 relative to worker-vllm, 1 client", ratio(clients_1, "ttft_p50_ms", PEER), 0.15),
+        Target("TTFT p50 minus vLLM alone's in ms, 8 clients", added_ttft_ms, 10.0),
+        Target("TTFT p95 relative to vLLM alone, 64 clients", ratio(clients_64, "ttft_p95_ms", VLLM), 1.2),
+        Target("ITL p95 in ms, 24 clients", value(clients_24, "itl_p95_ms"), 60.0),
+        Target("ITL p95 relative to vLLM alone, 24 clients", ratio(clients_24, "itl_p95_ms", VLLM), 1.5),
+        Target("deliveries per output token, 24 clients", value(clients_24, "deliveries_per_token"), 0.08),
         Target(
-            "worker process CPU per token by worker-vllm's, 64 clients",
-            ratio(most, "cpu_s_per_1000_tokens", PEER),
+            "worker CPU per token relative to worker-vllm, 64 clients",
+            ratio(clients_64, "cpu_s_per_1000_tokens", PEER),
             0.35,
         ),
     ]
 
 
-def cold_target(ratios: Sequence[float], model: str, cache: str) -> Target:
-    """The cold start's target, from the ratio of each round."""
-    return Target(f"start by worker-vllm's, {model} model, {cache} file cache", _median(ratios), 0.6)
+def cold_start_target(ratios: Sequence[float], model: str, cache: str) -> Target:
+    """Return the target for cold starts, from the ratio of each round."""
+    return Target(f"cold start relative to worker-vllm, {model} model, {cache} file cache", _median(ratios), 0.6)
+
+
+def target_lines(targets: Sequence[Target], rounds: int) -> list[str]:
+    """Return the targets as lines, under a heading that warns of too few rounds."""
+    warning = "" if rounds >= MIN_ROUNDS else f" (only {rounds} rounds; a verdict needs {MIN_ROUNDS})"
+    return [f"Targets{warning}", *(f"  {target.line()}" for target in targets)]
 
 
 def _median(values: Sequence[float]) -> float | None:
     return median(values) if values else None
-
-
-def lines(targets: Sequence[Target], rounds: int) -> list[str]:
-    """The targets as lines, with a warning where there were too few rounds to tell."""
-    few = "" if rounds >= LEAST_ROUNDS else f" (only {rounds} rounds; {LEAST_ROUNDS} are needed to tell)"
-    return [f"Targets{few}", *(f"  {target.line()}" for target in targets)]

@@ -1,22 +1,23 @@
-"""From raw arrivals to figures.
+"""Definitions of the metrics.
 
-An *arrival* is a piece that the socket gave, if text became visible with it. Of an answer's arrivals:
+A *chunk* is one read from the client's socket that makes text visible. Times are the client's.
 
-- Time to first token (TTFT): from when the request was due to the first arrival.
-- Inter-token latency (ITL), per token: the time from one arrival to the next, shared equally among the tokens of the
-  latter. What a reader sees as speed, whatever the packaging: 10 tokens after 100 ms are ten times 10 ms.
-- Gap: the time from one arrival to the next, once, however many tokens came. What stutters.
-- Time in queue: from a job's submission until the worker takes it, as the emulator has it.
-- Worker CPU: of all processes of the server but vLLM's engine core and the engine's workers. That is vLLM's API server;
-  this worker and the SDK's ping; worker-vllm's proxy, its ping and its `vllm serve`. The emulator is not among them.
-- Deliveries: POSTs of an output, the last one that ends the job left out; of the last 200 jobs of a measurement.
-- Memory: PSS (shared pages count once) of all processes, engine included, after each measurement; the greatest is the
-  peak.
+- Time to first token (TTFT): from when the request was due to the first chunk.
+- Inter-token latency (ITL), per token: the time between two chunks, divided equally among the tokens of the later one.
+  It is the speed that a reader sees, however tokens are batched: 10 tokens after 100 ms count as ten times 10 ms.
+- Inter-chunk latency: the time between two chunks, however many tokens they bring. It shows how smooth a stream is.
+- End-to-end latency: from when the request was due to the end of the response.
+- Time in queue: from a job's submission until the worker takes it, as reported by the emulator.
+- Worker CPU: of all processes of the system except vLLM's engine core and the engine's workers. These are: vLLM's API
+  server; this worker and the SDK's ping; worker-vllm's proxy, its ping and its `vllm serve`. The emulator is excluded.
+- Deliveries: POSTs of an output, without the last one that ends the job; of the last 200 jobs of a measurement.
+- Memory: PSS (shared pages count once) of all processes, engine included, after each measurement; the maximum of the
+  rounds is the peak.
 
-Percentiles are over all tokens, gaps or requests of one measurement. Where the events do not say which tokens they
-bring, an answer's tokens count as equally long. Tokens whose text is held back (half a character) count with the
-arrival that shows it. An answer counts only if it is whole: status 200, `[DONE]` at its end if it streams, finish
-reason `length`, as many tokens as were asked for. Any other is an error; errors are counted by kind.
+Percentiles are over all tokens, chunks or requests of one measurement. If events do not list their token ids, all
+characters of a response are assumed to be worth the same number of tokens. Tokens whose text is withheld (half a
+character) count with the chunk that shows it. A response counts only if it is complete: status 200, `[DONE]` at the end
+of a stream, finish reason `length`, and the requested number of tokens. Anything else is an error, counted by kind.
 """
 
 from __future__ import annotations
@@ -27,57 +28,64 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.clients import Exchange
+from bench.clients import RequestTrace
 from bench.scenarios import Scenario
 
-_SHOWN = 200
+_EXCERPT_BYTES = 200
 
 
-class FaultyAnswerError(Exception):
-    """An answer is not what it has to be; the message says how."""
+class InvalidResponseError(Exception):
+    """A request failed or its response is incomplete; the message says why."""
+
+
+class Chunk(NamedTuple):
+    """Text that became visible: when, in seconds after the request was due, and how many tokens it is."""
+
+    time_s: float
+    tokens: int
 
 
 @dataclass
-class Answer:
-    """What one exchange was.
+class Response:
+    """One parsed response.
 
     Args:
-        took_s: from when it was due to its end.
-        shown: when text became visible, in seconds from when it was due, and how many tokens it was.
-        tokens: how many there were in all.
+        latency_s: from when the request was due to the end of the response.
+        chunks: of a stream, in order.
+        tokens: output tokens in total.
     """
 
-    took_s: float
-    shown: list[tuple[float, int]] = field(default_factory=list)
+    latency_s: float
+    chunks: list[Chunk] = field(default_factory=list)
     tokens: int = 0
 
-    def inter_token_s(self) -> Iterator[float]:
-        """The time from one arrival to the next, shared equally among the latter's tokens: one value a token."""
-        for (before, _), (at, tokens) in pairwise(self.shown):
-            yield from [(at - before) / tokens] * tokens
+    def inter_token_latencies_s(self) -> Iterator[float]:
+        """Yield one value per token: the time between two chunks, divided equally among the later one's tokens."""
+        for before, chunk in pairwise(self.chunks):
+            yield from [(chunk.time_s - before.time_s) / chunk.tokens] * chunk.tokens
 
-    def gaps_s(self) -> Iterator[float]:
-        """The time from one arrival to the next."""
-        for (before, _), (at, _) in pairwise(self.shown):
-            yield at - before
+    def inter_chunk_latencies_s(self) -> Iterator[float]:
+        """Yield the time between each two chunks."""
+        for before, chunk in pairwise(self.chunks):
+            yield chunk.time_s - before.time_s
 
 
 @dataclass
 class Measurement:
-    """One server under one load once.
+    """One system under one load, measured once.
 
     Args:
-        figures: by the names of `FIGURES`; None where there is nothing to tell.
-        errors: how many requests failed in which way.
+        metrics: by the names in `METRICS`; None if a metric does not apply.
+        errors: the number of failed requests by kind.
     """
 
-    figures: dict[str, float | None]
+    metrics: dict[str, float | None]
     errors: dict[str, int]
 
 
-FIGURES: dict[str, str] = {
+METRICS: dict[str, str] = {
     "requests_per_s": "requests/s",
     "tokens_per_s": "tokens/s",
     "ttft_p50_ms": "TTFT p50, ms",
@@ -86,68 +94,68 @@ FIGURES: dict[str, str] = {
     "itl_p50_ms": "ITL per token p50, ms",
     "itl_p95_ms": "ITL per token p95, ms",
     "itl_p99_ms": "ITL per token p99, ms",
-    "gap_p50_ms": "gap p50, ms",
-    "gap_p95_ms": "gap p95, ms",
-    "gap_p99_ms": "gap p99, ms",
-    "answer_p50_ms": "whole answer p50, ms",
-    "answer_p95_ms": "whole answer p95, ms",
-    "answer_p99_ms": "whole answer p99, ms",
+    "inter_chunk_p50_ms": "inter-chunk p50, ms",
+    "inter_chunk_p95_ms": "inter-chunk p95, ms",
+    "inter_chunk_p99_ms": "inter-chunk p99, ms",
+    "e2e_p50_ms": "end-to-end p50, ms",
+    "e2e_p95_ms": "end-to-end p95, ms",
+    "e2e_p99_ms": "end-to-end p99, ms",
     "queue_p50_ms": "time in queue p50, ms",
     "queue_p95_ms": "time in queue p95, ms",
     "cpu_s_per_1000_tokens": "worker CPU s/1,000 tokens",
     "deliveries_per_token": "deliveries/token",
     "memory_mib": "memory, MiB",
-    "client_cpu": "client CPU, cores",
+    "client_cpu_cores": "client CPU, cores",
     "requests": "requests",
     "errors": "errors",
 }
-"""What is measured, by its name in the JSON, and how the table calls it."""
+"""All metrics: the name in the JSON and the label in the table."""
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which this share of them lies, interpolated between neighbours; `values` are sorted."""
-    at = share * (len(values) - 1)
-    low = math.floor(at)
+    """Return the percentile `share` (0 to 1) of sorted values, interpolated linearly between neighbours."""
+    position = share * (len(values) - 1)
+    low = math.floor(position)
     high = min(low + 1, len(values) - 1)
-    return values[low] + (at - low) * (values[high] - values[low])
+    return values[low] + (position - low) * (values[high] - values[low])
 
 
-def measurement(exchanges: Sequence[Exchange], scenario: Scenario) -> Measurement:
-    """The figures that the clients have seen; throughput is over the time from the first request to the last end."""
-    answers: list[Answer] = []
+def summarize(traces: Sequence[RequestTrace], scenario: Scenario) -> Measurement:
+    """Return the clients' metrics; throughput is over the time from the first request to the last response's end."""
+    responses: list[Response] = []
     errors: Counter[str] = Counter()
-    for exchange in exchanges:
+    for trace in traces:
         try:
-            answers.append(read_answer(exchange, scenario))
-        except FaultyAnswerError as error:
+            responses.append(parse_response(trace, scenario))
+        except InvalidResponseError as error:
             errors[str(error)] += 1
-    begun = min((exchange.due_s for exchange in exchanges), default=0.0)
-    elapsed = max((exchange.ended_s for exchange in exchanges), default=0.0) - begun
-    tokens = sum(answer.tokens for answer in answers)
-    figures: dict[str, float | None] = dict.fromkeys(FIGURES)
-    figures |= {"requests": len(answers), "errors": errors.total()}
-    if elapsed:
-        figures |= {"requests_per_s": len(answers) / elapsed, "tokens_per_s": tokens / elapsed}
-    figures |= _percentiles("answer", [answer.took_s for answer in answers])
-    figures |= _percentiles("ttft", [answer.shown[0][0] for answer in answers if answer.shown])
-    figures |= _percentiles("itl", [time_s for answer in answers for time_s in answer.inter_token_s()])
-    figures |= _percentiles("gap", [time_s for answer in answers for time_s in answer.gaps_s()])
-    return Measurement(figures, dict(errors))
+    start_s = min((trace.due_s for trace in traces), default=0.0)
+    elapsed_s = max((trace.ended_s for trace in traces), default=0.0) - start_s
+    tokens = sum(response.tokens for response in responses)
+    metrics: dict[str, float | None] = dict.fromkeys(METRICS)
+    metrics |= {"requests": len(responses), "errors": errors.total()}
+    if elapsed_s:
+        metrics |= {"requests_per_s": len(responses) / elapsed_s, "tokens_per_s": tokens / elapsed_s}
+    metrics |= _percentiles("e2e", [response.latency_s for response in responses])
+    metrics |= _percentiles("ttft", [response.chunks[0].time_s for response in responses if response.chunks])
+    metrics |= _percentiles("itl", [it for response in responses for it in response.inter_token_latencies_s()])
+    metrics |= _percentiles("inter_chunk", [it for response in responses for it in response.inter_chunk_latencies_s()])
+    return Measurement(metrics, dict(errors))
 
 
-def platform_figures(jobs: Sequence[dict[str, Any]], scenario: Scenario) -> dict[str, float | None]:
-    """What the platform knows: the time in its queue, and deliveries (POSTs of an output) for each token.
+def platform_metrics(jobs: Sequence[dict[str, Any]], scenario: Scenario) -> dict[str, float | None]:
+    """Return the platform's metrics: time in queue, and deliveries (POSTs of an output) per token.
 
     Args:
-        jobs: the completed jobs of one measurement as `GET /state` lists them (the last 200 submitted).
-        scenario: what they were asked for.
+        jobs: the jobs of one measurement as listed by the emulator's `GET /state` (the last 200 submitted).
+        scenario: the load that they were part of.
     """
     jobs = [job for job in jobs if job["status"] == "COMPLETED"]
     if not jobs:
         return {}
     waits = _percentiles("queue", [job["delayTime"] / 1000 for job in jobs])
     deliveries = sum(job["outputs"] for job in jobs) / (len(jobs) * scenario.tokens)
-    return {**{name: value for name, value in waits.items() if name in FIGURES}, "deliveries_per_token": deliveries}
+    return {**{name: value for name, value in waits.items() if name in METRICS}, "deliveries_per_token": deliveries}
 
 
 def _percentiles(name: str, values_s: list[float]) -> dict[str, float | None]:
@@ -155,110 +163,124 @@ def _percentiles(name: str, values_s: list[float]) -> dict[str, float | None]:
     return {f"{name}_p{share}_ms": 1000 * percentile(values, share / 100) if values else None for share in (50, 95, 99)}
 
 
-def read_answer(exchange: Exchange, scenario: Scenario) -> Answer:
-    """Understand what came.
+def parse_response(trace: RequestTrace, scenario: Scenario) -> Response:
+    """Parse the recorded bytes of a response.
 
     Raises:
-        FaultyAnswerError: the request failed, or its answer is not whole.
+        InvalidResponseError: the request failed, or its response is incomplete.
     """
-    if not exchange.arrivals:
-        raise FaultyAnswerError(exchange.failure or "closed without an answer")
-    pieces = list(_body(exchange.arrivals))
-    status = exchange.arrivals[0][1].split(b" ", 2)[1].decode(errors="replace")
+    if not trace.received:
+        raise InvalidResponseError(trace.error or "connection closed without a response")
+    body = list(_decode_body(trace.received))
+    status = trace.received[0][1].split(b" ", 2)[1].decode(errors="replace")
     if status != "200":
-        raise FaultyAnswerError(f"status {status}: {_told(b''.join(data for _, data in pieces))}")
-    if exchange.failure:
-        raise FaultyAnswerError(exchange.failure)
-    answer = Answer(exchange.ended_s - exchange.due_s)
+        raise InvalidResponseError(f"status {status}: {_excerpt(b''.join(data for _, data in body))}")
+    if trace.error:
+        raise InvalidResponseError(trace.error)
+    response = Response(trace.ended_s - trace.due_s)
     try:
-        finish = _read_stream(exchange, pieces, answer) if scenario.streamed else _read_whole(pieces, answer)
+        finish_reason = _parse_stream(trace, body, response) if scenario.streamed else _parse_json(body, response)
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise FaultyAnswerError(f"not understood: {type(error).__name__}") from None
-    if finish != "length":
-        raise FaultyAnswerError(f"finish reason {finish!r} instead of 'length'")
-    if answer.tokens != scenario.tokens:
-        raise FaultyAnswerError(f"{answer.tokens} tokens instead of {scenario.tokens}")
-    return answer
+        raise InvalidResponseError(f"malformed response: {type(error).__name__}") from None
+    if finish_reason != "length":
+        raise InvalidResponseError(f"finish reason {finish_reason!r} instead of 'length'")
+    if response.tokens != scenario.tokens:
+        raise InvalidResponseError(f"{response.tokens} tokens instead of {scenario.tokens}")
+    return response
 
 
-def _read_stream(exchange: Exchange, pieces: list[tuple[float, bytes]], answer: Answer) -> str | None:
-    """Fill the answer from server-sent events; return the finish reason."""
-    finish: str | None = None
-    done = False
+def _parse_stream(trace: RequestTrace, body: list[tuple[float, bytes]], response: Response) -> str | None:
+    """Fill in the response from server-sent events; return the finish reason."""
+    finish_reason: str | None = None
+    pending_tokens = usage_tokens = 0
+    visible: list[tuple[float, int]] = []
+    for received_s, events in _read_events(body):
+        time_s = received_s - trace.due_s
+        characters = 0
+        for data in events:
+            event = json.loads(data)
+            if "error" in event:
+                raise InvalidResponseError(f"error event: {_excerpt(data)}")
+            usage_tokens = (event.get("usage") or {}).get("completion_tokens", usage_tokens)
+            for choice in event["choices"]:
+                pending_tokens += len(choice.get("token_ids") or ())
+                characters += len(choice["delta"].get("content") or "")
+                finish_reason = choice.get("finish_reason") or finish_reason
+        if characters:
+            visible.append((time_s, characters))
+            if pending_tokens:
+                response.chunks.append(Chunk(time_s, pending_tokens))
+                response.tokens += pending_tokens
+                pending_tokens = 0
+    # Tokens that no later text has shown (half a character at the end) were generated nevertheless.
+    response.tokens += pending_tokens
+    if not response.tokens:
+        response.tokens, response.chunks = usage_tokens, _divide_tokens(usage_tokens, visible)
+    return finish_reason
+
+
+def _read_events(body: list[tuple[float, bytes]]) -> Iterator[tuple[float, list[bytes]]]:
+    """Yield for each piece of the body its time and the data of the server-sent events that it completes.
+
+    Raises:
+        InvalidResponseError: the stream does not end with `[DONE]`.
+    """
     rest = b""
-    hidden = told = 0
-    shown: list[tuple[float, int]] = []
-    for at, data in pieces:
-        *events, rest = (rest + data).split(b"\n\n")
-        text = 0
-        for event in events:
-            content = event.removeprefix(b"data: ")
-            if content == b"[DONE]":
-                done = True
-                continue
-            document = json.loads(content)
-            if "error" in document:
-                raise FaultyAnswerError(f"error event: {_told(content)}")
-            told = (document.get("usage") or {}).get("completion_tokens", told)
-            for choice in document["choices"]:
-                hidden += len(choice.get("token_ids") or ())
-                text += len(choice["delta"].get("content") or "")
-                finish = choice.get("finish_reason") or finish
-        if text:
-            shown.append((at - exchange.due_s, text))
-            if hidden:
-                answer.shown.append((at - exchange.due_s, hidden))
-                answer.tokens += hidden
-                hidden = 0
-    # What the end has brought and nothing has shown: half a character. It was made all the same.
-    answer.tokens += hidden
-    if not answer.tokens:
-        answer.tokens, answer.shown = told, _shared(told, shown)
-    if not done or rest:
-        raise FaultyAnswerError("the stream does not end with [DONE]")
-    return finish
+    done = False
+    for received_s, piece in body:
+        *events, rest = (rest + piece).split(b"\n\n")
+        data = [event.removeprefix(b"data: ") for event in events]
+        done = done or b"[DONE]" in data
+        yield received_s, [it for it in data if it != b"[DONE]"]
+    if rest or not done:
+        raise InvalidResponseError("the stream does not end with [DONE]")
 
 
-def _shared(tokens: int, shown: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """An answer's tokens, shared among its arrivals by their characters; one that gets none counts with the next."""
-    found: list[tuple[float, int]] = []
-    total, characters, counted = sum(length for _, length in shown), 0, 0
-    for at, length in shown:
+def _divide_tokens(tokens: int, visible: list[tuple[float, int]]) -> list[Chunk]:
+    """Divide a response's tokens among its chunks in proportion to their characters.
+
+    Args:
+        tokens: of the complete response.
+        visible: time and number of characters of each chunk; one whose share rounds to 0 tokens is left out.
+    """
+    chunks: list[Chunk] = []
+    total, characters, counted = sum(length for _, length in visible), 0, 0
+    for time_s, length in visible:
         characters += length
         until = max(round(tokens * characters / total), 1)
         if until > counted:
-            found.append((at, until - counted))
+            chunks.append(Chunk(time_s, until - counted))
             counted = until
-    return found
+    return chunks
 
 
-def _read_whole(pieces: list[tuple[float, bytes]], answer: Answer) -> str | None:
-    """Fill the answer from one JSON document; return the finish reason."""
-    document = json.loads(b"".join(data for _, data in pieces))
-    answer.tokens = document["usage"]["completion_tokens"]
-    finish: str | None = document["choices"][0]["finish_reason"]
-    return finish
+def _parse_json(body: list[tuple[float, bytes]], response: Response) -> str | None:
+    """Fill in the response from one JSON document; return the finish reason."""
+    document = json.loads(b"".join(data for _, data in body))
+    response.tokens = document["usage"]["completion_tokens"]
+    finish_reason: str | None = document["choices"][0]["finish_reason"]
+    return finish_reason
 
 
-def _told(body: bytes) -> str:
-    return " ".join(body[:_SHOWN].decode(errors="replace").split())
+def _excerpt(body: bytes) -> str:
+    return " ".join(body[:_EXCERPT_BYTES].decode(errors="replace").split())
 
 
-def _body(arrivals: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """The body's bytes and when they came, out of an HTTP/1.1 answer, chunked or not."""
+def _decode_body(received: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """Yield the body's bytes and when they arrived, from an HTTP/1.1 response with or without chunked encoding."""
     head, rest = b"", b""
     left: int | None = None
-    for at, data in arrivals:
+    for received_s, data in received:
         rest += data
         if not head:
             if b"\r\n\r\n" not in rest:
                 continue
             head, _, rest = rest.partition(b"\r\n\r\n")
         if b"transfer-encoding: chunked" not in head.lower():
-            yield at, rest
+            yield received_s, rest
             rest = b""
             continue
-        found = b""
+        piece = b""
         while rest:
             if left is None:
                 size, end, after = rest.partition(b"\r\n")
@@ -267,9 +289,9 @@ def _body(arrivals: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, byte
                 left, rest = int(size.partition(b";")[0], 16), after
             if len(rest) < left + 2:
                 break
-            found += rest[:left]
-            # Two bytes end each chunk.
+            piece += rest[:left]
+            # Each chunk ends with CRLF.
             rest = rest[left + 2 :]
             left = None
-        if found:
-            yield at, found
+        if piece:
+            yield received_s, piece

@@ -1,8 +1,12 @@
-"""The table that people read and the JSON that programs read; files take their names only when they are whole."""
+"""The results as a table for people and as JSON for programs, and the progress of a run.
+
+A result file appears under its name only when it is complete.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,115 +15,121 @@ from typing import Any
 
 from bench import goals, metrics
 from bench.compare import Results
-from bench.metrics import FIGURES
+from bench.metrics import METRICS
 from bench.scenarios import Scenario
 from bench.systems import OURS, PEER, VLLM
 
-_NAME_WIDTH = 26
+_LABEL_WIDTH = 26
 _WIDTH = 28
 _RATIO_WIDTH = 11
-# Ratios that say nothing: counts, and what only the bench itself is.
-_NO_RATIO = {"requests", "errors", "client_cpu"}
+# A ratio of these says nothing: they are counts, or describe the bench itself.
+_NO_RATIO = {"requests", "errors", "client_cpu_cores"}
 
 
-def text(results: Results, about: Mapping[str, str], rounds: int) -> str:
-    """All that a reader wants: the machine, the meaning of the figures, a table a scenario, the targets."""
+def print_progress(line: str) -> None:
+    """Print a line to stderr at once; stdout has only the results."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def render_text(results: Results, environment: Mapping[str, str], rounds: int) -> str:
+    """Return the complete text report: environment, definitions of the metrics, a table per scenario, targets."""
+    capacity = results.capacity_requests_per_s
     parts = [
-        "\n".join(f"{name}: {value}" for name, value in about.items()),
+        "\n".join(f"{name}: {value}" for name, value in environment.items()),
         (metrics.__doc__ or "").strip(),
-        *([f"Capacity: vLLM alone served {number(results.capacity)} requests/s."] if results.capacity else []),
-        f"Medians over {rounds} rounds (least .. greatest); ratios are medians of the rounds' own ratios.",
+        *([f"Capacity: vLLM alone served {format_number(capacity)} requests/s."] if capacity else []),
+        f"Medians of {rounds} rounds (minimum .. maximum); a ratio is the median of the rounds' ratios.",
         *(_table(results, scenario) for scenario in results.scenarios),
-        "\n".join(goals.lines(goals.speed_targets(results), rounds)),
+        "\n".join(goals.target_lines(goals.load_targets(results), rounds)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def document(results: Results, about: Mapping[str, str]) -> dict[str, Any]:
-    """Everything, each round's figures and errors included."""
+def to_document(results: Results, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return everything as a JSON document, including the metrics and errors of each round."""
     return {
-        "about": dict(about),
-        "figures": FIGURES,
-        "capacity_requests_per_s": results.capacity,
+        "environment": dict(environment),
+        "metrics": METRICS,
+        "capacity_requests_per_s": results.capacity_requests_per_s,
         "scenarios": [
             {
                 "name": scenario.name,
                 **asdict(scenario),
-                "servers": {
-                    server: [asdict(measured) for measured in results.rounds[scenario][server]]
-                    for server in results.servers
+                "systems": {
+                    system: [asdict(measurement) for measurement in results.rounds[scenario][system]]
+                    for system in results.systems
                 },
                 "ratios": {
                     f"{OURS} / {other}": {
-                        figure: results.ratio(scenario, figure, OURS, other) for figure in FIGURES if _has_ratio(figure)
+                        metric: results.ratio(scenario, metric, OURS, other)
+                        for metric in METRICS
+                        if metric not in _NO_RATIO
                     }
-                    for other in _others(results)
+                    for other in _baselines(results)
                 },
             }
             for scenario in results.scenarios
         ],
-        "targets": [{**asdict(it), "verdict": it.verdict} for it in goals.speed_targets(results)],
+        "targets": [{**asdict(it), "verdict": it.verdict} for it in goals.load_targets(results)],
     }
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON document."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(document, indent=2) + "\n")
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write a text."""
-    write_whole(path, lambda unfinished: unfinished.write_text(content, encoding="utf-8"))
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write a file that takes its name once it is whole."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path in the same directory, then rename that file to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished{path.suffix}")
+    temporary = path.with_name(f".{path.name}.temporary{path.suffix}")
     try:
-        write(unfinished)
-        unfinished.replace(path)
+        write(temporary)
+        temporary.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _table(results: Results, scenario: Scenario) -> str:
-    """One scenario: a row a figure, a column a server, and this worker's ratios to the others."""
-    others = _others(results)
-    heads = "".join(f"{server:>{_WIDTH}}" for server in results.servers)
-    ratios = "".join(f"{'/ ' + other:>{max(_RATIO_WIDTH, len(other) + 4)}}" for other in others)
-    rows = [scenario.name, f"{'':{_NAME_WIDTH}}{heads}{ratios}"]
-    for figure, told in FIGURES.items():
-        columns = [results.values(scenario, server, figure) for server in results.servers]
+    """Return one scenario: a row per metric, a column per system, and this worker's ratios to the others."""
+    baselines = _baselines(results)
+    header = "".join(f"{system:>{_WIDTH}}" for system in results.systems)
+    ratio_header = "".join(f"{'/ ' + other:>{max(_RATIO_WIDTH, len(other) + 4)}}" for other in baselines)
+    rows = [scenario.name, f"{'':{_LABEL_WIDTH}}{header}{ratio_header}"]
+    for metric, label in METRICS.items():
+        columns = [results.values(scenario, system, metric) for system in results.systems]
         if not any(columns):
             continue
-        row = f"{told:{_NAME_WIDTH}}" + "".join(f"{spread(values):>{_WIDTH}}" for values in columns)
-        for other in others if _has_ratio(figure) else []:
-            ratio = results.ratio(scenario, figure, OURS, other)
+        row = f"{label:{_LABEL_WIDTH}}" + "".join(f"{format_spread(values):>{_WIDTH}}" for values in columns)
+        for other in baselines if metric not in _NO_RATIO else []:
+            ratio = results.ratio(scenario, metric, OURS, other)
             row += f"{'-' if ratio is None else f'{ratio:.2f}':>{max(_RATIO_WIDTH, len(other) + 4)}}"
         rows.append(row)
-    for server in results.servers:
-        rows += [f"  {server}: {count} x {kind}" for kind, count in results.errors(scenario, server).items()]
+    for system in results.systems:
+        rows += [f"  {system}: {count} x {kind}" for kind, count in results.errors(scenario, system).items()]
     return "\n".join(row.rstrip() for row in rows)
 
 
-def _has_ratio(figure: str) -> bool:
-    return figure not in _NO_RATIO
+def _baselines(results: Results) -> list[str]:
+    """Return the systems that this worker is compared with."""
+    return [system for system in (VLLM, PEER) if system in results.systems and OURS in results.systems]
 
 
-def _others(results: Results) -> list[str]:
-    return [server for server in (VLLM, PEER) if server in results.servers and OURS in results.servers]
-
-
-def spread(values: Sequence[float]) -> str:
-    """The median, with the least and the greatest; a dash where there is nothing."""
+def format_spread(values: Sequence[float]) -> str:
+    """Return the median with the minimum and the maximum; a dash if there are no values."""
     if not values:
         return "-"
-    return f"{number(median(values))} ({number(min(values))} .. {number(max(values))})"
+    return f"{format_number(median(values))} ({format_number(min(values))} .. {format_number(max(values))})"
 
 
-def number(value: float) -> str:
-    """Three digits that count, four decimal places at most, and no exponent."""
+def format_number(value: float) -> str:
+    """Return three significant digits, at most four decimal places, and no exponent."""
     if value == int(value) or abs(value) >= 100:  # noqa: PLR2004 (three digits)
         return f"{value:.0f}"
     return f"{value:.3g}" if abs(value) >= 0.01 else f"{value:.4f}"  # noqa: PLR2004 (no exponent, and no more places)

@@ -1,4 +1,4 @@
-"""What is measured: a kind of load on a platform that is so far away, and the lists of them."""
+"""The scenarios: kinds of load, each at some platform latency, and the lists that are measured."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 SEED = 0
 _PROMPT = "Tell me a long story."
-# Clients all begin at once. So many of them get only a few answers each in the time that is enough for fewer, and the
-# first burst and the last answers, for which the engine is half empty, would be most of what is measured.
+# All clients start at the same time. In a short measurement, many clients get only a few responses each, and most of
+# what is measured is the first burst and the last responses, during which the engine is half empty.
 _MANY_CLIENTS = 64
-_TIMES_AS_LONG = 3
+_MANY_CLIENTS_DURATION_FACTOR = 3
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,19 @@ class Scenario:
     """One kind of load.
 
     Args:
-        clients: closed loop: so many clients, each of which asks anew as soon as its last answer has ended; 0 is open
-            loop.
-        load: open loop: requests come at this share of what vLLM alone was measured to serve, whether the earlier
-            ones have been answered or not (Poisson arrivals).
-        tokens: length of each answer.
-        streamed: whether answers stream.
-        token_ids: whether each event says which tokens it brings, so that vLLM makes one for each token, as it does
-            where a tool or reasoning parser looks at the stream.
-        latency_ms: how far away the platform is, for each call of a worker.
+        clients: closed loop: the number of clients, each of which sends its next request as soon as its last response
+            has ended; 0 means open loop.
+        capacity_share: open loop: the request rate as a share of what vLLM alone was measured to serve; requests do
+            not wait for earlier responses (Poisson arrivals).
+        tokens: output tokens of each response.
+        streamed: whether responses are streamed.
+        token_ids: whether each event lists its token ids. vLLM then sends one event per token, as it does for streams
+            that a tool or reasoning parser reads.
+        latency_ms: platform latency of each call that a worker makes.
     """
 
     clients: int = 0
-    load: float = 0.0
+    capacity_share: float = 0.0
     tokens: int = 64
     streamed: bool = True
     token_ids: bool = False
@@ -40,24 +40,24 @@ class Scenario:
 
     @property
     def name(self) -> str:
-        """The scenario in words."""
+        """A readable name, unique among scenarios."""
         load = (
             f"{self.clients} client{'s' if self.clients > 1 else ''}"
             if self.clients
-            else f"open loop at {self.load:.0%} of vLLM alone"
+            else f"open loop at {self.capacity_share:.0%} of capacity"
         )
         kind = ("streamed, token ids" if self.token_ids else "streamed") if self.streamed else "not streamed"
-        return f"{load}, {self.tokens} tokens, {kind}, platform {self.latency_ms} ms away"
+        return f"{load}, {self.tokens} tokens, {kind}, platform latency {self.latency_ms} ms"
 
-    def lasts_s(self, least_s: float) -> float:
-        """How long requests are sent in one measurement, in seconds, if few clients are given `least_s`."""
-        return least_s * (_TIMES_AS_LONG if self.clients >= _MANY_CLIENTS else 1)
+    def duration_s(self, base_s: float) -> float:
+        """Return for how long requests are sent in one measurement; `base_s` applies below 64 clients."""
+        return base_s * (_MANY_CLIENTS_DURATION_FACTOR if self.clients >= _MANY_CLIENTS else 1)
 
     def body(self) -> bytes:
-        """The request's JSON: an answer of exactly `tokens` tokens.
+        """Return the request's JSON; the response has exactly `tokens` tokens.
 
-        A stream says how many it had at its end alone (`usage`): asked for `return_token_ids`, vLLM makes an event of
-        each token, which users of plain text do not ask for.
+        A stream reports its token count only at its end (`usage`). `return_token_ids` would report it in each event,
+        but makes vLLM send one event per token, and users of plain text do not set it.
         """
         document: dict[str, Any] = {
             "model": "tiny",
@@ -73,7 +73,7 @@ class Scenario:
 
 
 def default_scenarios(clients: list[int]) -> list[Scenario]:
-    """A few minutes: each number of clients, and 64 of them 40 ms away, and with an event for each token."""
+    """Return the short list: each number of clients, and 64 clients at 40 ms latency and with one event per token."""
     return [
         *(Scenario(clients=count) for count in clients),
         Scenario(clients=64, latency_ms=40),
@@ -82,25 +82,25 @@ def default_scenarios(clients: list[int]) -> list[Scenario]:
 
 
 def full_scenarios(clients: list[int]) -> list[Scenario]:
-    """Everything: each axis on its own around streamed answers of 64 tokens, and the two that matter most together.
+    """Return the full list: each axis varied on its own around streamed responses of 64 tokens.
 
-    Numbers of clients by distances; answers that do not stream; short and long answers; arrivals that do not wait.
+    Clients by platform latency; responses that are not streamed; short and long responses; open-loop arrivals.
     """
     return [
         *(Scenario(clients=count, latency_ms=latency) for latency in (0, 40, 150) for count in clients),
         *(Scenario(clients=count, streamed=False) for count in clients),
         Scenario(clients=64, token_ids=True),
         *(Scenario(clients=count, tokens=tokens) for tokens in (16, 256) for count in (8, 64)),
-        *(Scenario(load=load, latency_ms=latency) for latency in (0, 40) for load in (0.5, 0.8)),
+        *(Scenario(capacity_share=share, latency_ms=latency) for latency in (0, 40) for share in (0.5, 0.8)),
     ]
 
 
 def poisson_arrivals(rate: float, seconds: float, seed: str) -> list[float]:
-    """When requests come, in seconds from the beginning: `rate` a second on average, the same for the same seed."""
-    chance = random.Random(f"{SEED}/{seed}")  # noqa: S311 (no secret)
-    arrivals: list[float] = []
-    at = chance.expovariate(rate)
-    while at < seconds:
-        arrivals.append(at)
-        at += chance.expovariate(rate)
-    return arrivals
+    """Return arrival times in seconds from the start: on average `rate` a second, the same for the same seed."""
+    rng = random.Random(f"{SEED}/{seed}")  # noqa: S311 (not used for security)
+    arrivals_s: list[float] = []
+    next_s = rng.expovariate(rate)
+    while next_s < seconds:
+        arrivals_s.append(next_s)
+        next_s += rng.expovariate(rate)
+    return arrivals_s

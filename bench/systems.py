@@ -1,7 +1,7 @@
-"""The servers under test, as context managers: vLLM alone, this worker and worker-vllm, each of them on stock settings.
+"""The systems under test, as context managers: vLLM alone, this worker and worker-vllm, each with its stock settings.
 
-The two workers run under an emulator of their own, of the same code. All have the same model, the same KV cache, and no
-compilation. They run at the same time and are measured in turn.
+Each of the two workers runs under its own instance of the emulator. All systems have the same model and the same KV
+cache size, and run without compilation. They run at the same time and are measured one after another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,38 +29,42 @@ from bench.clients import Address
 VLLM, OURS, PEER = "vLLM alone", "this worker", "worker-vllm"
 
 ROOT = Path(__file__).parent.parent
-START_S = 600.0
-_END_S = 60.0
+START_TIMEOUT_S = 600.0
+_STOP_TIMEOUT_S = 60.0
 _ROUTE = "/chat/completions"
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-# vLLM's engine core and its workers name themselves so.
+# The process titles of vLLM's engine core and its workers.
 _ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
-# What `vllm serve` is: without the CUDA build's metadata the command cannot start itself.
+# A replacement for the `vllm` command, which does not start without the metadata of the CUDA build.
 _VLLM_COMMAND = '#!/bin/sh\n[ "$1" = serve ] && shift\nexec {python} -m vllm.entrypoints.openai.api_server "$@"\n'
-
 
 _T = TypeVar("_T")
 
 
-class ServerError(Exception):
-    """A server did not start; the message says what it said last."""
+class StartError(Exception):
+    """A system did not start; the message includes its last log line if there is one."""
 
 
-class Platform:
-    """The control API of an emulator."""
+class EmulatedPlatform:
+    """A client for one emulator's control API."""
 
     def __init__(self, port: int) -> None:
         self.port = port
 
+    @property
+    def address(self) -> Address:
+        """Where the emulator's worker serves chat completions."""
+        return Address(self.port, f"/v2/local/openai/v1{_ROUTE}")
+
     def state(self) -> dict[str, Any]:
-        """What `GET /state` tells of the endpoint."""
+        """Return the endpoint's state from `GET /state`."""
         state: dict[str, Any] = self._call("GET", "/state")["endpoints"][0]
         return state
 
     def set_latency(self, latency_ms: int) -> None:
-        """Put the platform so far away from its worker.
+        """Set the latency between the platform and its worker; 0 removes it.
 
-        A take is held open, so it is its answer that is late; a delivery is late on its way.
+        A take is a long poll, so its response is delayed; deliveries are delayed on their way to the platform.
         """
         calls = {"job-take": "after", "job-stream": "before", "job-done": "before"}
         rules = [
@@ -69,15 +73,15 @@ class Platform:
         self._call("PUT", "/faults", {"rules": rules if latency_ms else []})
 
     def worker(self) -> dict[str, Any]:
-        """The worker that is ready.
+        """Return the worker that is ready.
 
         Raises:
-            ServerError: it has ended.
-            LookupError: it is not ready yet.
+            StartError: the worker has exited.
+            LookupError: no worker is ready yet.
         """
         state = self.state()
         if state["gone"]:
-            raise ServerError(_last_line(state["gone"][0]["log"]))
+            raise StartError(_last_line(state["gone"][0]["log"]))
         workers: list[dict[str, Any]] = [worker for worker in state["workers"] if worker["readyAt"] is not None]
         return workers[0]
 
@@ -86,57 +90,57 @@ class Platform:
         try:
             body = None if document is None else json.dumps(document)
             connection.request(method, path, body, {"Authorization": "Bearer local"})
-            answer = connection.getresponse()
-            content = json.loads(answer.read())
-            if answer.status != http.HTTPStatus.OK:
-                raise RuntimeError(f"{method} {path}: {answer.status} {content}")
+            response = connection.getresponse()
+            content = json.loads(response.read())
+            if response.status != http.HTTPStatus.OK:
+                raise RuntimeError(f"{method} {path}: {response.status} {content}")
             return content
         finally:
             connection.close()
 
 
 @dataclass
-class Server:
-    """A server that is ready.
+class SystemUnderTest:
+    """A system that is ready for requests.
 
     Args:
         name: one of `VLLM`, `OURS`, `PEER`.
-        address: where it answers chats.
-        process: vLLM's API server, or the worker that the emulator has started.
-        platform: the emulator, for workers.
+        address: where it serves chat completions.
+        process: vLLM's API server, or the worker that the emulator started.
+        platform: the emulator; None for vLLM alone.
         ready_s: how long its start took.
     """
 
     name: str
     address: Address
     process: psutil.Process
-    platform: Platform | None
+    platform: EmulatedPlatform | None
     ready_s: float
 
-    def cpu_s(self) -> float:
-        """CPU seconds so far of its processes without vLLM's engine core and the engine's workers.
+    def worker_cpu_s(self) -> float:
+        """Return the CPU seconds so far of its processes, without vLLM's engine core and the engine's workers.
 
-        For this worker that is the worker and the SDK's ping, for worker-vllm its proxy and `vllm serve`.
+        For this worker these are the worker and the SDK's ping; for worker-vllm, its proxy and `vllm serve`.
         """
-        return _cpu_s(process for process in self._family() if not _is_engine(process))
+        return _cpu_s(process for process in self._processes() if not _is_engine(process))
 
-    def all_cpu_s(self) -> float:
-        """CPU seconds so far of all its processes."""
-        return _cpu_s(self._family())
+    def total_cpu_s(self) -> float:
+        """Return the CPU seconds so far of all its processes."""
+        return _cpu_s(self._processes())
 
     def memory_mib(self) -> float:
-        """The memory of all its processes: PSS, in which pages that processes share count once."""
+        """Return the memory of all its processes as PSS, which counts pages that processes share once."""
         total = 0
-        for process in self._family():
+        for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 total += process.memory_full_info().pss
         return total / 2**20
 
-    def _family(self) -> list[psutil.Process]:
+    def _processes(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]
 
 
-def _cpu_s(processes: Any) -> float:
+def _cpu_s(processes: Iterable[psutil.Process]) -> float:
     total = 0.0
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -151,75 +155,75 @@ def _is_engine(process: psutil.Process) -> bool:
     return False
 
 
-def flags(*, gpu: bool) -> dict[str, str]:
-    """VLLM's flags that all servers are given.
+def vllm_flags(*, gpu: bool) -> dict[str, str]:
+    """Return the vLLM flags that all systems get.
 
-    On a GPU, three engines have to fit beside each other. On a CPU they reckon in float32: bfloat16 is emulated where
-    there are no instructions for it, and an engine that takes seven times as long hides what stands before it.
+    On a GPU, three engines must fit into its memory at the same time. On a CPU they compute in float32: a CPU without
+    bfloat16 instructions emulates it, and an engine that is seven times slower hides the cost of everything else.
     """
-    same = {"served-model-name": "tiny", "enforce-eager": "true"}
-    return same | ({"gpu-memory-utilization": "0.25"} if gpu else {"dtype": "float32"})
+    common = {"served-model-name": "tiny", "enforce-eager": "true"}
+    return common | ({"gpu-memory-utilization": "0.25"} if gpu else {"dtype": "float32"})
 
 
 @contextmanager
-def vllm_alone(model: str, logs: Path, *, gpu: bool) -> Iterator[Server]:
-    """VLLM's own server, asked directly.
+def vllm_server(model: Path, logs: Path, *, gpu: bool) -> Iterator[SystemUnderTest]:
+    """Run vLLM's own server, which gets its requests directly.
 
     Raises:
-        ServerError: it did not start.
+        StartError: it did not start.
     """
     port = free_port()
-    given = flags(gpu=gpu) | {"model": model, "host": "127.0.0.1", "port": str(port)}
-    options = ["--enforce-eager" if name == "enforce-eager" else f"--{name}={value}" for name, value in given.items()]
+    flags = vllm_flags(gpu=gpu) | {"model": str(model), "host": "127.0.0.1", "port": str(port)}
+    options = ["--enforce-eager" if name == "enforce-eager" else f"--{name}={value}" for name, value in flags.items()]
     options.append("--disable-uvicorn-access-log")
     arguments = ["-m", "vllm.entrypoints.openai.api_server", *options]
-    begun = time.monotonic()
-    with _started(VLLM, arguments, logs) as process:
-        until(lambda: _healthy(port), process, VLLM)
-        yield Server(
+    start_s = time.monotonic()
+    with _run_process(VLLM, arguments, logs) as process:
+        _wait_until_ready(lambda: _check_health(port), process, VLLM)
+        yield SystemUnderTest(
             VLLM,
             Address(port, f"/v1{_ROUTE}"),
             psutil.Process(process.pid),
             platform=None,
-            ready_s=time.monotonic() - begun,
+            ready_s=time.monotonic() - start_s,
         )
 
 
 @contextmanager
-def this_worker(model: str, logs: Path, *, gpu: bool) -> Iterator[Server]:
-    """This repository's worker under the emulator.
+def this_worker(model: Path, logs: Path, *, gpu: bool) -> Iterator[SystemUnderTest]:
+    """Run this repository's worker under the emulator.
 
     Raises:
-        ServerError: it did not start.
+        StartError: it did not start.
     """
-    with _worker(OURS, worker_options(model, gpu=gpu), logs) as server:
-        yield server
+    with _worker(OURS, worker_options(model, gpu=gpu), logs) as system:
+        yield system
 
 
 @contextmanager
-def peer_worker(model: str, logs: Path, *, gpu: bool, checkout: Path) -> Iterator[Server]:
-    """worker-vllm under the emulator, with all of its own defaults (30 jobs at once among them).
+def peer_worker(model: Path, logs: Path, *, gpu: bool, checkout: Path) -> Iterator[SystemUnderTest]:
+    """Run worker-vllm under the emulator, with its own defaults (which include at most 30 concurrent jobs).
 
     Raises:
-        ServerError: it did not start.
+        StartError: it did not start.
     """
     with (
         peer_options(model, logs, gpu=gpu, checkout=checkout) as options,
-        _worker(PEER, options, logs) as server,
+        _worker(PEER, options, logs) as system,
     ):
-        yield server
+        yield system
 
 
-def worker_options(model: str, *, gpu: bool) -> list[str]:
-    """The emulator's options for a worker with this model."""
-    variables = {"MODEL_NAME": model}
-    variables |= {name.replace("-", "_").upper(): value for name, value in flags(gpu=gpu).items()}
+def worker_options(model: Path, *, gpu: bool) -> list[str]:
+    """Return the emulator's options for a worker with this model."""
+    variables = {"MODEL_NAME": str(model)}
+    variables |= {name.replace("-", "_").upper(): value for name, value in vllm_flags(gpu=gpu).items()}
     return [f"--env={name}={value}" for name, value in variables.items()]
 
 
 @contextmanager
-def peer_options(model: str, directory: Path, *, gpu: bool, checkout: Path) -> Iterator[list[str]]:
-    """The emulator's options for worker-vllm, with a `vllm` command for it while the block lasts."""
+def peer_options(model: Path, directory: Path, *, gpu: bool, checkout: Path) -> Iterator[list[str]]:
+    """Yield the emulator's options for worker-vllm; the `vllm` command that it needs exists within the block."""
     path = directory.resolve() / "bin"
     path.mkdir(parents=True, exist_ok=True)
     command = path / "vllm"
@@ -235,107 +239,106 @@ def peer_options(model: str, directory: Path, *, gpu: bool, checkout: Path) -> I
 
 
 @contextmanager
-def emulator(name: str, options: list[str], logs: Path) -> Iterator[tuple[Platform, subprocess.Popen[bytes]]]:
-    """An emulator for a worker, ready for requests.
+def emulator(name: str, options: list[str], logs: Path) -> Iterator[tuple[EmulatedPlatform, subprocess.Popen[bytes]]]:
+    """Run an emulator for a worker; it accepts requests within the block.
 
     Raises:
-        ServerError: it did not start.
+        StartError: it did not start.
     """
     arguments = ["-m", "emulator", "--port=0", "--quiet", "--no-rate-limits", "--workers-max=1", *options]
-    with _started(name, arguments, logs) as process:
+    with _run_process(name, arguments, logs) as process:
 
         def port() -> int:
-            found = re.search(r"listens on http://\S+:(\d+)", _log(logs, name).read_text(encoding="utf-8"))
-            if found is None:
+            log = _log_file(logs, name).read_text(encoding="utf-8")
+            match = re.search(r"listens on http://\S+:(\d+)", log)
+            if match is None:
                 raise LookupError
-            return int(found[1])
+            return int(match[1])
 
-        yield Platform(until(port, process, name)), process
+        yield EmulatedPlatform(_wait_until_ready(port, process, name)), process
 
 
 @contextmanager
-def _worker(name: str, options: list[str], logs: Path) -> Iterator[Server]:
-    begun = time.monotonic()
+def _worker(name: str, options: list[str], logs: Path) -> Iterator[SystemUnderTest]:
+    start_s = time.monotonic()
     with emulator(name, ["--workers-min=1", *options], logs) as (platform, process):
-        worker = until(platform.worker, process, name)
-        yield Server(
+        worker = _wait_until_ready(platform.worker, process, name)
+        yield SystemUnderTest(
             name,
-            gateway(platform),
+            platform.address,
             psutil.Process(worker["pid"]),
             platform=platform,
-            ready_s=time.monotonic() - begun,
+            ready_s=time.monotonic() - start_s,
         )
 
 
-def gateway(platform: Platform) -> Address:
-    """Where an emulator's worker answers chats."""
-    return Address(platform.port, f"/v2/local/openai/v1{_ROUTE}")
-
-
-def until(look: Callable[[], _T], process: subprocess.Popen[bytes], name: str, limit_s: float = START_S) -> _T:
-    """What `look` returns, as soon as it raises no `LookupError` or `OSError` any more.
+def _wait_until_ready(probe: Callable[[], _T], process: subprocess.Popen[bytes], name: str) -> _T:
+    """Call `probe` until it raises no `LookupError`, `OSError` or `HTTPException`; return its result.
 
     Raises:
-        ServerError: the process has ended, its worker has, or it took too long.
+        StartError: the process or its worker has exited, or the start timed out.
     """
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         if process.poll() is not None:
-            raise ServerError(f"{name} did not start: exit code {process.returncode}")
+            raise StartError(f"{name} did not start: exit code {process.returncode}")
         try:
-            return look()
-        except ServerError as error:
-            raise ServerError(f"{name} did not start: {error}") from None
+            return probe()
+        except StartError as error:
+            raise StartError(f"{name} did not start: {error}") from None
         except (LookupError, OSError, http.client.HTTPException):
             if time.monotonic() > deadline:
-                raise ServerError(f"{name} did not start within {limit_s:.0f} s") from None
+                raise StartError(f"{name} did not start within {START_TIMEOUT_S:.0f} s") from None
         time.sleep(0.1)
 
 
-def tiny_model() -> str:
-    """The directory of the tiny model, trained first where it is not there yet."""
+def tiny_model() -> Path:
+    """Return the tiny model's directory; it is trained first if it is not in the cache.
+
+    The builder runs in its own process because training imports torch: the pages that this process maps would stay in
+    memory when a cold start drops the file cache.
+    """
     command = [sys.executable, "-m", "builder", "tiny"]
-    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
+    return Path(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout.strip())
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
+    """Return a free port of the loopback interface."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
         return port
 
 
-def environment() -> Mapping[str, str]:
-    """What servers find in their environment: ours, quiet and with the same KV cache for each."""
-    return {**os.environ, **_ENVIRONMENT}
-
-
 @contextmanager
-def _started(name: str, arguments: list[str], logs: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with the block, and all that it has started with it."""
+def _run_process(name: str, arguments: list[str], logs: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a Python process that ends with the block, together with all processes that it has started."""
     logs.mkdir(parents=True, exist_ok=True)
-    with _log(logs, name).open("wb") as log:
+    with _log_file(logs, name).open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **_ENVIRONMENT},
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
     try:
         yield process
     finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(_END_S)
-        for left in (process, *family):
+            process.wait(_STOP_TIMEOUT_S)
+        for survivor in (process, *children):
             with suppress(psutil.NoSuchProcess):
-                left.kill()
+                survivor.kill()
         process.wait()
 
 
-def _log(logs: Path, name: str) -> Path:
+def _log_file(logs: Path, name: str) -> Path:
     return logs / f"{name.replace(' ', '-')}.log"
 
 
-def _healthy(port: int) -> None:
+def _check_health(port: int) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", "/health")
@@ -346,5 +349,5 @@ def _healthy(port: int) -> None:
 
 
 def _last_line(lines: list[str]) -> str:
-    told = [line.strip() for line in lines if line.strip()]
-    return told[-1] if told else "it said nothing"
+    nonempty = [line.strip() for line in lines if line.strip()]
+    return nonempty[-1] if nonempty else "it logged nothing"
