@@ -28,7 +28,7 @@ _LICENSES = re.compile(r"(?:LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[^/]*", re.IGNO
 _INDEX = re.compile(r"(?P<whole>.+\.(?:safetensors|bin))\.index\.json")
 
 
-def needed(paths: Iterable[str]) -> list[str]:
+def required_files(paths: Iterable[str]) -> list[str]:
     """The paths that serving needs, sorted; without weights among them if there are none that vLLM loads."""
     own = [path for path in paths if "/" not in path or not _OTHER_FORMS.fullmatch(path.split("/")[0])]
     weights = _weights(own)

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from builder.errors import ConfigError, UnknownModelError
+from builder.errors import ConfigError, UnknownSizeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,7 +106,7 @@ def weights(
         quantization: vLLM's QUANTIZATION, for a checkpoint that is not quantized.
 
     Raises:
-        UnknownModelError: neither transformers nor files tell.
+        UnknownSizeError: neither transformers nor files tell.
     """
     quantized = _quantization(config)
     notes: list[str] = []
@@ -120,7 +120,7 @@ def weights(
     width = _bytes_per_parameter(quantized) if quantized else None
     if model is None or (quantized and width is None):
         if files is None:
-            raise UnknownModelError(
+            raise UnknownSizeError(
                 f"transformers cannot make {_architecture(config)}, and no safetensors files tell its size"
                 if model is None
                 else f"how wide {method} weights are is not known here, and no safetensors files tell their size"

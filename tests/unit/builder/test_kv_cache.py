@@ -13,7 +13,7 @@ import pytest
 
 from builder.doctor import kv_cache, weights
 from builder.doctor.kv_cache import GIB, Cache, Gpu, Layers, Settings
-from builder.errors import ConfigError, SettingError, UnknownModelError
+from builder.errors import ConfigError, SettingError, UnknownSizeError
 from tests.configs import (
     DEEPSEEK_V2_LITE,
     GEMMA_3_4B,
@@ -357,7 +357,7 @@ def test_an_architecture_that_is_not_known_weighs_as_much_as_its_files(
 def test_without_files_it_is_said_that_the_size_cannot_be_told(
     config: dict[str, Any], weigh: Callable[..., weights.Weights]
 ) -> None:
-    with pytest.raises(UnknownModelError, match="no safetensors files tell"):
+    with pytest.raises(UnknownSizeError, match="no safetensors files tell"):
         weigh(config)
 
 
@@ -365,7 +365,7 @@ def test_code_of_the_model_is_not_run(written: Callable[..., Path], weigh: Calla
     directory = written({**_STRANGE, "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}})
     (directory / "code.py").write_text(f"open({str(directory / 'ran')!r}, 'w')")
 
-    with pytest.raises(UnknownModelError):
+    with pytest.raises(UnknownSizeError):
         weigh(json.loads((directory / "config.json").read_text()))
 
     assert not (directory / "ran").exists()
