@@ -51,12 +51,12 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _manifest(arguments: argparse.Namespace) -> None:
     """Write a model's manifest; print its path."""
-    from builder import checkpoint, manifest
+    from builder import checkpoint, layout, manifest
 
     directory: Path = arguments.directory
     checkpoint.check(directory)
     manifest.of_directory(directory).write(directory)
-    sys.stdout.write(f"{directory / manifest.NAME}\n")
+    sys.stdout.write(f"{directory / layout.MANIFEST}\n")
 
 
 def _positive_int(text: str) -> int:

@@ -38,10 +38,10 @@ def check(directory: Path) -> None:
             problems += _check_index(directory, path, tensors)
     if problems:
         raise IntegrityError("\n".join(problems))
+    if set(layout.CONFIG_FILES).isdisjoint(paths):
+        raise UnsupportedModelError(f"{directory} has no config.json")
     if "config.json" in paths:
         _load(directory)
-    elif "params.json" not in paths:  # Mistral's own format
-        raise UnsupportedModelError(f"{directory} has no config.json")
 
 
 def _read_tensor_names(path: Path) -> set[str]:

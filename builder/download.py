@@ -1,7 +1,8 @@
 """The `download` command: downloads a complete, verified model from the hub to a directory.
 
-A file gets its final name when its hash is verified, `config.json` last, and the manifest is written when all files are
-there: no loader accepts an interrupted download. Partial files stay in `PARTIAL_DIR`, from where the next run resumes.
+A file gets its final name when its hash is verified. The configuration comes last, and the manifest is written when all
+files are there: no loader accepts an interrupted download. Partial files stay in `PARTIAL_DIR`, where the next run
+resumes.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from tqdm import tqdm
 
 from builder import checkpoint, hf_hub, layout
 from builder.errors import BuilderError, DestinationError, DiskSpaceError, IntegrityError, UnsupportedModelError
-from builder.manifest import LOCK, NAME, PARTIAL_DIR, File, Manifest, model_files, progress_bar, sha256
+from builder.layout import CONFIG_FILES, LOCK, MANIFEST, PARTIAL_DIR
+from builder.manifest import File, Manifest, model_files, progress_bar, sha256
 from builder.verify import matches_hub
 
-# No loader accepts a directory without one of these, so they are downloaded last.
-_LAST_FILES = ("config.json", "params.json")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 _HASH_ATTEMPTS = 3
 _CONNECTIONS = 8
@@ -94,7 +94,7 @@ def _read_existing(directory: Path, repository: hf_hub.Repository, *, update: bo
     if (manifest.repository, manifest.commit) != (repository.name, repository.commit):
         if update and manifest.repository == repository.name:
             _mark_in_progress(directory, repository)
-            for name in (NAME, *_LAST_FILES):
+            for name in (MANIFEST, *CONFIG_FILES):
                 (directory / name).unlink(missing_ok=True)
             return None
         raise DestinationError(
@@ -143,7 +143,7 @@ class _Download:
         self._check_disk_space()
         total = sum(file.size_bytes for file in self._files)
         _log(f"{self._repository.name} at {self._repository.commit}: {len(self._files)} files, {total / 1e9:.2f} GB")
-        last = [file for file in self._files if file.path in _LAST_FILES]
+        last = [file for file in self._files if file.path in CONFIG_FILES]
         with progress_bar(total, "Downloading") as self._bar:
             done = self._download_all([file for file in self._files if file not in last])
             done += self._download_all(last)

@@ -22,13 +22,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from builder.errors import IntegrityError
+from builder.layout import LOCK, MANIFEST, PARTIAL_DIR
 
-NAME = "model-manifest.json"
-# Where a download keeps incomplete files, and the lock against other downloads.
-PARTIAL_DIR = ".unfinished"
-LOCK = ".lock"
-_NEW = f"{NAME}.new"
-_OWN_FILES = {NAME, _NEW, PARTIAL_DIR, LOCK}
+_NEW = f"{MANIFEST}.new"
+_OWN_FILES = {MANIFEST, _NEW, PARTIAL_DIR, LOCK}
 _PACKAGES = ("huggingface_hub", "safetensors", "tokenizers", "transformers")
 _CHUNK_BYTES = 4 << 20
 # Hashing is bound by the CPU, reading by the disk: more threads are not faster.
@@ -93,7 +90,7 @@ class Manifest(BaseModel):
         Raises:
             IntegrityError: the manifest is invalid, or of an unknown format.
         """
-        file = directory / NAME
+        file = directory / MANIFEST
         if not file.is_file():
             return None
         try:
@@ -109,7 +106,7 @@ class Manifest(BaseModel):
             file.write(self.model_dump_json(indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        new.replace(directory / NAME)
+        new.replace(directory / MANIFEST)
 
     @property
     def size_bytes(self) -> int:
@@ -135,7 +132,7 @@ def of_directory(directory: Path) -> Manifest:
     }:
         raise IntegrityError(
             f"{directory} was {before.repository} at {before.commit}, but files have changed ({min(changed)}): "
-            f"download the model again, or remove {NAME} to write a new one for the current files"
+            f"download the model again, or remove {MANIFEST} to write a new one for the current files"
         )
     return Manifest.of(files, before.repository, before.revision, before.commit)
 

@@ -21,7 +21,8 @@ import pytest
 
 from builder.__main__ import main
 from builder.errors import EXIT_CODES
-from builder.manifest import NAME, PARTIAL_DIR, Manifest, hash_files
+from builder.layout import MANIFEST, PARTIAL_DIR
+from builder.manifest import Manifest, hash_files
 from tests import model_hub
 from tests.model_hub import COMMIT, Fault, Hub, Repository
 from tests.processes import Process, running
@@ -118,14 +119,14 @@ def download(directory: Path, *options: str) -> int:
 
 def assert_complete(directory: Path, files: dict[str, bytes]) -> None:
     existing = {str(path.relative_to(directory)) for path in directory.rglob("*")}
-    assert existing == {*files, "LICENSE", NAME}
+    assert existing == {*files, "LICENSE", MANIFEST}
     assert all((directory / name).read_bytes() == content for name, content in files.items())
     assert main(["verify", str(directory)]) == 0
 
 
 def assert_no_model(directory: Path) -> None:
     """No loader accepts it: it has neither a manifest nor a configuration."""
-    assert not (directory / NAME).exists()
+    assert not (directory / MANIFEST).exists()
     assert not (directory / "config.json").exists()
 
 
@@ -487,7 +488,7 @@ def test_a_disk_that_fills_up_is_reported_and_partial_files_are_kept(
         "builder: the disk is full: free some space and run the command again to resume"
     )
     existing = ran.stdout.split()
-    assert NAME not in existing
+    assert MANIFEST not in existing
     assert "config.json" not in existing
     assert PARTIAL_DIR in existing
 
@@ -596,7 +597,7 @@ def test_a_new_manifest_keeps_the_origin_if_the_files_are_unchanged(
     assert main(["manifest", str(tmp_path)]) == 4
     assert last_message(capsys) == (
         f"{tmp_path} was {REPO} at {COMMIT}, but files have changed ({SECOND}): "
-        f"download the model again, or remove {NAME} to write a new one for the current files"
+        f"download the model again, or remove {MANIFEST} to write a new one for the current files"
     )
     assert Manifest.read(tmp_path) == after
 
@@ -676,17 +677,17 @@ def _no_config(model: Path) -> None:
 def test_an_incomplete_model_gets_no_manifest(
     model: Path, damage: Callable[[Path], None], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (model / NAME).unlink()
+    (model / MANIFEST).unlink()
     damage(model)
     assert main(["manifest", str(model)]) == 4
     assert last_message(capsys).startswith(message.format(model=model))
-    assert not (model / NAME).exists()
+    assert not (model / MANIFEST).exists()
 
 
 def test_a_directory_without_a_manifest_is_not_verified(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (model / NAME).unlink()
+    (model / MANIFEST).unlink()
     assert main(["verify", str(model)]) == 4
     assert last_message(capsys).startswith(f"{model} has no manifest: if its download was interrupted")
-    (model / NAME).write_text('{"format": 2}')
+    (model / MANIFEST).write_text('{"format": 2}')
     assert main(["verify", str(model)]) == 4
     assert "is not a valid manifest of this version" in last_message(capsys)

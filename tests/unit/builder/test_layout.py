@@ -1,10 +1,13 @@
-"""Which files of a repository are required; the listings are from real repositories, shortened."""
+"""Which files of a repository are required, and when a directory is complete; the listings are shortened real ones."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from builder.layout import required_files
+from builder.layout import is_complete, is_weights, required_files
 
 M = "model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json"
 T = "merges.txt special_tokens_map.json tokenizer.json tokenizer_config.json vocab.json"
@@ -51,6 +54,16 @@ T = "merges.txt special_tokens_map.json tokenizer.json tokenizer_config.json voc
             "training_args.bin optimizer.pt rng_state_0.pth",
             "config.json pytorch_model-00001-of-00001.bin pytorch_model.bin.index.json tokenizer.model",
             id="only PyTorch's format",
+        ),
+        pytest.param(
+            "config.json pytorch_model.bin quantizer.bin vocab.txt",
+            "config.json pytorch_model.bin vocab.txt",
+            id="PyTorch's format, and a file that transformers does not write",
+        ),
+        pytest.param(
+            "config.json weights.bin training_args.bin tokenizer.json model.pt",
+            "config.json tokenizer.json weights.bin",
+            id="PyTorch's format under a name that only vLLM accepts",
         ),
         pytest.param(
             "1_Pooling/config.json 2_Dense/config.json 2_Dense/model.safetensors "
@@ -106,3 +119,30 @@ T = "merges.txt special_tokens_map.json tokenizer.json tokenizer_config.json voc
 )
 def test_only_required_files_are_selected(listing: str, wanted: str) -> None:
     assert required_files(listing.split()) == sorted(wanted.split())
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        f"config.json {M} tokenizer.json",
+        "config.json model-00001-of-00002.safetensors model-00002-of-00002.safetensors tokenizer.json",
+        f"config.json consolidated.safetensors {M} params.json tokenizer.model",
+        "config.json pytorch_model-00001-of-00001.bin pytorch_model.bin.index.json tokenizer.model training_args.bin",
+        "consolidated.safetensors params.json tekken.json",
+        "config.json weights.bin vocab.txt",
+        "config.json model.pt tokenizer.json optimizer.pt",
+    ],
+)
+def test_the_required_files_are_complete_and_none_without_any_of_its_weights(listing: str, tmp_path: Path) -> None:
+    """What a download selects is what the worker accepts in a cache."""
+    files = required_files(listing.split())
+    weights = [name for name in files if is_weights(name)]
+    for name in files:
+        (tmp_path / name).write_text(json.dumps({"weight_map": {name: name for name in weights}}))
+    assert weights
+    assert is_complete(tmp_path)
+
+    for name in weights:
+        (tmp_path / name).rename(tmp_path / "hidden")
+        assert not is_complete(tmp_path), name
+        (tmp_path / "hidden").rename(tmp_path / name)
