@@ -28,8 +28,9 @@ COPY requirements/builder.lock requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m pip install --quiet --no-deps --requirement requirements/builder.lock
 # Only the modules that `download` and `verify` import: a change of the others does not download the model again.
-COPY builder/__init__.py builder/__main__.py builder/download.py builder/errors.py builder/hf_hub.py builder/manifest.py \
-    builder/layout.py builder/checkpoint.py builder/verify.py builder/
+COPY builder/__init__.py builder/__main__.py builder/checkpoint.py builder/console.py builder/download.py \
+    builder/errors.py builder/hf_hub.py builder/layout.py builder/manifest.py builder/process_lock.py \
+    builder/verify.py builder/
 
 
 # The model, whole and verified. The cache keeps what a broken build has downloaded; the token is in no layer.

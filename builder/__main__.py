@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder.console import log, positive_int
 from builder.errors import EXIT_CODES, BuilderError, DiskSpaceError
 
 if TYPE_CHECKING:
@@ -57,13 +58,6 @@ def _manifest(arguments: argparse.Namespace) -> None:
     checkpoint.check(directory)
     manifest.of_directory(directory).write(directory)
     sys.stdout.write(f"{directory / layout.MANIFEST}\n")
-
-
-def _positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -123,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("directory", metavar="DIR", type=Path, help="a new or empty directory")
     download.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
     download.add_argument(
-        "--attempts", metavar="N", type=_positive_int, default=8, help="attempts for each file (default: %(default)s)"
+        "--attempts", metavar="N", type=positive_int, default=8, help="attempts for each file (default: %(default)s)"
     )
     download.add_argument("--update", action="store_true", help="replace another commit of the same model in DIR")
     download.set_defaults(run=_download)
@@ -181,13 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except BuilderError as error:
-        sys.stderr.write(f"builder: {error}\n")
+        log(str(error))
         return error.exit_code
     except OSError as error:
-        sys.stderr.write(f"builder: {error}\n")
+        log(str(error))
         return (DiskSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else BuilderError).exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("builder: interrupted\n")
+        log("interrupted")
         return 130
     return 0
 

@@ -7,27 +7,23 @@ resumes.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import shutil
-import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from builder import checkpoint, hf_hub, layout
+from builder.console import log
 from builder.errors import BuilderError, DestinationError, DiskSpaceError, IntegrityError, UnsupportedModelError
 from builder.layout import CONFIG_FILES, LOCK, MANIFEST, PARTIAL_DIR
 from builder.manifest import File, Manifest, model_files, progress_bar, sha256
+from builder.process_lock import process_lock
 from builder.verify import matches_hub
 
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 _HASH_ATTEMPTS = 3
 _CONNECTIONS = 8
 
@@ -64,7 +60,7 @@ def download(
         raise DestinationError(f"{directory} is not a directory")
     repository = hf_hub.repository(name, revision, attempts)
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
+    with process_lock(directory / LOCK, f"downloading to {directory}"):
         manifest = _read_existing(directory, repository, update=update)
         if manifest is None:
             manifest = _Download(repository, directory, attempts).run(revision)
@@ -142,7 +138,7 @@ class _Download:
         self._remove_stale_files()
         self._check_disk_space()
         total = sum(file.size_bytes for file in self._files)
-        _log(f"{self._repository.name} at {self._repository.commit}: {len(self._files)} files, {total / 1e9:.2f} GB")
+        log(f"{self._repository.name} at {self._repository.commit}: {len(self._files)} files, {total / 1e9:.2f} GB")
         last = [file for file in self._files if file.path in CONFIG_FILES]
         with progress_bar(total, "Downloading") as self._bar:
             done = self._download_all([file for file in self._files if file not in last])
@@ -236,28 +232,3 @@ class _PartialFile(io.FileIO):
             self._bar.update(written)
             rest = rest[written:]
         return len(data)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock; log when another process has it."""
-    # No soft lock (a file that merely exists): it would outlive a process that is killed.
-    lock = FileLock(directory / LOCK, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _log(f"another process is downloading to {directory}: waiting for it")
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        _log(f"the disk of {directory} does not support locks: run only one download to it at a time")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _log(text: str) -> None:
-    sys.stderr.write(f"builder: {text}\n")
-    sys.stderr.flush()

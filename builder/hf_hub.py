@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_url
@@ -36,6 +36,7 @@ from tenacity import (
     retry_if_exception,
     sleep_using_event,
     stop_after_attempt,
+    stop_when_event_set,
     wait_exponential_jitter,
 )
 
@@ -46,10 +47,7 @@ ATTEMPTS = 8
 # The hub serves larger files only over the Xet protocol.
 MAX_HTTP_BYTES = constants.MAX_HTTP_DOWNLOAD_SIZE
 _MAX_WAIT_S = 60
-
 _TRANSIENT_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +101,7 @@ def repository(name: str, revision: str | None, attempts: int = ATTEMPTS) -> Rep
     """
     with _translate_errors(name, revision):
         api = HfApi(_endpoint(), token=token() or False)
-        info = _with_retries(lambda: api.model_info(name, revision=revision, files_metadata=True), attempts)
+        info = _with_retries(attempts)(api.model_info, name, revision=revision, files_metadata=True)
     files = [
         RemoteFile(
             file.rfilename,
@@ -130,7 +128,7 @@ def fetch(
     """Append to `target` the part of the file that it does not have yet.
 
     A broken connection is resumed. Transient errors (5xx, 429, timeouts) are retried with exponential backoff and
-    jitter; once `cancelled` is set, without waiting.
+    jitter, until `cancelled` is set.
 
     Raises:
         HubError, HubUnreachableError, DiskSpaceError: the download failed; `target` has what was received.
@@ -139,13 +137,10 @@ def fetch(
     url = hf_hub_url(repository.name, file.path, revision=repository.commit, endpoint=_endpoint())
     headers = build_hf_headers(token=token() or False)
     with _translate_errors(repository.name, repository.commit):
-        _with_retries(
-            lambda: http_get(
-                url, target, resume_size=_received_bytes(target, file), headers=headers, expected_size=file.size_bytes
-            ),
-            attempts,
-            cancelled,
-        )
+        for attempt in _with_retries(attempts, cancelled):
+            with attempt:
+                received = _received_bytes(target, file)
+                http_get(url, target, resume_size=received, headers=headers, expected_size=file.size_bytes)
 
 
 def _received_bytes(target: BinaryIO, file: RemoteFile) -> int:
@@ -156,15 +151,16 @@ def _received_bytes(target: BinaryIO, file: RemoteFile) -> int:
     return target.tell()
 
 
-def _with_retries(call: Callable[[], T], attempts: int, cancelled: threading.Event | None = None) -> T:
-    retrying = Retrying(
-        sleep=sleep_using_event(cancelled or threading.Event()),
+def _with_retries(attempts: int, cancelled: threading.Event | None = None) -> Retrying:
+    """Return tenacity's retries of transient errors; after the last attempt its error is raised."""
+    cancelled = cancelled or threading.Event()
+    return Retrying(
         retry=retry_if_exception(_is_transient),
-        stop=stop_after_attempt(attempts),
+        stop=stop_after_attempt(attempts) | stop_when_event_set(cancelled),
         wait=_wait,
+        sleep=sleep_using_event(cancelled),
         reraise=True,
     )
-    return retrying(call)
 
 
 def _wait(state: RetryCallState) -> float:

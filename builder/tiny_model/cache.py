@@ -12,17 +12,15 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
+from builder.console import log
 from builder.errors import DestinationError, MissingPackageError
+from builder.process_lock import process_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "corpus.py", _HERE / "training.py")
@@ -87,7 +85,7 @@ def cached(cache: Path, key: str, make: Callable[[Path], None]) -> Path:
     if model.is_dir():
         return model
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f"{key}.lock"):
+    with process_lock(cache / f"{key}.lock", f"making {model}"):
         if model.is_dir():  # made by the previous holder of the lock
             return model
         partial = cache / f"{key}.partial"
@@ -132,31 +130,11 @@ def copy_into(model: Path, directory: Path) -> None:
 
 
 def _train(directory: Path) -> None:
-    _log("the tiny model for these versions is not cached: training it (about a minute on two cores)")
+    log("the tiny model for these versions is not cached: training it (about a minute on two cores)")
     from builder.tiny_model import training  # torch and transformers take seconds to import
 
     training.train(directory)
     # safetensors writes its file with mode 0600; a cache or an image may be read by another user.
     for file in directory.iterdir():
         file.chmod(0o644)
-    _log("the tiny model is trained: all answers of its corpus are right")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an inter-process lock; log when another process has it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _log("another process is training the tiny model: waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _log(text: str) -> None:
-    sys.stderr.write(f"builder: {text}\n")
-    sys.stderr.flush()
+    log("the tiny model is trained: all answers of its corpus are right")
