@@ -155,8 +155,8 @@ def test_the_size_of_the_files_is_reported_with_the_estimate(llama: str, find: C
 def test_the_size_of_an_unknown_model_is_that_of_its_files(
     tmp_path: Path, diagnose: Callable[..., tuple[bool, str]]
 ) -> None:
-    strange = {"model_type": "no_such", "architectures": ["NoSuch"], "text_config": LLAMA_3_1_8B.config}
-    (tmp_path / "config.json").write_text(json.dumps(strange))
+    unknown = {"model_type": "no_such", "architectures": ["NoSuch"], "text_config": LLAMA_3_1_8B.config}
+    (tmp_path / "config.json").write_text(json.dumps(unknown))
     (tmp_path / "model.safetensors").write_bytes(b"x" * 2**20)
 
     fine, text = diagnose({"model": str(tmp_path), "gpu": "24"})

@@ -83,11 +83,11 @@ def test_tied_embeddings_are_counted_once(weigh: Callable[..., weights.Weights])
     assert tied.parameters == LLAMA_3_1_8B.parameters - 128256 * 4096
 
 
-@pytest.mark.parametrize(("stored", "asked", "size"), [("float32", "auto", 2), ("bfloat16", "float32", 4)])
+@pytest.mark.parametrize(("stored", "dtype", "size"), [("float32", "auto", 2), ("bfloat16", "float32", 4)])
 def test_weights_have_the_width_with_which_vllm_loads_them(
-    stored: str, asked: str, size: int, weigh: Callable[..., weights.Weights]
+    stored: str, dtype: str, size: int, weigh: Callable[..., weights.Weights]
 ) -> None:
-    found = weigh({**LLAMA_3_1_8B.config, "torch_dtype": stored}, dtype=asked)
+    found = weigh({**LLAMA_3_1_8B.config, "torch_dtype": stored}, dtype=dtype)
 
     assert found.size_bytes == LLAMA_3_1_8B.parameters * size
 
@@ -105,23 +105,23 @@ def test_an_unknown_quantization_is_noted(weigh: Callable[..., weights.Weights])
     assert "humming" in found.notes[0]
 
 
-_STRANGE = {**LLAMA_3_1_8B.config, "architectures": ["NoSuchForCausalLM"], "model_type": "no_such"}
+_UNKNOWN = {**LLAMA_3_1_8B.config, "architectures": ["NoSuchForCausalLM"], "model_type": "no_such"}
 
 
 def test_the_size_of_an_unknown_architecture_is_that_of_its_files(
     written: Callable[..., Path], weigh: Callable[..., weights.Weights]
 ) -> None:
     for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors"):
-        (written(_STRANGE) / name).write_bytes(b"x" * 1000)
+        (written(_UNKNOWN) / name).write_bytes(b"x" * 1000)
 
-    found = weigh(_STRANGE)
+    found = weigh(_UNKNOWN)
 
     assert (found.parameters, found.size_bytes) == (None, 2000)
     assert "NoSuchForCausalLM" in found.notes[0]
 
 
 @pytest.mark.parametrize(
-    "config", [_STRANGE, {**LLAMA_3_1_8B.config, "quantization_config": {"quant_method": "no_such"}}]
+    "config", [_UNKNOWN, {**LLAMA_3_1_8B.config, "quantization_config": {"quant_method": "no_such"}}]
 )
 def test_without_files_an_unknown_size_is_an_error(
     config: dict[str, Any], weigh: Callable[..., weights.Weights]
@@ -131,7 +131,7 @@ def test_without_files_an_unknown_size_is_an_error(
 
 
 def test_the_models_own_code_is_not_run(written: Callable[..., Path], weigh: Callable[..., weights.Weights]) -> None:
-    directory = written({**_STRANGE, "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}})
+    directory = written({**_UNKNOWN, "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}})
     (directory / "code.py").write_text(f"open({str(directory / 'ran')!r}, 'w')")
 
     with pytest.raises(UnknownSizeError):
