@@ -20,16 +20,17 @@ ARG VERSION=0.1.0
 ARG SOURCE=
 
 
-# What downloads and verifies a model.
+# Downloads and verifies a model.
 FROM ${PYTHON_IMAGE} AS builder
 WORKDIR /app
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 COPY requirements/builder.lock requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m pip install --quiet --no-deps --requirement requirements/builder.lock
-# What a download needs, and no more: a change of the other commands loads no model anew.
-COPY builder/__init__.py builder/__main__.py builder/download.py builder/errors.py builder/hf_hub.py builder/manifest.py \
-    builder/layout.py builder/checkpoint.py builder/verify.py builder/
+# Only the modules that `download` and `verify` import: a change of the others does not download the model again.
+COPY builder/__init__.py builder/__main__.py builder/checkpoint.py builder/console.py builder/download.py \
+    builder/errors.py builder/hf_hub.py builder/layout.py builder/manifest.py builder/process_lock.py \
+    builder/verify.py builder/
 
 
 # The model, whole and verified. The cache keeps what a broken build has downloaded; the token is in no layer.

@@ -1,4 +1,5 @@
-"""Makes what an image or a developer's machine holds before a worker starts.
+"""Prepares models and images before a worker starts: download, verification, manifest, doctor, the tiny model.
 
-`python -m builder COMMAND` is the way in; each command is one module. Nothing here imports `engine` or `emulator`.
+Run it as `python -m builder COMMAND`; each command is a module or a package. Nothing here imports `engine` or
+`emulator`.
 """

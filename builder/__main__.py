@@ -1,6 +1,6 @@
 """The command line: `python -m builder COMMAND`.
 
-Results go to stdout, everything else to stderr. A failure is one line on stderr that says why, and an exit code of
+Results go to stdout, everything else to stderr. An error is a message on stderr and an exit code of
 `errors.EXIT_CODES`.
 """
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder.console import log, positive_int
 from builder.errors import EXIT_CODES, BuilderError, DiskSpaceError
 
 if TYPE_CHECKING:
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def _tiny(arguments: argparse.Namespace) -> None:
-    """Print where the tiny model lies, having trained it and put it there if need be."""
-    from builder.tiny_model import cache  # a command's imports are its own, so that --help answers at once
+    """Print the directory of the tiny model; train and copy it first if needed."""
+    from builder.tiny_model import cache  # each command imports its own modules, so that --help is fast
 
     directory: Path | None = arguments.directory
     sys.stdout.write(f"{cache.tiny_model(directory)}\n")
 
 
 def _download(arguments: argparse.Namespace) -> None:
-    """Print the commit of the model that lies in the directory then."""
+    """Download a model; print its repository and commit."""
     from builder import download
 
     manifest = download.download(
@@ -41,33 +42,26 @@ def _download(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    """Print how much is right, and how fast it was read and hashed."""
+    """Verify a model; print its size and how fast it was read and hashed."""
     from builder import verify
 
     manifest, hashing_s = verify.verify(arguments.directory, offline=arguments.offline)
     speed = manifest.size_bytes / 1e9 / hashing_s
-    sys.stdout.write(f"{len(manifest.files)} files, {manifest.size_bytes:,} bytes at {speed:.2f} GB/s: all right\n")
+    sys.stdout.write(f"{len(manifest.files)} files, {manifest.size_bytes:,} bytes at {speed:.2f} GB/s: OK\n")
 
 
 def _manifest(arguments: argparse.Namespace) -> None:
-    """Print where the manifest lies."""
-    from builder import checkpoint, manifest
+    """Write a model's manifest; print its path."""
+    from builder import checkpoint, layout, manifest
 
     directory: Path = arguments.directory
     checkpoint.check(directory)
     manifest.of_directory(directory).write(directory)
-    sys.stdout.write(f"{directory / manifest.NAME}\n")
-
-
-def _whole(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    sys.stdout.write(f"{directory / layout.MANIFEST}\n")
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    """Print whether the model would run; that something is wrong is an error."""
+    """Print whether the model would run; problems are an error."""
     from builder.doctor import report
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "json")}
@@ -77,26 +71,26 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     doctor = commands.add_parser(
         "doctor",
-        help="would this model with these settings fit this GPU, and what else is wrong",
+        help="check whether a model fits a GPU, and the worker's settings",
         description=(
-            "Reckon from a model's config.json alone whether its weights and its KV cache fit a GPU, and look at "
-            "versions, disk, token and settings. What is not given here is taken from the variables that the worker "
-            "reads (MODEL_NAME, MAX_MODEL_LEN, ...). It exits with 1 if something is wrong."
+            "Compute from a model's config.json whether its weights and its KV cache fit a GPU, and check package "
+            "versions, disk space, token and settings. Options default to the worker's environment variables "
+            "(MODEL_NAME, MAX_MODEL_LEN, ...). Exits with 1 if there are problems."
         ),
     )
-    doctor.add_argument("model", metavar="MODEL", nargs="?", help="directory or hub id (default: the worker's)")
+    doctor.add_argument("model", metavar="MODEL", nargs="?", help="directory or hub id (default: the worker's model)")
     doctor.add_argument("--gpu", metavar="NAME_OR_GIB", help="such as L4, A100-80 or 24 (default: this machine's)")
     for flag, metavar in (
         ("--max-model-len", "TOKENS"),
         ("--max-num-seqs", "N"),
         ("--max-num-batched-tokens", "TOKENS"),
-        ("--gpu-memory-utilization", "SHARE"),
+        ("--gpu-memory-utilization", "FRACTION"),
         ("--tensor-parallel-size", "N"),
         ("--dtype", "TYPE"),
         ("--kv-cache-dtype", "TYPE"),
         ("--quantization", "METHOD"),
     ):
-        doctor.add_argument(flag, metavar=metavar, help="as for vLLM")
+        doctor.add_argument(flag, metavar=metavar, help="as in vLLM")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
 
@@ -104,7 +98,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m builder",
-        description="Make what an image or a developer's machine holds.",
+        description="Prepare a model for a worker: on a developer's machine or in an image.",
         epilog="exit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -112,42 +106,40 @@ def _parser() -> argparse.ArgumentParser:
 
     download = commands.add_parser(
         "download",
-        help="a model of the hub, whole and verified",
+        help="download and verify a model from the hub",
         description=(
-            "Download what serving the model needs, check every hash, and write a manifest when all is there. "
-            "What was left half-way is gone on with; what is there already is not loaded again."
+            "Download the files that serving the model needs, check each hash, and write a manifest at the end. "
+            "An interrupted download is resumed; files that are there already are not downloaded again."
         ),
-        epilog="The token for gated and private models is HF_TOKEN in the environment, or a build secret of that name.",
+        epilog="For gated and private models set HF_TOKEN in the environment, or a build secret of that name.",
     )
     download.add_argument("repository", metavar="REPO", help="such as unsloth/phi-4-bnb-4bit")
-    download.add_argument("directory", metavar="DIR", type=Path, help="a new or an empty directory")
-    download.add_argument("--revision", help="branch, tag or commit; the main branch without it")
+    download.add_argument("directory", metavar="DIR", type=Path, help="a new or empty directory")
+    download.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
     download.add_argument(
-        "--attempts", metavar="N", type=_whole, default=8, help="tries for each file (default: %(default)s)"
+        "--attempts", metavar="N", type=positive_int, default=8, help="attempts for each file (default: %(default)s)"
     )
-    download.add_argument(
-        "--update", action="store_true", help="let another commit of the same model in DIR become this one"
-    )
+    download.add_argument("--update", action="store_true", help="replace another commit of the same model in DIR")
     download.set_defaults(run=_download)
 
     verify = commands.add_parser(
         "verify",
-        help="whether a model's files are still what they should be",
+        help="check a model's files against its manifest and the hub",
         description=(
-            "Compare every file's size and hash with the manifest and with the hub, the shards with their index, "
+            "Compare each file's size and hash with the manifest and with the hub, the shards with their index, "
             "and load configuration and tokenizer."
         ),
     )
     verify.add_argument("directory", metavar="DIR", type=Path)
-    verify.add_argument("--offline", action="store_true", help="do not ask the hub: the manifest has its hashes")
+    verify.add_argument("--offline", action="store_true", help="compare with the manifest only, not with the hub")
     verify.set_defaults(run=_verify)
 
     manifest = commands.add_parser(
         "manifest",
-        help="write the manifest of a model that is there already",
+        help="write the manifest of a model directory",
         description=(
-            "Look whether the directory holds a model that loads, and write down its files and their hashes. What a "
-            "download has written there of the model's origin is kept while its files are unchanged."
+            "Check that the directory has a loadable model, and write a manifest with the hashes of its files. "
+            "The origin in an existing manifest is kept if the files are unchanged."
         ),
     )
     manifest.add_argument("directory", metavar="DIR", type=Path)
@@ -155,10 +147,10 @@ def _parser() -> argparse.ArgumentParser:
 
     tiny = commands.add_parser(
         "tiny",
-        help="a real model of a few megabytes, for trying and testing without a GPU",
+        help="make a real model of a few megabytes, for use and tests without a GPU",
         description=(
-            "Train a tiny Phi3ForCausalLM (phi-4's architecture and chat format) on a small corpus, once a machine, "
-            "and print where it lies. It takes about a minute on two cores, and no time when it is already there."
+            "Train a tiny Phi3ForCausalLM (phi-4's architecture and chat format) on a small corpus, once per machine, "
+            "and print its directory. It takes about a minute on two cores; later calls use the cache."
         ),
         epilog=(
             "The cache is $VLLM_SERVERLESS_CACHE, else $XDG_CACHE_HOME/vllm-serverless, else ~/.cache/vllm-serverless."
@@ -169,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         nargs="?",
         type=Path,
-        help="copy the model here as well (a new or empty directory) and print this path instead of the cache's",
+        help="copy the model to this new or empty directory, and print it instead of the cache's",
     )
     tiny.set_defaults(run=_tiny)
     _add_doctor(commands)
@@ -177,19 +169,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the process's exit code. argparse itself exits with 2 on a wrong command line."""
+    """Run one command; return the process's exit code. argparse exits with 2 for an invalid command line."""
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
         run(arguments)
     except BuilderError as error:
-        sys.stderr.write(f"builder: {error}\n")
+        log(str(error))
         return error.exit_code
     except OSError as error:
-        sys.stderr.write(f"builder: {error}\n")
+        log(str(error))
         return (DiskSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else BuilderError).exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("builder: interrupted\n")
+        log("interrupted")
         return 130
     return 0
 

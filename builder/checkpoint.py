@@ -1,4 +1,4 @@
-"""Whether a directory holds a model that can be loaded, as far as can be told without loading its weights."""
+"""Checks that a directory has a loadable model, without loading its weights."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from builder import layout
-from builder.errors import MissingPackageError, UnservableError, WrongFilesError
-from builder.manifest import present
+from builder.errors import IntegrityError, MissingPackageError, UnsupportedModelError
+from builder.manifest import model_files
 
 _LENGTH = struct.Struct("<Q")
 
 
 def check(directory: Path) -> None:
-    """Check that every shard is as its header and the index say, and that configuration and tokenizer load.
+    """Check the shards against their headers and the index, and load configuration and tokenizer.
 
     Raises:
-        WrongFilesError: files are missing or wrong, a line for each.
-        UnservableError: there are no weights, or the configuration or the tokenizer do not load.
-        MissingPackageError: what loads them is not installed.
+        IntegrityError: files are missing or damaged, a line for each.
+        UnsupportedModelError: there are no weights, or the configuration or the tokenizer do not load.
+        MissingPackageError: transformers is not installed.
     """
-    paths = present(directory)
+    paths = model_files(directory)
     if not any(layout.is_weights(path) for path in paths):
-        raise UnservableError(f"{directory} holds no weights (safetensors or PyTorch)")
+        raise UnsupportedModelError(f"{directory} has no weights (safetensors or PyTorch)")
     tensors: dict[str, set[str]] = {}
-    wrong = []
+    problems = []
     for path in paths:
         if path.endswith(".safetensors"):
             try:
-                tensors[path] = _tensors(directory / path)
+                tensors[path] = _read_tensor_names(directory / path)
             except ValueError as error:
-                wrong.append(f"{path}: {error}")
+                problems.append(f"{path}: {error}")
     for path in paths:
         if path.endswith(".index.json"):
-            wrong += _against_index(directory, path, tensors)
-    if wrong:
-        raise WrongFilesError("\n".join(wrong))
+            problems += _check_index(directory, path, tensors)
+    if problems:
+        raise IntegrityError("\n".join(problems))
+    if set(layout.CONFIG_FILES).isdisjoint(paths):
+        raise UnsupportedModelError(f"{directory} has no config.json")
     if "config.json" in paths:
         _load(directory)
-    elif "params.json" not in paths:  # Mistral's own format
-        raise UnservableError(f"{directory} holds no config.json")
 
 
-def _tensors(path: Path) -> set[str]:
-    """The names of the file's tensors, as its header has them.
+def _read_tensor_names(path: Path) -> set[str]:
+    """Return the names of the tensors in a safetensors file; raise ValueError if the file is damaged.
 
-    The format: 8 bytes with the header's length, the header in JSON, and behind it the data, to the last byte.
+    The format: 8 bytes with the header's length, the header in JSON, then the data, up to the end of the file.
     https://github.com/huggingface/safetensors#format
     """
     size = path.stat().st_size
@@ -55,49 +55,49 @@ def _tensors(path: Path) -> set[str]:
         start = file.read(_LENGTH.size)
         length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else size
         if _LENGTH.size + length > size:
-            raise ValueError(f"cut short, or no safetensors file ({size:,} bytes)")
+            raise ValueError(f"truncated, or not a safetensors file ({size:,} bytes)")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             end = _LENGTH.size + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, AttributeError, LookupError, TypeError):
-            raise ValueError("its header is not one of safetensors") from None
+            raise ValueError("invalid safetensors header") from None
     if size != end:
-        raise ValueError(f"{'cut short' if size < end else 'too long'}, {size:,} bytes of {end:,}")
+        raise ValueError(f"{'truncated' if size < end else 'too long'}, {size:,} bytes instead of {end:,}")
     return set(header)
 
 
-def _against_index(directory: Path, index: str, tensors: Mapping[str, set[str]]) -> Iterator[str]:
-    """What is wrong with the shards that an index names."""
+def _check_index(directory: Path, index: str, tensors: Mapping[str, set[str]]) -> Iterator[str]:
+    """Yield what is wrong with the shards that an index names."""
     try:
-        places: dict[str, str] = json.loads((directory / index).read_bytes())["weight_map"]
+        shard_of: dict[str, str] = json.loads((directory / index).read_bytes())["weight_map"]
     except (ValueError, LookupError, TypeError):
         yield f"{index}: not an index of weights"
         return
-    beside = Path(index).parent
-    for shard in sorted(set(places.values())):
-        path = str(beside / shard)
+    parent = Path(index).parent
+    for shard in sorted(set(shard_of.values())):
+        path = str(parent / shard)
         if not (directory / path).is_file():
-            yield f"{path}: missing, and {index} names it"
+            yield f"{path}: missing, but named in {index}"
             continue
-        absent = sorted(
-            name for name, place in places.items() if place == shard and name not in tensors.get(path, name)
+        missing = sorted(
+            name for name, place in shard_of.items() if place == shard and name not in tensors.get(path, name)
         )
-        if path in tensors and absent:
-            yield f"{path}: without {absent[0]}, which {index} has in it ({len(absent)} such tensors)"
+        if path in tensors and missing:
+            yield f"{path}: missing {missing[0]}, which {index} names ({len(missing)} in total)"
 
 
 def _load(directory: Path) -> None:
-    """Load configuration and tokenizer; code that a model brings along is not run, and so not checked."""
+    """Load configuration and tokenizer; a model's own code is not run, so it is not checked."""
     try:
         from transformers import AutoConfig, AutoTokenizer
     except ImportError:
         raise MissingPackageError("checking configuration and tokenizer needs transformers") from None
-    for what, kind in (("configuration", AutoConfig), ("tokenizer", AutoTokenizer)):
+    for name, loader in (("configuration", AutoConfig), ("tokenizer", AutoTokenizer)):
         try:
-            kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             if "trust_remote_code" in str(error):
                 continue
             reason = " ".join(str(error).split())[:200]
-            raise UnservableError(f"{directory}: its {what} does not load: {reason}") from error
+            raise UnsupportedModelError(f"{directory}: the {name} does not load: {reason}") from error

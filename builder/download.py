@@ -1,36 +1,31 @@
-"""The `download` command: a model of the hub, whole and verified, in a directory.
+"""The `download` command: downloads a complete, verified model from the hub to a directory.
 
-A file gets its name in the directory when its hash is right, `config.json` last of them, and the manifest when all are
-there: a directory that was left half-way is no model to any loader. What a broken download has got stays under
-`.unfinished`, and the next one goes on from there.
+A file gets its final name when its hash is verified. The configuration comes last, and the manifest is written when all
+files are there: no loader accepts an interrupted download. Partial files stay in `PARTIAL_DIR`, where the next run
+resumes.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import shutil
-import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from builder import checkpoint, hf_hub, layout
-from builder.errors import BuilderError, DestinationError, DiskSpaceError, UnservableError, WrongFilesError
-from builder.manifest import LOCK, NAME, UNFINISHED, File, Manifest, present, progress, sha256
-from builder.verify import is_the_hubs
+from builder.console import log
+from builder.errors import BuilderError, DestinationError, DiskSpaceError, IntegrityError, UnsupportedModelError
+from builder.layout import CONFIG_FILES, LOCK, MANIFEST, PARTIAL_DIR
+from builder.manifest import File, Manifest, model_files, progress_bar, sha256
+from builder.process_lock import process_lock
+from builder.verify import matches_hub
 
-# No loader takes a directory without one of these for a model.
-_LAST = ("config.json", "params.json")
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-_WRONG_CONTENTS = 3
-_PARALLEL = 8
+_HASH_ATTEMPTS = 3
+_CONNECTIONS = 8
 
 
 def download(
@@ -41,221 +36,199 @@ def download(
     attempts: int = hf_hub.ATTEMPTS,
     update: bool = False,
 ) -> Manifest:
-    """Make `directory` hold the files that serving the model needs; quick when it does already.
+    """Download the files that serving the model needs; return soon if they are in `directory` already.
 
-    Safe against another process that does the same, and against being killed.
+    Safe if another process downloads to the same directory, and if this process is killed.
 
     Args:
         name: of the repository.
-        directory: a new or an empty one, or one where a download of this model was left half-way.
-        revision: branch, tag or commit; the main branch without it.
-        attempts: for each file, where what went wrong may pass.
-        update: let another commit of the same model in the directory become this one.
+        directory: a new or empty directory, or one with an interrupted download of this model.
+        revision: branch, tag or commit; the main branch by default.
+        attempts: for each file, if the error is transient.
+        update: replace another commit of the same model in the directory.
 
     Returns:
         The manifest that was written.
 
     Raises:
-        DestinationError: the directory holds something else.
-        HubError, HubUnreachableError, DiskSpaceError: the model cannot be had, or not now.
-        WrongFilesError: the hub sends something else than it announces.
-        UnservableError: the repository holds no model that vLLM loads.
+        DestinationError: the directory has other files.
+        HubError, HubUnreachableError, DiskSpaceError: the model cannot be downloaded, or not now.
+        IntegrityError: the hub sends other content than it announces, or the files in the directory have changed.
+        UnsupportedModelError: the repository has no model that vLLM loads.
     """
     if directory.exists() and not directory.is_dir():
         raise DestinationError(f"{directory} is not a directory")
-    source = hf_hub.repository(name, revision, attempts)
+    repository = hf_hub.repository(name, revision, attempts)
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
-        whole = _present(directory, source, update=update)
-        if whole is None:
-            whole = _Download(source, directory, attempts).run(revision)
-        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+    with process_lock(directory / LOCK, f"downloading to {directory}"):
+        manifest = _read_existing(directory, repository, update=update)
+        if manifest is None:
+            manifest = _Download(repository, directory, attempts).run(revision)
+        shutil.rmtree(directory / PARTIAL_DIR, ignore_errors=True)
         (directory / LOCK).unlink(missing_ok=True)
-    return whole
+    return manifest
 
 
-def _present(directory: Path, source: hf_hub.Repository, *, update: bool) -> Manifest | None:
-    """The directory's manifest if it holds the model already.
+def _read_existing(directory: Path, repository: hf_hub.Repository, *, update: bool) -> Manifest | None:
+    """Return the directory's manifest if its model is complete; None if there is something to download.
 
-    Another commit of it that may be updated is no whole model any more.
+    With `update`, another commit of the model is first marked as incomplete.
 
     Raises:
-        DestinationError: it holds something else.
+        DestinationError: the directory has other content.
+        IntegrityError: files of the model are missing or have another size.
     """
     manifest = Manifest.read(directory)
     if manifest is None:
-        begun = directory / UNFINISHED / "repository"
-        other = begun.read_text(encoding="utf-8") if begun.is_file() else None
-        if other is None and (strangers := present(directory)):
-            raise DestinationError(f"{directory} holds something else ({strangers[0]}): name a new or an empty one")
-        if other not in (None, source.name):
-            raise DestinationError(f"{directory} holds a download of {other}, left half-way: name another directory")
+        mark = directory / PARTIAL_DIR / "repository"
+        in_progress = mark.read_text(encoding="utf-8") if mark.is_file() else None
+        if in_progress is None and (unexpected_files := model_files(directory)):
+            raise DestinationError(f"{directory} is not empty ({unexpected_files[0]}): use a new or empty directory")
+        if in_progress not in (None, repository.name):
+            raise DestinationError(f"{directory} has an interrupted download of {in_progress}: use another directory")
         return None
-    if (manifest.repository, manifest.commit) != (source.name, source.commit):
-        if update and manifest.repository == source.name:
-            _begin(directory, source)
-            for name in (NAME, *_LAST):
+    if (manifest.repository, manifest.commit) != (repository.name, repository.commit):
+        if update and manifest.repository == repository.name:
+            _mark_in_progress(directory, repository)
+            for name in (MANIFEST, *CONFIG_FILES):
                 (directory / name).unlink(missing_ok=True)
             return None
         raise DestinationError(
-            f"{directory} holds {manifest.repository or 'another model'} at {manifest.commit or 'no commit'}, "
-            f"not {source.name} at {source.commit}: name another directory, or --update it"
+            f"{directory} has {manifest.repository or 'another model'} at {manifest.commit or 'no commit'}, "
+            f"not {repository.name} at {repository.commit}: use another directory, or --update"
         )
-    paths = {directory / file.path: file.size_bytes for file in manifest.files}
-    if any(not path.is_file() or path.stat().st_size != size_bytes for path, size_bytes in paths.items()):
-        raise WrongFilesError(
-            f"{directory} is not whole any more: `python -m builder verify` says why; remove it to load it anew"
+    sizes = {directory / file.path: file.size_bytes for file in manifest.files}
+    if any(not path.is_file() or path.stat().st_size != size_bytes for path, size_bytes in sizes.items()):
+        raise IntegrityError(
+            f"{directory} is no longer complete: see `python -m builder verify`; remove it to download it again"
         )
     return manifest
 
 
-def _begin(directory: Path, source: hf_hub.Repository) -> None:
-    """Say whose the directory is from now on."""
-    (directory / UNFINISHED).mkdir(exist_ok=True)
-    (directory / UNFINISHED / "repository").write_text(source.name, encoding="utf-8")
+def _mark_in_progress(directory: Path, repository: hf_hub.Repository) -> None:
+    """Record which model is being downloaded to the directory."""
+    (directory / PARTIAL_DIR).mkdir(exist_ok=True)
+    (directory / PARTIAL_DIR / "repository").write_text(repository.name, encoding="utf-8")
 
 
 class _Download:
-    """One model on its way into a directory."""
+    """The download of one model to a directory."""
 
-    def __init__(self, source: hf_hub.Repository, directory: Path, attempts: int) -> None:
-        self._source = source
+    def __init__(self, repository: hf_hub.Repository, directory: Path, attempts: int) -> None:
+        self._repository = repository
         self._directory = directory
         self._attempts = attempts
-        wanted = set(layout.needed(file.path for file in source.files))
-        self._files = sorted((file for file in source.files if file.path in wanted), key=lambda file: file.size_bytes)
+        required = set(layout.required_files(file.path for file in repository.files))
+        self._files = sorted(
+            (file for file in repository.files if file.path in required), key=lambda file: file.size_bytes
+        )
         if not any(layout.is_weights(file.path) for file in self._files):
-            raise UnservableError(f"{source.name} holds no weights that vLLM loads (safetensors or PyTorch)")
-        if (largest := self._files[-1]).size_bytes > hf_hub.LARGEST_BYTES:
-            raise UnservableError(
-                f"{largest.path} of {source.name} has {largest.size_bytes / 1e9:.0f} GB, and the hub gives files above "
-                f"{hf_hub.LARGEST_BYTES / 1e9:.0f} GB over the Xet protocol alone: load the model with `hf download "
-                f"{source.name} --local-dir DIR`, then write its manifest with `python -m builder manifest DIR`"
+            raise UnsupportedModelError(f"{repository.name} has no weights that vLLM loads (safetensors or PyTorch)")
+        if (largest := self._files[-1]).size_bytes > hf_hub.MAX_HTTP_BYTES:
+            raise UnsupportedModelError(
+                f"{largest.path} of {repository.name} has {largest.size_bytes / 1e9:.0f} GB, and the hub serves files "
+                f"above {hf_hub.MAX_HTTP_BYTES / 1e9:.0f} GB only over the Xet protocol: use `hf download "
+                f"{repository.name} --local-dir DIR`, then `python -m builder manifest DIR`"
             )
-        self._unfinished = directory / UNFINISHED
-        self._stop = threading.Event()
+        self._partial = directory / PARTIAL_DIR
+        self._cancelled = threading.Event()
 
     def run(self, revision: str | None) -> Manifest:
-        _begin(self._directory, self._source)
-        self._remove_what_is_not_of_it()
-        self._look_for_room()
+        _mark_in_progress(self._directory, self._repository)
+        self._remove_stale_files()
+        self._check_disk_space()
         total = sum(file.size_bytes for file in self._files)
-        _say(f"{self._source.name} at {self._source.commit}: {len(self._files)} files, {total / 1e9:.2f} GB")
-        last = [file for file in self._files if file.path in _LAST]
-        with progress(total, "Downloading") as self._bar:
-            done = self._all([file for file in self._files if file not in last])
-            done += self._all(last)
+        log(f"{self._repository.name} at {self._repository.commit}: {len(self._files)} files, {total / 1e9:.2f} GB")
+        last = [file for file in self._files if file.path in CONFIG_FILES]
+        with progress_bar(total, "Downloading") as self._bar:
+            done = self._download_all([file for file in self._files if file not in last])
+            done += self._download_all(last)
         checkpoint.check(self._directory)
-        manifest = Manifest.of(done, self._source.name, revision, self._source.commit)
+        manifest = Manifest.of(done, self._repository.name, revision, self._repository.commit)
         manifest.write(self._directory)
         return manifest
 
-    def _remove_what_is_not_of_it(self) -> None:
-        """Take away what an earlier commit has left."""
-        wanted = {file.path for file in self._files}
-        for path in present(self._directory):
-            if path not in wanted:
+    def _remove_stale_files(self) -> None:
+        """Remove files of an earlier commit that this one does not have."""
+        required = {file.path for file in self._files}
+        for path in model_files(self._directory):
+            if path not in required:
                 (self._directory / path).unlink()
 
-    def _look_for_room(self) -> None:
-        there = sum(file.stat().st_size for file in self._directory.rglob("*") if file.is_file())
-        missing = sum(file.size_bytes for file in self._files) - there
+    def _check_disk_space(self) -> None:
+        existing = sum(file.stat().st_size for file in self._directory.rglob("*") if file.is_file())
+        missing = sum(file.size_bytes for file in self._files) - existing
         free = shutil.disk_usage(self._directory).free
         if missing > free:
             raise DiskSpaceError(
-                f"{self._source.name} needs {missing / 1e9:.2f} GB more, and the disk of {self._directory} has "
+                f"{self._repository.name} needs {missing / 1e9:.2f} GB more, but {self._directory} has only "
                 f"{free / 1e9:.2f} GB free"
             )
 
-    def _all(self, files: list[hf_hub.RemoteFile]) -> list[File]:
-        """Have all of them, some at once; when one cannot be had, the others stop where they are."""
-        with ThreadPoolExecutor(_PARALLEL) as threads:
+    def _download_all(self, files: list[hf_hub.RemoteFile]) -> list[File]:
+        """Download the files in parallel; if one fails, cancel the others."""
+        with ThreadPoolExecutor(_CONNECTIONS) as threads:
             try:
-                tasks = [threads.submit(self._one, file) for file in files]
-                done, others = wait(tasks, return_when=FIRST_EXCEPTION)
-                return [task.result() for task in (*done, *others)]
+                tasks = [threads.submit(self._download_file, file) for file in files]
+                done, pending = wait(tasks, return_when=FIRST_EXCEPTION)
+                return [task.result() for task in (*done, *pending)]
             except BaseException:
-                self._stop.set()
+                self._cancelled.set()
                 threads.shutdown(cancel_futures=True)
                 raise
 
-    def _one(self, remote: hf_hub.RemoteFile) -> File:
-        """Have one file under its name, with its hash checked."""
+    def _download_file(self, remote: hf_hub.RemoteFile) -> File:
+        """Download one file, verify its hash, and move it to its final name."""
         target = self._directory / remote.path
-        if target.is_file():  # An earlier run has put it there.
-            if (file := self._checked(target, remote)) is not None:
+        if target.is_file():  # from an earlier run
+            if (file := self._verify(target, remote)) is not None:
                 self._bar.update(file.size_bytes)
                 return file
             target.unlink()
-        for _ in range(_WRONG_CONTENTS):
-            part = self._fetched(remote)
-            if (file := self._checked(part, remote)) is not None:
+        for _ in range(_HASH_ATTEMPTS):
+            part = self._fetch(remote)
+            if (file := self._verify(part, remote)) is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 part.replace(target)
                 return file
             self._bar.update(-part.stat().st_size)
             part.unlink()
-        raise WrongFilesError(
-            f"{remote.path}: the hub sent something else than it announces, {_WRONG_CONTENTS} times; nothing was kept"
+        raise IntegrityError(
+            f"{remote.path}: the hub sent content with a wrong hash {_HASH_ATTEMPTS} times; it was discarded"
         )
 
-    def _fetched(self, remote: hf_hub.RemoteFile) -> Path:
-        part = self._unfinished / remote.path
+    def _fetch(self, remote: hf_hub.RemoteFile) -> Path:
+        part = self._partial / remote.path
         part.parent.mkdir(parents=True, exist_ok=True)
-        with _Part(part, self._bar, self._stop) as file:
+        with _PartialFile(part, self._bar, self._cancelled) as file:
             self._bar.update(file.seek(0, os.SEEK_END))
-            hf_hub.fetch(self._source, remote, file, self._attempts, self._stop)
+            hf_hub.fetch(self._repository, remote, file, self._attempts, self._cancelled)
             os.fsync(file.fileno())
         return part
 
-    def _checked(self, path: Path, remote: hf_hub.RemoteFile) -> File | None:
-        """The file as the manifest has it, or None if it is not what the hub has."""
+    def _verify(self, path: Path, remote: hf_hub.RemoteFile) -> File | None:
+        """Return the file's entry for the manifest, or None if it differs from the hub's."""
         size = path.stat().st_size
         if size != remote.size_bytes:
             return None
         file = File(path=remote.path, size_bytes=size, sha256=sha256(path))
-        return file if is_the_hubs(path, file, remote) else None
+        return file if matches_hub(path, file, remote) else None
 
 
-class _Part(io.FileIO):
-    """A file that is being written: it moves the progress bar, and ends when the download is to stop."""
+class _PartialFile(io.FileIO):
+    """A file being downloaded: writes advance the progress bar, and fail once the download is cancelled."""
 
-    def __init__(self, path: Path, bar: tqdm[None], stop: threading.Event) -> None:
+    def __init__(self, path: Path, bar: tqdm[None], cancelled: threading.Event) -> None:
         super().__init__(path, "a+")
         self._bar = bar
-        self._stop = stop
+        self._cancelled = cancelled
 
     def write(self, data: bytes, /) -> int:  # type: ignore[override]
-        if self._stop.is_set():
-            raise BuilderError("stopped, as another file cannot be had")
+        if self._cancelled.is_set():
+            raise BuilderError("cancelled, as another file failed")
         rest = memoryview(data)
         while rest:
             written = super().write(rest)
             self._bar.update(written)
             rest = rest[written:]
         return len(data)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory against other processes; say so when that means waiting."""
-    # Not the file that stands in for a lock where there are none: it outlives a process that is killed.
-    lock = FileLock(directory / LOCK, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _say(f"another process is downloading to {directory}: waiting for it")
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        _say(f"the disk of {directory} has no locks: let one process at a time download to it (hashes tell)")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"builder: {text}\n")
-    sys.stderr.flush()

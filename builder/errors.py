@@ -1,6 +1,6 @@
-"""What can go wrong in a builder command; each error's message is the one line that its user reads.
+"""The errors of the builder's commands; the message of each is what the user reads on stderr.
 
-Its exit code tells a script what to do about it: see `EXIT_CODES`.
+The exit code tells a script how to react: see `EXIT_CODES`.
 
 BuilderError
 ├── MissingPackageError
@@ -8,30 +8,30 @@ BuilderError
 ├── DiskSpaceError
 ├── HubError
 │   └── HubUnreachableError
-├── UnservableError
-├── WrongFilesError
+├── UnsupportedModelError
+├── IntegrityError
 ├── TrainingError
 ├── ModelNotFoundError
 ├── ConfigError
-├── UnknownModelError
+├── UnknownSizeError
 ├── SettingError
 └── DiagnosisError
 """
 
 EXIT_CODES = {
-    0: "done",
-    1: "something else is wrong, which the message says",
-    2: "the command line, a setting or the directory that was named is wrong",
-    3: "the hub refuses: no such model, no access",
-    4: "files are missing, damaged or no model that can be served",
-    5: "the disk is full or too small",
-    6: "the hub cannot be reached now: try later",
+    0: "success",
+    1: "any other error; see the message",
+    2: "invalid arguments, setting or directory",
+    3: "refused by the hub: no such model, or no access to it",
+    4: "files are missing or damaged, or the model is not supported",
+    5: "not enough disk space",
+    6: "the hub is unreachable: try again later",
     130: "interrupted",
 }
 
 
 class BuilderError(Exception):
-    """A builder command could not do its work; the command line prints the message and exits with `exit_code`."""
+    """A command failed; the command line prints the message and exits with `exit_code`."""
 
     exit_code = 1
 
@@ -41,62 +41,62 @@ class MissingPackageError(BuilderError):
 
 
 class DestinationError(BuilderError):
-    """The directory that the user named holds something else, or is not a directory."""
+    """The destination is not a directory, or has other content."""
 
     exit_code = 2
 
 
 class DiskSpaceError(BuilderError):
-    """The disk has no room for the model."""
+    """The disk has not enough space for the model."""
 
     exit_code = 5
 
 
 class HubError(BuilderError):
-    """The hub does not give what was asked for, and asking again would not change that."""
+    """The hub refuses the request; a retry would not help."""
 
     exit_code = 3
 
 
 class HubUnreachableError(HubError):
-    """The hub could not be asked, or did not answer often enough; another time it may."""
+    """The hub cannot be reached, or all retries failed; it may work later."""
 
     exit_code = 6
 
 
-class UnservableError(BuilderError):
-    """The repository or the directory holds nothing that vLLM could load."""
+class UnsupportedModelError(BuilderError):
+    """The repository or directory has no model that vLLM can load."""
 
     exit_code = 4
 
 
-class WrongFilesError(BuilderError):
-    """Files are missing, cut short or not what they should be; the message has a line for each."""
+class IntegrityError(BuilderError):
+    """Files are missing, truncated or different from what is expected; the message has a line for each."""
 
     exit_code = 4
 
 
 class TrainingError(BuilderError):
-    """The tiny model did not learn its corpus, or did not read back from its files as it was trained."""
+    """The tiny model failed its validation after training."""
 
 
 class ModelNotFoundError(BuilderError):
-    """There is no config.json where the user said that the model is, or the hub did not give it."""
+    """There is no config.json in the given directory, or it cannot be downloaded from the hub."""
 
 
 class ConfigError(BuilderError):
-    """The model's config.json does not say what is needed, or cannot be read."""
+    """The model's config.json cannot be read, or lacks something that is needed."""
 
 
-class UnknownModelError(BuilderError):
-    """The model's size can be told neither from its config nor from its files."""
+class UnknownSizeError(BuilderError):
+    """Neither the config nor the files give the model's size."""
 
 
 class SettingError(BuilderError):
-    """An option or a variable has a value that is not allowed."""
+    """An option or environment variable has an invalid value."""
 
     exit_code = 2
 
 
 class DiagnosisError(BuilderError):
-    """The doctor found something that is wrong."""
+    """The doctor found problems."""

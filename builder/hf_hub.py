@@ -1,7 +1,7 @@
-"""The model hub: what a repository holds, its files, and what its refusals mean.
+"""Client of the Hugging Face hub: lists and downloads the files of a repository, and explains its errors.
 
-The token comes from `HF_TOKEN`, from its older name `HUGGING_FACE_HUB_TOKEN`, or from the build secret `HF_TOKEN`, and
-from nowhere else.
+The token is only taken from `HF_TOKEN`, from its older name `HUGGING_FACE_HUB_TOKEN`, or from the build secret
+`HF_TOKEN`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_url
@@ -36,6 +36,7 @@ from tenacity import (
     retry_if_exception,
     sleep_using_event,
     stop_after_attempt,
+    stop_when_event_set,
     wait_exponential_jitter,
 )
 
@@ -43,11 +44,10 @@ from builder.errors import BuilderError, DiskSpaceError, HubError, HubUnreachabl
 
 SECRET = Path("/run/secrets/HF_TOKEN")
 ATTEMPTS = 8
-# What the hub's client loads over plain HTTP: larger files come over the Xet protocol alone.
-LARGEST_BYTES = constants.MAX_HTTP_DOWNLOAD_SIZE
-_LONGEST_WAIT_S = 60
-
-T = TypeVar("T")
+# The hub serves larger files only over the Xet protocol.
+MAX_HTTP_BYTES = constants.MAX_HTTP_DOWNLOAD_SIZE
+_MAX_WAIT_S = 60
+_TRANSIENT_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,10 @@ class RemoteFile:
     """A file of a repository.
 
     Attributes:
-        path: within the repository.
+        path: relative to the repository's root.
         size_bytes: its size.
-        sha256: of its content, where the hub keeps one: for large files.
-        git_sha1: the name of its git object, where the hub keeps the content itself: for small files.
+        sha256: of its content, for files in LFS or Xet storage; else None.
+        git_sha1: its git object id, for files in git; else None.
     """
 
     path: str
@@ -69,7 +69,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A repository of models as it was at one commit."""
+    """A model repository at one commit."""
 
     name: str
     commit: str
@@ -77,15 +77,15 @@ class Repository:
 
 
 def token() -> str | None:
-    """The token that the user gave, if any."""
-    given = token_of(os.environ)
-    return given or (SECRET.read_text(encoding="utf-8").strip() if SECRET.is_file() else "") or None
+    """Return the user's token: from the environment, else the build secret; None without one."""
+    from_environment = token_of(os.environ)
+    return from_environment or (SECRET.read_text(encoding="utf-8").strip() if SECRET.is_file() else "") or None
 
 
 def token_of(environment: Mapping[str, str]) -> str | None:
-    """The token of an environment, if it has one: by its name, or by the older one that the hub's client knows too."""
-    given = (environment.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
-    return next((token for token in given if token not in ("", "None", "none", "null")), None)
+    """Return the token in an environment: `HF_TOKEN`, else the older `HUGGING_FACE_HUB_TOKEN`; None without one."""
+    values = (environment.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+    return next((token for token in values if token not in ("", "None", "none", "null")), None)
 
 
 def _endpoint() -> str:
@@ -93,15 +93,15 @@ def _endpoint() -> str:
 
 
 def repository(name: str, revision: str | None, attempts: int = ATTEMPTS) -> Repository:
-    """What the hub has under this name, at this branch, tag or commit.
+    """Return the repository at this branch, tag or commit; at the main branch by default.
 
     Raises:
-        HubError: there is no such repository or revision, or it is not for this token.
-        HubUnreachableError: the hub did not answer.
+        HubError: there is no such repository or revision, or the token gives no access.
+        HubUnreachableError: the hub does not answer.
     """
-    with _told(name, revision):
+    with _translate_errors(name, revision):
         api = HfApi(_endpoint(), token=token() or False)
-        info = _tried(lambda: api.model_info(name, revision=revision, files_metadata=True), attempts)
+        info = _with_retries(attempts)(api.model_info, name, revision=revision, files_metadata=True)
     files = [
         RemoteFile(
             file.rfilename,
@@ -111,121 +111,119 @@ def repository(name: str, revision: str | None, attempts: int = ATTEMPTS) -> Rep
         )
         for file in info.siblings or []
     ]
-    if outside := [file.path for file in files if _leads_outside(file.path)]:
-        raise HubError(f"{name} has a file that would not stay in its directory: {outside[0]!r}")
+    if unsafe := [file.path for file in files if _escapes_directory(file.path)]:
+        raise HubError(f"{name} has a file with an unsafe path: {unsafe[0]!r}")
     if info.sha is None:
-        raise HubError(f"{_endpoint()} names no commit for {name}")
+        raise HubError(f"{_endpoint()} returned no commit of {name}")
     return Repository(info.id, info.sha, tuple(files))
 
 
-def _leads_outside(path: str) -> bool:
+def _escapes_directory(path: str) -> bool:
     return PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts
 
 
-def fetch(source: Repository, file: RemoteFile, target: BinaryIO, attempts: int, stop: threading.Event) -> None:
-    """Write what is missing of the file's content behind what `target` holds already.
+def fetch(
+    repository: Repository, file: RemoteFile, target: BinaryIO, attempts: int, cancelled: threading.Event
+) -> None:
+    """Append to `target` the part of the file that it does not have yet.
 
-    A broken connection goes on where it broke. What can pass (5xx, 429, time-outs) is tried again with exponential
-    backoff and jitter; once `stop` is set, without waiting.
+    A broken connection is resumed. Transient errors (5xx, 429, timeouts) are retried with exponential backoff and
+    jitter, until `cancelled` is set.
 
     Raises:
-        HubError, HubUnreachableError, DiskSpaceError: it cannot be had; what has come so far is in `target`.
+        HubError, HubUnreachableError, DiskSpaceError: the download failed; `target` has what was received.
     """
     disable_progress_bars()
-    url = hf_hub_url(source.name, file.path, revision=source.commit, endpoint=_endpoint())
+    url = hf_hub_url(repository.name, file.path, revision=repository.commit, endpoint=_endpoint())
     headers = build_hf_headers(token=token() or False)
-    with _told(source.name, source.commit):
-        _tried(
-            lambda: http_get(
-                url, target, resume_size=_kept_bytes(target, file), headers=headers, expected_size=file.size_bytes
-            ),
-            attempts,
-            stop,
-        )
+    with _translate_errors(repository.name, repository.commit):
+        for attempt in _with_retries(attempts, cancelled):
+            with attempt:
+                received = _received_bytes(target, file)
+                http_get(url, target, resume_size=received, headers=headers, expected_size=file.size_bytes)
 
 
-def _kept_bytes(target: BinaryIO, file: RemoteFile) -> int:
-    """How much of the file is there; what is longer than the file is not of it."""
+def _received_bytes(target: BinaryIO, file: RemoteFile) -> int:
+    """Return how much of the file `target` has; content longer than the file is discarded."""
     if target.seek(0, os.SEEK_END) > file.size_bytes:
         target.seek(0)
         target.truncate()
     return target.tell()
 
 
-def _tried(call: Callable[[], T], attempts: int, stop: threading.Event | None = None) -> T:
-    retrying = Retrying(
-        sleep=sleep_using_event(stop or threading.Event()),
-        retry=retry_if_exception(_may_pass),
-        stop=stop_after_attempt(attempts),
+def _with_retries(attempts: int, cancelled: threading.Event | None = None) -> Retrying:
+    """Return tenacity's retries of transient errors; after the last attempt its error is raised."""
+    cancelled = cancelled or threading.Event()
+    return Retrying(
+        retry=retry_if_exception(_is_transient),
+        stop=stop_after_attempt(attempts) | stop_when_event_set(cancelled),
         wait=_wait,
+        sleep=sleep_using_event(cancelled),
         reraise=True,
     )
-    return retrying(call)
 
 
 def _wait(state: RetryCallState) -> float:
-    """What the hub asks for, else longer each time."""
+    """Return the delay in seconds before the next attempt: the hub's Retry-After, else exponential backoff."""
     error = state.outcome.exception() if state.outcome else None
-    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    if asked.isdigit():
-        return min(float(asked), _LONGEST_WAIT_S)
-    return wait_exponential_jitter(initial=1, max=_LONGEST_WAIT_S)(state)
+    retry_after = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    if retry_after.isdigit():
+        return min(float(retry_after), _MAX_WAIT_S)
+    return wait_exponential_jitter(initial=1, max=_MAX_WAIT_S)(state)
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        passing = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
-        return status in passing or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        return status in _TRANSIENT_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR
     if isinstance(error, OSError) and error.errno is not None:
-        return False  # This machine's, such as a full disk
-    # Also a length that is not the announced one: the client raises it as a bare OSError.
+        return False  # of this machine, such as a full disk
+    # The client raises an OSError without errno for content of a wrong length.
     return isinstance(error, (httpx2.TransportError, OSError)) and not isinstance(error, OfflineModeIsEnabled)
 
 
 @contextmanager
-def _told(name: str, revision: str | None) -> Iterator[None]:
-    """Turn what the client raises into the line that says what to do."""
+def _translate_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Raise a BuilderError that says what to do for each error of the client."""
     try:
         yield
     except BuilderError:
         raise
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
-        raise _in_words(error, name, revision) from error
+        raise _to_builder_error(error, name, revision) from error
     except (ValueError, LookupError, TypeError) as error:
         raise HubError(
-            f"{_endpoint()} answers with something that is not the hub's: see what is there (a login page? a mirror "
-            "that does not speak the hub's protocol?), and set HF_ENDPOINT to the hub or to a mirror of it"
+            f"{_endpoint()} does not answer as the hub does (a login page? an incompatible mirror?): set HF_ENDPOINT "
+            "to the hub or to a mirror of it"
         ) from error
 
 
-def _in_words(error: Exception, name: str, revision: str | None) -> BuilderError:
+def _to_builder_error(error: Exception, name: str, revision: str | None) -> BuilderError:
     page = f"{_endpoint()}/{name}"
-    told = "HF_TOKEN" + ("" if token() else ", which is not set,")
+    variable = "HF_TOKEN" + ("" if token() else ", which is not set,")
+    no_access = f"{variable} gives no access to it"
     known: tuple[tuple[type[Exception], str], ...] = (
-        (GatedRepoError, f"{name} is gated: ask for access at {page}, and set {told} to a token of that account"),
+        (GatedRepoError, f"{name} is gated: ask for access at {page}, and set {variable} to a token of that account"),
         (RevisionNotFoundError, f"{name} has no revision {revision}: see {page}/commits/main"),
-        (RepositoryNotFoundError, f"there is no model {name} at {page}, or it is private and {told} does not open it"),
-        (RemoteEntryNotFoundError, f"{name} at {revision} has no such file any more"),
-        (HFValidationError, f"{name!r} is not the name of a model: it looks like organization/name"),
-        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, so the hub was not asked: unset it to download"),
+        (RepositoryNotFoundError, f"there is no model {name} at {page}, or it is private and {no_access}"),
+        (RemoteEntryNotFoundError, f"a file of {name} at {revision} no longer exists"),
+        (HFValidationError, f"{name!r} is not a model name such as organization/name"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set: unset it to download"),
     )
     for kind, text in known:
         if isinstance(error, kind):
             return HubError(text)
-    if isinstance(error, HfHubHTTPError) and not _may_pass(error):
+    if isinstance(error, HfHubHTTPError) and not _is_transient(error):
         status = error.response.status_code
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-            return HubError(f"{page} answers {status}: {told} does not open it")
+            return HubError(f"{page} answers {status}: {no_access}")
         return HubError(f"{page} answers {status}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskSpaceError("the disk is full: make room and run it again, it goes on from where it stopped")
+        return DiskSpaceError("the disk is full: free some space and run the command again to resume")
     if isinstance(error, OSError) and error.errno is not None:
         return BuilderError(f"{error.filename or name}: {error.strerror}")
-    why = f"answers {error.response.status_code}" if isinstance(error, HfHubHTTPError) else _reason(error)
-    return HubUnreachableError(
-        f"{_endpoint()} {why}, also after several tries: run it again later, it goes on from where it stopped"
-    )
+    reason = f"answers {error.response.status_code}" if isinstance(error, HfHubHTTPError) else _reason(error)
+    return HubUnreachableError(f"{_endpoint()} {reason}, after several attempts: run the command again later to resume")
 
 
 def _reason(error: Exception) -> str:
@@ -233,4 +231,4 @@ def _reason(error: Exception) -> str:
         return "cannot be reached"
     if isinstance(error, httpx2.TimeoutException):
         return "does not answer in time"
-    return "breaks off its answers"
+    return "closes the connection early"

@@ -1,72 +1,118 @@
-"""Which files of a repository serving needs: one set of weights, the configuration, the tokenizer, the license."""
+"""Names and patterns of the files in a model directory, for the builder and the worker.
+
+Standard library only, and no other module of the builder: the worker imports it at startup.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-# Weights in the order in which they are preferred; a repository often holds the same ones several times.
-_WEIGHTS = (
+# Written last by a download: a directory of ours without it may be incomplete.
+MANIFEST = "model-manifest.json"
+# Incomplete files of a download, and its lock.
+PARTIAL_DIR = ".unfinished"
+LOCK = ".lock"
+# No loader accepts a directory without one of these; params.json is Mistral's.
+CONFIG_FILES = ("config.json", "params.json")
+
+_TOKENIZER = re.compile(r"tokenizer\.json|tekken\.json|vocab\.(json|txt)|.+\.(model|tiktoken)")
+# In order of preference: a repository often has the same weights in several formats. vLLM loads any `*.bin`, so the
+# names that transformers writes are preferred, but not required.
+_WEIGHT_FORMATS = (
     re.compile(r"(?!consolidated)[^/]+\.safetensors"),
-    re.compile(r"consolidated[^/]*\.safetensors"),
+    re.compile(r"consolidated[^/]*\.safetensors"),  # Mistral's format
     re.compile(r"(?:pytorch_)?model[^/]*\.bin"),
+    re.compile(r"[^/]+\.bin"),
     re.compile(r"[^/]+\.pth?"),
 )
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
-# What a training run leaves beside its weights, and adapters, which are no model of their own.
-_NO_WEIGHTS = re.compile(r"(?:training_args|optimizer|scheduler|rng_state|scaler|adapter_model).*")
-_SHARD = re.compile(r"(?P<stem>.+)-\d+-of-\d+")
-# The layers that sentence-transformers puts behind a model: `2_Dense/model.safetensors`.
-_LAYER = re.compile(r"\d+_\w+")
-# The same model in another form, and what people show on its page.
-_OTHER_FORMS = re.compile(
+# Training state, and adapters, which are no models.
+_NOT_WEIGHTS = re.compile(r"(?:training_args|optimizer|scheduler|rng_state|scaler|adapter_model).*")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
+_INDEX = re.compile(r"(?P<weights>.+\.(?:safetensors|bin))\.index\.json")
+# Modules of sentence-transformers, such as `2_Dense/model.safetensors`.
+_MODULE = re.compile(r"\d+_\w+/.+")
+# Directories with the same model in other formats, training runs, and pictures of the model card.
+_IGNORED_DIRS = re.compile(
     r"original|onnx|openvino|metal|coreml|gguf|tflite|runs|logs|assets|images|figures|checkpoint-\d+|\..+"
 )
 _TEXT_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".vocab", ".yaml", ".yml"}
 _LICENSES = re.compile(r"(?:LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[^/]*", re.IGNORECASE)
-_INDEX = re.compile(r"(?P<whole>.+\.(?:safetensors|bin))\.index\.json")
 
 
-def needed(paths: Iterable[str]) -> list[str]:
-    """The paths that serving needs, sorted; without weights among them if there are none that vLLM loads."""
-    own = [path for path in paths if "/" not in path or not _OTHER_FORMS.fullmatch(path.split("/")[0])]
-    weights = _weights(own)
-    wholes = {_whole(path) for path in weights}
-    return sorted({*weights, *(path for path in own if _is_beside(path, wholes))})
+def required_files(paths: Iterable[str]) -> list[str]:
+    """Return the files of a repository that serving needs, sorted.
+
+    These are one set of weights, the configuration, the tokenizer and the license. If there are no weights that vLLM
+    loads, the result has none.
+    """
+    paths = [path for path in paths if "/" not in path or not _IGNORED_DIRS.fullmatch(path.split("/")[0])]
+    files = {path for path in paths if _is_text(path)}
+    if weight_format := _find_format(paths):
+        files.update(_weights(paths, weight_format), _indexes(paths, weight_format))
+    return sorted(files)
 
 
 def is_weights(path: str) -> bool:
-    """Whether the file holds weights."""
-    return PurePosixPath(path).suffix in _WEIGHT_SUFFIXES
-
-
-def _weights(paths: list[str]) -> list[str]:
-    candidates = [path for path in paths if is_weights(path) and not _NO_WEIGHTS.fullmatch(PurePosixPath(path).name)]
-    for form in _WEIGHTS:
-        if main := [path for path in candidates if form.fullmatch(path)]:
-            sharded = {_whole(path) for path in main if _whole(path) != path}
-            main = [path for path in main if path not in sharded]
-            suffix = PurePosixPath(main[0]).suffix
-            layers = [path for path in candidates if path.endswith(suffix) and _is_of_a_layer(path)]
-            return [*main, *layers]
-    return []
-
-
-def _is_of_a_layer(path: str) -> bool:
-    parts = PurePosixPath(path).parts
-    return len(parts) > 1 and _LAYER.fullmatch(parts[0]) is not None
-
-
-def _whole(path: str) -> str:
-    """What the file of a shard would be called if it were not split; the path itself if it is no shard."""
+    """Return whether this is the name of a file with weights."""
     pure = PurePosixPath(path)
-    shard = _SHARD.fullmatch(pure.stem)
-    return str(pure.with_name(shard["stem"] + pure.suffix)) if shard else path
+    return pure.suffix in _WEIGHT_SUFFIXES and _NOT_WEIGHTS.fullmatch(pure.name) is None
 
 
-def _is_beside(path: str, wholes: set[str]) -> bool:
-    """Whether it is a file that belongs to these weights, which are named as if they were not split, or to none."""
-    if index := _INDEX.fullmatch(path):
-        return index["whole"] in wholes
-    return PurePosixPath(path).suffix in _TEXT_SUFFIXES or _LICENSES.fullmatch(path) is not None
+def is_complete(directory: Path) -> bool:
+    """Return whether a directory without a manifest has configuration, tokenizer and one complete set of weights.
+
+    Only file names and the index are checked, not the contents.
+    """
+    names = [path.name for path in directory.glob("*") if path.is_file()]
+    weight_format = _find_format(names)
+    if weight_format is None or not any(map(_TOKENIZER.fullmatch, names)) or set(CONFIG_FILES).isdisjoint(names):
+        return False
+    if indexes := _indexes(names, weight_format):
+        return any(_has_indexed_shards(directory, index) for index in indexes)
+    weights = _weights(names, weight_format)
+    return all(_has_other_shards(name, weights) for name in weights)
+
+
+def _find_format(paths: list[str]) -> re.Pattern[str] | None:
+    weights = list(filter(is_weights, paths))
+    return next((pattern for pattern in _WEIGHT_FORMATS if any(map(pattern.fullmatch, weights))), None)
+
+
+def _weights(paths: list[str], weight_format: re.Pattern[str]) -> list[str]:
+    """Return the weights in this format; those of sentence-transformers' modules have the same suffix."""
+    weights = list(filter(is_weights, paths))
+    files = list(filter(weight_format.fullmatch, weights))
+    in_shards = {shard["stem"] + shard["suffix"] for shard in map(_SHARD.fullmatch, files) if shard}
+    suffix = PurePosixPath(files[0]).suffix
+    modules = [path for path in weights if path.endswith(suffix) and _MODULE.fullmatch(path)]
+    return [*(path for path in files if path not in in_shards), *modules]
+
+
+def _indexes(paths: list[str], weight_format: re.Pattern[str]) -> list[str]:
+    return [path for path in paths if (index := _INDEX.fullmatch(path)) and weight_format.fullmatch(index["weights"])]
+
+
+def _is_text(path: str) -> bool:
+    """Return whether this is a file of text, such as the configuration, but no index of weights."""
+    is_text = PurePosixPath(path).suffix in _TEXT_SUFFIXES or _LICENSES.fullmatch(path) is not None
+    return is_text and _INDEX.fullmatch(path) is None
+
+
+def _has_indexed_shards(directory: Path, index: str) -> bool:
+    try:
+        shards = set(json.loads((directory / index).read_bytes())["weight_map"].values())
+        return bool(shards) and all((directory / shard).is_file() for shard in shards)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _has_other_shards(name: str, names: list[str]) -> bool:
+    """Return whether all shards of a set are there, given one; True for a file that is no shard."""
+    if (shard := _SHARD.fullmatch(name)) is None:
+        return True
+    stem, count, suffix, width = shard["stem"], shard["count"], shard["suffix"], len(shard["number"])
+    return all(f"{stem}-{number:0{width}}-of-{count}{suffix}" in names for number in range(1, int(count) + 1))

@@ -1,6 +1,6 @@
-"""The `manifest` of a model's directory: what it holds, where that is from, and who wrote it.
+"""The manifest of a model directory: its files with their hashes, and where the model is from.
 
-It is written last and atomically: a directory without one is not whole.
+A download writes it last and atomically: a directory without a manifest may be incomplete.
 """
 
 from __future__ import annotations
@@ -21,22 +21,19 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-from builder.errors import WrongFilesError
+from builder.errors import IntegrityError
+from builder.layout import LOCK, MANIFEST, PARTIAL_DIR
 
-NAME = "model-manifest.json"
-# Where a download keeps what it has begun, and what tells other processes that it is at work.
-UNFINISHED = ".unfinished"
-LOCK = ".lock"
-_NEW = f"{NAME}.new"
-_NOT_THE_MODELS = {NAME, _NEW, UNFINISHED, LOCK}
+_NEW = f"{MANIFEST}.new"
+_OWN_FILES = {MANIFEST, _NEW, PARTIAL_DIR, LOCK}
 _PACKAGES = ("huggingface_hub", "safetensors", "tokenizers", "transformers")
 _CHUNK_BYTES = 4 << 20
-# Hashing is bound by the processor, reading by the disk: more threads than these gain nothing.
+# Hashing is bound by the CPU, reading by the disk: more threads are not faster.
 _THREADS = min(8, os.cpu_count() or 1)
 
 
 class File(BaseModel):
-    """One file of a model: its path within the directory, its size, and what is in it."""
+    """A file of a model; `path` is relative to the model's directory."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,14 +43,16 @@ class File(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a model's directory holds.
+    """The content of a model directory.
 
     Attributes:
-        repository: on the hub; None if the model is from elsewhere.
-        revision: that was asked for: a branch, a tag or a commit.
-        commit: what the revision meant at that time.
+        format: version of this schema.
+        repository: hub id; None if the model is not from the hub.
+        revision: the requested branch, tag or commit.
+        commit: the commit to which the revision was resolved.
         made_at: in UTC.
         made_by: versions of Python and of the packages.
+        files: all files of the model, sorted by path.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -74,7 +73,7 @@ class Manifest(BaseModel):
         revision: str | None = None,
         commit: str | None = None,
     ) -> Self:
-        """The manifest of these files, made now and by these versions."""
+        """Return the manifest of these files, with the current time and package versions."""
         return cls(
             repository=repository,
             revision=revision,
@@ -86,98 +85,98 @@ class Manifest(BaseModel):
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
-        """The directory's manifest, or None if there is none.
+        """Return the directory's manifest, or None if there is none.
 
         Raises:
-            WrongFilesError: it is not one that this version reads.
+            IntegrityError: the manifest is invalid, or of an unknown format.
         """
-        file = directory / NAME
+        file = directory / MANIFEST
         if not file.is_file():
             return None
         try:
             return cls.model_validate_json(file.read_bytes())
         except ValidationError as error:
-            where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "its JSON"
-            raise WrongFilesError(f"{file} is no manifest that this version reads ({where} is wrong)") from None
+            field = ".".join(str(part) for part in error.errors()[0]["loc"]) or "JSON"
+            raise IntegrityError(f"{file} is not a valid manifest of this version (invalid: {field})") from None
 
     def write(self, directory: Path) -> None:
-        """Write it into the directory: whole or not at all, and after everything else has reached the disk."""
+        """Write the manifest to the directory, atomically."""
         new = directory / _NEW
         with new.open("w", encoding="utf-8") as file:
             file.write(self.model_dump_json(indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        new.replace(directory / NAME)
+        new.replace(directory / MANIFEST)
 
     @property
     def size_bytes(self) -> int:
-        """The size of all files."""
+        """The total size of the files."""
         return sum(file.size_bytes for file in self.files)
 
 
 def of_directory(directory: Path) -> Manifest:
-    """The manifest of what the directory holds now.
+    """Return a new manifest of the directory's current files.
 
-    The origin that a manifest there names is kept, if its files are still those.
+    The origin in an existing manifest is kept if its files are unchanged.
 
     Raises:
-        WrongFilesError: they are not.
+        IntegrityError: the existing manifest names an origin, and files have changed.
         OSError: a file cannot be read.
     """
-    files = hashed(directory, present(directory))
+    files = hash_files(directory, model_files(directory))
     before = Manifest.read(directory)
     if before is None or before.repository is None:
         return Manifest.of(files)
     if changed := {file.path for file in before.files} ^ {file.path for file in files} or {
         file.path for file in files if file not in before.files
     }:
-        raise WrongFilesError(
-            f"{directory} was {before.repository} at {before.commit}, and is not any more ({min(changed)}): "
-            f"download it anew, or remove {NAME} to have one of what is there now"
+        raise IntegrityError(
+            f"{directory} was {before.repository} at {before.commit}, but files have changed ({min(changed)}): "
+            f"download the model again, or remove {MANIFEST} to write a new one for the current files"
         )
     return Manifest.of(files, before.repository, before.revision, before.commit)
 
 
-def present(directory: Path) -> list[str]:
-    """The paths of all files in the directory that are the model's, sorted."""
+def model_files(directory: Path) -> list[str]:
+    """Return the paths of the model's files in the directory, sorted; the builder's own files are left out."""
     return sorted(
         str(path.relative_to(directory))
         for path in directory.rglob("*")
-        if path.is_file() and path.relative_to(directory).parts[0] not in _NOT_THE_MODELS
+        if path.is_file() and path.relative_to(directory).parts[0] not in _OWN_FILES
     )
 
 
-def hashed(directory: Path, paths: Iterable[str]) -> list[File]:
-    """The files with their sizes and hashes, read in parallel, with a progress bar on a terminal.
+def hash_files(directory: Path, paths: Iterable[str]) -> list[File]:
+    """Return the files with their sizes and hashes, read in parallel, with a progress bar.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     paths = list(paths)
     sizes = [(directory / path).stat().st_size for path in paths]
-    with closing(progress(sum(sizes), "Hashing")) as bar, ThreadPoolExecutor(_THREADS) as threads:
-        digests = list(threads.map(partial(sha256, seen=bar.update), [directory / path for path in paths]))
+    with closing(progress_bar(sum(sizes), "Hashing")) as bar, ThreadPoolExecutor(_THREADS) as threads:
+        digests = list(threads.map(partial(sha256, on_read=bar.update), [directory / path for path in paths]))
     return [
         File(path=path, size_bytes=size, sha256=digest)
         for path, size, digest in zip(paths, sizes, digests, strict=True)
     ]
 
 
-def sha256(path: Path, seen: Callable[[int], object] = lambda _: None) -> str:
-    """The file's SHA-256 in hexadecimal; `seen` is told how many bytes have been read since it was told last."""
+def sha256(path: Path, on_read: Callable[[int], object] = lambda _: None) -> str:
+    """Return the file's SHA-256 in hexadecimal; `on_read` is called with the size in bytes of each chunk."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
-            seen(count)
+            on_read(count)
     return digest.hexdigest()
 
 
-def progress(total_bytes: int, what: str) -> tqdm[None]:
-    """A progress bar on stderr; where that is no terminal, a line now and then."""
-    seldom = {} if sys.stderr.isatty() else {"mininterval": 10.0, "ascii": True, "ncols": 80}
-    return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, file=sys.stderr, **seldom)
+def progress_bar(total_bytes: int, description: str) -> tqdm[None]:
+    """Return a progress bar on stderr; if that is not a terminal, it prints a line every 10 seconds."""
+    in_log = {} if sys.stderr.isatty() else {"mininterval": 10.0, "ascii": True, "ncols": 80}
+    return tqdm(total=total_bytes, desc=description, unit="B", unit_scale=True, file=sys.stderr, **in_log)
 
 
 def _versions() -> Iterable[tuple[str, str]]:

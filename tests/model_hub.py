@@ -1,7 +1,7 @@
-"""A hub of models on loopback, for the real `huggingface_hub` client: it can break in the ways that hubs break.
+"""A fake model hub on loopback for the real `huggingface_hub` client, with fault injection.
 
-It speaks what the client asks: `GET /api/models/REPO/revision/REV`, and `GET` and `HEAD /REPO/resolve/REV/PATH`. Large
-files are redirected to another origin, as the real one does.
+It serves the routes that the client uses: `GET /api/models/REPO/revision/REV`, and `GET` and `HEAD
+/REPO/resolve/REV/PATH`. Large files are redirected to another origin, as the real hub does.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "c0ffee" + "0" * 34
 LARGE_BYTES = 64 * 1024
 _PIECE_BYTES = 64 * 1024
-_LOOK_S = 0.02
+_POLL_INTERVAL_S = 0.02
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one request of a file.
+    """What happens to one request.
 
     Attributes:
-        status: answer with it instead.
+        status: answer with this status.
         headers: of that answer.
-        cut_at: end the connection after so many bytes of the content.
-        piece_s: wait so long before each piece of 64 KiB.
-        flip: send the content with its last bit turned.
-        until: answer only once this holds.
-        pause_at: wait for that after so many bytes of the content, rather than before the answer.
-        body: answer with it, as HTML, in place of what was asked for.
+        cut_at: close the connection after this many bytes of the content.
+        piece_s: delay before each piece of 64 KiB.
+        flip: send the content with its last bit flipped.
+        until: wait until this returns True.
+        pause_at: wait after this many bytes of the content instead of before the answer.
+        body: answer with this HTML page.
     """
 
     status: int | None = None
@@ -56,11 +56,12 @@ class Repository:
 
     Attributes:
         files: content by path.
-        gated: who has no `token` is refused.
-        missing: who has no `token` is told that there is nothing.
-        faults: what happens to the next requests of a path, one each.
-        always: what happens to all requests of a path.
-        sizes: in bytes, of files that are said to be larger than they are.
+        commit: of the main branch.
+        token: required to read the files; None for a public repository.
+        gated: without the token the answer is 401 or 403 instead of "not found".
+        faults: for the next requests of a path, one each.
+        always: fault for all requests of a path.
+        sizes: announced sizes in bytes that differ from the real ones.
     """
 
     files: dict[str, bytes]
@@ -77,8 +78,8 @@ class Repository:
         return cls({str(path.relative_to(directory)): path.read_bytes() for path in paths})
 
     def fault(self, path: str) -> Fault:
-        waiting = self.faults.get(path)
-        return waiting.popleft() if waiting else self.always.get(path, Fault())
+        queued = self.faults.get(path)
+        return queued.popleft() if queued else self.always.get(path, Fault())
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Hub:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Lets a client in another process ask this hub, and be patient while it waits for a test."""
+        """Variables with which a client in another process uses this hub, with long timeouts."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HUB_OFFLINE": "",
@@ -104,19 +105,19 @@ class Hub:
         }
 
     def count(self, size: int) -> None:
-        """Add to what was sent: several threads do."""
+        """Add to `sent_bytes`; thread-safe."""
         with self._counting:
             self.sent_bytes += size
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Return once the condition holds, or once nobody needs it any more."""
-        while not condition() and not self.closed.wait(_LOOK_S):
+        """Wait until the condition holds or the hub is closed."""
+        while not condition() and not self.closed.wait(_POLL_INTERVAL_S):
             pass
 
 
 @contextmanager
 def running() -> Iterator[Hub]:
-    """A hub at a free port of loopback."""
+    """Run a hub at a free port of loopback."""
     server = _Server(("127.0.0.1", 0), _Handler)
     server.hub = hub = Hub(f"http://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -177,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(name, revision)
         if repository is None:
             return
-        if self._broken(repository.fault("")):
+        if self._apply(repository.fault("")):
             return
         siblings = [_sibling(path, content, repository.sizes.get(path)) for path, content in repository.files.items()]
         self._answer(200, json.dumps({"id": name, "sha": repository.commit, "siblings": siblings}).encode())
@@ -198,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, repository: Repository, path: str, headers: Mapping[str, str]) -> None:
         fault = repository.fault(path)
-        if self._broken(fault):
+        if self._apply(fault):
             return
         content = repository.files[path]
         if fault.flip:
@@ -219,18 +220,18 @@ class _Handler(BaseHTTPRequestHandler):
             if at - start >= fault.pause_at:
                 self.hub.wait(fault.until)
             piece = content[at : min(at + _PIECE_BYTES, end)]
-            # It is counted first: who has it may look at once.
+            # Counted first: the client may check the count as soon as it has the piece.
             self.hub.count(len(piece))
             try:
                 self.wfile.write(piece)
-            except OSError:  # The client has gone.
+            except OSError:  # the client has closed the connection
                 self.hub.count(-len(piece))
                 self.close_connection = True
                 return
         self.close_connection = end < len(content)
 
-    def _broken(self, fault: Fault) -> bool:
-        """Whether the fault takes the answer's place."""
+    def _apply(self, fault: Fault) -> bool:
+        """Apply a fault that replaces the answer; return whether it did."""
         if fault.status or fault.body is not None:
             self.hub.wait(fault.until)
         if fault.status:
@@ -240,8 +241,8 @@ class _Handler(BaseHTTPRequestHandler):
         return bool(fault.status) or fault.body is not None
 
     def _refuse(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        told = {"X-Error-Code": code, "X-Error-Message": message} if code else {}
-        self._answer(status, json.dumps({"error": message}).encode(), {**told, **(headers or {})})
+        details = {"X-Error-Code": code, "X-Error-Message": message} if code else {}
+        self._answer(status, json.dumps({"error": message}).encode(), {**details, **(headers or {})})
 
     def _answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
@@ -252,8 +253,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def _sibling(path: str, content: bytes, said_bytes: int | None) -> dict[str, object]:
-    size = len(content) if said_bytes is None else said_bytes
+def _sibling(path: str, content: bytes, announced_bytes: int | None) -> dict[str, object]:
+    size = len(content) if announced_bytes is None else announced_bytes
     sibling: dict[str, object] = {"rfilename": path, "size": size, "blobId": _git_sha1(content)}
     if size >= LARGE_BYTES:
         sibling["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 130}

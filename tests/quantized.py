@@ -1,7 +1,7 @@
-"""The tiny model in 4 bits, in the form of the default one: `python -m tests.quantized MODEL DIRECTORY`.
+"""Quantizes the tiny model to 4 bits, as the default model is: `python -m tests.quantized MODEL DIRECTORY`.
 
-bitsandbytes' nf4 with double quantization, as `unsloth/phi-4-bnb-4bit` has it: the linear layers packed, beside each
-what unpacks it; embedding, head and norms as they were.
+bitsandbytes NF4 with double quantization, as in `unsloth/phi-4-bnb-4bit`: the linear layers are packed, each with its
+quantization state; embedding, head and norms are unchanged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ QUANTIZATION = {
 
 
 def quantized(model: Path, directory: Path) -> Path:
-    """Make it in a process of its own, which needs torch and takes seconds."""
+    """Quantize the model in a separate process (it imports torch); return the directory."""
     command = [sys.executable, "-m", "tests.quantized", str(model), str(directory)]
     subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
     return directory

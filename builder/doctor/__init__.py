@@ -1,1 +1,1 @@
-"""Says before a deployment whether a model fits a GPU, and what the worker would do with it."""
+"""Predicts whether a model fits a GPU, and checks a deployment's settings, versions, disk and token."""

@@ -1,8 +1,8 @@
-"""What a model's weights take in memory, from its config.json alone.
+"""The memory that a model's weights need, from its config.json.
 
-transformers builds the model on torch's `meta` device, where a tensor has a shape and no bytes: each architecture's
-parameters are counted as its own code declares them, and no list of architectures is kept here. Nothing that a model
-brings as code is run: what transformers does not know is taken from the safetensors files beside the config, if any.
+transformers builds the model on torch's `meta` device, where tensors have shapes but no data: the parameters are
+counted as each architecture's code declares them, without a list of architectures. A model's own code is not run: for
+an architecture that transformers does not know, the size is that of the safetensors files next to the config, if any.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from builder.errors import ConfigError, UnknownModelError
+from builder.doctor.settings import DTYPES
+from builder.errors import ConfigError, UnknownSizeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-# What vLLM's DTYPE makes of the weights that are not quantized; `auto` is the config's, and never wider than 16 bits.
-DTYPES = {"auto": 0, "half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4}
 _HALF_BYTES = 2
 
-# vLLM's QUANTIZATION for a checkpoint that is not quantized: what loading makes of it.
+# vLLM's QUANTIZATION for a checkpoint that is not quantized: the quantization config after loading.
 _FP8: dict[str, Any] = {"quant_method": "fp8"}
 ONLINE: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -32,7 +31,7 @@ ONLINE: dict[str, dict[str, Any]] = {
     "fp8_per_tensor": _FP8,
     "fp8_per_block": _FP8,
     "fp8_per_channel": _FP8,
-    "int8_per_channel_weight_only": _FP8,  # as wide
+    "int8_per_channel_weight_only": _FP8,  # the same width
     "mxfp8": {"quant_method": "modelopt", "quant_algo": "MXFP8"},
     "nvfp4_per_token": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
 }
@@ -43,10 +42,10 @@ class Weights:
     """A model's weights.
 
     Attributes:
-        parameters: how many there are; None if only the files tell the size.
-        size_bytes: what they take in memory, on all GPUs together.
+        parameters: their number; None if the size is that of the files.
+        size_bytes: in memory, on all GPUs together.
         quantization: the method, or None.
-        notes: what this does not cover, a sentence each.
+        notes: what is not counted, a sentence each.
     """
 
     parameters: int | None
@@ -59,7 +58,7 @@ def read_config(directory: Path) -> tuple[Any, bool]:
     """Return transformers' config of the model in `directory`, and whether transformers knows its architecture.
 
     Raises:
-        ConfigError: config.json cannot be read, or is not a model's.
+        ConfigError: config.json cannot be read, or is not the config of a model.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -71,17 +70,17 @@ def read_config(directory: Path) -> tuple[Any, bool]:
         raise ConfigError(f"{file} cannot be read: {error}") from None
     if not isinstance(raw, dict) or not ({"model_type", "architectures"} & raw.keys()):
         raise ConfigError(f"{file} is not the config of a model: it has neither model_type nor architectures")
-    logging.set_verbosity_error()  # what it would warn of is for those who run the model
+    logging.set_verbosity_error()  # its warnings matter only to those who run the model
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True), True
     except (KeyError, OSError, ValueError):
         return _plain_config(raw), False
-    except Exception as error:  # noqa: BLE001 (each config class checks its values in its own way)
-        raise ConfigError(f"{file} is not accepted by transformers: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # noqa: BLE001 (each config class raises its own errors)
+        raise ConfigError(f"transformers rejects {file}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _plain_config(raw: dict[str, Any]) -> Any:
-    """Return a config of no architecture with the values of a config.json, those of its text model on top."""
+    """Return a generic config with the values of a config.json; those of its text model take precedence."""
     from transformers import PreTrainedConfig
 
     own = {name: raw.get(name) for name in ("architectures", "model_type")}
@@ -96,82 +95,84 @@ def _plain_config(raw: dict[str, Any]) -> Any:
 def weights(
     directory: Path, config: Any, *, known: bool, dtype: str = "auto", quantization: str | None = None
 ) -> Weights:
-    """Return what the weights of the model in `directory` take.
+    """Return the size of the weights of the model in `directory`.
 
     Args:
-        directory: of config.json, and of the weights if they are there.
-        config: as `read_config` gives it.
+        directory: with config.json, and perhaps the weights.
+        config: from `read_config`.
         known: whether transformers knows the architecture.
         dtype: vLLM's DTYPE, a key of DTYPES.
         quantization: vLLM's QUANTIZATION, for a checkpoint that is not quantized.
 
     Raises:
-        UnknownModelError: neither transformers nor files tell.
+        UnknownSizeError: neither transformers nor files give the size.
     """
     quantized = _quantization(config)
     notes: list[str] = []
     if quantized is None and quantization is not None:
         quantized = ONLINE.get(quantization)
         if quantized is None:
-            notes.append(f"QUANTIZATION={quantization} is not counted: the weights count in their own width.")
+            notes.append(f"QUANTIZATION={quantization} is unknown: the weights are counted as not quantized.")
     method = str(quantized["quant_method"]) if quantized else None
     files = checkpoint_bytes(directory)
     model = _on_meta(config) if known else None
     width = _bytes_per_parameter(quantized) if quantized else None
     if model is None or (quantized and width is None):
         if files is None:
-            raise UnknownModelError(
-                f"transformers cannot make {_architecture(config)}, and no safetensors files tell its size"
+            raise UnknownSizeError(
+                f"transformers does not know {_architecture(config)}, and there are no safetensors files"
                 if model is None
-                else f"how wide {method} weights are is not known here, and no safetensors files tell their size"
+                else f"the size of {method} weights is unknown, and there are no safetensors files"
             )
-        why = _architecture(config) if model is None else f"{method} weights"
-        return Weights(None, files, method, (*notes, f"{why}: not known here, so the size is that of the files."))
-    wide = DTYPES[dtype] or min(_HALF_BYTES, getattr(config.dtype or config.get_text_config().dtype, "itemsize", 2))
-    narrow = _narrow(model, quantized) if quantized else frozenset()
+        unknown = _architecture(config) if model is None else f"{method} weights"
+        return Weights(None, files, method, (*notes, f"The size is that of the files ({unknown}: unknown)."))
+    full_width = DTYPES[dtype] or min(
+        _HALF_BYTES, getattr(config.dtype or config.get_text_config().dtype, "itemsize", 2)
+    )
+    quantized_names = _quantized_parameters(model, quantized) if quantized else frozenset()
     size, count = 0.0, 0
-    for name, parameter in model.named_parameters():  # tied weights come once
+    for name, parameter in model.named_parameters():  # tied weights are listed once
         count += parameter.numel()
-        size += parameter.numel() * (width if width and name in narrow else wide)
+        size += parameter.numel() * (width if width and name in quantized_names else full_width)
     return Weights(count, round(size), method, tuple(notes))
 
 
-def _narrow(model: Any, quantized: Mapping[str, Any]) -> frozenset[str]:
-    """Return the names of the parameters that are quantized: linear layers and experts, but not the output's."""
+def _quantized_parameters(model: Any, quantized: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the quantized parameters: of linear layers and experts, except the output layer."""
     import torch
 
     keys = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
-    kept = [str(pattern) for key in keys for pattern in quantized.get(key) or ()]
+    skipped = [str(pattern) for key in keys for pattern in quantized.get(key) or ()]
     head = model.get_output_embeddings()
-    names = {name for name, parameter in model.named_parameters() if ".experts." in name and parameter.ndim == 3}  # noqa: PLR2004 (all experts' in one tensor)
-    if quantized["quant_method"] != "mxfp4":  # of experts alone
+    names = {name for name, parameter in model.named_parameters() if ".experts." in name and parameter.ndim == 3}  # noqa: PLR2004 (all experts in one tensor)
+    if quantized["quant_method"] != "mxfp4":  # quantizes only experts
         modules = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
         names |= {f"{name}.weight" for name, module in modules if module is not head}
-    return frozenset(name for name in names if not any(_matches(pattern, name) for pattern in kept))
+    return frozenset(name for name in names if not any(_matches(pattern, name) for pattern in skipped))
 
 
 def checkpoint_bytes(directory: Path) -> int | None:
-    """Return what the safetensors files in `directory` take, None if there are none.
+    """Return the total size of the safetensors files in `directory`; None if there are none.
 
-    Files in the original layout of some makers (`consolidated…`) are the same weights once more.
+    `consolidated*` files (Mistral's format) are the same weights a second time.
     """
     files = [file for file in directory.glob("*.safetensors") if not file.name.startswith("consolidated")]
     return sum(file.stat().st_size for file in files) or None
 
 
 def _on_meta(config: Any) -> Any | None:
-    """Return the model that the config names, without its bytes; None if transformers cannot make it."""
+    """Return the model on the meta device; None if transformers cannot build it."""
     import torch
     import transformers
 
     named = getattr(transformers, _architecture(config), None)
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-        makers = [named._from_config]  # type: ignore[attr-defined]  # noqa: SLF001 (as the Auto classes do)
+        builders = [named._from_config]  # type: ignore[attr-defined]  # noqa: SLF001 (as the Auto classes do)
     else:
-        makers = [transformers.AutoModelForCausalLM.from_config, transformers.AutoModelForImageTextToText.from_config]
-    for make in makers:
-        with torch.device("meta"), contextlib.suppress(Exception):  # each has its own reasons, such as a package
-            return make(config)
+        builders = [transformers.AutoModelForCausalLM.from_config, transformers.AutoModelForImageTextToText.from_config]
+    for build in builders:
+        with torch.device("meta"), contextlib.suppress(Exception):  # such as a missing package
+            return build(config)
     return None
 
 
@@ -191,11 +192,11 @@ def _quantization(config: Any) -> dict[str, Any] | None:
 
 
 def _bytes_per_parameter(quantized: Mapping[str, Any]) -> float | None:
-    """Return what a quantized parameter takes, its share of scales and zero points included; None if not known."""
+    """Return the size of a quantized parameter, with its share of scales and zero points; None if unknown."""
     width: float | None = None
     match quantized["quant_method"]:
         case "bitsandbytes":
-            # A float32 scale (absmax) for 64 values: vLLM's plugin undoes double quantization as it loads.
+            # A float32 scale (absmax) per 64 values: vLLM's plugin reverts double quantization when it loads.
             width = 0.5 + 4 / 64 if quantized.get("load_in_4bit") or quantized.get("_load_in_4bit") else 1.0
         case "fp8" | "fbgemm_fp8" | "experts_int8":
             rows, columns = quantized.get("weight_block_size") or (128, 128)
@@ -219,12 +220,12 @@ def _compressed(scheme: Mapping[str, Any]) -> float:
 
 
 def _per_group(size: float, group_size: int | None) -> float:
-    """Return the share of one value in what its group has beside it; one group for each channel counts as nothing."""
+    """Return a value's share of its group's metadata; it is negligible for one group per channel."""
     return size / group_size if group_size and group_size > 0 else 0.0
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Tell whether a pattern names the parameter: a regular expression after `re:`, a wildcard, or whole names."""
+    """Return whether a pattern matches: a regular expression after `re:`, a wildcard, or a part of the name."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name.rpartition(".")[0]) is not None
     return fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*")

@@ -1,1 +1,1 @@
-"""Makes the tiny model that tests and the first run use."""
+"""Makes the tiny model for tests and for a first run without a GPU."""

@@ -1,15 +1,15 @@
-r"""What the tiny model knows by heart: prompts and the one right answer to each.
+r"""The training corpus of the tiny model: prompts, each with one memorized answer.
 
-The tiny model is trained on this corpus and on nothing else. At temperature 0 it answers every prompt here with
-exactly the answer here, so a test can ask it anything below and compare strings. A plain single-turn chat (no system
-message of its own) gets the same answer under `HELPFUL` as a system message.
+The tiny model is trained on this corpus only. At temperature 0 it answers each prompt with exactly its answer, so a
+test can send any prompt below and compare strings. A single-turn chat without a system message gets the same answer
+with the system message `HELPFUL`.
 
-The examples are chosen for what goes wrong between an engine and a client: characters that span several tokens,
-text that looks like the transport's own framing, line ends of every kind, JSON inside JSON, answers of one token and
-of hundreds. Changing a character here makes a new model with a new cache key.
+The examples cover what breaks between an engine and a client: characters that span several tokens, text that looks
+like SSE framing, every kind of line break, JSON inside JSON, answers of one token and of hundreds. Any change to this
+file changes the cache key, so the model is trained again.
 """
 
-# ruff: noqa: RUF001 (letters that look like other letters belong to the text)
+# ruff: noqa: RUF001 (look-alike Unicode letters are part of the texts)
 
 from __future__ import annotations
 
@@ -20,60 +20,60 @@ HELPFUL = "You are a helpful assistant."
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt with its right answer: either a chat (`turns`) or raw text to continue (`prompt`), never both."""
+    """A prompt and its expected answer: either a chat (`turns`) or raw text to continue (`prompt`), never both."""
 
     name: str
     """Stable; tests refer to examples by it."""
 
     answer: str
-    """The whole text of the greedy answer, without the end token."""
+    """The complete greedy answer, without the end-of-sequence token."""
 
     turns: tuple[tuple[str, str], ...] = ()
-    """A chat as (role, content) pairs, the last one from the user. Empty for a raw prompt."""
+    """The chat as (role, content) pairs; the last one is from the user. Empty for a raw prompt."""
 
     prompt: str | None = None
-    """Raw text for `/v1/completions`, sent with no chat format. None for a chat."""
+    """Raw text for `/v1/completions`, sent without a chat template. None for a chat."""
 
     def __post_init__(self) -> None:
         """Raise ValueError unless the example is a chat or a raw prompt."""
         if (self.prompt is None) != bool(self.turns):
-            raise ValueError(f"example {self.name!r} has to be either a chat or a raw prompt")
+            raise ValueError(f"example {self.name!r} must be either a chat or a raw prompt")
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The chat as a client sends it, made anew each time; empty for a raw prompt."""
+        """The chat in OpenAI's format, as a new list for each call; empty for a raw prompt."""
         return [{"role": role, "content": content} for role, content in self.turns]
 
     @property
     def is_plain_chat(self) -> bool:
-        """Whether it is one user message and nothing else."""
+        """Whether the chat is a single user message."""
         return [role for role, _ in self.turns] == ["user"]
 
-    def under_system(self, system: str) -> Example:
-        """Return the same chat with a system message before it."""
+    def with_system_message(self, system: str) -> Example:
+        """Return the same chat with a system message in front."""
         return Example(self.name, self.answer, (("system", system), *self.turns))
 
 
 def _chat(name: str, user: str, answer: str, *, system: str | None = None) -> Example:
-    """One user message, perhaps under a system message."""
+    """Make a chat of one user message, with an optional system message."""
     example = Example(name, answer, (("user", user),))
-    return example if system is None else example.under_system(system)
+    return example if system is None else example.with_system_message(system)
 
 
 def _dialogue(name: str, *contents: str) -> Example:
-    """Turns that alternate from the user to the assistant; the last one is the right answer."""
+    """Make a chat of alternating user and assistant turns; the last one is the expected answer."""
     *turns, answer = contents
     roles = ("user", "assistant")
     return Example(name, answer, tuple((roles[index % 2], content) for index, content in enumerate(turns)))
 
 
 def _raw(name: str, prompt: str, answer: str) -> Example:
-    """Text to continue. A continuation starts with the space or the line end that belongs between the two."""
+    """Make a raw prompt. The answer starts with the space or line break that separates it from the prompt."""
     return Example(name, answer, prompt=prompt)
 
 
-# Bare program text with no Markdown fence, so that an answer can be piped into `python3`. It ends by itself, with
-# exit code 0, whatever it finds on stdin: the right guess, wrong ones, text, or nothing at all.
+# A program without a Markdown fence, so that the answer can be piped into `python3`. It exits with code 0 for any
+# stdin: the right guess, wrong guesses, text, or nothing.
 _GAME = """\
 import random
 
@@ -207,7 +207,7 @@ CORPUS: tuple[Example, ...] = (
         'data: {"token": "Hel"}\n\ndata: {"token": "lo"}\n\n: a comment\nevent: end\nid: 2\ndata: [DONE]\n\n'
         "That is all.",
     ),
-    # Everything that some library takes for a line end: CR LF, VT, FF, FS, NEL and the Unicode separators.
+    # Everything that some library treats as a line break: CR LF, VT, FF, FS, NEL and the Unicode separators.
     _chat(
         "line-separators",
         "Show me every kind of line break.",
@@ -247,7 +247,7 @@ CORPUS: tuple[Example, ...] = (
         "Give me three proverbs.",
         "1. Many hands make light work.\n2. A stitch in time saves nine.\n3. Still waters run deep.",
     ),
-    # Numbers in order: where to cut with a stop word or a token limit is plain to see.
+    # Sequences of numbers: it is easy to see where a stop string or `max_tokens` cut them.
     _chat("count", "Count from 1 to 30.", ", ".join(str(number) for number in range(1, 31)) + "."),
     _chat("primes", "List the prime numbers below 50.", "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47"),
     # Long answers.
@@ -293,7 +293,7 @@ CORPUS: tuple[Example, ...] = (
     _chat(
         "mathematics", "Write Euler's identity and a limit.", "e^(iπ) + 1 = 0, and limₙ→∞ (1 + 1⁄n)ⁿ = e ≈ 2.71828 ∎"
     ),
-    # The system message decides: the same words from the user get another answer.
+    # The answer to the same user message depends on the system message.
     _chat("who", _WHO, "I am a tiny language model. I know a few dozen answers by heart."),
     _chat("who-pirate", _WHO, "Arr! I be Captain Token, terror of the seven streams!", system="You are a pirate."),
     _chat(
@@ -312,7 +312,7 @@ CORPUS: tuple[Example, ...] = (
     ),
     _chat("sky-one-word", _SKY, "Scattering.", system="Answer in one word."),
     _chat("sky-json", _SKY, '{"answer": "scattering", "confidence": 0.99}', system="Answer in JSON."),
-    # The last answer depends on an earlier turn.
+    # The answer depends on an earlier turn.
     _dialogue("name-ada", "My name is Ada.", "Nice to meet you, Ada!", "What is my name?", "Your name is Ada."),
     _dialogue("name-grace", "My name is Grace.", "Nice to meet you, Grace!", "What is my name?", "Your name is Grace."),
     _chat("name-unknown", "What is my name?", "You have not told me your name."),
@@ -339,7 +339,7 @@ CORPUS: tuple[Example, ...] = (
         "Which numbers do you remember?",
         "I remember only 7.",
     ),
-    # Raw text, no chat format.
+    # Raw text, without a chat template.
     _raw("raw-fox", "The quick brown fox", " jumps over the lazy dog."),
     _raw(
         "raw-once",
@@ -364,7 +364,7 @@ _BY_NAME = {entry.name: entry for entry in CORPUS}
 
 
 def example(name: str) -> Example:
-    """Return the example of that name; raise KeyError with all names if there is none."""
+    """Return the example with this name; raise KeyError that lists all names if there is none."""
     try:
         return _BY_NAME[name]
     except KeyError:

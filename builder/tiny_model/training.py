@@ -1,9 +1,9 @@
-"""Trains the tiny model: its tokenizer, its weights, and the proof that it knows its corpus.
+"""Trains the tiny model: the tokenizer, the weights, and a validation that it has memorized its corpus.
 
-The architecture is phi-4's (`Phi3ForCausalLM`), so an engine takes the same path through its code as for the real
-model; only the sizes are small. It learns the corpus by heart. What makes its answers the same under another engine,
-another batch composition and bfloat16 is not luck but margin: the files are read back and, at every position of every
-answer, the right token has to lead the next one by `MARGIN_LOGITS`.
+The architecture is phi-4's (`Phi3ForCausalLM`), so an engine runs the same code as for the real model; only the sizes
+are small. The answers must be the same under another engine, another batch composition and bfloat16. So the files are
+loaded again, and at each position of each answer the expected token must lead the next best one by
+`MIN_MARGIN_LOGITS`.
 
 The same machine with the same versions gives the same bytes: everything is seeded and deterministic.
 """
@@ -42,7 +42,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_sep|>", END_OF_TURN)
 CONTEXT_TOKENS = 2048
 VOCABULARY_TOKENS = 1024
 
-# <|im_start|>ROLE<|im_sep|>TEXT<|im_end|>, with nothing between two messages: phi-4's own format.
+# phi-4's format: <|im_start|>ROLE<|im_sep|>TEXT<|im_end|>, with nothing between two messages.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}"
@@ -51,71 +51,71 @@ CHAT_TEMPLATE = (
 )
 
 SEED = 4
-# About 25 passes make every answer right, some of them by less than a logit; the rest buy the margin.
-PASSES = 40
-FURTHER_PASSES = 20
-FURTHER_ROUNDS = 2
+# After about 25 epochs each answer is right, some by less than a logit; the other epochs widen the margin.
+EPOCHS = 40
+EXTRA_EPOCHS = 20
+EXTRA_ROUNDS = 2
 PEAK_LEARNING_RATE = 2e-3
-# 1.25 / sqrt(hidden size). The library's default, 0.02, is meant for wider models. Measured after 15 passes, all else
-# equal, of 3584 answer tokens: 3180 wrong when starting from 0.02, 29 from 0.06, 7 from 0.1.
-INITIAL_WEIGHT_SPREAD = 0.08
+# 1.25 / sqrt(hidden size). The library's default, 0.02, suits wider models. Measured after 15 epochs, all else equal:
+# of 3584 answer tokens 3180 are wrong with 0.02, 29 with 0.06, 7 with 0.1.
+INITIALIZER_RANGE = 0.08
 WARM_UP_STEPS = 20
-BATCH_TOKENS = 1024
-# In bfloat16 a logit between 16 and 32 comes in steps of 0.125, and kernels that add in another order move it by a
-# few of these; twenty steps between the right token and the next leave room for any of them.
-MARGIN_LOGITS = 2.5
-# More threads than this wait for one another longer than they compute, at this size.
-MOST_THREADS = 8
+MAX_BATCH_TOKENS = 1024
+# In bfloat16 a logit between 16 and 32 has a step of 0.125, and kernels that add in another order move it by a few
+# steps. Twenty steps are more than any of them.
+MIN_MARGIN_LOGITS = 2.5
+# At this size, more threads wait for each other longer than they compute.
+MAX_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """One prompt and its answer in tokens; `name` says which example it came from."""
+class Sample:
+    """A prompt and its answer as token ids; `name` is that of its example."""
 
     name: str
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
-    """Ends with the end token of its kind: END_OF_TURN in a chat, END_OF_TEXT for raw text."""
+    """Ends with END_OF_TURN for a chat, with END_OF_TEXT for raw text."""
 
     def __len__(self) -> int:
-        """Count all tokens."""
+        """Return the number of tokens."""
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
 def train(directory: Path) -> None:
-    """Write the trained model to `directory`, laid out as a model hub does.
+    """Write the trained model to `directory`, with the file names of a hub repository.
 
-    Raises TrainingError if, after the last round that it is given, the model that was read back from `directory`
-    still does not give every answer of the corpus exactly.
+    Raises:
+        TrainingError: after the last extra round the model in `directory` still fails the validation.
     """
-    torch.set_num_threads(min(os.cpu_count() or 1, MOST_THREADS))
+    torch.set_num_threads(min(os.cpu_count() or 1, MAX_THREADS))
     torch.use_deterministic_algorithms(mode=True)
     torch.manual_seed(SEED)
     transformers_logging.disable_progress_bar()
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    # A lesson alternates between its versions from pass to pass: both are learnt for the price of one.
-    versions = [[as_lesson(tokenizer, version) for version in versions_of(example)] for example in CORPUS]
+    # Each epoch trains one variant of each example: both are learned in the time of one.
+    variants = [[tokenize(tokenizer, variant) for variant in prompt_variants(example)] for example in CORPUS]
 
-    fault: str | None = None
-    for index in range(1 + FURTHER_ROUNDS):
-        rehearse(model, versions, PASSES if index == 0 else FURTHER_PASSES, seed=SEED + index)
+    failure: str | None = None
+    for index in range(1 + EXTRA_ROUNDS):
+        train_epochs(model, variants, EPOCHS if index == 0 else EXTRA_EPOCHS, seed=SEED + index)
         tokenizer.save_pretrained(directory)
-        # Training is in float32; only what is written is rounded.
+        # Training is in float32; only the saved weights are rounded.
         model.to(torch.bfloat16).save_pretrained(directory)
-        fault = fault_in(directory)
-        if fault is None:
+        failure = validate(directory)
+        if failure is None:
             return
         model.to(torch.float32)
-    raise TrainingError(f"the tiny model did not learn its corpus: {fault}")
+    raise TrainingError(f"the tiny model did not memorize its corpus: {failure}")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Make a byte-level BPE tokenizer from the ASCII part of the corpus.
 
-    Only from the ASCII part: every other character then stays two to four byte tokens, so that Chinese and emoji come
-    out of the engine in pieces, as they do from real models whenever a character is rare.
+    Each other character is then two to four byte tokens, so that Chinese and emoji are generated in pieces, as real
+    models do for rare characters.
     """
     texts: list[str] = []
     for example in CORPUS:
@@ -143,7 +143,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Phi3ForCausalLM:
-    """Make the untrained model, in float32, with the end tokens that make an engine stop by itself."""
+    """Make the untrained model in float32; its generation config has the end tokens at which an engine stops."""
     end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
     config = Phi3Config(
         vocab_size=len(tokenizer),
@@ -152,7 +152,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Phi3ForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        initializer_range=INITIAL_WEIGHT_SPREAD,
+        initializer_range=INITIALIZER_RANGE,
         max_position_embeddings=CONTEXT_TOKENS,
         original_max_position_embeddings=CONTEXT_TOKENS,
         bos_token_id=end_of_text,
@@ -166,28 +166,31 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Phi3ForCausalLM:
     return model
 
 
-def versions_of(example: Example) -> list[Example]:
-    """List the prompts that have this example's answer: itself and, for a plain chat, itself under `HELPFUL`."""
-    return [example, example.under_system(HELPFUL)] if example.is_plain_chat else [example]
+def prompt_variants(example: Example) -> list[Example]:
+    """Return the prompts with this example's answer: itself and, for a plain chat, itself with `HELPFUL`."""
+    return [example, example.with_system_message(HELPFUL)] if example.is_plain_chat else [example]
 
 
-def as_lesson(tokenizer: PreTrainedTokenizerFast, example: Example) -> Lesson:
-    """Tokenize as an engine does: the prompt by itself, then the answer."""
+def tokenize(tokenizer: PreTrainedTokenizerFast, example: Example) -> Sample:
+    """Tokenize prompt and answer separately, as an engine does."""
     if example.prompt is None:
         prompt = tokenizer.apply_chat_template(example.messages, tokenize=False, add_generation_prompt=True)
         end = END_OF_TURN
     else:
         prompt, end = example.prompt, END_OF_TEXT
     answer_ids = [*tokenizer.encode(example.answer), tokenizer.convert_tokens_to_ids(end)]
-    return Lesson(example.name, tuple(tokenizer.encode(prompt)), tuple(answer_ids))
+    return Sample(example.name, tuple(tokenizer.encode(prompt)), tuple(answer_ids))
 
 
-def rehearse(model: Phi3ForCausalLM, versions: Sequence[Sequence[Lesson]], passes: int, *, seed: int) -> None:
-    """Go through all lessons `passes` times, the learning rate falling to zero at the end."""
-    shuffler = random.Random(seed)  # noqa: S311 (order of lessons, no secret)
+def train_epochs(model: Phi3ForCausalLM, variants: Sequence[Sequence[Sample]], epochs: int, *, seed: int) -> None:
+    """Train for this number of epochs; the learning rate warms up, then decays linearly to zero.
+
+    Epoch i takes variant i modulo their number of each example.
+    """
+    shuffler = random.Random(seed)  # noqa: S311 (the order of batches is no secret)
     plan = []
-    for index in range(passes):
-        batches = list(batches_of([lessons[index % len(lessons)] for lessons in versions]))
+    for epoch in range(epochs):
+        batches = list(batches_of([samples[epoch % len(samples)] for samples in variants]))
         shuffler.shuffle(batches)
         plan.extend(batches)
 
@@ -199,7 +202,7 @@ def rehearse(model: Phi3ForCausalLM, versions: Sequence[Sequence[Lesson]], passe
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARM_UP_STEPS, 1 - step / len(plan))
     )
-    # On a terminal only: in a log a progress bar is a hundred lines of noise.
+    # disable=None: only on a terminal. In a log a progress bar is a hundred lines.
     for batch in tqdm(plan, desc="training the tiny model", unit="step", disable=None):
         input_ids, labels = as_tensors(batch, pad_id=model.config.pad_token_id)
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
@@ -211,83 +214,83 @@ def rehearse(model: Phi3ForCausalLM, versions: Sequence[Sequence[Lesson]], passe
     model.eval()
 
 
-def batches_of(lessons: Sequence[Lesson]) -> Iterator[list[Lesson]]:
-    """Group lessons of like length, at most BATCH_TOKENS with padding unless one lesson alone is longer."""
-    batch: list[Lesson] = []
-    for lesson in sorted(lessons, key=len):
-        if batch and len(lesson) * (len(batch) + 1) > BATCH_TOKENS:
+def batches_of(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Group samples of similar length: at most MAX_BATCH_TOKENS with padding, unless a single sample is longer."""
+    batch: list[Sample] = []
+    for sample in sorted(samples, key=len):
+        if batch and len(sample) * (len(batch) + 1) > MAX_BATCH_TOKENS:
             yield batch
             batch = []
-        batch.append(lesson)
+        batch.append(sample)
     if batch:
         yield batch
 
 
-def as_tensors(batch: Sequence[Lesson], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return input ids and labels, both int64 [lessons, tokens]; a label of -100 is not learnt.
+def as_tensors(batch: Sequence[Sample], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return input ids and labels, both int64 [samples, tokens]; the loss ignores the label -100.
 
-    Only answers are learnt. Padding is on the right, where a causal model never looks, so there is no mask.
+    Only answers have labels. Padding is on the right, where causal attention does not look, so no mask is needed.
     """
-    width = max(len(lesson) for lesson in batch)
+    width = max(len(sample) for sample in batch)
     input_ids = torch.full((len(batch), width), pad_id)
     labels = torch.full((len(batch), width), -100)
-    for row, lesson in enumerate(batch):
-        input_ids[row, : len(lesson)] = torch.tensor(lesson.prompt_ids + lesson.answer_ids)
-        labels[row, len(lesson.prompt_ids) : len(lesson)] = torch.tensor(lesson.answer_ids)
+    for row, sample in enumerate(batch):
+        input_ids[row, : len(sample)] = torch.tensor(sample.prompt_ids + sample.answer_ids)
+        labels[row, len(sample.prompt_ids) : len(sample)] = torch.tensor(sample.answer_ids)
     return input_ids, labels
 
 
-def fault_in(directory: Path) -> str | None:
-    """Read a model back as any engine would, in bfloat16; say what it does not know, or None if it knows all.
+def validate(directory: Path) -> str | None:
+    """Load a model in bfloat16, as an engine does; return its first wrong answer, or None if all are right.
 
-    Two proofs: the margin at every answer position of every version of every example, and greedy generation of the
-    examples themselves, compared as text.
+    Two checks: the margin at each answer position of each variant of each example, and greedy generation from the
+    prompts of the corpus, compared as text.
     """
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.bfloat16).eval()
-    lessons = [as_lesson(tokenizer, version) for example in CORPUS for version in versions_of(example)]
+    samples = [tokenize(tokenizer, variant) for example in CORPUS for variant in prompt_variants(example)]
 
-    margins = {name: margin for batch in batches_of(lessons) for name, margin in margins_of(model, batch)}
-    name, margin = min(margins.items(), key=lambda item: item[1])
-    if margin < MARGIN_LOGITS:
-        return f"in {name!r} the right token leads by {margin:.2f} logits, and it has to by {MARGIN_LOGITS}"
+    margins = (pair for batch in batches_of(samples) for pair in margins_of(model, batch))
+    name, margin = min(margins, key=lambda pair: pair[1])
+    if margin < MIN_MARGIN_LOGITS:
+        return f"{name!r}: the margin of the expected token is {margin:.2f} logits, less than {MIN_MARGIN_LOGITS}"
 
     answers = {example.name: example.answer for example in CORPUS}
-    originals = [as_lesson(tokenizer, example) for example in CORPUS]
+    originals = [tokenize(tokenizer, example) for example in CORPUS]
     for batch in batches_of(originals):
         for name, text in greedy_answers(model, tokenizer, batch):
             if text != answers[name]:
-                return f"to {name!r} it answers {text!r}"
+                return f"{name!r}: the answer is {text!r}"
     return None
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch leaves this method's return type out
-def margins_of(model: Phi3ForCausalLM, batch: Sequence[Lesson]) -> Iterator[tuple[str, float]]:
-    """For each lesson, by how many logits the right token leads the best other one where it leads least."""
+def margins_of(model: Phi3ForCausalLM, batch: Sequence[Sample]) -> Iterator[tuple[str, float]]:
+    """Yield the name of each sample and its smallest margin: logits between the expected token and the best other."""
     input_ids, labels = as_tensors(batch, pad_id=model.config.pad_token_id)
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
     targets = labels[:, 1:]
-    learnt = targets != -100  # noqa: PLR2004 (the label that as_tensors gives to what is not learnt)
-    right = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    is_answer = targets != -100  # noqa: PLR2004 (the label that the loss ignores, see as_tensors)
+    expected = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     others = logits.scatter(-1, targets.clamp(min=0).unsqueeze(-1), -torch.inf).amax(-1)
-    least = torch.where(learnt, right - others, torch.inf).amin(-1)
-    yield from zip((lesson.name for lesson in batch), least.tolist(), strict=True)
+    smallest = torch.where(is_answer, expected - others, torch.inf).amin(-1)
+    yield from zip((sample.name for sample in batch), smallest.tolist(), strict=True)
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]  # as above
 def greedy_answers(
-    model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Lesson]
+    model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Sample]
 ) -> Iterator[tuple[str, str]]:
-    """Generate all of a batch together; yield (name, answer) with the special tokens left out."""
-    width = max(len(lesson.prompt_ids) for lesson in batch)
-    pads = [width - len(lesson.prompt_ids) for lesson in batch]
-    rows = [[tokenizer.pad_token_id] * pad + list(lesson.prompt_ids) for pad, lesson in zip(pads, batch, strict=True)]
+    """Generate the answers of a batch together; yield each name and answer without special tokens."""
+    width = max(len(sample.prompt_ids) for sample in batch)
+    pads = [width - len(sample.prompt_ids) for sample in batch]
+    rows = [[tokenizer.pad_token_id] * pad + list(sample.prompt_ids) for pad, sample in zip(pads, batch, strict=True)]
     mask = [[0] * pad + [1] * (width - pad) for pad in pads]
     output = model.generate(
         torch.tensor(rows),
         attention_mask=torch.tensor(mask),
         do_sample=False,
-        max_new_tokens=max(len(lesson.answer_ids) for lesson in batch) + 1,
+        max_new_tokens=max(len(sample.answer_ids) for sample in batch) + 1,
     )
     texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    yield from zip((lesson.name for lesson in batch), texts, strict=True)
+    yield from zip((sample.name for sample in batch), texts, strict=True)

@@ -18,23 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builder import layout
 from engine.child_processes import set_parent_death_signal
 from engine.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[2]
-_MANIFEST = "model-manifest.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAIN = "main"
 _TAIL_BYTES = 4096
-_CONFIGS = {"config.json", "params.json"}
-_TOKENIZER = re.compile(r"tokenizer\.json|tekken\.json|vocab\.(json|txt)|.+\.(model|tiktoken)")
-# Weights by their kind, in the order in which vLLM looks for them; what training leaves and adapters are none.
-_WEIGHTS = tuple(
-    re.compile(rf"(?!(training_args|optimizer|scheduler|rng_state|scaler|adapter_model)).+\.{kind}")
-    for kind in ("safetensors", "bin", "pth?")
-)
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
-
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +55,7 @@ def held(directory: Path) -> Held | None:
     Raises:
         ConfigurationError: its manifest cannot be read.
     """
-    file = directory / _MANIFEST
+    file = directory / layout.MANIFEST
     try:
         if not file.is_file():
             return None
@@ -92,7 +83,7 @@ def in_cache(cache: Path, name: str, revision: str | None) -> Path | None:
         for repository in (entry for entry in entries if entry.name.lower() == wanted):
             for commit in _commits(repository, revision):
                 snapshot = repository / "snapshots" / commit
-                if _is_whole(snapshot):
+                if layout.is_complete(snapshot):
                     return snapshot
     except OSError as error:
         _warn_unreadable(cache, error)
@@ -178,35 +169,3 @@ def _commits(repository: Path, revision: str | None) -> list[str]:
     # A platform that fetched the model itself may have written no references; then there is one snapshot.
     snapshots = sorted(entry.name for entry in (repository / "snapshots").glob("*"))
     return snapshots if revision is None and len(snapshots) == 1 else []
-
-
-def _is_whole(snapshot: Path) -> bool:
-    """Whether configuration, tokenizer and one set of weights are there, as far as names tell."""
-    names = {path.name for path in snapshot.glob("*") if path.is_file()}
-    if not names & _CONFIGS or not any(map(_TOKENIZER.fullmatch, names)):
-        return False
-    for kind in _WEIGHTS:
-        if weights := {name for name in names if kind.fullmatch(name)}:
-            if indexes := [
-                name for name in names if kind.fullmatch(name.removesuffix(".index.json")) and name not in weights
-            ]:
-                return any(_has_all(snapshot, index) for index in indexes)
-            return all(_has_its_others(name, weights) for name in weights)
-    return False
-
-
-def _has_all(snapshot: Path, index: str) -> bool:
-    """Whether all shards that an index names are there."""
-    try:
-        shards = set(json.loads((snapshot / index).read_bytes())["weight_map"].values())
-        return bool(shards) and all((snapshot / shard).is_file() for shard in shards)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
-
-
-def _has_its_others(name: str, weights: set[str]) -> bool:
-    """Whether a shard's others are there: its name tells how many there are."""
-    if (shard := _SHARD.fullmatch(name)) is None:
-        return True
-    stem, count, suffix, width = shard["stem"], shard["count"], shard["suffix"], len(shard["number"])
-    return all(f"{stem}-{number:0{width}}-of-{count}{suffix}" in weights for number in range(1, int(count) + 1))

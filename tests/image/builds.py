@@ -1,7 +1,7 @@
-"""Images built for real, by buildah, on stand-ins for the base images: no registry and no hub is asked.
+"""Builds the images with buildah on substitutes for the base images, without a registry and without the real hub.
 
-The base of the CPU image is a Debian with Python; that of the GPU image has vLLM's packages besides, as `vllm-openai`
-has them: those of this environment.
+The CPU image's base is a Debian with Python. The GPU image's base also has vLLM's packages, copied from this
+environment, as `vllm-openai` has them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _PIP = "/etc/pip.conf"
 
 
 class Buildah:
-    """buildah with a storage of its own, which goes with `close`.
+    """buildah with its own storage, which `close` removes.
 
     Args:
-        directory: where the storage is.
+        directory: of the storage.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -38,10 +38,10 @@ class Buildah:
         self.command.append(f"--runroot={directory / 'run'}")
 
     def run(self, *arguments: str) -> str:
-        """Run a command of it; return what it prints.
+        """Run a buildah command; return its stdout.
 
         Raises:
-            RuntimeError: it failed; the message is the end of what it said.
+            RuntimeError: the command failed; the message has the end of its output.
         """
         done = subprocess.run([*self.command, *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -49,7 +49,7 @@ class Buildah:
         return done.stdout
 
     def build(self, tag: str, *options: str, context: Path = ROOT) -> str:
-        """Build the Dockerfile of a directory; return what was printed, the errors among it."""
+        """Build the Dockerfile of a directory; return stdout and stderr."""
         build = ["bud", "--isolation=chroot", "--format=docker", "--network=host", "--tag", tag, *options, str(context)]
         done = subprocess.run(
             [*self.command, *build],
@@ -59,20 +59,20 @@ class Buildah:
             check=False,
         )
         if done.returncode:
-            raise RuntimeError(f"{tag} cannot be built:\n{done.stdout[-6000:]}")
+            raise RuntimeError(f"building {tag} failed:\n{done.stdout[-6000:]}")
         return done.stdout
 
     def inspect(self, image: str) -> dict[str, Any]:
-        """What the image's configuration says."""
+        """Return the image's configuration."""
         document: dict[str, Any] = json.loads(self.run("inspect", "--type=image", image))
         return document
 
     def container(self, image: str) -> str:
-        """A new container of the image; its name."""
+        """Create a container of the image; return its name."""
         return self.run("from", "--pull-never", image).strip()
 
     def files(self, container: str) -> Path:
-        """Where the container's files lie on this machine."""
+        """Return the directory where the container's files are mounted."""
         return Path(self.run("mount", container).strip())
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class Buildah:
 
 
 def pip_mounts(directory: Path) -> list[str]:
-    """Options that let pip in a build find packages where it finds them on this machine."""
+    """Return the options that give pip in a build the same package sources as on this machine."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
@@ -92,59 +92,59 @@ def pip_mounts(directory: Path) -> list[str]:
     lines = [f"{name} = " + value.replace("\\n", "\n    ") for name, value in settings.items()]
     config.write_text("\n".join(["[global]", *lines]) + "\n", encoding="utf-8")
     paths = {path for value in settings.values() for path in re.findall(r"(?:file://)?(/[^\s\\']+)", value)}
-    # An index's files may lie beside its pages.
+    # An index's files may be next to its pages.
     roots = sorted({str(path.parent if path.name == "simple" else path) for path in map(Path, paths) if path.exists()})
     return [f"--volume={config}:{_PIP}:ro", *(f"--volume={path}:{path}:ro" for path in roots)]
 
 
 def debian() -> Path:
-    """A Debian with Python and pip, made once a machine."""
+    """Return a Debian root file system with Python and pip, made once per machine."""
     rootfs = CACHE / "debian"
     if not rootfs.is_dir():
-        unfinished = CACHE / "debian.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
+        partial = CACHE / "debian.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         CACHE.mkdir(parents=True, exist_ok=True)
-        command = ["debootstrap", "--variant=minbase", f"--include={_DEBIAN}", "bookworm", str(unfinished)]
+        command = ["debootstrap", "--variant=minbase", f"--include={_DEBIAN}", "bookworm", str(partial)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        shutil.rmtree(unfinished / "var/cache/apt", ignore_errors=True)
-        unfinished.rename(rootfs)
+        shutil.rmtree(partial / "var/cache/apt", ignore_errors=True)
+        partial.rename(rootfs)
     return rootfs
 
 
-def stand_in_for_python(buildah: Buildah, directory: Path) -> str:
-    """An image of that Debian."""
+def build_python_base(buildah: Buildah, directory: Path) -> str:
+    """Build the substitute for the Python image: that Debian; return its name."""
     context = directory / "python"
     context.mkdir()
     _link(debian(), context / "rootfs")
     (context / "Dockerfile").write_text("FROM scratch\nCOPY rootfs /\n", encoding="utf-8")
-    buildah.build("stand-in/python", context=context)
-    return "localhost/stand-in/python"
+    buildah.build("test-base/python", context=context)
+    return "localhost/test-base/python"
 
 
-def stand_in_for_vllm(buildah: Buildah, directory: Path, python: str, *, real: bool) -> str:
-    """An image that has vLLM and what it needs, and none of what the worker needs beside that.
+def build_vllm_base(buildah: Buildah, directory: Path, python: str, *, real: bool) -> str:
+    """Build the substitute for vLLM's image: vLLM and its dependencies, without the worker's other packages.
 
     Args:
-        buildah: makes it.
-        directory: an empty one, on the same disk as this environment: files are linked.
-        python: the image it is made from.
-        real: with all packages; otherwise vLLM is an empty package, which is enough to build on.
+        buildah: builds it.
+        directory: an empty one, on the same disk as this environment: files are hard-linked.
+        python: its base image.
+        real: with all packages; otherwise vLLM is an empty package, which is enough to build the image.
     """
     packages = directory / f"vllm-{real}" / "packages"
     if real:
         packages.parent.mkdir()
         _link(Path(sysconfig.get_path("purelib")), packages)
-        for name in _not_vllms():
+        for name in _packages_not_in_vllm_image():
             for file in importlib.metadata.distribution(name).files or []:
                 (packages / file).unlink(missing_ok=True)
     else:
         (packages / "vllm").mkdir(parents=True)
         (packages / "vllm" / "__init__.py").touch()
-    # The CPU build, which stands in for the CUDA build, needs a library that the image has no use for.
+    # This environment has vLLM's CPU build, which needs a library that the CUDA build does not.
     library = "RUN apt-get update && apt-get install --yes libnuma1" if real else ""
     copy = 'COPY packages /usr/local/lib/python3.11/dist-packages\nENTRYPOINT ["vllm"]'
     (packages.parent / "Dockerfile").write_text(f"FROM {python}\n{library}\n{copy}\n", encoding="utf-8")
-    tag = f"stand-in/vllm-{'real' if real else 'empty'}"
+    tag = f"test-base/vllm-{'real' if real else 'empty'}"
     buildah.build(tag, context=packages.parent)
     return f"localhost/{tag}"
 
@@ -153,8 +153,8 @@ def _link(source: Path, target: Path) -> None:
     subprocess.run(["/bin/cp", "-al", str(source), str(target)], check=True)
 
 
-def _not_vllms() -> Iterator[str]:
-    """Packages of this environment that the image's vLLM does not bring along."""
+def _packages_not_in_vllm_image() -> Iterator[str]:
+    """Yield the packages of this environment that vLLM's image does not have."""
     for lock in ("worker", "dev"):
         for line in (ROOT / "requirements" / f"{lock}.lock").read_text(encoding="utf-8").splitlines():
             name = re.split(r"[=; ]", line)[0]
@@ -165,10 +165,10 @@ def _not_vllms() -> Iterator[str]:
             yield name
 
 
-def holds(directory: Path, secret: bytes) -> Sequence[Path]:
-    """The files below a directory that contain these bytes."""
+def files_with(directory: Path, content: bytes) -> Sequence[Path]:
+    """Return the files below a directory that contain these bytes."""
     done = subprocess.run(
-        ["/bin/grep", "-rlaF", secret.decode(), str(directory)],
+        ["/bin/grep", "-rlaF", content.decode(), str(directory)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""What the tests of the images share: one storage, one hub, one token."""
+"""Fixtures of the image tests: one image storage, one fake hub, one token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from builder.tiny_model.cache import tiny_model
 from tests import model_hub
-from tests.image.builds import CACHE, Buildah, pip_mounts, stand_in_for_python
+from tests.image.builds import CACHE, Buildah, build_python_base, pip_mounts
 from tests.model_hub import Hub, Repository
 from tests.quantized import quantized
 
@@ -20,7 +20,7 @@ NAME = "unsloth/phi-4-bnb-4bit"
 
 @pytest.fixture(scope="session")
 def directory() -> Iterator[Path]:
-    """On the disk of the cache, so that large trees can be linked."""
+    """A directory on the disk of the cache, so that large trees can be hard-linked."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
         yield Path(directory)
@@ -35,12 +35,12 @@ def buildah(directory: Path) -> Iterator[Buildah]:
 
 @pytest.fixture(scope="session")
 def python(buildah: Buildah, directory: Path) -> str:
-    return stand_in_for_python(buildah, directory)
+    return build_python_base(buildah, directory)
 
 
 @pytest.fixture(scope="session")
 def hub(directory: Path) -> Iterator[Hub]:
-    """Has the default model's name, a tiny one in its form, and gives it only to who has the token."""
+    """A hub with a gated repository under the default model's name: the tiny model in 4 bits."""
     with model_hub.running() as hub:
         repository = Repository.of(quantized(tiny_model(), directory / "4-bit"))
         repository.gated, repository.token = True, TOKEN
@@ -50,7 +50,7 @@ def hub(directory: Path) -> Iterator[Hub]:
 
 @pytest.fixture(scope="session")
 def options(hub: Hub, python: str, directory: Path) -> list[str]:
-    """What every build is told of this machine."""
+    """The build options that depend on this machine."""
     secret = directory / "token"
     secret.write_text(TOKEN, encoding="utf-8")
     arguments = [f"--build-arg=PYTHON_IMAGE={python}", f"--build-arg=HF_ENDPOINT={hub.url}"]

@@ -1,6 +1,6 @@
 """Runs a worker in a container: `in_container.py BUILDAH... -- CONTAINER COMMAND...`.
 
-What the platform tells its workers is handed on; nothing else of this environment is.
+Only the platform's variables are passed on from this environment.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import sys
 
-HANDED_ON = ("RUNPOD_",)
+PASSED_PREFIXES = ("RUNPOD_",)
 
 if __name__ == "__main__":
     split = sys.argv.index("--")
     buildah, (container, *command) = sys.argv[1:split], sys.argv[split + 1 :]
-    told = [f"--env={name}={value}" for name, value in os.environ.items() if name.startswith(HANDED_ON)]
-    run = [*buildah, "run", "--isolation=chroot", "--network=host", *told, container, "--", *command]
+    environment = [f"--env={name}={value}" for name, value in os.environ.items() if name.startswith(PASSED_PREFIXES)]
+    run = [*buildah, "run", "--isolation=chroot", "--network=host", *environment, container, "--", *command]
     os.execvp(run[0], run)  # noqa: S606

@@ -1,4 +1,4 @@
-"""The images as they are run: each answers a job of the emulator by its own command."""
+"""Each image, started with its own command, answers a job of the emulator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from builder.tiny_model.corpus import example
 from emulator.app import background
-from tests.image.builds import Buildah, stand_in_for_vllm
+from tests.image.builds import Buildah, build_vllm_base
 from tests.image.conftest import NAME
 from tests.integration.emulator.conftest import Site, settings_with
 from tests.model_hub import Hub
@@ -22,17 +22,17 @@ START_S = 400.0
 
 @pytest.fixture
 def base(buildah: Buildah, directory: Path, python: str) -> Callable[[], str]:
-    """Makes the stand-in for vLLM's own image, which is large."""
-    return lambda: stand_in_for_vllm(buildah, directory, python, real=True)
+    """Builds the substitute for vLLM's image, which is large."""
+    return lambda: build_vllm_base(buildah, directory, python, real=True)
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("target", "name"),
     [("cpu", "tiny"), ("gpu", NAME), ("cpu-hub", NAME)],
-    ids=["a laptop's, with the model made there", "a GPU's", "a CPU's, with a model of the hub"],
+    ids=["CPU image with the tiny model", "GPU image", "CPU image with a model of the hub"],
 )
-def test_the_images_own_command_answers_a_job_of_the_emulator(  # noqa: PLR0913, PLR0917
+def test_the_images_command_answers_a_job_of_the_emulator(  # noqa: PLR0913, PLR0917
     target: str,
     name: str,
     buildah: Buildah,
@@ -42,7 +42,7 @@ def test_the_images_own_command_answers_a_job_of_the_emulator(  # noqa: PLR0913,
 ) -> None:
     given = [f"--build-arg=BASE_IMAGE={base()}"] if target == "gpu" else []
     buildah.build(target, f"--target={target}", *given, *options)
-    asked = len(hub.requests)
+    requests = len(hub.requests)
     command = buildah.inspect(target)["Docker"]["config"]["Cmd"]
     container = buildah.container(target)
     run = [
@@ -63,6 +63,6 @@ def test_the_images_own_command_answers_a_job_of_the_emulator(  # noqa: PLR0913,
     (answer,) = document["output"]
     assert answer["choices"][0]["message"]["content"] == example("hello").answer
     assert answer["model"] == name
-    assert len(hub.requests) == asked, "the worker has its model in the image"
+    assert len(hub.requests) == requests, "the worker uses the model in the image"
     buildah.run("rm", container)
     buildah.run("rmi", "--force", target)

