@@ -64,8 +64,8 @@ class Emulator:
 
     Args:
         settings: what it is told.
-        announce: takes lines for a person to read: `(endpoint, line)`.
-        log: takes workers' log lines: `(worker, line)`.
+        event_log: takes lines for a person to read: `(endpoint, line)`.
+        worker_log: takes workers' log lines: `(worker, line)`.
 
     Raises:
         ConfigurationError: two endpoints have the same id, or the address cannot be listened on.
@@ -74,8 +74,8 @@ class Emulator:
     def __init__(
         self,
         settings: EmulatorSettings,
-        announce: Callable[[str, str], None] = lambda _endpoint, _line: None,
-        log: Callable[[str, str], None] = lambda _worker, _line: None,
+        event_log: Callable[[str, str], None] = lambda _endpoint, _line: None,
+        worker_log: Callable[[str, str], None] = lambda _worker, _line: None,
     ) -> None:
         ids = [endpoint.id for endpoint in settings.endpoints]
         if len(set(ids)) != len(ids):
@@ -91,7 +91,7 @@ class Emulator:
         """The CA that clients have to trust, over TLS; its file lasts as long as the emulator runs."""
         self.faults = Faults(settings.faults)
         self._webhooks = Webhooks()
-        self._announce, self._log = announce, log
+        self._event_log, self._worker_log = event_log, worker_log
         environment = dict(os.environ)
         for endpoint in settings.endpoints:
             environment |= endpoint.env
@@ -109,20 +109,19 @@ class Emulator:
         self._force = False
 
     def _endpoint(self, settings: EndpointSettings) -> Endpoint:
-        endpoint = Endpoint(
+        return Endpoint(
             settings,
+            base_url=self.url,
+            ca_environment=self._certificate.environment if self._certificate else {},
             clock=time.monotonic,
             wall_clock=time.time,
             start=WorkerProcess,
             faults=self.faults,
             webhooks=self._webhooks,
             redaction=self._redaction,
+            event_log=self._event_log,
+            worker_log=self._worker_log,
         )
-        endpoint.announce = lambda line: self._announce(settings.id, line)
-        endpoint.worker_log = self._log
-        endpoint.fleet.base_url = self.url
-        endpoint.fleet.ca_environment = self._certificate.environment if self._certificate else {}
-        return endpoint
 
     def stop(self) -> None:
         """End: workers are asked to end and may deliver what they have; asked again, all ends at once."""

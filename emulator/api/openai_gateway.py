@@ -120,10 +120,13 @@ async def _serve(request: Request, endpoint: Endpoint) -> Response:
         if endpoint.settings.rate_limits and request.method == "POST":
             admitted.enter_context(endpoint.limiter.admit("openai"))
         job, streaming = await _submit(request, endpoint)
-        answer = await _first_answer(request, endpoint, job, streaming=streaming)
-        if isinstance(answer, _EventStream):
-            answer.admitted = admitted.pop_all()
-        return answer
+        if not await _status_is_known(request, endpoint, job, streaming=streaming):
+            logger.info("the client of job %s hung up", job.id)
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        if streaming and job.outputs:
+            return _EventStream(endpoint, job, admitted.pop_all())
+        failure = failure_of(job)
+        return JSONResponse(_value(job)) if failure is None else failure.response()
 
 
 async def _submit(request: Request, endpoint: Endpoint) -> tuple[Job, bool]:
@@ -150,25 +153,18 @@ def _is_true(value: Any) -> bool:
         return False
 
 
-async def _first_answer(request: Request, endpoint: Endpoint, job: Job, *, streaming: bool) -> Response:
-    """Wait until the status is known: for the first output of a stream, or for the end."""
+async def _status_is_known(request: Request, endpoint: Endpoint, job: Job, *, streaming: bool) -> bool:
+    """Wait for the first output of a stream, or for the job's end; return False if the client hung up before."""
 
     def look() -> bool | None:
         return job.status.final or (streaming and bool(job.outputs)) or None
 
     try:
         async with hang_up_of(request.receive) as hang_up:
-            known = await endpoint.waiting.until(job_topic(job.id), look, _FOREVER_S, hang_up)
+            return await endpoint.waiting.until(job_topic(job.id), look, _FOREVER_S, hang_up) is not None
     finally:
         if look() is None:
             endpoint.queue.cancel(job.id)
-    if known is None:
-        logger.info("the client of job %s hung up", job.id)
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
-    if streaming and job.outputs:
-        return _EventStream(endpoint, job)
-    failure = failure_of(job)
-    return JSONResponse(_value(job)) if failure is None else failure.response()
 
 
 class _EventStream(Response):
@@ -180,18 +176,18 @@ class _EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, endpoint: Endpoint, job: Job) -> None:
+    def __init__(self, endpoint: Endpoint, job: Job, admitted: ExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-cache"})
         # The answer's length is not known.
         del self.headers["content-length"]
-        self.admitted = ExitStack()
+        self._admitted = admitted
         self._endpoint = endpoint
         self._job = job
         self._complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope
-        with self.admitted:
+        with self._admitted:
             try:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 async with hang_up_of(receive) as hang_up, aclosing(self._events(hang_up)) as events:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from emulator.core.faults import Faults
@@ -27,24 +27,32 @@ class Endpoint:
 
     Args:
         settings: the endpoint's.
+        base_url: where workers reach the emulator.
+        ca_environment: variables by which workers trust the emulator's certificate.
         clock: the time in seconds, never going back.
         wall_clock: the time of day in seconds since 1970, for people to read.
         start: starts worker processes.
         faults: the emulator's.
         webhooks: who tells clients of ended jobs.
         redaction: takes secrets out of log lines.
+        event_log: takes the timeline's lines: `(endpoint, line)`.
+        worker_log: takes workers' log lines: `(worker, line)`.
     """
 
     def __init__(  # noqa: PLR0913 (everything that it is made of, so that a test can put its own in place)
         self,
         settings: EndpointSettings,
         *,
+        base_url: str,
+        ca_environment: Mapping[str, str],
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
         start: Starter,
         faults: Faults,
         webhooks: Webhooks,
         redaction: Redaction,
+        event_log: Callable[[str, str], None],
+        worker_log: Callable[[str, str], None],
     ) -> None:
         self.settings = settings
         self.waiting = Waiting()
@@ -56,22 +64,22 @@ class Endpoint:
         self.history: deque[dict[str, float]] = deque(maxlen=_HISTORY_S)
         self.duplicates: list[list[Job]] = []
         self.changes = 0
-        self.announce: Callable[[str], None] = lambda _line: None
+        self._event_log = event_log
+        self._worker_log = worker_log
         self._wall_clock = wall_clock
         self._webhooks = webhooks
         self.fleet = Fleet(
             settings,
             self.queue,
+            self,
+            base_url=base_url,
+            worker_key=self.worker_key,
+            ca_environment=ca_environment,
             clock=clock,
             start=start,
             faults=faults,
             redaction=redaction,
-            event=self._event,
-            release=self._release,
-            key=self.worker_key,
         )
-        self.worker_log: Callable[[str, str], None] = lambda _worker, _line: None
-        self.fleet.log = self._logged
 
     def changed(self, topic: str) -> None:
         """Wake whoever waits for the topic."""
@@ -83,7 +91,8 @@ class Endpoint:
         if job.submission.webhook is not None:
             self._webhooks.send(str(job.submission.webhook), job.document())
 
-    def _release(self, worker: str) -> None:
+    def worker_stopping(self, worker: str) -> None:
+        """End the long polls of a worker that was asked to end."""
         self.waiting.wake(WAITING)
         self.waiting.wake(stop_topic(worker))
 
@@ -101,14 +110,16 @@ class Endpoint:
         )
         self._count_change()
 
-    def _logged(self, worker: str, line: str) -> None:
+    def worker_logged(self, worker: str, line: str) -> None:
+        """Pass a worker's log line on."""
         self._count_change()
-        self.worker_log(worker, line)
+        self._worker_log(worker, line)
 
-    def _event(self, line: str) -> None:
+    def event(self, line: str) -> None:
+        """Add a line to the timeline."""
         self.events.append({"at": round(self._wall_clock(), 3), "text": line})
         self._count_change()
-        self.announce(line)
+        self._event_log(self.settings.id, line)
 
     def _count_change(self) -> None:
         self.changes += 1

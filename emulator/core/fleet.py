@@ -6,8 +6,9 @@ import os
 import random
 import string
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from emulator.core.autoscaler import ACTIVE, Member, WorkerState, decide
 from emulator.core.faults import Faults
@@ -23,8 +24,18 @@ _ID_LETTERS = 14
 # "The system automatically retries with exponential backoff."
 _MAX_BACKOFF_S = 60.0
 
-Event = Callable[[str], None]
-"""Takes one line for the endpoint's timeline."""
+
+class FleetListener(Protocol):
+    """Who is told what happens in a fleet."""
+
+    def event(self, line: str) -> None:
+        """Something happened that belongs on the endpoint's timeline."""
+
+    def worker_logged(self, worker: str, line: str) -> None:
+        """A worker wrote a log line, without secrets."""
+
+    def worker_stopping(self, worker: str) -> None:
+        """A worker was asked to end: its long polls must not wait for more jobs."""
 
 
 @dataclass(eq=False)
@@ -61,45 +72,45 @@ class Fleet:
     Args:
         settings: the endpoint's.
         queue: its jobs.
+        listener: who is told what happens.
+        base_url: where workers reach the emulator.
+        worker_key: what workers authorize themselves with.
+        ca_environment: variables by which workers trust the emulator's certificate.
         clock: the time in seconds, never going back.
         start: starts a process.
         faults: says how many workers are throttled.
         redaction: takes secrets out of log lines.
-        event: takes lines for the timeline.
-        release: lets the polls go that a worker has under way.
-        key: what workers authorize themselves with.
     """
 
     def __init__(  # noqa: PLR0913 (everything that it acts on, so that a test can put its own in place)
         self,
         settings: EndpointSettings,
         queue: Queue,
+        listener: FleetListener,
         *,
+        base_url: str,
+        worker_key: str,
+        ca_environment: Mapping[str, str],
         clock: Callable[[], float],
         start: Starter,
         faults: Faults,
         redaction: Redaction,
-        event: Event,
-        release: Callable[[str], None],
-        key: str,
     ) -> None:
         self._settings = settings
         self._queue = queue
+        self._listener = listener
+        self._base_url = base_url
+        self._worker_key = worker_key
+        self._ca_environment = ca_environment
         self._clock = clock
         self._start = start
         self._faults = faults
         self._redaction = redaction
-        self._event = event
-        self._release = release
-        self._key = key
         self._workers: dict[str, Worker] = {}
         self._gone: deque[Worker] = deque(maxlen=_GONE_WORKERS)
         self._failures = 0
         self._start_after = 0.0
         self._closing = False
-        self.base_url = ""
-        self.ca_environment: dict[str, str] = {}
-        self.log: Callable[[str, str], None] = lambda _worker, _line: None
 
     # What workers do.
 
@@ -116,7 +127,7 @@ class Fleet:
                 raise NotFoundError("the emulator ends")
             worker = Worker(worker_id, WorkerState.IDLE, now, now, now, reason="started by hand")
             self._workers[worker_id] = worker
-            self._event(f"worker {worker_id} came, started by hand")
+            self._listener.event(f"worker {worker_id} came, started by hand")
         worker.seen_at = now
         if not worker.polled:
             worker.polled = True
@@ -124,7 +135,7 @@ class Fleet:
             self._failures = 0
             if worker.state is WorkerState.INITIALIZING:
                 self._set(worker, WorkerState.IDLE)
-                self._event(f"worker {worker_id} ready after {now - worker.started_at:.1f} s")
+                self._listener.event(f"worker {worker_id} ready after {now - worker.started_at:.1f} s")
         return worker
 
     def called(self, worker_id: str) -> None:
@@ -196,13 +207,13 @@ class Fleet:
             return
         self._set(worker, WorkerState.STOPPING)
         worker.reason = reason
-        self._event(f"worker {worker_id} stopping: {reason}")
+        self._listener.event(f"worker {worker_id} stopping: {reason}")
         if worker.process is None:
             self._leave(worker)
         else:
             worker.kill_at = self._clock() + self._settings.grace_s
             worker.process.terminate()
-        self._release(worker_id)
+        self._listener.worker_stopping(worker_id)
 
     def kill(self, worker_id: str) -> None:
         """Kill a worker, as a machine that fails would.
@@ -213,7 +224,7 @@ class Fleet:
         worker = self._workers.get(worker_id)
         if worker is None or worker.process is None:
             raise NotFoundError(f"there is no worker {worker_id} that was started here")
-        self._event(f"worker {worker_id} killed")
+        self._listener.event(f"worker {worker_id} killed")
         worker.process.kill()
 
     def close(self) -> None:
@@ -273,11 +284,11 @@ class Fleet:
             self._leave(worker)
         elif worker.kill_at is not None and now >= worker.kill_at and worker.process is not None and not worker.killed:
             worker.killed = True
-            self._event(f"worker {worker.id} killed: still there {self._settings.grace_s:g} s after SIGTERM")
+            self._listener.event(f"worker {worker.id} killed: still there {self._settings.grace_s:g} s after SIGTERM")
             worker.process.kill()
         elif worker.polled and worker.state in ACTIVE and silent_s >= self._settings.lost_after_s:
             if worker.process is None:
-                self._event(f"worker {worker.id} lost: silent for {silent_s:.0f} s")
+                self._listener.event(f"worker {worker.id} lost: silent for {silent_s:.0f} s")
                 self._leave(worker)
             else:
                 self._give_up(worker, f"silent for {silent_s:.0f} s")
@@ -293,22 +304,20 @@ class Fleet:
         worker = Worker(worker_id, state, now, now, now)
         self._workers[worker_id] = worker
         if throttled:
-            self._event(f"worker {worker_id} throttled")
+            self._listener.event(f"worker {worker_id} throttled")
             return
         settings = self._settings
         # The emulator's own RUNPOD_* variables are another platform's.
         env = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
-        env |= worker_environment(self.base_url, settings.id, worker_id, self._key, settings.ping_interval_ms)
-        env |= self.ca_environment
+        env |= worker_environment(self._base_url, settings.id, worker_id, self._worker_key, settings.ping_interval_ms)
+        env |= self._ca_environment
         try:
-            worker.process = self._start(
-                settings.command, env | settings.env, settings.cwd, _Watcher(self, worker, self._redaction)
-            )
+            worker.process = self._start(settings.command, env | settings.env, settings.cwd, _Watcher(self, worker))
         except OSError as error:
             worker.log.append(f"{settings.command[0]} cannot be started: {error.strerror}")
             self._failed(worker, "cannot be started")
             return
-        self._event(f"worker {worker_id} started")
+        self._listener.event(f"worker {worker_id} started")
 
     def _give_up(self, worker: Worker, reason: str) -> None:
         """A worker that does not serve: its jobs go back, its process is killed."""
@@ -324,7 +333,13 @@ class Fleet:
         self._start_after = self._clock() + min(_MAX_BACKOFF_S, 2.0 ** (self._failures - 1))
         worker.reason = reason
         self._set(worker, WorkerState.UNHEALTHY)
-        self._event(f"worker {worker.id} unhealthy: {reason}")
+        self._listener.event(f"worker {worker.id} unhealthy: {reason}")
+
+    def logged(self, worker: Worker, line: str) -> None:
+        """A worker's process has written a line."""
+        line = self._redaction.apply(line)
+        worker.log.append(line)
+        self._listener.worker_logged(worker.id, line)
 
     def exited(self, worker: Worker, code: int) -> None:
         """A worker's process has ended."""
@@ -332,7 +347,7 @@ class Fleet:
         worker.exit_code = code
         self._queue.worker_lost(worker.id)
         expected = worker.state is WorkerState.STOPPING or (code == 0 and worker.polled)
-        self._event(f"worker {worker.id} exited with {code}")
+        self._listener.event(f"worker {worker.id} exited with {code}")
         if not expected and worker.state is not WorkerState.UNHEALTHY:
             self._failed(worker, f"exited with {code}")
         if expected or self._closing:
@@ -352,15 +367,12 @@ class Fleet:
 class _Watcher:
     """Passes what a worker's process does to its fleet."""
 
-    def __init__(self, fleet: Fleet, worker: Worker, redaction: Redaction) -> None:
+    def __init__(self, fleet: Fleet, worker: Worker) -> None:
         self._fleet = fleet
         self._worker = worker
-        self._redaction = redaction
 
     def logged(self, line: str) -> None:
-        line = self._redaction.apply(line)
-        self._worker.log.append(line)
-        self._fleet.log(self._worker.id, line)
+        self._fleet.logged(self._worker, line)
 
     def exited(self, code: int) -> None:
         self._fleet.exited(self._worker, code)

@@ -117,7 +117,8 @@ def test_a_bundle_has_the_cas_that_were_trusted_before_and_the_emulators(tmp_pat
 
 def test_each_client_of_a_worker_trusts_the_emulator_and_the_public_cas() -> None:
     with emulator_with({"id": "ep"}, tls=True) as emulator:
-        variables = {**os.environ, **emulator.endpoints["ep"].fleet.ca_environment}
+        assert emulator._certificate is not None
+        variables = {**os.environ, **emulator._certificate.environment}
         ran = subprocess.run(
             [sys.executable, "-c", _CLIENTS, emulator.url], env=variables, capture_output=True, text=True, check=False
         )

@@ -20,7 +20,7 @@ from tests.unit.emulator.fakes import Clock, FakeProcess, queue, submit
 class Stage:
     """A fleet with everything around it in the test's hands."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, ca_environment: dict[str, str] | None = None, **settings: Any) -> None:
         self.clock = Clock()
         self.settings = EndpointSettings.model_validate(
             {"command": "worker --fast", "workersMax": 2, "scalerType": "REQUEST_COUNT", "scalerValue": 1, **settings}
@@ -30,19 +30,29 @@ class Stage:
         self.processes: list[FakeProcess] = []
         self.faults = Faults()
         self.events: list[str] = []
-        self.released: list[str] = []
+        self.log_lines: list[tuple[str, str]] = []
+        self.stopping: list[str] = []
         self.fleet = Fleet(
             self.settings,
             self.queue,
+            self,
+            base_url="http://127.0.0.1:1",
+            worker_key="worker-key",
+            ca_environment=ca_environment or {},
             clock=self.clock,
             start=self.start,
             faults=self.faults,
             redaction=Redaction({"HF_TOKEN": "hf_very_secret"}, ()),
-            event=self.events.append,
-            release=self.released.append,
-            key="worker-key",
         )
-        self.fleet.base_url = "http://127.0.0.1:1"
+
+    def event(self, line: str) -> None:
+        self.events.append(line)
+
+    def worker_logged(self, worker: str, line: str) -> None:
+        self.log_lines.append((worker, line))
+
+    def worker_stopping(self, worker: str) -> None:
+        self.stopping.append(worker)
 
     def start(
         self, command: Sequence[str], env: Mapping[str, str], cwd: str | None, listener: ProcessListener
@@ -101,8 +111,8 @@ def test_a_worker_is_started_with_all_that_the_sdk_needs() -> None:
 def test_a_worker_trusts_the_emulators_ca_unless_its_endpoint_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", "/the/machines")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/the/machines")
-    stage = Stage(env={"REQUESTS_CA_BUNDLE": "/the/endpoints"})
-    stage.fleet.ca_environment = {"SSL_CERT_FILE": "/the/emulators", "REQUESTS_CA_BUNDLE": "/the/emulators"}
+    ca_environment = {"SSL_CERT_FILE": "/the/emulators", "REQUESTS_CA_BUNDLE": "/the/emulators"}
+    stage = Stage(ca_environment, env={"REQUESTS_CA_BUNDLE": "/the/endpoints"})
     stage.ready_worker()
     env = stage.processes[0].env
     assert (env["SSL_CERT_FILE"], env["REQUESTS_CA_BUNDLE"]) == ("/the/emulators", "/the/endpoints")
@@ -141,7 +151,7 @@ def test_an_idle_worker_is_stopped_and_gone_when_its_process_is() -> None:
     assert not stage.processes[0].terminated
     stage.after(0.1)
     assert stage.processes[0].terminated
-    assert stage.released == [worker.id]
+    assert stage.stopping == [worker.id]
     assert not stage.fleet.may_take(worker)
     assert not stage.fleet.empty
     stage.processes[0].listener.exited(0)
@@ -298,6 +308,7 @@ def test_secrets_are_taken_out_of_log_lines() -> None:
     worker = stage.ready_worker()
     stage.processes[0].listener.logged("token is hf_very_secret, done")
     assert list(worker.log) == ["token is ***, done"]
+    assert stage.log_lines == [(worker.id, "token is ***, done")]
 
 
 def test_a_closed_fleet_stops_all_and_starts_none() -> None:
