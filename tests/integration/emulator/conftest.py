@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from emulator.app import Emulator, EmulatorSettings, background
-from emulator.cli import _own_worker
+from emulator.app import Emulator, run_in_thread
+from emulator.cli import with_default_worker
+from emulator.settings import EmulatorSettings
 from tests.processes import VLLM_ENVIRONMENT
 
 KEY = "a-key-of-the-tests"
@@ -107,7 +108,7 @@ def settings_with(*, tls: bool = False, **endpoint: Any) -> EmulatorSettings:
 @contextmanager
 def site_with(*, tls: bool = False, **endpoint: Any) -> Iterator[Site]:
     with ExitStack() as stack:
-        emulator: Emulator = stack.enter_context(background(settings_with(tls=tls, **endpoint)))
+        emulator: Emulator = stack.enter_context(run_in_thread(settings_with(tls=tls, **endpoint)))
         yield Site(emulator.url, stack, emulator.ca_file)
 
 
@@ -173,7 +174,7 @@ def command_line(tmp_path: Path) -> Iterator[Callable[..., CommandLine]]:
 
 def _tiny_worker(**variables: str) -> dict[str, Any]:
     """An endpoint with the worker that `make up` starts, which stays."""
-    return _own_worker({"env": {**VLLM_ENVIRONMENT, **variables}, "workersMin": 1, "rateLimits": False})
+    return with_default_worker({"env": {**VLLM_ENVIRONMENT, **variables}, "workersMin": 1, "rateLimits": False})
 
 
 @pytest.fixture(scope="session")

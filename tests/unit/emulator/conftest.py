@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from emulator.app import Emulator, EmulatorSettings, background
+from emulator.app import Emulator, run_in_thread
 from emulator.core.faults import FaultSettings
-from emulator.settings import EndpointSettings
+from emulator.settings import EmulatorSettings, EndpointSettings
 
 KEY = "a-key-of-the-tests"
 # Without a context of our own, each client would load all certificates of this machine.
@@ -80,7 +80,7 @@ def hang_up(via: httpx.Client, method: str, path: str, once: Callable[[], object
 
 def emulator_with(*endpoints: dict[str, Any], tls: bool = False) -> AbstractContextManager[Emulator]:
     document = {"port": 0, "tls": tls, "apiKeys": [KEY], "endpoints": list(endpoints)}
-    return background(EmulatorSettings.model_validate(document))
+    return run_in_thread(EmulatorSettings.model_validate(document))
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +100,7 @@ def start(shared: Emulator) -> Iterator[Start]:
             if more:
                 return Site(stack.enter_context(emulator_with(endpoint, *more)), stack)
             shared.faults.set(FaultSettings())
-            shared.endpoints["ep"] = shared._endpoint(EndpointSettings.model_validate(endpoint))
+            shared.endpoints["ep"] = shared._create_endpoint(EndpointSettings.model_validate(endpoint))
             return Site(shared, stack)
 
         yield begin

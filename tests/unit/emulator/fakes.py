@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emulator.core.job import Job, Policy, Submission
-from emulator.core.job_queue import Queue, Rules
+from emulator.core.job_queue import JobQueue, QueueSettings
 from emulator.core.process import ProcessListener
 
 
@@ -22,16 +22,16 @@ class Clock:
 
 
 @dataclass
-class Told:
+class RecordingListener:
     """A listener that keeps what it is told."""
 
     topics: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
 
-    def changed(self, topic: str) -> None:
+    def on_change(self, topic: str) -> None:
         self.topics.append(topic)
 
-    def ended(self, job: Job) -> None:
+    def on_job_ended(self, job: Job) -> None:
         self.ends.append(job.id)
 
 
@@ -58,9 +58,9 @@ def submission(job_input: Any = "hello", **policy: Any) -> Submission:
     return Submission(input=job_input, policy=Policy.model_validate(policy))
 
 
-def queue(clock: Clock, **rules: Any) -> Queue:
-    return Queue(Rules(**rules), clock, Told())
+def queue(clock: Clock, **rules: Any) -> JobQueue:
+    return JobQueue(QueueSettings(**rules), clock, RecordingListener())
 
 
-def submit(jobs: Queue, job_input: Any = "hello", retention_s: float = 1800.0, **policy: Any) -> Job:
+def submit(jobs: JobQueue, job_input: Any = "hello", retention_s: float = 1800.0, **policy: Any) -> Job:
     return jobs.submit(submission(job_input, **policy), retention_s=retention_s)

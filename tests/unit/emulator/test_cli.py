@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from emulator import cli
-from emulator.app import Emulator, EmulatorSettings
-from emulator.errors import ConfigurationError
+from emulator.app import Emulator
+from emulator.errors import SettingsError
+from emulator.settings import EmulatorSettings
 
 
 def write(path: Path, document: Any) -> str:
@@ -21,7 +22,7 @@ def write(path: Path, document: Any) -> str:
 
 
 def test_the_defaults_are_one_endpoint_with_our_worker_and_the_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_tiny_model", lambda: "/models/tiny")
+    monkeypatch.setattr(cli, "_tiny_model_dir", lambda: "/models/tiny")
     monkeypatch.delenv("MODEL_NAME", raising=False)
     settings, quiet = cli.read_settings([])
     (endpoint,) = settings.endpoints
@@ -41,7 +42,7 @@ def test_the_defaults_are_one_endpoint_with_our_worker_and_the_tiny_model(monkey
 def test_what_is_asked_for_the_tiny_model_stands_and_nothing_counts_as_not_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "_tiny_model", lambda: "/models/tiny")
+    monkeypatch.setattr(cli, "_tiny_model_dir", lambda: "/models/tiny")
     monkeypatch.setenv("MODEL_NAME", "")
     monkeypatch.setenv("TOOL_CALL_PARSER", "xlam")
     (endpoint,) = cli.read_settings(["--env", "SERVED_MODEL_NAME=mine", "--env", "ENABLE_AUTO_TOOL_CHOICE="])[
@@ -55,7 +56,7 @@ def test_what_is_asked_for_the_tiny_model_stands_and_nothing_counts_as_not_asked
 
 
 def test_a_model_that_is_given_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_tiny_model", lambda: pytest.fail("nobody asked for it"))
+    monkeypatch.setattr(cli, "_tiny_model_dir", lambda: pytest.fail("nobody asked for it"))
     monkeypatch.delenv("MODEL_NAME", raising=False)
     assert cli.read_settings(["--env", "MODEL_NAME=mine"])[0].endpoints[0].env == {"MODEL_NAME": "mine"}
     monkeypatch.setenv("BAKED_MODEL_DIR", "/workspace/vllm/phi-4-bnb-4bit")
@@ -120,14 +121,14 @@ def test_the_url_of_an_ipv6_address_has_brackets(host: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--command", "x", "--workers-min", "3"], "workersMin is 3, above workersMax, which is 2"),
+        (["--command", "x", "--workers-min", "3"], "workersMin=3 exceeds workersMax=2"),
         (["--command", "x", "--endpoint", "no/slash"], "endpoints.0.id"),
         (["--command", "x", "--env", "NOVALUE"], "NAME=VALUE"),
-        (["--command", "x", "--env", "RUNPOD_INIT_TIMEOUT=soon"], "RUNPOD_INIT_TIMEOUT is 'soon'"),
+        (["--command", "x", "--env", "RUNPOD_INIT_TIMEOUT=soon"], "RUNPOD_INIT_TIMEOUT='soon': expected an integer"),
         (["--command", "x", "--scaler-value", "0"], "scalerValue"),
-        (["--config", "/no/such/file"], "/no/such/file cannot be read: No such file or directory"),
+        (["--config", "/no/such/file"], "cannot read /no/such/file: No such file or directory"),
         (["--config", __file__], "is not JSON"),
-        (["--faults", "/no/such/file", "--command", "x"], "cannot be read"),
+        (["--faults", "/no/such/file", "--command", "x"], "cannot read /no/such/file"),
     ],
 )
 def test_what_is_not_allowed_is_told_in_one_line(
@@ -141,7 +142,7 @@ def test_what_is_not_allowed_is_told_in_one_line(
 
 def test_a_file_and_options_of_an_endpoint_exclude_each_other(tmp_path: Path) -> None:
     config = write(tmp_path / "config", {"endpoints": [{"id": "a"}]})
-    with pytest.raises(ConfigurationError, match="leave out workersMin"):
+    with pytest.raises(SettingsError, match="remove the options for workersMin"):
         cli.read_settings(["--config", config, "--workers-min", "1"])
 
 
@@ -161,7 +162,7 @@ def test_help_names_every_option_and_exits_with_0(capsys: pytest.CaptureFixture[
 
 
 def test_two_endpoints_with_one_id_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="same id"):
+    with pytest.raises(SettingsError, match="must be unique: a, a"):
         Emulator(EmulatorSettings.model_validate({"port": 0, "endpoints": [{"id": "a"}, {"id": "a"}]}))
 
 
@@ -170,5 +171,5 @@ def test_a_port_that_is_taken_is_told() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ConfigurationError, match=f"127.0.0.1:{port} cannot be listened on: Address already in use"):
+        with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             Emulator(EmulatorSettings(port=port))

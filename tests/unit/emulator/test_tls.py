@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from emulator.certificate import LOOPBACK, Certificate
-from emulator.core.job_queue import WAITING
+from emulator.core.job_queue import JOBS_QUEUED_TOPIC
 from tests.unit.emulator.conftest import KEY, Site, emulator_with, until
 from tests.unit.emulator.fakes import submission
 
@@ -169,7 +169,7 @@ class Poll:
         # Closing it below TLS: no close_notify is sent, and the other side is still heard.
         self.below = self.tcp.dup()
         self.stream = site.tls.wrap_socket(self.tcp, server_hostname=url.hostname) if site.tls else self.tcp
-        waiters = site.emulator.endpoints["ep"].waiting._waiters
+        waiters = site.emulator.endpoints["ep"].long_poll._waiters
         count = sum(map(len, waiters.values()))
         request = f"GET /v2/ep{path} HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\n\r\n"
         self.stream.sendall(request.encode())
@@ -215,10 +215,10 @@ def test_a_job_that_comes_with_the_end_of_its_connection_is_given_to_nobody(site
             poll.half_close()
             jobs.append(endpoint.queue.submit(submission(), retention_s=60).id)
 
-        (waiter,) = endpoint.waiting._waiters[WAITING]
+        (waiter,) = endpoint.long_poll._waiters[JOBS_QUEUED_TOPIC]
         waiter.get_loop().call_soon_threadsafe(submit)
         answer = poll.answer()
-    given = next(worker for worker in endpoint.fleet.workers() if worker.id == "leaving").jobs
+    given = next(worker for worker in endpoint.fleet.workers() if worker.id == "leaving").jobs_taken
     assert (answer, site.status(jobs[0])["status"], given) == (b"", "IN_QUEUE", 0)
     assert site.take("w2")["id"] == jobs[0]
     site.done(jobs[0], "w2")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from emulator.core.job import RUN_BODY_BYTES, RUNSYNC_BODY_BYTES
+from emulator.core.job import MAX_RUN_BODY_BYTES, MAX_RUNSYNC_BODY_BYTES
 from tests.unit.emulator.conftest import KEY, Site, Start
 
 
@@ -185,7 +185,9 @@ def test_a_body_that_is_no_submission_is_a_bad_request(site: Site, body: bytes) 
     assert answer.json()["error"]
 
 
-@pytest.mark.parametrize(("path", "limit"), [("/run", RUN_BODY_BYTES), ("/runsync?wait=1000", RUNSYNC_BODY_BYTES)])
+@pytest.mark.parametrize(
+    ("path", "limit"), [("/run", MAX_RUN_BODY_BYTES), ("/runsync?wait=1000", MAX_RUNSYNC_BODY_BYTES)]
+)
 def test_a_body_above_the_documented_limit_is_too_large(site: Site, path: str, limit: int) -> None:
     frame = len('{"input": ""}')
     fits = b'{"input": "' + b"x" * (limit - frame) + b'"}'

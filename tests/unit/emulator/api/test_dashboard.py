@@ -57,7 +57,7 @@ def test_the_state_shows_workers_and_jobs_and_nothing_of_what_they_are_about(sit
     assert worker == {
         "id": "w1",
         "state": "running",
-        "reason": "started by hand",
+        "reason": "started externally",
         "pid": None,
         "startedAt": worker["startedAt"],
         "readyAt": worker["readyAt"],
@@ -68,7 +68,7 @@ def test_the_state_shows_workers_and_jobs_and_nothing_of_what_they_are_about(sit
         "jobs": [job_id],
         "log": [],
     }
-    assert endpoint["events"][-1]["text"] == "worker w1 came, started by hand"
+    assert endpoint["events"][-1]["text"] == "worker w1 registered: started externally"
 
 
 def test_the_recent_jobs_are_shown_newest_first_and_200_at_most(start: Start) -> None:

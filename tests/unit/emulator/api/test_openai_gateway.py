@@ -157,11 +157,11 @@ def test_a_worker_lost_within_a_stream_ends_it_with_an_error(site: Site) -> None
         site.stream(job["id"], "data: 1\n\n")
         endpoint = site.emulator.endpoints["ep"]
         deadline = time.monotonic() + 5
-        while f"job/{job['id']}" not in endpoint.waiting._waiters:
+        while f"job/{job['id']}" not in endpoint.long_poll._waiters:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         # Its job is taken from it, as it would be were it silent.
-        endpoint.queue._rules = endpoint.queue._rules.__class__(lost_after_s=0)
+        endpoint.queue._settings = endpoint.queue._settings.__class__(lost_after_s=0)
 
     body = {**CHAT, "stream": True}
     answer = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))

@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from emulator.core.job import CHUNK_BYTES, RESULT_BYTES
+from emulator.core.job import MAX_CHUNK_BYTES, MAX_RESULT_BYTES
 from tests.unit.emulator.conftest import KEY, Site, Start, hang_up, until
 
 
@@ -48,7 +48,7 @@ def test_a_batch_size_that_is_no_number_is_refused(site: Site, size: str) -> Non
 
 def test_a_worker_that_hung_up_is_given_no_job(start: Start) -> None:
     site = start(longPoll=20)
-    polls = site.emulator.endpoints["ep"].waiting._waiters
+    polls = site.emulator.endpoints["ep"].long_poll._waiters
     hang_up(site.worker, "GET", "/job-take/w1?gpu=x", once=lambda: polls)
     until(lambda: not polls)  # The hang-up reaches the server a moment later.
     job_id = site.submit()
@@ -100,7 +100,7 @@ def test_deliveries_for_a_cancelled_job_are_refused(site: Site) -> None:
     assert site.status(job_id)["status"] == "CANCELLED"
 
 
-@pytest.mark.parametrize(("route", "limit"), [("job-stream", CHUNK_BYTES), ("job-done", RESULT_BYTES)])
+@pytest.mark.parametrize(("route", "limit"), [("job-stream", MAX_CHUNK_BYTES), ("job-done", MAX_RESULT_BYTES)])
 def test_a_delivery_above_the_limit_is_refused(site: Site, route: str, limit: int) -> None:
     job_id = site.submit()
     site.take()

@@ -21,7 +21,7 @@ def put(site: Site, *rules: dict[str, Any], **settings: Any) -> httpx.Response:
 def sequence(seed: int, count: int = 200, rate: float = 0.3, route: str = "run") -> list[bool]:
     rules = {"seed": seed, "rules": [{"kind": "drop", "route": route, "rate": rate}]}
     faults = Faults(FaultSettings.model_validate(rules))
-    return [bool(faults.strike("ep", "run")) for _ in range(count)]
+    return [bool(faults.match("ep", "run")) for _ in range(count)]
 
 
 def test_the_same_seed_gives_the_same_faults() -> None:
@@ -40,15 +40,15 @@ def test_requests_of_other_routes_leave_a_sequence_as_it_is() -> None:
     faults = Faults(FaultSettings.model_validate(rules))
     struck = []
     for _ in range(200):
-        assert faults.strike("ep", "status") == []
-        struck.append(bool(faults.strike("ep", "run")))
+        assert faults.match("ep", "status") == []
+        struck.append(bool(faults.match("ep", "run")))
     assert struck == sequence(7)
 
 
 def test_a_rule_strikes_so_many_times_and_at_its_endpoint_alone() -> None:
     rules = {"rules": [{"kind": "drop", "times": 2, "endpoint": "ep"}]}
     faults = Faults(FaultSettings.model_validate(rules))
-    assert [bool(faults.strike(endpoint, "run")) for endpoint in ("other", "ep", "ep", "ep")] == [
+    assert [bool(faults.match(endpoint, "run")) for endpoint in ("other", "ep", "ep", "ep")] == [
         False,
         True,
         True,

@@ -7,9 +7,9 @@ import re
 import pytest
 
 from emulator.core.job import JobStatus
-from emulator.core.job_queue import WAITING, Queue, Rules, job_topic, stop_topic
-from emulator.errors import NotFoundError, NotHeldError, TooManyRequestsError, WrongStateError
-from tests.unit.emulator.fakes import Clock, Told, queue, submission, submit
+from emulator.core.job_queue import JOBS_QUEUED_TOPIC, JobQueue, QueueSettings, job_topic, stop_topic
+from emulator.errors import JobNotAssignedError, JobStateError, NotFoundError, TooManyRequestsError
+from tests.unit.emulator.fakes import Clock, RecordingListener, queue, submission, submit
 
 
 def test_jobs_are_taken_in_the_order_of_their_submission() -> None:
@@ -63,7 +63,7 @@ def test_a_delivery_by_a_worker_that_does_not_hold_the_job_is_refused(deliver: s
     jobs = queue(Clock())
     job = submit(jobs)
     jobs.take("a", 1)
-    with pytest.raises(NotHeldError):
+    with pytest.raises(JobNotAssignedError):
         getattr(jobs, deliver)("b", job.id, "output")
     assert job.status is JobStatus.IN_PROGRESS
     assert job.outputs == []
@@ -74,7 +74,7 @@ def test_a_second_result_is_refused() -> None:
     job = submit(jobs)
     jobs.take("a", 1)
     jobs.finish("a", job.id, "first")
-    with pytest.raises(NotHeldError):
+    with pytest.raises(JobNotAssignedError):
         jobs.finish("a", job.id, "second")
     assert job.output == "first"
 
@@ -95,7 +95,7 @@ def test_a_lost_workers_jobs_go_to_the_head_of_the_queue_in_their_order() -> Non
     jobs = queue(Clock())
     first, second, third = (submit(jobs) for _ in range(3))
     jobs.take("a", 2)
-    jobs.worker_lost("a")
+    jobs.on_worker_lost("a")
     assert [job.id for job in jobs.take("b", 3)] == [first.id, second.id, third.id]
     assert jobs.health()["retried"] == 2
     assert first.document()["retries"] == 1
@@ -107,7 +107,7 @@ def test_a_job_that_is_lost_once_too_often_fails_in_the_platforms_words() -> Non
     job = submit(jobs)
     for worker in ("a", "b"):
         jobs.take(worker, 1)
-        jobs.worker_lost(worker)
+        jobs.on_worker_lost(worker)
     assert (job.status, job.error) == (JobStatus.FAILED, "job timed out after 1 retries")
     assert jobs.health() == {"completed": 0, "failed": 1, "inProgress": 0, "inQueue": 0, "retried": 1}
 
@@ -117,7 +117,7 @@ def test_a_lost_jobs_outputs_are_gone_with_its_worker() -> None:
     job = submit(jobs)
     jobs.take("a", 1)
     jobs.stream("a", job.id, "half an ans")
-    jobs.worker_lost("a")
+    jobs.on_worker_lost("a")
     jobs.take("b", 1)
     jobs.stream("b", job.id, "an answer")
     assert jobs.read_stream(job) == ["an answer"]
@@ -153,9 +153,9 @@ def test_a_running_job_is_cancelled_and_its_worker_told_once() -> None:
     job = submit(jobs)
     jobs.take("a", 1)
     assert jobs.cancel(job.id).status is JobStatus.CANCELLED
-    assert jobs.stop_signals("a") == [job.id]
-    assert jobs.stop_signals("a") == []
-    with pytest.raises(NotHeldError):
+    assert jobs.pop_stop_signals("a") == [job.id]
+    assert jobs.pop_stop_signals("a") == []
+    with pytest.raises(JobNotAssignedError):
         jobs.finish("a", job.id, "too late")
 
 
@@ -165,7 +165,7 @@ def test_a_waiting_job_is_cancelled_without_a_word_to_any_worker() -> None:
     jobs.cancel(job.id)
     assert job.status is JobStatus.CANCELLED
     assert jobs.take("a", 1) == []
-    assert jobs.stop_signals("a") == []
+    assert jobs.pop_stop_signals("a") == []
 
 
 def test_cancelling_a_job_that_has_ended_changes_nothing() -> None:
@@ -185,10 +185,10 @@ def test_a_worker_that_still_shows_a_stopped_job_after_its_grace_disobeys() -> N
     jobs.cancel(job.id)
     clock.now += 30
     jobs.ping("a", [job.id])
-    assert jobs.disobedient() == set()
+    assert jobs.unresponsive_workers() == set()
     clock.now += 1
     jobs.ping("a", [job.id])
-    assert jobs.disobedient() == {"a"}
+    assert jobs.unresponsive_workers() == {"a"}
 
 
 def test_a_worker_that_lets_a_stopped_job_go_obeys() -> None:
@@ -201,7 +201,7 @@ def test_a_worker_that_lets_a_stopped_job_go_obeys() -> None:
     jobs.ping("a", [])
     clock.now += 100
     jobs.ping("a", [])
-    assert jobs.disobedient() == set()
+    assert jobs.unresponsive_workers() == set()
 
 
 def test_a_worker_that_never_asks_nor_pings_is_remembered_no_longer_than_its_jobs() -> None:
@@ -213,10 +213,10 @@ def test_a_worker_that_never_asks_nor_pings_is_remembered_no_longer_than_its_job
         jobs.cancel(job.id)
         clock.now += 50
         jobs.expire()
-    assert (len(jobs._stopping["silent"]), len(jobs._signals["silent"])) == (2, 2)
+    assert (len(jobs._stop_requested_at["silent"]), len(jobs._stop_signals["silent"])) == (2, 2)
     clock.now += 110
     jobs.expire()
-    assert not any((*jobs._stopping.values(), *jobs._signals.values()))
+    assert not any((*jobs._stop_requested_at.values(), *jobs._stop_signals.values()))
 
 
 def test_a_job_that_is_retried_elsewhere_leaves_nothing_of_its_first_worker() -> None:
@@ -229,10 +229,10 @@ def test_a_job_that_is_retried_elsewhere_leaves_nothing_of_its_first_worker() ->
     jobs.retry(job.id)
     jobs.take("other", 1)
     jobs.finish("other", job.id, "done")
-    assert jobs._stopping.keys() == {"silent"}
+    assert jobs._stop_requested_at.keys() == {"silent"}
     clock.now += 101
     jobs.expire()
-    assert not any((*jobs._stopping.values(), *jobs._signals.values()))
+    assert not any((*jobs._stop_requested_at.values(), *jobs._stop_signals.values()))
 
 
 def test_a_job_whose_time_to_live_is_over_times_out_where_it_waits() -> None:
@@ -257,7 +257,7 @@ def test_the_time_to_live_counts_from_the_submission_and_ends_a_running_job_too(
     clock.now += 2
     jobs.expire()
     assert job.status is JobStatus.TIMED_OUT
-    assert jobs.stop_signals("a") == [job.id]
+    assert jobs.pop_stop_signals("a") == [job.id]
 
 
 def test_a_job_whose_time_to_live_is_over_is_not_given_out() -> None:
@@ -278,7 +278,7 @@ def test_a_run_above_the_execution_timeout_times_out_and_its_worker_is_told() ->
     jobs.expire()
     assert (own.status, own.error) == (JobStatus.TIMED_OUT, "executionTimeout exceeded")
     assert endpoints.document()["status"] == "IN_PROGRESS"
-    assert jobs.stop_signals("a") == [own.id]
+    assert jobs.pop_stop_signals("a") == [own.id]
     clock.now += 595
     jobs.expire()
     assert endpoints.status is JobStatus.TIMED_OUT
@@ -306,11 +306,11 @@ def test_only_failed_and_timed_out_jobs_can_be_retried() -> None:
     waiting, running, done, cancelled = (submit(jobs) for _ in range(4))
     jobs.cancel(cancelled.id)
     jobs.take("a", 3)
-    jobs.worker_lost("a")
+    jobs.on_worker_lost("a")
     jobs.take("a", 3)
     jobs.finish("a", done.id, "done")
     for job in (waiting, running, done, cancelled):
-        with pytest.raises(WrongStateError):
+        with pytest.raises(JobStateError):
             jobs.retry(job.id)
 
 
@@ -323,7 +323,7 @@ def test_a_stop_signal_of_an_earlier_run_does_not_stop_the_next() -> None:
     jobs.expire()
     jobs.retry(job.id)
     jobs.take("a", 1)
-    assert jobs.stop_signals("a") == []
+    assert jobs.pop_stop_signals("a") == []
 
 
 def test_a_purge_removes_what_waits_and_leaves_what_runs() -> None:
@@ -358,7 +358,7 @@ def test_a_result_can_be_kept_for_less() -> None:
     jobs.take("a", 1)
     jobs.finish("a", job.id, "done")
     clock.now += 100
-    jobs.keep_result(job, 6)
+    jobs.set_result_ttl(job, 6)
     clock.now += 5
     jobs.expire()
     assert jobs.job(job.id) is job
@@ -398,19 +398,19 @@ def test_a_retried_jobs_wait_counts_from_its_return() -> None:
     submit(jobs)
     jobs.take("a", 1)
     clock.now += 30
-    jobs.worker_lost("a")
+    jobs.on_worker_lost("a")
     clock.now += 1
     assert jobs.load().longest_wait_s == 1
 
 
 def test_those_who_wait_are_told_of_what_they_wait_for() -> None:
-    told = Told()
-    jobs = Queue(Rules(), Clock(), told)
+    told = RecordingListener()
+    jobs = JobQueue(QueueSettings(), Clock(), told)
     job = jobs.submit(submission(), retention_s=60)
-    assert told.topics == [WAITING]
+    assert told.topics == [JOBS_QUEUED_TOPIC]
     jobs.take("a", 1)
     jobs.cancel(job.id)
-    assert told.topics == [WAITING, job_topic(job.id), stop_topic("a"), job_topic(job.id)]
+    assert told.topics == [JOBS_QUEUED_TOPIC, job_topic(job.id), stop_topic("a"), job_topic(job.id)]
     assert told.ends == [job.id]
 
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from emulator.core.job import JobStatus, Policy, Submission
-from emulator.core.job_queue import Queue, Rules
-from emulator.errors import NotHeldError, WrongStateError
-from tests.unit.emulator.fakes import Clock, Told
+from emulator.core.job_queue import JobQueue, QueueSettings
+from emulator.errors import JobNotAssignedError, JobStateError
+from tests.unit.emulator.fakes import Clock, RecordingListener
 
 WORKERS = ["a", "b", "c"]
-RULES = Rules(execution_timeout_s=60.0, lost_after_s=40.0, stop_grace_s=30.0, max_retries=2, max_workers=3)
+RULES = QueueSettings(execution_timeout_s=60.0, lost_after_s=40.0, stop_grace_s=30.0, max_retries=2, max_workers=3)
 
 
 @dataclass
@@ -47,8 +47,8 @@ class QueueMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.told = Told()
-        self.queue = Queue(RULES, self.clock, self.told)
+        self.told = RecordingListener()
+        self.queue = JobQueue(RULES, self.clock, self.told)
         self.models: dict[str, Model] = {}
         self.signals: dict[str, list[str]] = {worker: [] for worker in WORKERS}
         self.retried = 0
@@ -139,7 +139,7 @@ class QueueMachine(RuleBasedStateMachine):
                     self.queue.finish(worker, job_id, "result")
                 case "error":
                     self.queue.finish(worker, job_id, None, "it broke")
-        except NotHeldError:
+        except JobNotAssignedError:
             assert not holds
             return
         assert holds
@@ -166,7 +166,7 @@ class QueueMachine(RuleBasedStateMachine):
         model = self.models[job_id]
         try:
             self.queue.retry(job_id)
-        except WrongStateError:
+        except JobStateError:
             assert model.state not in ("FAILED", "TIMED_OUT")
             return
         assert model.state in ("FAILED", "TIMED_OUT")
@@ -193,16 +193,16 @@ class QueueMachine(RuleBasedStateMachine):
             self._die(worker)
 
     def _die(self, worker: str) -> None:
-        held = {job.id for job in self.queue.held(worker)}
+        held = {job.id for job in self.queue.running_jobs(worker)}
         assert held == {model.id for model in self._held(worker)}
-        in_order = [self.models[job.id] for job in self.queue.held(worker)]
-        self.queue.worker_lost(worker)
+        in_order = [self.models[job.id] for job in self.queue.running_jobs(worker)]
+        self.queue.on_worker_lost(worker)
         self._lose(in_order)
         self.signals[worker] = []
 
     @rule(worker=st.sampled_from(WORKERS))
     def fetch_stop_signals(self, worker: str) -> None:
-        assert self.queue.stop_signals(worker) == self.signals[worker]
+        assert self.queue.pop_stop_signals(worker) == self.signals[worker]
         self.signals[worker] = []
 
     @rule(seconds=st.sampled_from([0.5, 11, 41]))
@@ -241,7 +241,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_job_is_held_twice(self) -> None:
-        held = Counter(job.id for worker in WORKERS for job in self.queue.held(worker))
+        held = Counter(job.id for worker in WORKERS for job in self.queue.running_jobs(worker))
         assert all(count == 1 for count in held.values())
         assert set(held) == {model.id for model in self.models.values() if model.state == "IN_PROGRESS"}
 
@@ -257,7 +257,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert health["inProgress"] == states["IN_PROGRESS"]
         assert health["retried"] == self.retried
         endings = sum(model.endings for model in self.models.values())
-        assert health["completed"] + health["failed"] + self.queue.ended[JobStatus.CANCELLED] == endings
+        assert health["completed"] + health["failed"] + self.queue.end_counts[JobStatus.CANCELLED] == endings
 
     def teardown(self) -> None:
         # In the end every job has ended: those that nothing else ended, by their time to live.

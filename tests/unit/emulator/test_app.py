@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from emulator import app
-from emulator.app import Emulator, EmulatorSettings, background
+from emulator.app import Emulator, run_in_thread
+from emulator.settings import EmulatorSettings
 
 SETTINGS = EmulatorSettings.model_validate({"port": 0})
 
@@ -21,16 +22,16 @@ def test_an_emulator_that_does_not_start_in_time_is_told_to_stop_and_an_error(
     told, released = threading.Event(), threading.Event()
 
     async def hang(emulator: Emulator, _ready: Callable[[], None]) -> None:
-        await emulator._stop.wait()
+        await emulator._stop_requested.wait()
         told.set()
         if not obeys:
             await asyncio.to_thread(released.wait)
         emulator._socket.close()
 
     monkeypatch.setattr(Emulator, "run", hang)
-    monkeypatch.setattr(app, "_STARTUP_S", 0.2)
+    monkeypatch.setattr(app, "_STARTUP_TIMEOUT_S", 0.2)
     try:
-        with pytest.raises(TimeoutError, match=r"has not started within 0\.2 s"), background(SETTINGS):
+        with pytest.raises(TimeoutError, match=r"did not start within 0\.2 s"), run_in_thread(SETTINGS):
             pytest.fail("it is not ready")
         assert told.wait(5)
     finally:
@@ -43,5 +44,5 @@ def test_an_emulator_that_fails_as_it_starts_says_why(monkeypatch: pytest.Monkey
         raise OSError("no more sockets")
 
     monkeypatch.setattr(Emulator, "run", fail)
-    with pytest.raises(OSError, match="no more sockets"), background(SETTINGS):
+    with pytest.raises(OSError, match="no more sockets"), run_in_thread(SETTINGS):
         pytest.fail("it is not ready")
