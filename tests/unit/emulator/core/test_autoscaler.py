@@ -1,4 +1,4 @@
-"""The scaling decision, from counts and time alone."""
+"""The scaling decision."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def worker(name: str, state: str, state_s: float = 0.0, started_s: float = 100.0
     ("waiting", "running", "started"),
     [(0, 0, 0), (1, 0, 1), (4, 0, 1), (5, 0, 2), (2, 3, 2), (9, 0, 3), (1000, 0, 3)],
 )
-def test_request_count_wants_the_documented_formula(waiting: int, running: int, started: int) -> None:
+def test_request_count_follows_the_documented_formula(waiting: int, running: int, started: int) -> None:
     rules = settings(scalerType="REQUEST_COUNT", scalerValue=4)
     assert decide(rules, QueueLoad(waiting, running, 0), [], NOW) == ScalingDecision(start=started)
 
 
-def test_request_count_counts_the_workers_that_are_coming_up() -> None:
+def test_request_count_includes_workers_that_are_starting() -> None:
     rules = settings(scalerType="REQUEST_COUNT", scalerValue=4)
     workers = [worker("a", "initializing"), worker("b", "throttled")]
     assert decide(rules, QueueLoad(8, 0, 0), workers, NOW).start == 0
@@ -45,23 +45,23 @@ def test_queue_delay_adds_a_worker_when_a_job_has_waited(waited_s: float, starte
 
 
 @pytest.mark.parametrize(("ago_s", "started"), [(3.9, 0), (4.0, 1)])
-def test_queue_delay_gives_the_last_worker_time_before_it_adds_another(ago_s: float, started: int) -> None:
+def test_queue_delay_waits_after_the_last_start_before_it_adds_another_worker(ago_s: float, started: int) -> None:
     workers = [worker("a", "initializing", ago_s, ago_s)]
     assert decide(settings(scalerValue=4), QueueLoad(5, 0, 60), workers, NOW).start == started
 
 
-def test_queue_delay_adds_nobody_when_nothing_waits() -> None:
+def test_queue_delay_adds_no_worker_without_waiting_jobs() -> None:
     assert decide(settings(scalerValue=4), QueueLoad(0, 9, 0), [worker("a", "running")], NOW).start == 0
 
 
-def test_the_minimum_always_runs() -> None:
+def test_the_minimum_number_of_workers_is_started_without_load() -> None:
     assert decide(settings(workersMin=2), QueueLoad(0, 0, 0), [worker("a", "idle", 99)], NOW) == ScalingDecision(
         start=1
     )
 
 
 @pytest.mark.parametrize("scaler", ["QUEUE_DELAY", "REQUEST_COUNT"])
-def test_the_maximum_is_never_exceeded_even_by_workers_that_are_leaving(scaler: str) -> None:
+def test_stopping_and_unhealthy_workers_count_towards_the_maximum(scaler: str) -> None:
     workers = [worker("a", "running"), worker("b", "stopping"), worker("c", "unhealthy")]
     rules = settings(scalerType=scaler, scalerValue=1)
     assert decide(rules, QueueLoad(100, 1, 100), workers, NOW).start == 0
@@ -69,18 +69,18 @@ def test_the_maximum_is_never_exceeded_even_by_workers_that_are_leaving(scaler: 
 
 
 @pytest.mark.parametrize("scaler", ["QUEUE_DELAY", "REQUEST_COUNT"])
-def test_workers_that_idled_long_enough_are_stopped_longest_first(scaler: str) -> None:
+def test_workers_are_stopped_after_the_idle_timeout_longest_idle_first(scaler: str) -> None:
     workers = [worker("a", "idle", 5), worker("b", "idle", 4.9), worker("c", "idle", 60)]
     rules = settings(scalerType=scaler)
     assert decide(rules, QueueLoad(0, 0, 0), workers, NOW).stop == ("c", "a")
 
 
-def test_idle_workers_are_kept_down_to_the_minimum() -> None:
+def test_idle_workers_are_not_stopped_below_the_minimum() -> None:
     workers = [worker("a", "idle", 50), worker("b", "idle", 60)]
     assert decide(settings(workersMin=1), QueueLoad(0, 0, 0), workers, NOW).stop == ("b",)
 
 
-def test_request_count_keeps_idle_workers_that_its_formula_wants() -> None:
+def test_request_count_keeps_idle_workers_that_its_formula_requires() -> None:
     workers = [worker("a", "running"), worker("b", "idle", 60)]
     rules = settings(scalerType="REQUEST_COUNT", scalerValue=1)
     assert decide(rules, QueueLoad(0, 2, 0), workers, NOW).stop == ()
@@ -92,12 +92,12 @@ def test_only_idle_workers_are_stopped() -> None:
     assert decide(settings(), QueueLoad(0, 0, 0), workers, NOW).stop == ()
 
 
-def test_a_start_above_the_limit_is_given_up() -> None:
+def test_a_worker_that_is_not_ready_in_time_has_timed_out() -> None:
     workers = [worker("a", "initializing", 419.9), worker("b", "initializing", 420)]
     assert decide(settings(), QueueLoad(0, 0, 0), workers, NOW).start_timed_out == ("b",)
 
 
-def test_runpod_init_timeout_raises_the_limit() -> None:
+def test_runpod_init_timeout_overrides_the_start_timeout() -> None:
     rules = settings(env={"RUNPOD_INIT_TIMEOUT": "800"})
     workers = [worker("a", "initializing", 799.9), worker("b", "initializing", 800)]
     assert decide(rules, QueueLoad(0, 0, 0), workers, NOW).start_timed_out == ("b",)

@@ -1,4 +1,4 @@
-"""The workers of an endpoint, with processes that end when they are told to and time that is set."""
+"""The workers of an endpoint, with fake processes and a fake clock."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import pytest
 from emulator.core.faults import Faults, FaultSettings
 from emulator.core.fleet import Fleet
 from emulator.core.job import JobStatus
+from emulator.core.job_queue import JobQueue
 from emulator.core.process import ProcessListener
 from emulator.core.worker import TAKING_STATES, FleetWorker
 from emulator.errors import NotFoundError
 from emulator.redaction import Redaction
 from emulator.settings import EndpointSettings
-from tests.unit.emulator.fakes import Clock, FakeProcess, queue, submit
+from tests.unit.emulator.fakes import FakeClock, FakeProcess, RecordingListener, submit
 
 
 class FleetHarness:
-    """A fleet with everything around it in the test's hands."""
+    """A fleet with fake processes and a fake clock; also its listener."""
 
     def __init__(self, ca_environment: dict[str, str] | None = None, **settings: Any) -> None:
-        self.clock = Clock()
+        self.clock = FakeClock()
         self.settings = EndpointSettings.model_validate(
             {"command": "worker --fast", "workersMax": 2, "scalerType": "REQUEST_COUNT", "scalerValue": 1, **settings}
         )
-        rules = self.settings.queue_settings()
-        self.queue = queue(self.clock, **{name: getattr(rules, name) for name in rules.__dataclass_fields__})
+        self.queue = JobQueue(self.settings.queue_settings(), self.clock, RecordingListener())
         self.processes: list[FakeProcess] = []
         self.faults = Faults()
         self.events: list[str] = []
@@ -63,13 +63,13 @@ class FleetHarness:
         return process
 
     def ready_worker(self) -> FleetWorker:
-        """A worker that was started for a job and has come up."""
+        """Submit a job, and return the worker that was started for it, ready."""
         submit(self.queue)
         self.fleet.tick()
         return self.fleet.on_poll(self.fleet.workers()[-1].id)
 
-    def play_workers(self, job_s: float) -> None:
-        """Let every worker come up, do one job after the other, and end when it is told to."""
+    def run_workers(self, job_s: float) -> None:
+        """Act as all workers: become ready, run one job at a time for `job_s`, and exit after SIGTERM."""
         for worker in self.fleet.workers():
             if isinstance(worker.process, FakeProcess) and worker.process.terminated:
                 worker.process.listener.on_exit(0)
@@ -81,12 +81,12 @@ class FleetHarness:
             if not self.queue.running_jobs(worker.id):
                 self.queue.take(worker.id, 1)
 
-    def after(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.clock.now += seconds
         self.fleet.tick()
 
 
-def test_a_worker_is_started_with_all_that_the_sdk_needs() -> None:
+def test_a_worker_is_started_with_the_variables_that_the_sdk_requires() -> None:
     harness = FleetHarness(id="ep", env={"MODEL_NAME": "tiny"}, cwd="/srv")
     harness.ready_worker()
     (process,) = harness.processes
@@ -109,14 +109,14 @@ def test_a_worker_is_started_with_all_that_the_sdk_needs() -> None:
     assert (process.command, process.cwd) == (("worker", "--fast"), "/srv")
 
 
-def test_a_worker_trusts_the_emulators_ca_unless_its_endpoint_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", "/the/machines")
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/the/machines")
-    ca_environment = {"SSL_CERT_FILE": "/the/emulators", "REQUESTS_CA_BUNDLE": "/the/emulators"}
-    harness = FleetHarness(ca_environment, env={"REQUESTS_CA_BUNDLE": "/the/endpoints"})
+def test_a_worker_trusts_the_emulators_ca_unless_its_endpoint_sets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/system/ca.pem")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/system/ca.pem")
+    ca_environment = {"SSL_CERT_FILE": "/emulator/ca.pem", "REQUESTS_CA_BUNDLE": "/emulator/ca.pem"}
+    harness = FleetHarness(ca_environment, env={"REQUESTS_CA_BUNDLE": "/endpoint/ca.pem"})
     harness.ready_worker()
     env = harness.processes[0].env
-    assert (env["SSL_CERT_FILE"], env["REQUESTS_CA_BUNDLE"]) == ("/the/emulators", "/the/endpoints")
+    assert (env["SSL_CERT_FILE"], env["REQUESTS_CA_BUNDLE"]) == ("/emulator/ca.pem", "/endpoint/ca.pem")
 
 
 def test_a_worker_is_initializing_then_idle_then_running_then_idle() -> None:
@@ -141,16 +141,16 @@ def test_a_worker_is_initializing_then_idle_then_running_then_idle() -> None:
     assert harness.fleet.health()["idle"] == 1
 
 
-def test_an_idle_worker_is_stopped_and_gone_when_its_process_is() -> None:
+def test_an_idle_worker_is_stopped_and_removed_when_its_process_exits() -> None:
     harness = FleetHarness(idleTimeout=5)
     worker = harness.ready_worker()
     (job,) = harness.queue.take(worker.id, 1)
     harness.fleet.tick()
     harness.queue.finish(worker.id, job.id, "done")
     harness.fleet.tick()
-    harness.after(4.9)
+    harness.advance(4.9)
     assert not harness.processes[0].terminated
-    harness.after(0.1)
+    harness.advance(0.1)
     assert harness.processes[0].terminated
     assert harness.stopping == [worker.id]
     assert worker.state not in TAKING_STATES
@@ -158,20 +158,20 @@ def test_an_idle_worker_is_stopped_and_gone_when_its_process_is() -> None:
     harness.processes[0].listener.on_exit(0)
     assert harness.fleet.is_empty
     assert harness.fleet.workers() == []
-    assert [gone.id for gone in harness.fleet.exited_workers()] == [worker.id]
+    assert [exited.id for exited in harness.fleet.exited_workers()] == [worker.id]
 
 
-def test_a_worker_that_ignores_sigterm_is_killed_when_its_grace_is_over() -> None:
+def test_a_worker_that_ignores_sigterm_is_killed_after_its_grace_period() -> None:
     harness = FleetHarness(idleTimeout=5, grace=30)
     worker = harness.ready_worker()
     harness.fleet.stop(worker.id, "test")
-    harness.after(29.9)
+    harness.advance(29.9)
     assert not harness.processes[0].killed
-    harness.after(0.1)
+    harness.advance(0.1)
     assert harness.processes[0].killed
 
 
-def test_a_stopping_worker_may_still_deliver_what_it_has() -> None:
+def test_a_stopping_worker_can_still_finish_its_job() -> None:
     harness = FleetHarness()
     worker = harness.ready_worker()
     (job,) = harness.queue.take(worker.id, 1)
@@ -181,7 +181,7 @@ def test_a_stopping_worker_may_still_deliver_what_it_has() -> None:
     assert job.status is JobStatus.COMPLETED
 
 
-def test_a_crashed_workers_job_goes_back_and_another_worker_is_started_after_a_pause() -> None:
+def test_a_crashed_workers_job_is_requeued_and_a_new_worker_starts_after_a_backoff() -> None:
     harness = FleetHarness()
     worker = harness.ready_worker()
     (job,) = harness.queue.take(worker.id, 1)
@@ -190,30 +190,30 @@ def test_a_crashed_workers_job_goes_back_and_another_worker_is_started_after_a_p
     assert harness.fleet.health()["unhealthy"] == 1
     harness.fleet.tick()
     assert len(harness.processes) == 1
-    harness.after(1.0)
+    harness.advance(1.0)
     assert len(harness.processes) == 2
     assert harness.fleet.health()["unhealthy"] == 0
 
 
-def test_pauses_grow_while_workers_do_not_come_up_and_end_when_one_does() -> None:
+def test_the_backoff_grows_with_failed_starts_and_resets_when_a_worker_is_ready() -> None:
     harness = FleetHarness(workersMax=1, workersMin=1)
-    pauses = []
+    backoffs_s = []
     harness.fleet.tick()
     for _ in range(8):
         harness.processes[-1].listener.on_exit(1)
-        died = harness.clock.now
+        exited_at = harness.clock.now
         count = len(harness.processes)
         while len(harness.processes) == count:
-            harness.after(0.5)
-        pauses.append(harness.clock.now - died)
-    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+            harness.advance(0.5)
+        backoffs_s.append(harness.clock.now - exited_at)
+    assert backoffs_s == [1, 2, 4, 8, 16, 32, 60, 60]
     harness.fleet.on_poll(harness.fleet.workers()[-1].id)
     harness.processes[-1].listener.on_exit(1)
-    harness.after(1.0)
+    harness.advance(1.0)
     assert len(harness.processes) == 10
 
 
-def test_a_worker_that_ends_by_itself_without_an_error_is_replaced_at_once() -> None:
+def test_a_worker_that_exits_with_0_is_replaced_at_once() -> None:
     harness = FleetHarness()
     harness.ready_worker()
     harness.processes[0].listener.on_exit(0)
@@ -222,11 +222,11 @@ def test_a_worker_that_ends_by_itself_without_an_error_is_replaced_at_once() -> 
     assert harness.fleet.health()["unhealthy"] == 0
 
 
-def test_a_start_above_the_limit_is_unhealthy_and_killed() -> None:
+def test_a_worker_that_is_not_ready_in_time_is_unhealthy_and_killed() -> None:
     harness = FleetHarness(initTimeout=420)
     submit(harness.queue)
     harness.fleet.tick()
-    harness.after(420)
+    harness.advance(420)
     assert harness.processes[0].killed
     (worker,) = harness.fleet.workers()
     assert (worker.state.value, worker.reason) == ("unhealthy", "not ready after 420 s")
@@ -236,20 +236,20 @@ def test_a_silent_worker_is_unhealthy_and_loses_its_jobs() -> None:
     harness = FleetHarness(lostAfter=40)
     worker = harness.ready_worker()
     (job,) = harness.queue.take(worker.id, 1)
-    harness.after(39.9)
+    harness.advance(39.9)
     assert worker.state.value == "running"
-    harness.after(0.1)
+    harness.advance(0.1)
     assert worker.state.value == "unhealthy"
     assert harness.processes[0].killed
     assert job.status is JobStatus.IN_QUEUE
 
 
-def test_a_worker_that_calls_is_not_silent() -> None:
+def test_a_worker_that_sends_requests_is_not_silent() -> None:
     harness = FleetHarness(lostAfter=40)
     worker = harness.ready_worker()
     (job,) = harness.queue.take(worker.id, 1)
     for _ in range(5):
-        harness.after(30)
+        harness.advance(30)
         harness.fleet.touch(worker.id)
         harness.queue.ping(worker.id, [job.id])
     assert worker.state.value == "running"
@@ -263,7 +263,7 @@ def test_a_worker_that_reports_itself_unhealthy_is_killed() -> None:
     assert harness.fleet.health()["unhealthy"] == 1
 
 
-def test_a_worker_that_does_not_stop_a_job_is_stopped_itself() -> None:
+def test_a_worker_that_ignores_a_stop_signal_is_stopped() -> None:
     harness = FleetHarness(grace=30, idleTimeout=1000)
     worker = harness.ready_worker()
     (job,) = harness.queue.take(worker.id, 1)
@@ -275,7 +275,7 @@ def test_a_worker_that_does_not_stop_a_job_is_stopped_itself() -> None:
     assert harness.processes[0].terminated
 
 
-def test_throttled_workers_have_no_process_until_the_fault_ends() -> None:
+def test_throttled_workers_have_no_process_until_the_fault_is_removed() -> None:
     harness = FleetHarness()
     harness.faults.set(FaultSettings(throttled_workers=1))
     submit(harness.queue)
@@ -290,21 +290,21 @@ def test_throttled_workers_have_no_process_until_the_fault_ends() -> None:
     assert harness.fleet.health()["throttled"] == 0
 
 
-def test_a_worker_started_by_hand_is_taken_in_and_forgotten_when_it_is_silent() -> None:
+def test_an_external_worker_is_registered_and_removed_when_it_is_silent() -> None:
     harness = FleetHarness(lostAfter=40)
-    worker = harness.fleet.on_poll("by-hand")
+    worker = harness.fleet.on_poll("external")
     submit(harness.queue)
-    (job,) = harness.queue.take("by-hand", 1)
+    (job,) = harness.queue.take("external", 1)
     assert harness.fleet.health()["running"] == 1
     assert worker.state in TAKING_STATES
     with pytest.raises(NotFoundError):
-        harness.fleet.kill("by-hand")
-    harness.after(40)
+        harness.fleet.kill("external")
+    harness.advance(40)
     assert job.status is JobStatus.IN_QUEUE
-    assert "by-hand" not in {worker.id for worker in harness.fleet.workers()}
+    assert "external" not in {worker.id for worker in harness.fleet.workers()}
 
 
-def test_secrets_are_taken_out_of_log_lines() -> None:
+def test_secrets_are_redacted_in_log_lines() -> None:
     harness = FleetHarness()
     worker = harness.ready_worker()
     harness.processes[0].listener.on_log_line("token is hf_very_secret, done")
@@ -312,7 +312,7 @@ def test_secrets_are_taken_out_of_log_lines() -> None:
     assert harness.log_lines == [(worker.id, "token is ***, done")]
 
 
-def test_a_closed_fleet_stops_all_and_starts_none() -> None:
+def test_a_closed_fleet_stops_all_workers_and_starts_none() -> None:
     harness = FleetHarness(workersMin=2)
     harness.fleet.tick()
     harness.fleet.close()
@@ -320,19 +320,19 @@ def test_a_closed_fleet_stops_all_and_starts_none() -> None:
     assert [process.terminated for process in harness.processes] == [True, True]
     for process in harness.processes:
         process.listener.on_exit(0)
-    harness.after(100)
+    harness.advance(100)
     assert harness.fleet.is_empty
     assert len(harness.processes) == 2
 
 
-def test_the_workers_go_from_none_to_two_to_none() -> None:
+def test_workers_scale_from_zero_to_two_to_zero() -> None:
     harness = FleetHarness(scalerType="QUEUE_DELAY", scalerValue=4, idleTimeout=5, workersMax=2)
     for number in range(8):
         submit(harness.queue, number)
     counts = [0]
     for _ in range(400):
-        harness.after(0.1)
-        harness.play_workers(2.0)
+        harness.advance(0.1)
+        harness.run_workers(2.0)
         if counts[-1] != len(harness.fleet.workers()):
             counts.append(len(harness.fleet.workers()))
     assert counts[:3] == [0, 1, 2]
