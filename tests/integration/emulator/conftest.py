@@ -28,10 +28,10 @@ WORKER = Path(__file__).with_name("openai_worker.py")
 T = TypeVar("T")
 
 
-def eventually(look: Callable[[], T], timeout_s: float = 30.0, interval_s: float = 0.02) -> T:
-    """Return the first true value of `look`; fail the test after the timeout."""
+def eventually(poll: Callable[[], T], timeout_s: float = 30.0, interval_s: float = 0.02) -> T:
+    """Return the first true value of `poll`; fail the test after the timeout."""
     deadline = time.monotonic() + timeout_s
-    while not (value := look()):
+    while not (value := poll()):
         if time.monotonic() > deadline:
             pytest.fail(f"condition not met within {timeout_s} s")
         time.sleep(interval_s)
@@ -66,11 +66,11 @@ class Site:
     def ended(self, job_id: str, timeout_s: float = 30.0) -> dict[str, Any]:
         """Wait until the job has ended; return its status."""
 
-        def look() -> dict[str, Any] | None:
+        def poll() -> dict[str, Any] | None:
             status = self.status(job_id)
             return None if status["status"] in ("IN_QUEUE", "IN_PROGRESS") else status
 
-        return eventually(look, timeout_s) or {}
+        return eventually(poll, timeout_s) or {}
 
     def health(self) -> dict[str, Any]:
         document: dict[str, Any] = self.client.get("/health").raise_for_status().json()
@@ -84,11 +84,11 @@ class Site:
     def idle_workers(self, count: int, timeout_s: float = 30.0) -> list[dict[str, Any]]:
         """Wait until exactly this many workers are idle; return them."""
 
-        def look() -> list[dict[str, Any]]:
+        def poll() -> list[dict[str, Any]]:
             workers = [worker for worker in self.state()["workers"] if worker["state"] == "idle"]
             return workers if len(workers) == count else []
 
-        return eventually(look, timeout_s)
+        return eventually(poll, timeout_s)
 
     def faults(self, *rules: dict[str, Any], **settings: Any) -> None:
         self.root.put("/faults", json={"rules": rules, **settings}).raise_for_status()

@@ -139,8 +139,8 @@ def test_every_documented_command_works(step: Step, terminal: Terminal, request:
             command = command.replace("=DIR ", f"={request.getfixturevalue('classifier_directory')} ")
         printed = terminal.start(command, step.before)
     text = step.text
-    for written, meant in REPLACED.items():
-        text = text.replace(written, meant)
+    for written, replacement in REPLACED.items():
+        text = text.replace(written, replacement)
 
     if step.serves:
         assert re.match(pattern_of(step.shown), printed), printed
@@ -174,9 +174,9 @@ def run(command: list[str], stdin: str = "") -> subprocess.CompletedProcess[str]
 def check_job(document: dict[str, Any], step: Step) -> None:
     """Check a block of JSON: a job's input, or the error of a job for an unknown model."""
     is_error = "error" in document
-    asked = {"messages": [{"role": "user", "content": "Hello!"}], "model": "gpt-5"} if is_error else document
+    job_input = {"messages": [{"role": "user", "content": "Hello!"}], "model": "gpt-5"} if is_error else document
     curl = f"curl -s {'http://127.0.0.1:8000/v2/local'}/runsync -H 'Authorization: Bearer local' -d @-"
-    job = json.loads(run(shell_command(curl, step.before), json.dumps({"input": asked})).stdout)
+    job = json.loads(run(shell_command(curl, step.before), json.dumps({"input": job_input})).stdout)
     if is_error:
         assert json.loads(job["error"]) == document
         return

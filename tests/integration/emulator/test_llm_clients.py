@@ -75,8 +75,8 @@ def test_a_chat_streams_and_ends_with_usage(client: openai.OpenAI) -> None:
         )
     )
 
-    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert said == STORY.answer
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == STORY.answer
     assert chunks[-1].usage is not None
     assert chunks[-1].choices == []
 
@@ -138,12 +138,12 @@ def test_a_tool_call_has_arguments_that_match_its_schema(choice: str, client: op
 def test_a_response_is_created_and_streamed(client: openai.OpenAI) -> None:
     question = STORY.messages[-1]["content"]
 
-    whole = client.responses.create(model="tiny", input=question, temperature=0, max_output_tokens=200)
+    complete = client.responses.create(model="tiny", input=question, temperature=0, max_output_tokens=200)
     events = list(
         client.responses.create(model="tiny", input=question, temperature=0, max_output_tokens=200, stream=True)
     )
 
-    assert whole.output_text == STORY.answer
+    assert complete.output_text == STORY.answer
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == STORY.answer
     assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
 
@@ -210,33 +210,33 @@ def test_the_async_client_sends_concurrent_requests(llm: Site) -> None:
             stream = await client.chat.completions.create(
                 model="tiny", messages=messages_of(STORY), temperature=0, stream=True
             )
-            said = [chunk.choices[0].delta.content or "" async for chunk in stream]
-        return [*(answer.choices[0].message.content for answer in answers), "".join(said)]
+            streamed = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        return [*(answer.choices[0].message.content for answer in answers), "".join(streamed)]
 
     assert asyncio.run(ask()) == [*(one.answer for one in known), STORY.answer]
 
 
 def test_anthropic_messages_are_returned_and_streamed(claude: anthropic.Anthropic) -> None:
-    asked: anthropic.types.MessageParam = {"role": "user", "content": STORY.messages[-1]["content"]}
+    message: anthropic.types.MessageParam = {"role": "user", "content": STORY.messages[-1]["content"]}
 
-    answer = claude.messages.create(model="tiny", max_tokens=200, messages=[asked], extra_body=GREEDY)
-    with claude.messages.stream(model="tiny", max_tokens=200, messages=[asked], extra_body=GREEDY) as stream:
-        said = "".join(stream.text_stream)
-    count = claude.messages.count_tokens(model="tiny", messages=[asked])
+    answer = claude.messages.create(model="tiny", max_tokens=200, messages=[message], extra_body=GREEDY)
+    with claude.messages.stream(model="tiny", max_tokens=200, messages=[message], extra_body=GREEDY) as stream:
+        text = "".join(stream.text_stream)
+    count = claude.messages.count_tokens(model="tiny", messages=[message])
 
     assert answer.content[0].type == "text"
-    assert answer.content[0].text == said == STORY.answer
+    assert answer.content[0].text == text == STORY.answer
     assert answer.stop_reason == "end_turn"
     assert count.input_tokens == answer.usage.input_tokens
 
 
 def test_errors_raise_the_anthropic_clients_matching_exceptions(claude: anthropic.Anthropic) -> None:
-    asked: anthropic.types.MessageParam = {"role": "user", "content": "hi"}
+    message: anthropic.types.MessageParam = {"role": "user", "content": "hi"}
 
     with pytest.raises(anthropic.NotFoundError, match="gpt-5"):
-        claude.messages.create(model="gpt-5", max_tokens=5, messages=[asked])
+        claude.messages.create(model="gpt-5", max_tokens=5, messages=[message])
     with pytest.raises(anthropic.BadRequestError):
-        claude.messages.create(model="tiny", max_tokens=5, messages=[asked], extra_body={"temperature": -1})
+        claude.messages.create(model="tiny", max_tokens=5, messages=[message], extra_body={"temperature": -1})
 
 
 def test_embeddings_are_equal_in_both_encodings(embedder: Site) -> None:

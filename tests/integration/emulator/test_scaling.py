@@ -101,6 +101,6 @@ def test_stop_pod_stops_the_worker_after_its_job(start: Start) -> None:
     (worker,) = site.idle_workers(1)
     state = site.ended(site.submit({"count": 1}))
     assert (state["status"], state["workerId"]) == ("COMPLETED", worker["id"])
-    gone: list[dict[str, Any]] = eventually(lambda: site.state()["gone"])
-    assert (gone[0]["id"], gone[0]["exitCode"]) == (worker["id"], 0)
+    exited: list[dict[str, Any]] = eventually(lambda: site.state()["gone"])
+    assert (exited[0]["id"], exited[0]["exitCode"]) == (worker["id"], 0)
     assert site.ended(site.submit({"count": 1}))["workerId"] != worker["id"]

@@ -45,7 +45,7 @@ def test_a_job_queued_after_sigterm_is_taken_but_never_run(start: Start) -> None
     # The loop that runs jobs checks every 0.1 s whether to stop, and logs nothing when it does.
     time.sleep(0.5)
     job_id = site.submit({"count": 1})
-    ended = eventually(lambda: [gone for gone in site.state()["gone"] if gone["id"] == worker["id"]])
+    ended = eventually(lambda: [it for it in site.state()["gone"] if it["id"] == worker["id"]])
     assert (ended[0]["exitCode"], ended[0]["jobsTaken"]) == (0, 1)
     assert not any("Handling Job" in line for line in ended[0]["log"])
     # The platform must detect the loss and give the job to another worker.
@@ -164,13 +164,13 @@ def test_a_dead_engine_stops_the_worker_under_the_stock_loop_too(start: Start) -
     job_id = site.submit({"prompt": " ".join(["word"] * 60), "stream": True})
 
     failed = site.ended(job_id)
-    (gone,) = eventually(lambda: [gone for gone in _ended(site) if gone["id"] == worker["id"]])
+    (exited,) = eventually(lambda: [it for it in _exited(site) if it["id"] == worker["id"]])
 
     assert json.loads(failed["error"])["retryable"] is True
-    assert gone["exitCode"] == 1
-    assert any("The SDK's own loop is used" in line for line in gone["log"])
-    assert any("The worker has failed: the engine's process is dead" in line for line in gone["log"])
+    assert exited["exitCode"] == 1
+    assert any("The SDK's own loop is used" in line for line in exited["log"])
+    assert any("The worker has failed: the engine's process is dead" in line for line in exited["log"])
 
 
-def _ended(site: Any) -> list[dict[str, Any]]:
+def _exited(site: Any) -> list[dict[str, Any]]:
     return [worker for worker in (*site.state()["gone"], *site.state()["workers"]) if worker["exitCode"] is not None]

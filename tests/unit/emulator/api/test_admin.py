@@ -66,14 +66,14 @@ def test_an_external_worker_cannot_be_killed(site: Site) -> None:
 
 
 def test_the_page_loads_only_from_its_own_origin_and_cannot_be_framed(site: Site) -> None:
-    answer = site.root.get("/").raise_for_status()
-    rules = set(answer.headers["content-security-policy"].split("; "))
+    response = site.root.get("/").raise_for_status()
+    rules = set(response.headers["content-security-policy"].split("; "))
     assert rules == {"default-src 'self'", "base-uri 'none'", "frame-ancestors 'none'", "form-action 'self'"}
 
 
 @pytest.mark.parametrize("path", ["/", "/page/app.js", "/page/style.css"])
 def test_page_files_are_revalidated_on_every_load(site: Site, path: str) -> None:
-    answer = site.root.get(path).raise_for_status()
-    assert answer.headers["cache-control"] == "no-cache"
-    again = site.root.get(path, headers={"If-None-Match": answer.headers["etag"]})
+    response = site.root.get(path).raise_for_status()
+    assert response.headers["cache-control"] == "no-cache"
+    again = site.root.get(path, headers={"If-None-Match": response.headers["etag"]})
     assert (again.status_code, again.headers["cache-control"]) == (200 if path == "/" else 304, "no-cache")

@@ -16,9 +16,9 @@ from tests.unit.emulator.conftest import KEY, Site, Start
 
 
 def test_run_returns_id_and_status(site: Site) -> None:
-    answer = site.client.post("/run", json={"input": {"prompt": "Hello, world!"}})
-    assert answer.status_code == 200
-    body = answer.json()
+    response = site.client.post("/run", json={"input": {"prompt": "Hello, world!"}})
+    assert response.status_code == 200
+    body = response.json()
     assert body == {"id": body["id"], "status": "IN_QUEUE"}
 
 
@@ -48,10 +48,10 @@ def test_runsync_responds_when_the_job_has_ended(site: Site) -> None:
 
     worker = threading.Thread(target=work)
     worker.start()
-    answer = site.client.post("/runsync", json={"input": {"prompt": "Hello, world!"}})
+    response = site.client.post("/runsync", json={"input": {"prompt": "Hello, world!"}})
     worker.join()
-    body = answer.json()
-    assert answer.status_code == 200
+    body = response.json()
+    assert response.status_code == 200
     assert body["id"].startswith("sync-")
     assert body == {
         "delayTime": body["delayTime"],
@@ -92,8 +92,8 @@ def test_stream_returns_each_output_once_and_then_the_final_status(site: Site) -
 
 def test_cancel_returns_id_and_status(site: Site) -> None:
     job_id = site.submit()
-    answer = site.client.post(f"/cancel/{job_id}")
-    assert (answer.status_code, answer.json()) == (200, {"id": job_id, "status": "CANCELLED"})
+    response = site.client.post(f"/cancel/{job_id}")
+    assert (response.status_code, response.json()) == (200, {"id": job_id, "status": "CANCELLED"})
 
 
 def test_retry_queues_the_job_again_under_the_same_id(site: Site) -> None:
@@ -101,8 +101,8 @@ def test_retry_queues_the_job_again_under_the_same_id(site: Site) -> None:
     site.take()
     site.done(job_id, error="it broke").raise_for_status()
     assert site.status(job_id)["error"] == "it broke"
-    answer = site.client.post(f"/retry/{job_id}")
-    assert (answer.status_code, answer.json()) == (200, {"id": job_id, "status": "IN_QUEUE"})
+    response = site.client.post(f"/retry/{job_id}")
+    assert (response.status_code, response.json()) == (200, {"id": job_id, "status": "IN_QUEUE"})
     assert site.status(job_id) == {"id": job_id, "status": "IN_QUEUE"}
 
 
@@ -113,8 +113,8 @@ def test_retry_of_a_job_that_has_not_failed_is_a_bad_request(site: Site) -> None
 def test_purge_queue_returns_the_number_of_cancelled_jobs(site: Site) -> None:
     for _ in range(2):
         site.submit()
-    answer = site.client.post("/purge-queue")
-    assert (answer.status_code, answer.json()) == (200, {"removed": 2, "status": "completed"})
+    response = site.client.post("/purge-queue")
+    assert (response.status_code, response.json()) == (200, {"removed": 2, "status": "completed"})
 
 
 def test_health_has_the_documented_counts(site: Site) -> None:
@@ -180,9 +180,9 @@ def test_an_unknown_endpoint_is_not_found(site: Site) -> None:
     ],
 )
 def test_an_invalid_submission_is_a_bad_request(site: Site, body: bytes) -> None:
-    answer = site.client.post("/run", content=body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]
+    response = site.client.post("/run", content=body)
+    assert response.status_code == 400
+    assert response.json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ def test_the_state_has_workers_and_jobs_without_inputs_outputs_or_keys(site: Sit
     job_id = site.submit({"prompt": "a private prompt"})
     site.take()
     site.stream(job_id, "a private output")
-    answer = site.root.get("/state")
-    assert "private" not in answer.text
-    assert KEY not in answer.text
-    assert site.emulator.endpoints["ep"].worker_key not in answer.text
-    (endpoint,) = answer.json()["endpoints"]
+    response = site.root.get("/state")
+    assert "private" not in response.text
+    assert KEY not in response.text
+    assert site.emulator.endpoints["ep"].worker_key not in response.text
+    (endpoint,) = response.json()["endpoints"]
     assert endpoint.keys() == {
         "id",
         "openaiPath",
@@ -90,9 +90,9 @@ def test_the_queue_depth_is_sampled_once_a_second(site: Site) -> None:
 
 
 def test_an_event_is_sent_after_a_change_with_only_new_history_points(site: Site) -> None:
-    with httpx.stream("GET", f"{site.url}/state/events", timeout=10) as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        events = (json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line)
+    with httpx.stream("GET", f"{site.url}/state/events", timeout=10) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = (json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line)
         assert next(events)["endpoints"][0]["jobs"] == []
         job_id = site.submit()
         while not (document := next(events))["endpoints"][0]["jobs"]:

@@ -33,9 +33,9 @@ def with_worker(site: Site, work: Callable[[dict[str, Any]], object], request: C
 
     worker = threading.Thread(target=take)
     worker.start()
-    answer = request()
+    response = request()
     worker.join()
-    return answer
+    return response
 
 
 def test_a_post_becomes_a_job_with_route_and_body(site: Site) -> None:
@@ -45,8 +45,8 @@ def test_a_post_becomes_a_job_with_route_and_body(site: Site) -> None:
         jobs.append(job)
         site.done(job["id"], output=[{"id": "chatcmpl-1"}])
 
-    answer = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=CHAT))
-    assert (answer.status_code, answer.json()) == (200, {"id": "chatcmpl-1"})
+    response = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=CHAT))
+    assert (response.status_code, response.json()) == (200, {"id": "chatcmpl-1"})
     assert jobs[0]["input"] == {"openai_route": "/v1/chat/completions", "openai_input": CHAT}
 
 
@@ -57,13 +57,13 @@ def test_a_get_becomes_a_job_without_a_body(site: Site) -> None:
         jobs.append(job)
         site.done(job["id"], output=[{"data": []}])
 
-    answer = with_worker(site, work, lambda: site.client.get("/openai/v1/models?limit=2"))
-    assert (answer.status_code, answer.json()) == (200, {"data": []})
+    response = with_worker(site, work, lambda: site.client.get("/openai/v1/models?limit=2"))
+    assert (response.status_code, response.json()) == (200, {"data": []})
     assert jobs[0]["input"] == {"openai_route": "/v1/models?limit=2"}
 
 
 @pytest.mark.parametrize(
-    ("streamed", "output", "answer"),
+    ("streamed", "output", "expected"),
     [
         ([], {"id": 1}, {"id": 1}),
         ([], '{"id": 1}', {"id": 1}),
@@ -74,14 +74,14 @@ def test_a_get_becomes_a_job_without_a_body(site: Site) -> None:
     ],
 )
 def test_the_response_body_is_the_jobs_single_value(
-    site: Site, streamed: list[Any], output: Any, answer: object
+    site: Site, streamed: list[Any], output: Any, expected: object
 ) -> None:
     def work(job: dict[str, Any]) -> None:
         for value in streamed:
             site.stream(job["id"], value)
         site.done(job["id"], output=output)
 
-    assert with_worker(site, work, lambda: site.client.post("/openai/v1/completions", json=CHAT)).json() == answer
+    assert with_worker(site, work, lambda: site.client.post("/openai/v1/completions", json=CHAT)).json() == expected
 
 
 @pytest.mark.parametrize("stream", [True, "true", 1])
@@ -98,26 +98,26 @@ def test_events_are_forwarded_as_they_arrive(site: Site, stream: object) -> None
         site.done(job["id"], output=[])
 
     def request() -> httpx.Response:
-        with site.client.stream("POST", "/openai/v1/chat/completions", json=body) as answer:
-            lines = answer.iter_lines()
+        with site.client.stream("POST", "/openai/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
             assert [next(lines) for _ in range(3)] == ['data: {"n": 1}', "", 'data: {"n": 2}']
             seen.set()
             assert list(lines) == ["", "data: 漢字", "", "data: [DONE]", ""]
-        return answer
+        return response
 
-    answer = with_worker(site, work, request)
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/event-stream")
+    response = with_worker(site, work, request)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failed_jobs_error_sets_status_and_body(site: Site, stream: bool) -> None:
-    answer = with_worker(
+    response = with_worker(
         site,
         lambda job: site.done(job["id"], error=FAILURE),
         lambda: site.client.post("/openai/v1/chat/completions", json={**CHAT, "stream": stream}),
     )
-    assert (answer.status_code, answer.json()) == (404, ERROR)
+    assert (response.status_code, response.json()) == (404, ERROR)
 
 
 def test_a_failure_after_the_first_output_is_sent_as_the_last_event(site: Site) -> None:
@@ -126,9 +126,9 @@ def test_a_failure_after_the_first_output_is_sent_as_the_last_event(site: Site) 
         site.done(job["id"], error=FAILURE)
 
     body = {**CHAT, "stream": True}
-    answer = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
-    assert answer.status_code == 200
-    assert answer.text == f"data: 1\n\ndata: {json.dumps(ERROR)}\n\n"
+    response = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
+    assert response.status_code == 200
+    assert response.text == f"data: 1\n\ndata: {json.dumps(ERROR)}\n\n"
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_an_error_event_of_the_worker_is_not_repeated(site: Site, event: dict[st
         site.done(job["id"], error=FAILURE)
 
     body = {**CHAT, "stream": True}
-    answer = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
-    assert answer.text == f"data: 1\n\n{error_event}"
+    response = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
+    assert response.text == f"data: 1\n\n{error_event}"
 
 
 def test_a_stream_whose_worker_is_lost_ends_with_an_error_event(site: Site) -> None:
@@ -164,9 +164,9 @@ def test_a_stream_whose_worker_is_lost_ends_with_an_error_event(site: Site) -> N
         endpoint.queue._settings = endpoint.queue._settings.__class__(lost_after_s=0)
 
     body = {**CHAT, "stream": True}
-    answer = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
-    assert answer.text.startswith("data: 1\n\ndata: ")
-    assert "worker was lost" in answer.text
+    response = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
+    assert response.text.startswith("data: 1\n\ndata: ")
+    assert "worker was lost" in response.text
     deadline = time.monotonic() + 5
     while site.client.get("/health").json()["jobs"]["inQueue"]:
         assert time.monotonic() < deadline
@@ -185,9 +185,9 @@ def test_a_stream_ends_at_the_done_event_and_its_job_is_not_cancelled(site: Site
         site.done(job["id"], output=["data: 1\n\ndata: [DONE]\n\n"])
 
     def request() -> httpx.Response:
-        answer = site.client.post("/openai/v1/chat/completions", json={**CHAT, "stream": True})
+        response = site.client.post("/openai/v1/chat/completions", json={**CHAT, "stream": True})
         stream_ended.set()
-        return answer
+        return response
 
     assert with_worker(site, work, request).text == "data: 1\n\ndata: [DONE]\n\n"
     assert site.status(jobs[0])["status"] == "COMPLETED"
@@ -226,19 +226,19 @@ def test_a_client_disconnect_cancels_its_waiting_job(site: Site) -> None:
 
 @pytest.mark.parametrize("header", [f"ep-{KEY}", f"Bearer ep-{KEY}"])
 def test_v1_routes_take_the_endpoint_from_the_key(site: Site, header: str) -> None:
-    answer = with_worker(
+    response = with_worker(
         site,
         lambda job: site.done(job["id"], output=[{"id": 1}]),
         lambda: httpx.post(f"{site.url}/v1/chat/completions", json=CHAT, headers={"Authorization": header}, timeout=10),
     )
-    assert (answer.status_code, answer.json()) == (200, {"id": 1})
+    assert (response.status_code, response.json()) == (200, {"id": 1})
 
 
 @pytest.mark.parametrize("header", [KEY, "ep-wrong", f"other-{KEY}", "ep-", ""])
 def test_v1_routes_without_endpoint_and_key_are_unauthorized(site: Site, header: str) -> None:
-    answer = httpx.post(f"{site.url}/v1/chat/completions", json=CHAT, headers={"Authorization": header})
-    assert answer.status_code == 401
-    assert answer.json()["error"]["type"] == "AuthenticationError"
+    response = httpx.post(f"{site.url}/v1/chat/completions", json=CHAT, headers={"Authorization": header})
+    assert response.status_code == 401
+    assert response.json()["error"]["type"] == "AuthenticationError"
 
 
 @pytest.mark.parametrize(
@@ -254,9 +254,9 @@ def test_api_errors_have_the_openai_error_format(
     site: Site, path: str, header: str, content: bytes, status: int
 ) -> None:
     method = "POST" if content else "GET"
-    answer = httpx.request(method, site.url + path, content=content, headers={"Authorization": header})
-    assert answer.status_code == status
-    error = answer.json()["error"]
+    response = httpx.request(method, site.url + path, content=content, headers={"Authorization": header})
+    assert response.status_code == status
+    error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["code"] == status
 

@@ -15,9 +15,9 @@ from tests.unit.emulator.conftest import KEY, Site, Start, disconnect_when, wait
 
 def test_a_poll_without_a_job_returns_204_after_the_long_poll_timeout(site: Site) -> None:
     before = time.monotonic()
-    answer = site.worker.get("/job-take/w1?gpu=x&job_in_progress=0")
-    assert answer.status_code == 204
-    assert answer.content == b""
+    response = site.worker.get("/job-take/w1?gpu=x&job_in_progress=0")
+    assert response.status_code == 204
+    assert response.content == b""
     assert time.monotonic() - before >= 0.3
 
 
@@ -59,12 +59,12 @@ def test_a_disconnected_worker_gets_no_job(start: Start) -> None:
 def test_json_with_a_forms_content_type_is_accepted_as_the_sdk_sends_it(site: Site) -> None:
     job_id = site.submit()
     site.take()
-    answer = site.worker.post(
+    response = site.worker.post(
         f"/job-done/w1/{job_id}?gpu=x&isStream=true",
         content=json.dumps({"output": "漢字"}, ensure_ascii=False).encode(),
         headers={"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": job_id},
     )
-    assert answer.status_code == 200
+    assert response.status_code == 200
     assert site.status(job_id)["output"] == "漢字"
 
 
@@ -127,8 +127,8 @@ def test_the_stop_poll_returns_each_job_to_stop_once(start: Start) -> None:
     assert site.worker.get("/job-stop/w1?gpu=x").status_code == 204
     site.client.post(f"/cancel/{first}")
     site.client.post(f"/cancel/{second}")
-    answer = site.worker.get("/job-stop/w1?gpu=x")
-    assert (answer.status_code, answer.json()) == (200, {"jobsToStop": [first, second]})
+    response = site.worker.get("/job-stop/w1?gpu=x")
+    assert (response.status_code, response.json()) == (200, {"jobsToStop": [first, second]})
     assert site.worker.get("/job-stop/w1?gpu=x").status_code == 204
 
 
@@ -200,6 +200,6 @@ def test_a_worker_removed_for_silence_can_return(start: Start) -> None:
 
 
 def test_a_lone_surrogate_reaches_the_worker_unchanged(site: Site) -> None:
-    answer = site.client.post("/run", content=b'{"input": {"prompt": "half \\ud83d"}}')
+    response = site.client.post("/run", content=b'{"input": {"prompt": "half \\ud83d"}}')
 
-    assert site.take() == {"id": answer.json()["id"], "input": {"prompt": "half \ud83d"}}
+    assert site.take() == {"id": response.json()["id"], "input": {"prompt": "half \ud83d"}}

@@ -25,11 +25,11 @@ def test_faults_are_injected_at_the_given_rate() -> None:
 def test_requests_to_other_routes_do_not_change_a_rules_sequence() -> None:
     rules = {"seed": 7, "rules": [{"kind": "drop", "route": "run", "rate": 0.3}]}
     faults = Faults(FaultSettings.model_validate(rules))
-    struck = []
+    matched = []
     for _ in range(200):
         assert faults.match("ep", "status") == []
-        struck.append(bool(faults.match("ep", "run")))
-    assert struck == sequence(7)
+        matched.append(bool(faults.match("ep", "run")))
+    assert matched == sequence(7)
 
 
 def test_a_rule_applies_up_to_its_times_and_only_to_its_endpoint() -> None:
