@@ -1,9 +1,9 @@
-"""The serverless platform on one machine, for development and tests.
+"""Emulator of the serverless platform on one machine, for development and tests.
 
-    clients ─▶ client_api, gateway ─▶ queue ◀─ worker_api ◀─ workers
-                                        │                       ▲
-                                    autoscaler ─▶ fleet ─▶ workers, launcher
+    clients ─▶ api.client, api.openai_gateway ─▶ core.job_queue ◀─ api.worker ◀─ workers
+                                                       │                           ▲
+                                               core.autoscaler ─▶ core.fleet ─▶ core.process, core.launcher
 
-`queue` and `autoscaler` decide and do nothing else: no I/O, no clock. `endpoint` holds one endpoint together, `server`
-all of them. `faults` breaks what it is told to break.
+`core.job_queue` and `core.autoscaler` only decide: no I/O and no clock of their own. `core.endpoint` combines the parts
+of one endpoint, `app` serves all endpoints over HTTP. `core.faults` and `api.fault_middleware` inject faults on demand.
 """

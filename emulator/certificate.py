@@ -1,7 +1,7 @@
-"""The emulator's TLS certificate: made when it starts, gone when it ends.
+"""The emulator's TLS certificate: created at startup, deleted at shutdown.
 
-A certificate authority of its own signs it and nothing else: that key is never kept, so whoever trusts the authority
-trusts this one emulator. The certificate's own key is in a file only while it is loaded.
+Its certificate authority (CA) signs nothing else: the CA's private key is discarded, so whoever trusts the CA trusts
+this emulator only. The certificate's private key is in a file only while it is loaded.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
     from cryptography.x509 import CertificateBuilder, GeneralName, KeyUsage
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# aiohttp (by OpenSSL's defaults) and httpx read the first; requests reads the second, and CURL_CA_BUNDLE without it.
+# aiohttp (by OpenSSL's defaults) and httpx read the first; requests reads the second, or else CURL_CA_BUNDLE.
 _CA_VARIABLES = {"SSL_CERT_FILE": ["SSL_CERT_FILE"], "REQUESTS_CA_BUNDLE": ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]}
-# A client whose clock is behind must not find it too new.
-_VALID_BEFORE = timedelta(hours=1)
-_VALID = timedelta(days=365)
+# A client whose clock is slow must not reject it as not yet valid.
+_CLOCK_TOLERANCE = timedelta(hours=1)
+_VALIDITY = timedelta(days=365)
 
 
 class Certificate:
     """A certificate for the loopback addresses and other hosts, with its files in a private temporary directory.
 
     Args:
-        hosts: names and addresses.
-        environment: what workers inherit; the CAs that it names stay trusted.
+        hosts: host names and IP addresses.
+        environment: variables that workers inherit; the CA bundles that they name stay trusted.
     """
 
     def __init__(self, hosts: Iterable[str], environment: Mapping[str, str]) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="emulator-")
         directory = Path(self._directory.name)
-        authority, certificate, key = _make(list(dict.fromkeys([*LOOPBACK, *hosts])))
+        authority, certificate, key = _create(list(dict.fromkeys([*LOOPBACK, *hosts])))
         self.ca_file = directory / "ca.pem"
         self.ca_file.write_bytes(authority)
-        self.context = _load(directory, certificate, key)
+        self.context = _server_context(directory, certificate, key)
         self.environment: dict[str, str] = {}
-        """Variables by which a process trusts the emulator, beside the CAs that it would trust without them."""
-        for name, read in _CA_VARIABLES.items():
+        """Variables that make a process trust the emulator, in addition to the CAs that it would trust without them."""
+        for name, names_read in _CA_VARIABLES.items():
             bundle = directory / f"{name}.pem"
-            named = (Path(environment[one]) for one in read if environment.get(one))
-            others = next((one for one in named if one.is_file()), Path(certifi.where()))
-            bundle.write_bytes(others.read_bytes() + b"\n" + authority)
+            inherited = (Path(environment[one]) for one in names_read if environment.get(one))
+            trusted = next((path for path in inherited if path.is_file()), Path(certifi.where()))
+            bundle.write_bytes(trusted.read_bytes() + b"\n" + authority)
             self.environment[name] = str(bundle)
 
     def remove(self) -> None:
@@ -59,8 +59,8 @@ class Certificate:
         self._directory.cleanup()
 
 
-def _make(hosts: list[str]) -> tuple[bytes, bytes, bytes]:
-    """A CA, a certificate for these hosts that it has signed, and the certificate's private key, all in PEM."""
+def _create(hosts: list[str]) -> tuple[bytes, bytes, bytes]:
+    """Return a CA, a certificate for these hosts that it has signed, and the certificate's private key, all in PEM."""
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.hashes import SHA256
@@ -72,14 +72,14 @@ def _make(hosts: list[str]) -> tuple[bytes, bytes, bytes]:
     authority = (
         _builder("Emulator CA", ca_key)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage("key_cert_sign"), critical=True)
+        .add_extension(_key_usage("key_cert_sign"), critical=True)
         .add_extension(ca_id, critical=False)
         .sign(ca_key, SHA256())
     )
     certificate = (
         _builder("Emulator", key)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage("digital_signature"), critical=True)
+        .add_extension(_key_usage("digital_signature"), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName(map(_alternative_name, hosts)), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_id), critical=False)
@@ -95,19 +95,19 @@ def _builder(subject: str, key: EllipticCurvePrivateKey) -> CertificateBuilder:
     def name(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
 
-    begins = datetime.now(UTC) - _VALID_BEFORE
+    valid_from = datetime.now(UTC) - _CLOCK_TOLERANCE
     return (
         x509.CertificateBuilder()
         .subject_name(name(subject))
         .issuer_name(name("Emulator CA"))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(begins)
-        .not_valid_after(begins + _VALID)
+        .not_valid_before(valid_from)
+        .not_valid_after(valid_from + _VALIDITY)
     )
 
 
-def _usage(allowed: str) -> KeyUsage:
+def _key_usage(allowed: str) -> KeyUsage:
     from cryptography import x509
 
     names = (
@@ -125,8 +125,8 @@ def _alternative_name(host: str) -> GeneralName:
     return x509.DNSName(host)
 
 
-def _load(directory: Path, certificate: bytes, key: bytes) -> ssl.SSLContext:
-    """The server's side of TLS; OpenSSL takes a key from a file alone, which is gone as soon as it is read."""
+def _server_context(directory: Path, certificate: bytes, key: bytes) -> ssl.SSLContext:
+    """Return the server's TLS context. OpenSSL reads a key only from a file, which is deleted right after."""
     chain, private = directory / "certificate.pem", directory / "key.pem"
     chain.write_bytes(certificate)
     try:

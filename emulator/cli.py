@@ -1,6 +1,6 @@
 """The command line: `python -m emulator`.
 
-Exit codes: 0 ended by SIGINT or SIGTERM, 1 it cannot start (one line on stderr says why), 2 the command line is wrong.
+Exit codes: 0 after SIGINT or SIGTERM, 1 if it cannot start (a line on stderr says why), 2 for an invalid command line.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import Any
 import uvloop
 from pydantic import ValidationError
 
-from emulator.api.auth import faults_in
-from emulator.app import Emulator, EmulatorSettings
-from emulator.errors import ConfigurationError
+from emulator.api.bodies import describe_validation_error
+from emulator.app import Emulator
+from emulator.errors import SettingsError
+from emulator.settings import EmulatorSettings, EndpointSettings
 
 _HANDLER = Path(__file__).parent.parent / "handler.py"
-# What the tiny model is called, and how it is led to call tools.
-_TINY_SETTINGS = {"SERVED_MODEL_NAME": "tiny", "TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": "true"}
-# An option for each of these settings of an endpoint: the option, the setting, its type.
+# The tiny model's name, and what it needs for tool calls.
+_TINY_MODEL_SETTINGS = {"SERVED_MODEL_NAME": "tiny", "TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": "true"}
+# Settings of an endpoint that have an option: the option, the setting's alias, its type.
 _ENDPOINT_OPTIONS: dict[str, tuple[str, type]] = {
     "--workers-min": ("workersMin", int),
     "--workers-max": ("workersMax", int),
@@ -45,74 +46,75 @@ _ENDPOINT_OPTIONS: dict[str, tuple[str, type]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's parser; what an endpoint's options mean stands where its settings are declared."""
-    from emulator.settings import EndpointSettings
-
+    """Return the parser; the help of an endpoint's options is the description of its settings."""
     result = argparse.ArgumentParser(
         prog="python -m emulator",
-        description="The serverless platform on this machine: its APIs, its queue, and workers that are started and "
-        "stopped as the queue asks. For development and tests.",
-        epilog="Without --command, a worker is this repository's handler.py with the tiny model. "
-        "With --config, endpoints come from a JSON file: "
+        description="Emulate the serverless platform on this machine: its APIs, its queue, and workers that are "
+        "started and stopped with the load. For development and tests.",
+        epilog="Without --command, workers run this repository's handler.py with the tiny model. "
+        "With --config, the endpoints are defined in a JSON file: "
         '{"apiKeys": ["..."], "endpoints": [{"id": "...", "command": "...", "workersMax": 2}]}.',
     )
     result.add_argument("--host", default=None, help="address to listen on (default: 127.0.0.1)")
-    result.add_argument("--port", type=int, default=None, help="port to listen on, 0 for a free one (default: 8000)")
-    result.add_argument("--tls", action="store_true", help="serve over HTTPS, with a certificate that is made for it")
+    result.add_argument("--port", type=int, default=None, help="port to listen on; 0: any free port (default: 8000)")
+    result.add_argument("--tls", action="store_true", help="serve over HTTPS, with a certificate generated at startup")
     result.add_argument(
-        "--api-key", action="append", metavar="KEY", help="a key that clients may use; may be repeated (default: local)"
+        "--api-key", action="append", metavar="KEY", help="API key of clients; may be repeated (default: local)"
     )
-    result.add_argument("--config", type=Path, metavar="FILE", help="all settings as JSON; the options above add to it")
-    result.add_argument("--faults", type=Path, metavar="FILE", help="faults as JSON, as PUT /faults takes them")
-    result.add_argument("--seed", type=int, help="seed of the faults (default: 0)")
-    result.add_argument("--quiet", action="store_true", help="do not show workers' log lines")
-    group = result.add_argument_group("the endpoint")
-    group.add_argument("--endpoint", metavar="ID", help="its id (default: local)")
-    group.add_argument("--command", help="what a worker runs, as one would type it")
-    group.add_argument("--env", action="append", metavar="NAME=VALUE", help="a variable for workers; may be repeated")
-    group.add_argument("--no-rate-limits", action="store_true", help="let clients ask as often as they like")
-    by_alias = {field.alias: (name, field) for name, field in EndpointSettings.model_fields.items()}
+    result.add_argument(
+        "--config", type=Path, metavar="FILE", help="all settings as JSON; the options above override it"
+    )
+    result.add_argument("--faults", type=Path, metavar="FILE", help="faults as JSON, in the format of PUT /faults")
+    result.add_argument("--seed", type=int, help="random seed of the faults (default: 0)")
+    result.add_argument("--quiet", action="store_true", help="do not print workers' log lines")
+    group = result.add_argument_group("endpoint")
+    group.add_argument("--endpoint", metavar="ID", help="endpoint id (default: local)")
+    group.add_argument("--command", help="command that a worker runs, in shell syntax")
+    group.add_argument(
+        "--env", action="append", metavar="NAME=VALUE", help="environment variable for workers; may be repeated"
+    )
+    group.add_argument("--no-rate-limits", action="store_true", help="do not enforce the documented rate limits")
+    fields = {field.alias: field for field in EndpointSettings.model_fields.values()}
     for option, (alias, kind) in _ENDPOINT_OPTIONS.items():
-        _, field = by_alias[alias]
-        shown = f"{field.description} (default: {field.default})"
+        text = f"{fields[alias].description} (default: {fields[alias].default})"
         if alias == "scalerType":
-            group.add_argument(option, dest=alias, choices=["QUEUE_DELAY", "REQUEST_COUNT"], help=shown)
+            group.add_argument(option, dest=alias, choices=["QUEUE_DELAY", "REQUEST_COUNT"], help=text)
         else:
-            group.add_argument(option, dest=alias, type=kind, metavar="N", help=shown)
+            group.add_argument(option, dest=alias, type=kind, metavar="N", help=text)
     return result
 
 
 def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings, bool]:
-    """The settings that a command line asks for, and whether workers' log lines stay unseen.
+    """Return the settings of a command line, and whether workers' log lines are not printed.
 
     Raises:
-        ConfigurationError: a file cannot be read, or a value is not allowed.
+        SettingsError: a file cannot be read, or a value is invalid.
     """
-    given = parser().parse_args(argv)
-    document: dict[str, Any] = _read(given.config) if given.config else {}
-    endpoint = {alias: getattr(given, alias) for alias, _ in _ENDPOINT_OPTIONS.values()}
-    endpoint |= {"id": given.endpoint, "command": given.command, "env": _variables(given.env)}
-    endpoint |= {"rateLimits": False if given.no_rate_limits else None}
+    args = parser().parse_args(argv)
+    document: dict[str, Any] = _read_json(args.config) if args.config else {}
+    endpoint = {alias: getattr(args, alias) for alias, _ in _ENDPOINT_OPTIONS.values()}
+    endpoint |= {"id": args.endpoint, "command": args.command, "env": _parse_env(args.env)}
+    endpoint |= {"rateLimits": False if args.no_rate_limits else None}
     endpoint = {name: value for name, value in endpoint.items() if value is not None}
-    if given.config and endpoint:
-        raise ConfigurationError(f"with --config, endpoints come from the file alone: leave out {', '.join(endpoint)}")
-    if not given.config:
-        document["endpoints"] = [endpoint if "command" in endpoint else _own_worker(endpoint)]
-    if given.faults:
-        document["faults"] = _read(given.faults)
-    if given.seed is not None:
-        document.setdefault("faults", {})["seed"] = given.seed
+    if args.config and endpoint:
+        raise SettingsError(f"--config defines the endpoints; remove the options for {', '.join(endpoint)}")
+    if not args.config:
+        document["endpoints"] = [endpoint if "command" in endpoint else with_default_worker(endpoint)]
+    if args.faults:
+        document["faults"] = _read_json(args.faults)
+    if args.seed is not None:
+        document.setdefault("faults", {})["seed"] = args.seed
     document |= {
         name: value
-        for name, value in (("host", given.host), ("port", given.port), ("apiKeys", given.api_key))
+        for name, value in (("host", args.host), ("port", args.port), ("apiKeys", args.api_key))
         if value is not None
     }
-    if given.tls:
+    if args.tls:
         document["tls"] = True
     try:
-        return EmulatorSettings.model_validate(document), given.quiet
+        return EmulatorSettings.model_validate(document), args.quiet
     except ValidationError as error:
-        raise ConfigurationError(faults_in(error)) from None
+        raise SettingsError(describe_validation_error(error)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,85 +123,86 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, quiet = read_settings(argv)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_run(settings, quiet=quiet))
-    except ConfigurationError as error:
-        sys.stderr.write(f"The emulator cannot start. {error}\n")
+    except SettingsError as error:
+        sys.stderr.write(f"The emulator cannot start: {error}\n")
         return 1
 
 
 async def _run(settings: EmulatorSettings, *, quiet: bool) -> int:
-    def announce(endpoint: str, line: str) -> None:
-        _say(f"{endpoint}: {line}")
+    def event_log(endpoint: str, line: str) -> None:
+        _print_line(f"{endpoint}: {line}")
 
-    def log(worker: str, line: str) -> None:
+    def worker_log(worker: str, line: str) -> None:
         if not quiet:
-            _say(f"{worker} | {line}")
+            _print_line(f"{worker} | {line}")
 
-    emulator = Emulator(settings, announce, log)
+    emulator = Emulator(settings, event_log, worker_log)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, emulator.stop)
 
-    def ready() -> None:
-        _say(f"The emulator listens on {emulator.url}")
+    def on_ready() -> None:
+        _print_line(f"The emulator listens on {emulator.url}")
         if emulator.ca_file is not None:
-            _say(f"Clients trust it by its CA file: curl --cacert {emulator.ca_file} {emulator.url}")
+            _print_line(f"CA file that clients must trust: curl --cacert {emulator.ca_file} {emulator.url}")
         keys = "key: local" if settings.api_keys == ("local",) else f"{len(settings.api_keys)} API key(s)"
         for endpoint in settings.endpoints:
-            _say(f"OpenAI base URL of {endpoint.id}: {emulator.url}/v2/{endpoint.id}/openai/v1 ({keys})")
+            _print_line(f"OpenAI base URL of {endpoint.id}: {emulator.url}/v2/{endpoint.id}/openai/v1 ({keys})")
 
-    await emulator.run(ready)
+    await emulator.run(on_ready)
     return 0
 
 
-def _say(line: str) -> None:
-    """A line at once, for whoever waits for it at the other end of a pipe."""
-    # Who has closed the other end wants no lines, but may still want the emulator.
+def _print_line(line: str) -> None:
+    """Print a line and flush it, for readers of a pipe."""
+    # Go on if the reader has closed the pipe: clients may still use the emulator.
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
 
 
-def _own_worker(endpoint: dict[str, Any]) -> dict[str, Any]:
-    """The endpoint with this repository's worker.
+def with_default_worker(endpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return an endpoint's document with this repository's worker as its command.
 
-    Its model is the tiny one, unless MODEL_NAME names another, or this is an image, which says by BAKED_MODEL_DIR where
-    its own is. The settings of the tiny model are as in the image that holds it, where nothing else is asked for.
+    The model is MODEL_NAME, or the image's model (BAKED_MODEL_DIR), or else the tiny model. The tiny model gets the
+    same settings as in its image, unless they are set.
     """
     env = dict(endpoint.get("env", {}))
-    given = {name for name, value in {**os.environ, **env}.items() if value}
-    if not {"MODEL_NAME", "BAKED_MODEL_DIR"} & given:
-        env["MODEL_NAME"] = _tiny_model()
-        env |= {name: value for name, value in _TINY_SETTINGS.items() if name not in given}
+    is_set = {name for name, value in {**os.environ, **env}.items() if value}
+    if not {"MODEL_NAME", "BAKED_MODEL_DIR"} & is_set:
+        env["MODEL_NAME"] = _tiny_model_dir()
+        env |= {name: value for name, value in _TINY_MODEL_SETTINGS.items() if name not in is_set}
     return {**endpoint, "env": env, "command": [sys.executable, str(_HANDLER)], "cwd": str(_HANDLER.parent)}
 
 
-def _tiny_model() -> str:
-    """The directory of the tiny model, trained first where it is not there yet."""
-    _say("Looking for the tiny model; the first time, it is trained for about a minute")
-    made = subprocess.run(
+def _tiny_model_dir() -> str:
+    """Return the directory of the tiny model, which is trained first if it does not exist."""
+    _print_line("Looking for the tiny model; the first time, it is trained for about a minute")
+    trained = subprocess.run(
         [sys.executable, "-m", "builder", "tiny"], cwd=_HANDLER.parent, stdout=subprocess.PIPE, text=True, check=False
     )
-    if made.returncode != 0:
-        raise ConfigurationError("the tiny model cannot be made; give another by MODEL_NAME, or a --command")
-    return made.stdout.strip()
+    if trained.returncode != 0:
+        raise SettingsError("the tiny model cannot be trained; set MODEL_NAME or --command")
+    return trained.stdout.strip()
 
 
-def _variables(pairs: list[str] | None) -> dict[str, str] | None:
+def _parse_env(pairs: list[str] | None) -> dict[str, str] | None:
     if pairs is None:
         return None
-    wrong = [pair for pair in pairs if "=" not in pair]
-    if wrong:
-        raise ConfigurationError(f"--env takes NAME=VALUE; {len(wrong)} of {len(pairs)} have no '='")
+    # A pair without a name may be a secret value: do not print it.
+    invalid = sum("=" not in pair for pair in pairs)
+    if invalid:
+        raise SettingsError(f"--env expects NAME=VALUE; {invalid} of {len(pairs)} have no '='")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise ConfigurationError(f"{path} is not JSON: {error}") from None
+        raise SettingsError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise ConfigurationError(f"{path} does not hold a JSON object")
+        raise SettingsError(f"{path} is not a JSON object")
     return document

@@ -1,15 +1,15 @@
-"""Every error that the emulator raises itself, in one tree.
+"""All errors that the emulator raises itself, in one tree.
 
 EmulatorError
-├── ConfigurationError           the emulator cannot start as it is configured
-└── RefusedError                 one request is answered with this error's status
-    ├── InvalidRequestError      400: the body or a parameter is not one that the platform accepts
-    ├── NotHeldError             400: a delivery for a job that this worker does not hold
-    ├── WrongStateError          400: the job is not in a state that allows this
-    ├── UnauthorizedError        401: no API key, or not one of ours
+├── SettingsError                the emulator cannot start with these settings
+└── APIError                     one request is answered with this error's status
+    ├── BadRequestError          400: the body or a parameter is invalid
+    ├── JobNotAssignedError      400: the worker posts for a job that is not assigned to it
+    ├── JobStateError            400: the job's state does not allow this
+    ├── UnauthorizedError        401: no valid API key
     ├── NotFoundError            404: no such endpoint, job or worker
-    ├── TooLargeError            413: a client's body is above the documented limit
-    └── TooManyRequestsError     429: above a documented rate, or the queue is full
+    ├── ContentTooLargeError     413: a client's body exceeds the documented limit
+    └── TooManyRequestsError     429: a documented rate limit is exceeded, or the queue is full
 """
 
 from __future__ import annotations
@@ -19,55 +19,55 @@ from typing import ClassVar
 
 
 class EmulatorError(Exception):
-    """Base of all errors of the emulator; the message is one that a person can act on."""
+    """Base of all errors of the emulator; the message says what to change."""
 
 
-class ConfigurationError(EmulatorError):
-    """The emulator cannot start as it is configured."""
+class SettingsError(EmulatorError):
+    """The emulator cannot start with these settings."""
 
 
-class RefusedError(EmulatorError):
-    """One request is refused: `status` is the answer's status, `type` names the error as the OpenAI API would."""
+class APIError(EmulatorError):
+    """One request fails: `status` is the response's status, `type` is the OpenAI API's name for the error."""
 
     status: ClassVar[HTTPStatus] = HTTPStatus.BAD_REQUEST
     type: ClassVar[str] = "BadRequestError"
 
 
-class InvalidRequestError(RefusedError):
-    """The body or a parameter is not one that the platform accepts."""
+class BadRequestError(APIError):
+    """The body or a parameter is invalid."""
 
 
-class NotHeldError(RefusedError):
-    """A delivery for a job that this worker does not hold, or no longer holds."""
+class JobNotAssignedError(APIError):
+    """A worker posts for a job that is not, or no longer, assigned to it."""
 
 
-class WrongStateError(RefusedError):
-    """The job is not in a state that allows this."""
+class JobStateError(APIError):
+    """The job's state does not allow this."""
 
 
-class UnauthorizedError(RefusedError):
-    """No API key, or not one of ours."""
+class UnauthorizedError(APIError):
+    """The request has no valid API key."""
 
     status = HTTPStatus.UNAUTHORIZED
     type = "AuthenticationError"
 
 
-class NotFoundError(RefusedError):
-    """No such endpoint, job or worker."""
+class NotFoundError(APIError):
+    """There is no such endpoint, job or worker."""
 
     status = HTTPStatus.NOT_FOUND
     type = "NotFoundError"
 
 
-class TooLargeError(RefusedError):
-    """A client's body is above the documented limit."""
+class ContentTooLargeError(APIError):
+    """A client's body exceeds the documented limit."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     type = "RequestTooLargeError"
 
 
-class TooManyRequestsError(RefusedError):
-    """Above a documented rate, or the queue is full."""
+class TooManyRequestsError(APIError):
+    """A documented rate limit is exceeded, or the queue is full."""
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     type = "RateLimitError"

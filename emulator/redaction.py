@@ -1,4 +1,4 @@
-"""Takes secrets out of what is shown: API keys, and values of variables that are named like secrets."""
+"""Remove secrets from what is shown: API keys, and values of variables whose names say that they are secrets."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import re
 from collections.abc import Iterable, Mapping
 
 _SECRET_NAME = re.compile(r"(?i)(?:^|_)(?:token|key|secret|password|credentials?)$")
-# Anything shorter is a word of its own, such as the default key `local`.
-_SHORTEST = 8
+# Anything shorter may be an ordinary word, such as the default key `local`.
+_MIN_SECRET_CHARACTERS = 8
 
 
 class Redaction:
-    """Replaces each secret that it was told of by `***`."""
+    """Replaces each known secret with `***`.
+
+    Args:
+        environment: variables; those with a secret's name have secret values.
+        keys: further secrets.
+    """
 
     def __init__(self, environment: Mapping[str, str], keys: Iterable[str]) -> None:
         named = [value for name, value in environment.items() if _SECRET_NAME.search(name)]
-        # The longest first: one secret may be the beginning of another.
-        secrets = sorted({secret for secret in (*named, *keys) if len(secret) >= _SHORTEST}, key=len, reverse=True)
+        # The longest first: one secret may be a prefix of another.
+        secrets = sorted(
+            {secret for secret in (*named, *keys) if len(secret) >= _MIN_SECRET_CHARACTERS}, key=len, reverse=True
+        )
         self._pattern = re.compile("|".join(map(re.escape, secrets))) if secrets else None
 
     def apply(self, text: str) -> str:
-        """The text without secrets."""
+        """Return the text without secrets."""
         return text if self._pattern is None else self._pattern.sub("***", text)

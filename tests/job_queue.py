@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx
 
-from emulator.app import Emulator, EmulatorSettings, background
+from emulator.app import Emulator, run_in_thread
 from emulator.core.process import worker_environment
+from emulator.settings import EmulatorSettings
 
 _ENDPOINT = "test"
 _KEY = "rpa_notarealkey"
@@ -92,7 +93,7 @@ def serving() -> Iterator[JobQueue]:
     settings = EmulatorSettings.model_validate({"port": 0, "apiKeys": [_KEY], "endpoints": [endpoint]})
     headers = {"Authorization": _KEY}
     with (
-        background(settings) as emulator,
+        run_in_thread(settings) as emulator,
         httpx.Client(base_url=f"{emulator.url}/v2/{_ENDPOINT}", headers=headers, timeout=60) as client,
     ):
         yield JobQueue(emulator, client)

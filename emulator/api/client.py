@@ -10,12 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from emulator.api.auth import JSONResponse, authorize, endpoint_of, faults_in, parse_json, read_body
+from emulator.api.auth import authorize, endpoint_of
+from emulator.api.bodies import JSONResponse, describe_validation_error, parse_json, read_body
 from emulator.core.endpoint import Endpoint
 from emulator.core.job import (
-    RUN_BODY_BYTES,
+    MAX_RUN_BODY_BYTES,
+    MAX_RUNSYNC_BODY_BYTES,
     RUN_RETENTION_S,
-    RUNSYNC_BODY_BYTES,
     RUNSYNC_RETENTION_S,
     RUNSYNC_WAIT_MS,
     RUNSYNC_WAIT_RANGE_MS,
@@ -23,80 +24,81 @@ from emulator.core.job import (
     Submission,
 )
 from emulator.core.job_queue import job_topic
-from emulator.core.long_poll import hang_up_of
-from emulator.errors import InvalidRequestError
+from emulator.core.long_poll import client_disconnect
+from emulator.errors import BadRequestError
 
-# How long /stream waits for an output before it answers without one; the official client asks once a second.
+# How long /stream waits for an output before it responds without one; the official client polls once a second.
 _STREAM_WAIT_S = 1.0
+_RESULT_TTL_RANGE_MS = (0, 7 * 24 * 3600 * 1000)
 
 _Operation = Callable[[Request, Endpoint], Awaitable[Response]]
 
 
 async def run(request: Request, endpoint: Endpoint) -> Response:
-    """POST /run: queue a job and answer at once."""
-    submission = await _submission(request, RUN_BODY_BYTES)
+    """POST /run: queue a job and respond at once."""
+    submission = await _read_submission(request, MAX_RUN_BODY_BYTES)
     job = endpoint.queue.submit(submission, retention_s=RUN_RETENTION_S)
     return JSONResponse({"id": job.id, "status": job.status})
 
 
 async def runsync(request: Request, endpoint: Endpoint) -> Response:
-    """POST /runsync?wait=ms: queue a job and answer when it has ended, or with its state when the wait is over."""
+    """POST /runsync?wait=ms: queue a job and respond when it has ended, or with its state after the wait."""
     wait_s = _milliseconds(request, "wait", RUNSYNC_WAIT_MS, RUNSYNC_WAIT_RANGE_MS) / 1000
-    submission = await _submission(request, RUNSYNC_BODY_BYTES)
-    job = endpoint.queue.submit(submission, prefix="sync-", label="runsync", retention_s=RUNSYNC_RETENTION_S)
-    async with hang_up_of(request.receive) as hang_up:
-        await endpoint.waiting.until(job_topic(job.id), lambda: job.status.final or None, wait_s, hang_up)
+    submission = await _read_submission(request, MAX_RUNSYNC_BODY_BYTES)
+    job = endpoint.queue.submit(submission, prefix="sync-", kind="runsync", retention_s=RUNSYNC_RETENTION_S)
+    async with client_disconnect(request.receive) as disconnect:
+        await endpoint.long_poll.wait_for(job_topic(job.id), lambda: job.status.final or None, wait_s, disconnect)
     return JSONResponse(job.document())
 
 
 async def status(request: Request, endpoint: Endpoint) -> Response:
-    """GET /status/{id}?ttl=ms: the job's state; with `ttl`, its result is kept only so long."""
+    """GET /status/{id}?ttl=ms: the job's state; `ttl` shortens or extends how long its result is kept."""
     job = _job(request, endpoint)
     if "ttl" in request.query_params:
-        endpoint.queue.keep_result(job, _milliseconds(request, "ttl", 0, (0, 7 * 24 * 3600 * 1000)) / 1000)
+        endpoint.queue.set_result_ttl(job, _milliseconds(request, "ttl", 0, _RESULT_TTL_RANGE_MS) / 1000)
     return JSONResponse(job.document())
 
 
 async def stream(request: Request, endpoint: Endpoint) -> Response:
-    """GET /stream/{id}: the outputs since the last call, each given out once."""
+    """GET /stream/{id}: the outputs since the last call; each is returned once."""
     job = _job(request, endpoint)
 
-    def look() -> bool | None:
+    def poll() -> bool | None:
         return job.status.final or len(job.outputs) > job.streamed or None
 
-    async with hang_up_of(request.receive) as hang_up:
-        await endpoint.waiting.until(job_topic(job.id), look, _STREAM_WAIT_S, hang_up)
-        if hang_up.done():
-            # Nobody would get them.
+    async with client_disconnect(request.receive) as disconnect:
+        await endpoint.long_poll.wait_for(job_topic(job.id), poll, _STREAM_WAIT_S, disconnect)
+        if disconnect.done():
+            # Keep the outputs for the next call: nobody would receive them.
             return Response(status_code=HTTPStatus.NO_CONTENT)
         outputs = endpoint.queue.read_stream(job)
     return JSONResponse({"status": job.status, "stream": [{"output": output} for output in outputs]})
 
 
 async def cancel(request: Request, endpoint: Endpoint) -> Response:
-    """POST /cancel/{id}: end a job that waits or runs."""
+    """POST /cancel/{id}: cancel a job that waits or runs."""
     job = endpoint.queue.cancel(request.path_params["job"])
     return JSONResponse({"id": job.id, "status": job.status})
 
 
 async def retry(request: Request, endpoint: Endpoint) -> Response:
-    """POST /retry/{id}: queue a job anew that failed or timed out."""
+    """POST /retry/{id}: queue a failed or timed-out job again."""
     job = endpoint.queue.retry(request.path_params["job"])
     return JSONResponse({"id": job.id, "status": job.status})
 
 
 async def purge_queue(_request: Request, endpoint: Endpoint) -> Response:
-    """POST /purge-queue: cancel all jobs that wait."""
+    """POST /purge-queue: cancel all waiting jobs."""
     return JSONResponse({"removed": endpoint.queue.purge(), "status": "completed"})
 
 
 async def health(_request: Request, endpoint: Endpoint) -> Response:
-    """GET /health: how many jobs and workers there are in each state."""
+    """GET /health: counts of jobs and workers by state."""
     return JSONResponse({"jobs": endpoint.queue.health(), "workers": endpoint.fleet.health()})
 
 
 def _route(path: str, operation: _Operation, *methods: str) -> Route:
-    """The operation, for clients with an API key and within its rate limit."""
+    """Return a route that checks the API key and the operation's rate limit."""
     name = path.partition("/")[0]
 
     async def serve(request: Request) -> Response:
@@ -110,14 +112,14 @@ def _route(path: str, operation: _Operation, *methods: str) -> Route:
     return Route("/v2/{endpoint}/" + path, serve, methods=list(methods))
 
 
-async def _submission(request: Request, limit_bytes: int) -> Submission:
-    value = parse_json(await read_body(request, limit_bytes))
+async def _read_submission(request: Request, max_bytes: int) -> Submission:
+    value = parse_json(await read_body(request, max_bytes))
     try:
         submission = Submission.model_validate(value)
     except ValidationError as error:
-        raise InvalidRequestError(faults_in(error)) from None
+        raise BadRequestError(describe_validation_error(error)) from None
     if submission.input is None:
-        raise InvalidRequestError("input: it is null; give the parameters of your worker's handler")
+        raise BadRequestError("input: must not be null")
     return submission
 
 
@@ -126,17 +128,17 @@ def _job(request: Request, endpoint: Endpoint) -> Job:
 
 
 def _milliseconds(request: Request, name: str, default: int, limits: tuple[int, int]) -> int:
-    """A number of milliseconds from the query, brought within its documented limits."""
+    """Return a number of milliseconds from the query, clamped to its documented limits."""
     text = request.query_params.get(name, str(default))
     if not text.isdecimal():
-        raise InvalidRequestError(f"{name} is {text!r}, which is not a whole number of milliseconds")
+        raise BadRequestError(f"{name}={text!r}: expected an integer number of milliseconds")
     return min(max(int(text), limits[0]), limits[1])
 
 
 routes = [
     _route("run", run, "POST"),
     _route("runsync", runsync, "POST"),
-    # The documentation has GET; older versions of it had both.
+    # The documentation lists GET; its older versions listed GET and POST.
     _route("status/{job}", status, "GET", "POST"),
     _route("stream/{job}", stream, "GET", "POST"),
     _route("cancel/{job}", cancel, "POST"),

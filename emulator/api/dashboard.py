@@ -1,4 +1,4 @@
-"""What the page shows: `GET /state`, one document, and `GET /state/events`, the same whenever it changes."""
+"""The state that the page shows: `GET /state` returns it once, `GET /state/events` again after each change."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from emulator.api.auth import JSONResponse, platform_of
+from emulator.api.auth import context_of
+from emulator.api.bodies import JSONResponse
 from emulator.core.endpoint import Endpoint
-from emulator.core.fleet import Worker
 from emulator.core.job import Job
+from emulator.core.worker import FleetWorker
 
-RECENT_JOBS = 200
-# At most five documents a second.
-_INTERVAL_S = 0.2
+MAX_JOBS = 200
+# At most five events a second.
+_MIN_INTERVAL_S = 0.2
 
 
 def snapshot(endpoints: Mapping[str, Endpoint], history_since: float = 0.0) -> dict[str, Any]:
-    """The state of all endpoints, without a secret, a job's input or its output.
+    """Return the state of all endpoints, without secrets, job inputs or outputs.
 
     Args:
-        endpoints: by their ids.
-        history_since: leave out of `history` what is not newer (seconds since 1970).
+        endpoints: endpoints by id.
+        history_since: `history` has only newer points (seconds since 1970).
     """
     now, wall = time.monotonic(), time.time()
-    # Times within are the clock's; those that are shown are the time of day.
+    # Internal times are monotonic; shown times are seconds since 1970.
     offset = wall - now
     return {
         "at": round(wall, 3),
@@ -53,25 +54,25 @@ def _endpoint(endpoint: Endpoint, offset: float, history_since: float) -> dict[s
         "health": {"jobs": endpoint.queue.health(), "workers": endpoint.fleet.health()},
         "history": [point for point in endpoint.history if point["at"] > history_since],
         "workers": [_worker(endpoint, worker, offset) for worker in endpoint.fleet.workers()],
-        "gone": [_worker(endpoint, worker, offset) for worker in endpoint.fleet.gone()],
-        "jobs": [_job(job, offset) for job in endpoint.queue.recent(RECENT_JOBS)],
+        "gone": [_worker(endpoint, worker, offset) for worker in endpoint.fleet.exited_workers()],
+        "jobs": [_job(job, offset) for job in endpoint.queue.recent(MAX_JOBS)],
         "events": list(endpoint.events),
     }
 
 
-def _worker(endpoint: Endpoint, worker: Worker, offset: float) -> dict[str, Any]:
+def _worker(endpoint: Endpoint, worker: FleetWorker, offset: float) -> dict[str, Any]:
     return {
         "id": worker.id,
         "state": worker.state,
         "reason": worker.reason,
         "pid": worker.process.pid if worker.process is not None else None,
-        "startedAt": _shown(worker.started_at, offset),
-        "readyAt": _shown(worker.ready_at, offset),
-        "since": _shown(worker.since, offset),
-        "endedAt": _shown(worker.ended_at, offset),
+        "startedAt": _wall_time(worker.started_at, offset),
+        "readyAt": _wall_time(worker.ready_at, offset),
+        "since": _wall_time(worker.state_since, offset),
+        "endedAt": _wall_time(worker.exited_at, offset),
         "exitCode": worker.exit_code,
-        "jobsTaken": worker.jobs,
-        "jobs": [job.id for job in endpoint.queue.held(worker.id)],
+        "jobsTaken": worker.jobs_taken,
+        "jobs": [job.id for job in endpoint.queue.running_jobs(worker.id)],
         "log": list(worker.log),
     }
 
@@ -79,13 +80,13 @@ def _worker(endpoint: Endpoint, worker: Worker, offset: float) -> dict[str, Any]
 def _job(job: Job, offset: float) -> dict[str, Any]:
     return {
         "id": job.id,
-        "kind": job.label,
+        "kind": job.kind,
         "status": job.status,
         "workerId": job.worker,
-        "submittedAt": _shown(job.submitted_at, offset),
-        "takenAt": _shown(job.taken_at, offset),
-        "firstOutputAt": _shown(job.first_output_at, offset),
-        "endedAt": _shown(job.ended_at, offset),
+        "submittedAt": _wall_time(job.submitted_at, offset),
+        "takenAt": _wall_time(job.taken_at, offset),
+        "firstOutputAt": _wall_time(job.first_output_at, offset),
+        "endedAt": _wall_time(job.ended_at, offset),
         "delayTime": job.delay_ms,
         "executionTime": job.execution_ms,
         "outputs": len(job.outputs),
@@ -94,34 +95,35 @@ def _job(job: Job, offset: float) -> dict[str, Any]:
     }
 
 
-def _shown(at: float | None, offset: float) -> float | None:
+def _wall_time(at: float | None, offset: float) -> float | None:
     return None if at is None else round(at + offset, 3)
 
 
-async def show(request: Request) -> Response:
+async def get_state(request: Request) -> Response:
     """GET /state."""
-    return JSONResponse(snapshot(platform_of(request).endpoints))
+    return JSONResponse(snapshot(context_of(request).endpoints))
 
 
-async def events(request: Request) -> Response:
-    """GET /state/events: the first with all of the history, each further one with what is new of it."""
+async def stream_state(request: Request) -> Response:
+    """GET /state/events: the first event has the complete history, each later one only its new points."""
     return StreamingResponse(
-        _events(platform_of(request).endpoints), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        _events(context_of(request).endpoints), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
     )
 
 
 async def _events(endpoints: Mapping[str, Endpoint]) -> AsyncIterator[str]:
-    seen, history_since = -1, 0.0
-    while not all(endpoint.fleet.over for endpoint in endpoints.values()):
+    sent_changes, history_since = -1, 0.0
+    while not all(endpoint.fleet.is_closed for endpoint in endpoints.values()):
         changes = sum(endpoint.changes for endpoint in endpoints.values())
-        if changes != seen:
-            seen = changes
+        if changes != sent_changes:
+            sent_changes = changes
             document = snapshot(endpoints, history_since)
             history_since = max(
-                (point["at"] for it in document["endpoints"] for point in it["history"][-1:]), default=history_since
+                (point["at"] for endpoint in document["endpoints"] for point in endpoint["history"][-1:]),
+                default=history_since,
             )
             yield f"data: {json.dumps(document)}\n\n"
-        await asyncio.sleep(_INTERVAL_S)
+        await asyncio.sleep(_MIN_INTERVAL_S)
 
 
-routes = [Route("/state", show), Route("/state/events", events)]
+routes = [Route("/state", get_state), Route("/state/events", stream_state)]

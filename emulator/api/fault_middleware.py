@@ -1,4 +1,4 @@
-"""Where the faults strike: around every request to an endpoint's routes."""
+"""Injection of faults into requests to an endpoint's routes."""
 
 from __future__ import annotations
 
@@ -10,142 +10,141 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from emulator.api.auth import Platform
-from emulator.core.faults import FaultKind, Rule, When
+from emulator.api.auth import AppContext
+from emulator.core.faults import FaultKind, FaultRule, FaultTiming
 from emulator.errors import NotFoundError
 
-# `/v2/ENDPOINT/ROUTE/...`
-_ROUTE_PART = 3
-_WORKER_PART = 4
-# As the server ends, it waits no longer for the answer to its close_notify: a client that sits idle has none.
+# Indices into the segments of `/v2/ENDPOINT/ROUTE/WORKER`, split at the slashes.
+_ENDPOINT_SEGMENT = 2
+_ROUTE_SEGMENT = 3
+_WORKER_SEGMENT = 4
+# At shutdown, how long to wait for the reply to close_notify: an idle client sends none.
 _CLOSE_NOTIFY_S = 0.05
 
 
 class DroppableProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with the connection in the request's state, so that it can be dropped."""
+    """uvicorn's protocol, with the connection's transport in the request's state, so that it can be dropped."""
 
-    _ends = False
+    _shutting_down = False
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Start a request."""
         super().on_message_begin()
         self.scope["state"]["transport"] = self.transport
 
     def shutdown(self) -> None:
-        """Close the connection, now or when the answer that is under way has been sent: the server ends."""
-        self._ends = True
+        """Close the connection, now or when the response in progress has been sent."""
+        self._shutting_down = True
         super().shutdown()
-        self._cut_off()
+        self._abort_tls_soon()
 
     def on_response_complete(self) -> None:
         """End a request."""
         super().on_response_complete()
-        self._cut_off()
+        self._abort_tls_soon()
 
-    def _cut_off(self) -> None:
-        if self._ends and self.transport.is_closing() and self.transport.get_extra_info("ssl_object") is not None:
+    def _abort_tls_soon(self) -> None:
+        is_tls = self.transport.get_extra_info("ssl_object") is not None
+        if self._shutting_down and self.transport.is_closing() and is_tls:
             self.loop.call_later(_CLOSE_NOTIFY_S, self.transport.abort)
 
 
-class FaultInjection:
-    """ASGI middleware that lets the platform's faults strike; what struck stands in `request.state.faults`."""
+class FaultInjectionMiddleware:
+    """ASGI middleware that injects the active faults; `request.state.faults` has the rules that apply."""
 
-    def __init__(self, app: ASGIApp, platform: Platform) -> None:
+    def __init__(self, app: ASGIApp, context: AppContext) -> None:
         self._app = app
-        self._platform = platform
+        self._context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request, or fail it."""
+        """Handle one request, with its faults."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        endpoint, route = _target(scope["path"])
-        struck = self._platform.faults.strike(endpoint, route) if route else []
-        scope.setdefault("state", {})["faults"] = struck
-        if not struck:
-            await self._app(scope, receive, send)
-            return
-        for rule in struck:
-            if rule.when is When.BEFORE and await self._fail(rule, scope, receive, send):
+        endpoint, route = _endpoint_and_route(scope["path"])
+        rules = self._context.faults.match(endpoint, route) if route else []
+        scope.setdefault("state", {})["faults"] = rules
+        for rule in rules:
+            if rule.when is FaultTiming.BEFORE and await self._inject(rule, scope, receive, send):
                 return
-        after = [rule for rule in struck if rule.when is When.AFTER]
+        after = [rule for rule in rules if rule.when is FaultTiming.AFTER]
         if not after:
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
-        await self._app(scope, receive, answer.hold)
+        response = _BufferedResponse(send)
+        await self._app(scope, receive, response.add)
         for rule in after:
-            if await self._fail(rule, scope, receive, send):
+            if await self._inject(rule, scope, receive, send):
                 return
-        await answer.release()
+        await response.send()
 
-    async def _fail(self, rule: Rule, scope: Scope, receive: Receive, send: Send) -> bool:
-        """Let one fault strike; return whether the request is over with it."""
+    async def _inject(self, rule: FaultRule, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Inject one fault; return whether it ends the request."""
         match rule.kind:
             case FaultKind.LATENCY:
                 await asyncio.sleep(rule.latency_ms / 1000)
                 return False
             case FaultKind.ERROR:
-                await _answer_error(rule.status, send)
+                await _send_error(rule.status, send)
                 return True
             case FaultKind.DROP:
                 await _drop(scope, receive)
                 return True
             case FaultKind.KILL:
-                self._kill(scope["path"])
+                self._kill_worker(scope["path"])
                 await _drop(scope, receive)
                 return True
             case FaultKind.DUPLICATE:
-                return False  # The take itself does it.
+                return False  # The job-take route does it.
 
-    def _kill(self, path: str) -> None:
-        parts = path.split("/")
-        endpoint = self._platform.endpoints.get(parts[_ROUTE_PART - 1])
-        if endpoint is None or not endpoint.fleet.started_here(parts[_WORKER_PART]):
-            raise NotFoundError("only a worker that was started here can be killed")
-        endpoint.fleet.kill(parts[_WORKER_PART])
+    def _kill_worker(self, path: str) -> None:
+        segments = path.split("/")
+        endpoint = self._context.endpoints.get(segments[_ENDPOINT_SEGMENT])
+        if endpoint is None:
+            raise NotFoundError(f"endpoint {segments[_ENDPOINT_SEGMENT]} not found")
+        endpoint.fleet.kill(segments[_WORKER_SEGMENT])
 
 
-class _Answer:
-    """An answer that is held back until it is released."""
+class _BufferedResponse:
+    """A response that is sent only after faults have been injected."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._messages: list[Message] = []
 
-    async def hold(self, message: Message) -> None:
+    async def add(self, message: Message) -> None:
         self._messages.append(message)
 
-    async def release(self) -> None:
+    async def send(self) -> None:
         for message in self._messages:
             await self._send(message)
 
 
-def _target(path: str) -> tuple[str, str]:
-    """The endpoint and the route that a path names; an empty route where it names none.
+def _endpoint_and_route(path: str) -> tuple[str, str]:
+    """Return the endpoint and the route that a path names; an empty route if it names none.
 
-    A batch is a take like another; the OpenAI gateway's plain form belongs to no endpoint by its path.
+    A batch take counts as a take. The OpenAI gateway's path `/v1/...` names no endpoint.
     """
-    parts = path.split("/")
     if path.startswith("/v1/"):
         return "", "openai"
-    if len(parts) <= _ROUTE_PART or parts[1] != "v2":
+    segments = path.split("/")
+    if len(segments) <= _ROUTE_SEGMENT or segments[1] != "v2":
         return "", ""
-    route = parts[_ROUTE_PART]
-    return parts[_ROUTE_PART - 1], "job-take" if route == "job-take-batch" else route
+    route = segments[_ROUTE_SEGMENT]
+    return segments[_ENDPOINT_SEGMENT], "job-take" if route == "job-take-batch" else route
 
 
-async def _answer_error(status: int, send: Send) -> None:
-    body = json.dumps({"error": "a fault was injected here"}).encode()
+async def _send_error(status: int, send: Send) -> None:
+    body = json.dumps({"error": "injected fault"}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _drop(scope: Scope, receive: Receive) -> None:
-    """Close the connection with nothing said."""
+    """Close the connection without a response."""
     state: Mapping[str, Any] = scope["state"]
     state["transport"].abort()
-    # The server answers a request that ends unanswered, unless it knows that nobody is there.
+    # If the app returns before uvicorn has processed the disconnect, it logs an error and sends a response with 500.
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,8 +1,8 @@
-"""The OpenAI gateway: a request to `/v2/{endpoint}/openai/v1/...` is a job, and its outputs are the answer.
+"""The OpenAI gateway: a request to `/v2/{endpoint}/openai/v1/...` is a job, and the job's outputs are the response.
 
-A job that streams gives server-sent events as text, which is passed on as it comes. A job that does not gives one JSON
-value. A job that fails gives an error, whose status and body the client gets: its error is a JSON document
-`{"error": {"message", "type", "param", "code"}, "status": 400, ...}` in the best case, and a text in the worst.
+A streaming job's outputs are server-sent events as text, which are forwarded as they arrive. Any other job's output is
+one JSON value. A failed job's error gives the response's status and body: it is the JSON document
+`{"error": {"message", "type", "param", "code"}, "status": 400, ...}`, or any other text, which gets the status 500.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from emulator.api.auth import JSONResponse, authorize, endpoint_of, key_of, parse_json, platform_of, read_body
+from emulator.api.auth import authorize, context_of, endpoint_of, key_of
+from emulator.api.bodies import CLIENT_CLOSED_REQUEST, JSONResponse, parse_json, read_body
 from emulator.core.endpoint import Endpoint
-from emulator.core.job import RUNSYNC_BODY_BYTES, RUNSYNC_RETENTION_S, Job, JobStatus, Submission
+from emulator.core.job import MAX_RUNSYNC_BODY_BYTES, RUNSYNC_RETENTION_S, Job, JobStatus, Submission
 from emulator.core.job_queue import job_topic
-from emulator.core.long_poll import HangUp, hang_up_of
-from emulator.errors import InvalidRequestError, RefusedError, UnauthorizedError
+from emulator.core.long_poll import Disconnect, client_disconnect
+from emulator.errors import APIError, BadRequestError, UnauthorizedError
 
 logger = logging.getLogger(__name__)
 
 _BOOLEAN = TypeAdapter(bool)
 
-# A job always ends, by its policy if by nothing else.
-_FOREVER_S = 8 * 24 * 3600.0
-_CLIENT_CLOSED_REQUEST = 499
-_LAST_EVENT = "data: [DONE]\n\n"
+# Longer than any job: its policy's `ttl`, at most seven days, ends it.
+_NO_TIMEOUT_S = 8 * 24 * 3600.0
+_DONE_EVENT = "data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -47,154 +47,157 @@ class Failure:
 
     @classmethod
     def of(cls, status: int, message: str, kind: str = "InternalServerError") -> Failure:
-        """An error body as the OpenAI API has it."""
+        """Return a failure with an error body of the OpenAI API."""
         return cls(status, {"error": {"message": message, "type": kind, "param": None, "code": status}})
 
     def response(self) -> JSONResponse:
-        """The failure as an answer."""
+        """Return the failure as a response."""
         return JSONResponse(self.body, status_code=self.status)
 
     def event(self) -> str:
-        """The failure as the last event of a stream that has begun."""
+        """Return the failure as the last event of a stream that has started."""
         return f"data: {json.dumps(self.body)}\n\n"
 
 
 def failure_of(job: Job) -> Failure | None:
-    """How a job failed, None if it did not."""
+    """Return how a job failed, None if it did not."""
     match job.status:
         case JobStatus.FAILED:
-            return _failure_of_error(job.error or "")
+            return _parse_error(job.error or "")
         case JobStatus.TIMED_OUT:
             return Failure.of(HTTPStatus.GATEWAY_TIMEOUT, f"the job timed out: {job.error}", "TimeoutError")
         case JobStatus.CANCELLED:
-            return Failure.of(_CLIENT_CLOSED_REQUEST, "the job was cancelled", "CancelledError")
+            return Failure.of(CLIENT_CLOSED_REQUEST, "the job was cancelled", "CancelledError")
     return None
 
 
-def _failure_of_error(error: str) -> Failure:
-    """What a worker's error text stands for."""
-    try:
-        document = json.loads(error)
-    except ValueError:
-        document = None
+def _parse_error(error: str) -> Failure:
+    """Return the failure that a worker's error text describes."""
+    document = _parse_json_or_text(error)
     if not isinstance(document, dict):
         return Failure.of(HTTPStatus.INTERNAL_SERVER_ERROR, error)
     if not isinstance(document.get("error"), dict):
-        # The SDK's own: `error_type`, `error_message`, `error_traceback`, ...
+        # An exception as the SDK reports it: `error_type`, `error_message`, `error_traceback`, ...
         return Failure.of(HTTPStatus.INTERNAL_SERVER_ERROR, str(document.get("error_message", error)))
     status = document.get("status", document["error"].get("code"))
-    known = isinstance(status, int) and HTTPStatus.BAD_REQUEST <= status < 600  # noqa: PLR2004 (the last status)
+    is_error_status = isinstance(status, int) and HTTPStatus.BAD_REQUEST <= status < 600  # noqa: PLR2004 (the last status)
     body = {name: value for name, value in document.items() if name not in ("status", "retryable")}
-    return Failure(status if known else HTTPStatus.INTERNAL_SERVER_ERROR, body)
+    return Failure(status if is_error_status else HTTPStatus.INTERNAL_SERVER_ERROR, body)
 
 
-async def by_endpoint(request: Request) -> Response:
+async def endpoint_route(request: Request) -> Response:
     """`/v2/{endpoint}/openai/v1/...`, with an API key."""
     try:
         authorize(request)
         return await _serve(request, endpoint_of(request))
-    except RefusedError as error:
+    except APIError as error:
         return Failure.of(error.status, str(error), error.type).response()
 
 
-async def by_key(request: Request) -> Response:
-    """`/v1/...`, with `{endpoint}-{key}` for a key."""
+async def key_route(request: Request) -> Response:
+    """`/v1/...`, with `{endpoint}-{key}` as the API key."""
     try:
         return await _serve(request, _endpoint_of_key(request))
-    except RefusedError as error:
+    except APIError as error:
         return Failure.of(error.status, str(error), error.type).response()
 
 
 def _endpoint_of_key(request: Request) -> Endpoint:
-    platform = platform_of(request)
+    context = context_of(request)
     key = key_of(request)
-    for name, endpoint in platform.endpoints.items():
-        if key.startswith(f"{name}-") and platform.allows(key.removeprefix(f"{name}-")):
+    for name, endpoint in context.endpoints.items():
+        if key.startswith(f"{name}-") and context.is_api_key(key.removeprefix(f"{name}-")):
             return endpoint
-    raise UnauthorizedError("the request names no endpoint and key: send 'Authorization: Bearer ENDPOINT-KEY'")
+    raise UnauthorizedError("no valid endpoint and API key; send 'Authorization: Bearer ENDPOINT-KEY'")
 
 
 async def _serve(request: Request, endpoint: Endpoint) -> Response:
-    with ExitStack() as admitted:
-        # The documentation limits POST alone. A stream counts for as long as it lasts.
+    with ExitStack() as rate_limit:
+        # The documentation limits POST only. A stream counts until its end.
         if endpoint.settings.rate_limits and request.method == "POST":
-            admitted.enter_context(endpoint.limiter.admit("openai"))
+            rate_limit.enter_context(endpoint.limiter.admit("openai"))
         job, streaming = await _submit(request, endpoint)
-        answer = await _first_answer(request, endpoint, job, streaming=streaming)
-        if isinstance(answer, _EventStream):
-            answer.admitted = admitted.pop_all()
-        return answer
+        if not await _wait_for_status(request, endpoint, job, streaming=streaming):
+            logger.info("the client of job %s disconnected", job.id)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        if streaming and job.outputs:
+            return _EventStream(endpoint, job, rate_limit.pop_all())
+        failure = failure_of(job)
+        return JSONResponse(_response_body(job)) if failure is None else failure.response()
 
 
 async def _submit(request: Request, endpoint: Endpoint) -> tuple[Job, bool]:
-    """The job that the request stands for, and whether it streams."""
+    """Submit the request's job; return it, and whether its response streams."""
     route = f"/v1/{request.path_params['path']}"
     query = f"?{request.url.query}" if request.url.query else ""
     job_input: dict[str, Any] = {"openai_route": route + query}
     streaming = False
     if request.method == "POST":
-        body = parse_json(await read_body(request, RUNSYNC_BODY_BYTES))
+        body = parse_json(await read_body(request, MAX_RUNSYNC_BODY_BYTES))
         if not isinstance(body, dict):
-            raise InvalidRequestError("the body is not a JSON object")
+            raise BadRequestError("the body is not a JSON object")
         job_input["openai_input"] = body
         streaming = _is_true(body.get("stream"))
     submission = Submission(input=job_input)
-    return endpoint.queue.submit(submission, prefix="sync-", label=route, retention_s=RUNSYNC_RETENTION_S), streaming
+    return endpoint.queue.submit(submission, prefix="sync-", kind=route, retention_s=RUNSYNC_RETENTION_S), streaming
 
 
 def _is_true(value: Any) -> bool:
-    """Whether vLLM takes the value for true: it reads `"true"`, `"1"` and `1` as it does `true`."""
+    """Return whether vLLM reads the value as true: like pydantic, it accepts `"true"`, `"1"` and `1`."""
     try:
         return _BOOLEAN.validate_python(value)
     except ValidationError:
         return False
 
 
-async def _first_answer(request: Request, endpoint: Endpoint, job: Job, *, streaming: bool) -> Response:
-    """Wait until the status is known: for the first output of a stream, or for the end."""
+async def _wait_for_status(request: Request, endpoint: Endpoint, job: Job, *, streaming: bool) -> bool:
+    """Wait until the response's status is known: for a stream's first output, or for the job's end.
 
-    def look() -> bool | None:
+    Returns:
+        False if the client disconnected before; its job is cancelled.
+    """
+
+    def poll() -> bool | None:
         return job.status.final or (streaming and bool(job.outputs)) or None
 
     try:
-        async with hang_up_of(request.receive) as hang_up:
-            known = await endpoint.waiting.until(job_topic(job.id), look, _FOREVER_S, hang_up)
+        async with client_disconnect(request.receive) as disconnect:
+            known = await endpoint.long_poll.wait_for(job_topic(job.id), poll, _NO_TIMEOUT_S, disconnect)
+            return known is not None
     finally:
-        if look() is None:
+        if poll() is None:
             endpoint.queue.cancel(job.id)
-    if known is None:
-        logger.info("the client of job %s hung up", job.id)
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
-    if streaming and job.outputs:
-        return _EventStream(endpoint, job)
-    failure = failure_of(job)
-    return JSONResponse(_value(job)) if failure is None else failure.response()
 
 
 class _EventStream(Response):
-    """A job's outputs as they come, until OpenAI's last event or the job's end.
+    """A job's outputs as they arrive, until `data: [DONE]` or the job's end.
 
-    A client that hangs up before cancels the job. One that has the last event does not wait for the job's result, and
-    may hang up, as OpenAI's own does: the job ends by itself.
+    A client that disconnects earlier cancels the job. A client that has received `data: [DONE]` does not wait for the
+    job's result and may disconnect, as OpenAI's does: the job ends by itself.
+
+    Args:
+        endpoint: endpoint of the job.
+        job: a job with at least one output.
+        rate_limit: closed at the end of the stream, which counts as a running request until then.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, endpoint: Endpoint, job: Job) -> None:
+    def __init__(self, endpoint: Endpoint, job: Job, rate_limit: ExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-cache"})
-        # The answer's length is not known.
+        # The response's length is not known.
         del self.headers["content-length"]
-        self.admitted = ExitStack()
+        self._rate_limit = rate_limit
         self._endpoint = endpoint
         self._job = job
         self._complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope
-        with self.admitted:
+        with self._rate_limit:
             try:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                async with hang_up_of(receive) as hang_up, aclosing(self._events(hang_up)) as events:
+                async with client_disconnect(receive) as disconnect, aclosing(self._events(disconnect)) as events:
                     async for event in events:
                         await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
                 await send({"type": "http.response.body"})
@@ -202,60 +205,60 @@ class _EventStream(Response):
                 if not self._complete:
                     self._endpoint.queue.cancel(self._job.id)
 
-    async def _events(self, hang_up: HangUp) -> AsyncGenerator[str, None]:
-        """The outputs as they come, and a last event that says why where the job fails; none for who has hung up."""
+    async def _events(self, disconnect: Disconnect) -> AsyncGenerator[str, None]:
+        """Yield outputs as they arrive, and an error event if the job fails; stop when the client disconnects."""
         job = self._job
-        outputs, sent, told = job.outputs, 0, False
+        outputs, sent, error_sent = job.outputs, 0, False
 
-        def look() -> bool | None:
+        def poll() -> bool | None:
             return job.status.final or len(outputs) > sent or job.outputs is not outputs or None
 
-        while await self._endpoint.waiting.until(job_topic(job.id), look, _FOREVER_S, hang_up):
+        while await self._endpoint.long_poll.wait_for(job_topic(job.id), poll, _NO_TIMEOUT_S, disconnect):
             if job.outputs is not outputs:
-                # It was queued anew: another worker begins at the beginning, but what is sent is sent.
-                lost = "the worker was lost before the answer was complete"
-                yield Failure.of(HTTPStatus.INTERNAL_SERVER_ERROR, lost).event()
+                # The job was queued again. Its next worker would start over, but what was sent cannot be taken back.
+                message = "the worker was lost before the response was complete"
+                yield Failure.of(HTTPStatus.INTERNAL_SERVER_ERROR, message).event()
                 return
             ended = job.status.final
-            fresh = outputs[sent:]
-            sent += len(fresh)
-            for output in fresh:
+            new_outputs = outputs[sent:]
+            sent += len(new_outputs)
+            for output in new_outputs:
                 text = output if isinstance(output, str) else f"data: {json.dumps(output)}\n\n"
-                self._complete = text.endswith(_LAST_EVENT)
-                told = told or _has_error(text)
+                self._complete = text.endswith(_DONE_EVENT)
+                error_sent = error_sent or _has_error(text)
                 yield text
-            if ended and not told:
-                failed = failure_of(job)
-                if failed is not None:
-                    yield failed.event()
+            if ended and not error_sent:
+                failure = failure_of(job)
+                if failure is not None:
+                    yield failure.event()
             if ended or self._complete:
                 return
 
 
 def _has_error(text: str) -> bool:
-    """Whether the events say already that the answer has failed, as OpenAI's and Anthropic's clients read it."""
+    """Return whether one of the events is an error, as OpenAI's and Anthropic's clients read it."""
     for line in text.split("\n"):
         if line.startswith("data:") and ('"error"' in line or "response.failed" in line):
-            event = _parsed(line.removeprefix("data:"))
+            event = _parse_json_or_text(line.removeprefix("data:"))
             if isinstance(event, dict) and (event.get("error") or event.get("type") == "response.failed"):
                 return True
     return False
 
 
-def _value(job: Job) -> Any:
-    """The one value of a job that did not stream: the done body's output, or what was streamed in its place."""
+def _response_body(job: Job) -> Any:
+    """Return the value of a job that did not stream: its result's output, or what it streamed instead."""
     values = job.output if isinstance(job.output, list) and job.output else job.outputs
     if job.output is not None and not isinstance(job.output, list):
         values = [job.output]
     if len(values) == 1:
         value = values[0]
-        return _parsed(value) if isinstance(value, str) else value
+        return _parse_json_or_text(value) if isinstance(value, str) else value
     if values and all(isinstance(value, str) for value in values):
-        return _parsed("".join(values))
+        return _parse_json_or_text("".join(values))
     return values
 
 
-def _parsed(text: str) -> Any:
+def _parse_json_or_text(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
@@ -263,6 +266,6 @@ def _parsed(text: str) -> Any:
 
 
 routes = [
-    Route("/v2/{endpoint}/openai/v1/{path:path}", by_endpoint, methods=["GET", "POST"]),
-    Route("/v1/{path:path}", by_key, methods=["GET", "POST"]),
+    Route("/v2/{endpoint}/openai/v1/{path:path}", endpoint_route, methods=["GET", "POST"]),
+    Route("/v1/{path:path}", key_route, methods=["GET", "POST"]),
 ]

@@ -1,4 +1,4 @@
-"""The routes that workers call, as the SDK speaks them (runpod 1.12.0: `rp_job`, `rp_http`, `rp_ping`)."""
+"""The routes that workers call, as the SDK does (runpod 1.12.0: `rp_job`, `rp_http`, `rp_ping`)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from emulator.api.auth import JSONResponse, endpoint_of, faults_in, key_of, parse_json, platform_of, read_body
+from emulator.api.auth import context_of, endpoint_of, key_of
+from emulator.api.bodies import JSONResponse, describe_validation_error, parse_json, read_body
 from emulator.core.endpoint import Endpoint
-from emulator.core.faults import FaultKind, Rule
-from emulator.core.job import CHUNK_BYTES, RESULT_BYTES, Job, JobStatus
-from emulator.core.job_queue import WAITING, stop_topic
-from emulator.core.long_poll import hang_up_of, has_hung_up
-from emulator.errors import InvalidRequestError, TooLargeError, UnauthorizedError
+from emulator.core.faults import FaultKind, FaultRule
+from emulator.core.job import MAX_CHUNK_BYTES, MAX_RESULT_BYTES, Job, JobStatus
+from emulator.core.job_queue import JOBS_QUEUED_TOPIC, stop_topic
+from emulator.core.long_poll import client_disconnect, is_disconnected
+from emulator.core.worker import TAKING_STATES
+from emulator.errors import BadRequestError, ContentTooLargeError, UnauthorizedError
 
-# A worker that is told to end and polls on all the same is slowed down, and held up no longer than that.
-_LEAVING_POLL_S = 0.2
+# Long polls of a worker that was asked to stop: slow enough that it does not spin, short enough not to delay its exit.
+_STOPPING_POLL_S = 0.2
 
 
-class Delivery(BaseModel):
-    """What a worker posts: an output, the result, an error, or progress (`status` IN_PROGRESS)."""
+class JobUpdate(BaseModel):
+    """What a worker posts for a job: an output, the result, an error, or progress (`status` is IN_PROGRESS)."""
 
     model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
@@ -35,145 +37,148 @@ class Delivery(BaseModel):
 
 
 async def take(request: Request) -> Response:
-    """GET job-take: one job, or 204 when none came while the poll was held."""
+    """GET job-take: one job, or 204 if none was queued during the long poll."""
     jobs = await _take(request, 1)
-    return JSONResponse(jobs[0].for_worker()) if jobs else Response(status_code=HTTPStatus.NO_CONTENT)
+    return JSONResponse(jobs[0].worker_document()) if jobs else Response(status_code=HTTPStatus.NO_CONTENT)
 
 
 async def take_batch(request: Request) -> Response:
     """GET job-take-batch: a list of up to `batch_size` jobs, or 204."""
-    jobs = await _take(request, _count(request.query_params.get("batch_size", "1")))
+    jobs = await _take(request, _batch_size(request))
     if not jobs:
         return Response(status_code=HTTPStatus.NO_CONTENT)
-    return JSONResponse([job.for_worker() for job in jobs])
+    return JSONResponse([job.worker_document() for job in jobs])
 
 
 async def stop_signals(request: Request) -> Response:
-    """GET job-stop: the jobs that the worker is to stop, or 204 when there was none while the poll was held."""
-    endpoint, worker = _caller(request)
-    endpoint.fleet.called(worker)
-    leaving = endpoint.fleet.leaving(worker)
+    """GET job-stop: the jobs that the worker must stop, or 204 if there was none during the long poll."""
+    endpoint, worker = _authenticate(request)
+    endpoint.fleet.touch(worker)
+    was_stopping = endpoint.fleet.is_stopping(worker)
 
-    def look() -> list[str] | None:
-        if has_hung_up(request.state.transport) or (not leaving and endpoint.fleet.leaving(worker)):
+    def poll() -> list[str] | None:
+        if is_disconnected(request.state.transport) or (not was_stopping and endpoint.fleet.is_stopping(worker)):
             return []
-        return endpoint.queue.stop_signals(worker) or None
+        return endpoint.queue.pop_stop_signals(worker) or None
 
-    async with hang_up_of(request.receive) as hang_up:
-        job_ids = await endpoint.waiting.until(stop_topic(worker), look, _held_s(endpoint, worker), hang_up)
+    timeout_s = _poll_timeout_s(endpoint, worker)
+    async with client_disconnect(request.receive) as disconnect:
+        job_ids = await endpoint.long_poll.wait_for(stop_topic(worker), poll, timeout_s, disconnect)
     return JSONResponse({"jobsToStop": job_ids}) if job_ids else Response(status_code=HTTPStatus.NO_CONTENT)
 
 
 async def stream(request: Request) -> Response:
-    """POST job-stream: one output of a job that the worker holds."""
-    endpoint, worker = _caller(request)
-    delivery = await _delivery(request, CHUNK_BYTES)
-    endpoint.fleet.called(worker)
-    endpoint.queue.stream(worker, request.path_params["job"], delivery.output)
+    """POST job-stream: one output of a job that is assigned to the worker."""
+    endpoint, worker = _authenticate(request)
+    update = await _read_update(request, MAX_CHUNK_BYTES)
+    endpoint.fleet.touch(worker)
+    endpoint.queue.stream(worker, request.path_params["job"], update.output)
     return JSONResponse({})
 
 
 async def done(request: Request) -> Response:
-    """POST job-done: the result or the error of a job that the worker holds, or its progress."""
-    endpoint, worker = _caller(request)
-    delivery = await _delivery(request, RESULT_BYTES)
-    endpoint.fleet.called(worker)
+    """POST job-done: the result, the error or the progress of a job that is assigned to the worker."""
+    endpoint, worker = _authenticate(request)
+    update = await _read_update(request, MAX_RESULT_BYTES)
+    endpoint.fleet.touch(worker)
     job_id = request.path_params["job"]
-    if delivery.status == JobStatus.IN_PROGRESS:
-        endpoint.queue.progress(worker, job_id, delivery.output)
+    if update.status == JobStatus.IN_PROGRESS:
+        endpoint.queue.progress(worker, job_id, update.output)
         return JSONResponse({})
-    error = str(delivery.error) if delivery.error else None
-    endpoint.queue.finish(worker, job_id, delivery.output, error)
-    if delivery.stopPod and endpoint.fleet.started_here(worker):
-        endpoint.fleet.stop(worker, "asked for it with its last job (stopPod)")
+    error = str(update.error) if update.error else None
+    endpoint.queue.finish(worker, job_id, update.output, error)
+    if update.stopPod and endpoint.fleet.is_managed(worker):
+        endpoint.fleet.stop(worker, "requested with its last job (stopPod)")
     return JSONResponse({})
 
 
 async def ping(request: Request) -> Response:
-    """GET ping: the worker is there, and has the jobs of `job_id`; or, with `status=unhealthy`, cannot serve."""
-    endpoint, worker = _caller(request)
-    endpoint.fleet.called(worker)
+    """GET ping: the worker runs the jobs of `job_id`; with `status=unhealthy`, it cannot serve."""
+    endpoint, worker = _authenticate(request)
+    endpoint.fleet.touch(worker)
     query = request.query_params
     if query.get("status") == "unhealthy":
-        endpoint.fleet.unhealthy(worker, f"{query.get('check', 'fitness check')}: {query.get('reason', '')}")
+        endpoint.fleet.on_unhealthy(worker, f"{query.get('check', 'fitness check')}: {query.get('reason', '')}")
     else:
         endpoint.queue.ping(worker, filter(None, query.get("job_id", "").split(",")))
     return JSONResponse({})
 
 
 async def _take(request: Request, count: int) -> list[Job]:
-    endpoint, worker_id = _caller(request)
-    worker = endpoint.fleet.polled(worker_id)
-    leaving = endpoint.fleet.leaving(worker_id)
+    endpoint, worker_id = _authenticate(request)
+    worker = endpoint.fleet.on_poll(worker_id)
+    was_stopping = endpoint.fleet.is_stopping(worker_id)
 
-    def look() -> list[Job] | None:
-        if not endpoint.fleet.may_take(worker):
-            # A poll that is under way when the worker is told to end keeps it no longer.
-            return [] if not leaving and endpoint.fleet.leaving(worker_id) else None
-        if has_hung_up(request.state.transport):
-            # Nothing can be sent any more, though nobody has said so yet.
+    def poll() -> list[Job] | None:
+        if worker.state not in TAKING_STATES:
+            # End a poll that was in progress when the worker was asked to stop.
+            return [] if not was_stopping and endpoint.fleet.is_stopping(worker_id) else None
+        if is_disconnected(request.state.transport):
+            # The response could not be sent, even if uvicorn has not reported the disconnect yet.
             return []
         if endpoint.duplicates:
             return endpoint.duplicates.pop()
         return endpoint.queue.take(worker_id, count) or None
 
-    async with hang_up_of(request.receive) as hang_up:
-        jobs = await endpoint.waiting.until(WAITING, look, _held_s(endpoint, worker_id), hang_up) or []
-    worker.jobs += len(jobs)
-    struck: list[Rule] = request.state.faults
-    if jobs and any(rule.kind is FaultKind.DUPLICATE for rule in struck):
+    timeout_s = _poll_timeout_s(endpoint, worker_id)
+    async with client_disconnect(request.receive) as disconnect:
+        jobs = await endpoint.long_poll.wait_for(JOBS_QUEUED_TOPIC, poll, timeout_s, disconnect) or []
+    worker.jobs_taken += len(jobs)
+    faults: list[FaultRule] = request.state.faults
+    if jobs and any(rule.kind is FaultKind.DUPLICATE for rule in faults):
         endpoint.duplicates.append(jobs)
-        endpoint.waiting.wake(WAITING)
+        endpoint.long_poll.notify(JOBS_QUEUED_TOPIC)
     return jobs
 
 
-def _held_s(endpoint: Endpoint, worker: str) -> float:
-    """How long a poll of this worker is held."""
-    return _LEAVING_POLL_S if endpoint.fleet.leaving(worker) else endpoint.settings.long_poll_s
+def _poll_timeout_s(endpoint: Endpoint, worker: str) -> float:
+    """Return the maximum duration of this worker's long poll."""
+    return _STOPPING_POLL_S if endpoint.fleet.is_stopping(worker) else endpoint.settings.long_poll_s
 
 
-def _caller(request: Request) -> tuple[Endpoint, str]:
-    """The endpoint and the id of the worker that calls.
+def _authenticate(request: Request) -> tuple[Endpoint, str]:
+    """Return the endpoint and the id of the worker that sent the request.
 
-    A worker that we started is known by its id alone, which is random and told to nobody else: the SDK sends the key
-    of its user's own credentials file where there is one, and not the one that it was given.
+    A managed worker's id is enough, since it is random and known only to the worker: the SDK prefers the key of the
+    user's own credentials file, if there is one, to the key that the worker was given.
 
     Raises:
-        UnauthorizedError: it is a worker of somebody else, without the endpoint's key or an API key.
+        UnauthorizedError: an external worker without the endpoint's worker key or an API key.
     """
     endpoint = endpoint_of(request)
     worker: str = request.path_params["worker"]
     key = key_of(request)
-    known = hmac.compare_digest(key.encode(), endpoint.worker_key.encode()) or platform_of(request).allows(key)
-    if not known and not endpoint.fleet.started_here(worker):
+    is_valid = hmac.compare_digest(key.encode(), endpoint.worker_key.encode()) or context_of(request).is_api_key(key)
+    if not is_valid and not endpoint.fleet.is_managed(worker):
         raise UnauthorizedError("the worker has no valid key in RUNPOD_AI_API_KEY")
     return endpoint, worker
 
 
-async def _delivery(request: Request, limit_bytes: int) -> Delivery:
-    """The body, which the SDK sends as JSON under the content type of a form.
+async def _read_update(request: Request, max_bytes: int) -> JobUpdate:
+    """Return the body, which the SDK sends as JSON with a form's content type.
 
     Raises:
-        InvalidRequestError: it is not such a body, or too large: what a worker posts is refused with 400.
+        BadRequestError: it is invalid, or too large: the platform responds to a worker with 400, not with 413.
     """
     try:
-        value = parse_json(await read_body(request, limit_bytes))
-        return Delivery.model_validate(value)
-    except TooLargeError as error:
-        raise InvalidRequestError(str(error)) from None
+        value = parse_json(await read_body(request, max_bytes))
+        return JobUpdate.model_validate(value)
+    except ContentTooLargeError as error:
+        raise BadRequestError(str(error)) from None
     except ValidationError as error:
-        raise InvalidRequestError(faults_in(error)) from None
+        raise BadRequestError(describe_validation_error(error)) from None
 
 
-def _count(text: str) -> int:
+def _batch_size(request: Request) -> int:
+    text = request.query_params.get("batch_size", "1")
     if not text.isdecimal() or int(text) < 1:
-        raise InvalidRequestError(f"batch_size is {text!r}, which is not a whole number above 0")
+        raise BadRequestError(f"batch_size={text!r}: expected an integer of at least 1")
     return int(text)
 
 
 _ROOT = "/v2/{endpoint}"
 
-# Looked through in this order: those that are called most come first.
+# Routes are matched in this order: the most frequent first.
 routes = [
     Route(_ROOT + "/job-stream/{worker}/{job}", stream, methods=["POST"]),
     Route(_ROOT + "/job-done/{worker}/{job}", done, methods=["POST"]),

@@ -1,4 +1,4 @@
-"""The scaling decision: how many workers to start and which to stop, from counts and time alone.
+"""The scaling decision: how many workers to start and which to stop, from counts and times only.
 
 Source: docs.runpod.io, "Endpoint settings": QUEUE_DELAY adds a worker when a request has waited `scalerValue` seconds;
 REQUEST_COUNT wants `ceil((requestsInQueue + requestsInProgress) / scalerValue)` workers.
@@ -9,77 +9,61 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
-from emulator.core.job_queue import Load
+from emulator.core.job_queue import QueueLoad
+from emulator.core.worker import ACTIVE_STATES, FleetWorker, WorkerState
 from emulator.settings import EndpointSettings
 
 
-class WorkerState(StrEnum):
-    """A worker's state, in the platform's words; `stopping` is ours: told to end, and not ended yet."""
-
-    INITIALIZING = "initializing"
-    IDLE = "idle"
-    RUNNING = "running"
-    THROTTLED = "throttled"
-    UNHEALTHY = "unhealthy"
-    STOPPING = "stopping"
-
-
-ACTIVE = frozenset({WorkerState.INITIALIZING, WorkerState.IDLE, WorkerState.RUNNING, WorkerState.THROTTLED})
-"""Workers that serve, or will."""
-
-
 @dataclass(frozen=True)
-class Member:
-    """One worker, as the decision sees it: its state, since when, and when it was started (seconds)."""
+class ScalingDecision:
+    """What to do now.
 
-    id: str
-    state: WorkerState
-    since_s: float
-    started_s: float
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to do now: start so many workers, stop these, and give these up that have not come up in time."""
+    Args:
+        start: how many workers to start.
+        stop: ids of workers to stop.
+        start_timed_out: ids of workers that were not ready in time.
+    """
 
     start: int = 0
     stop: tuple[str, ...] = ()
-    overdue: tuple[str, ...] = ()
+    start_timed_out: tuple[str, ...] = ()
 
 
-def decide(settings: EndpointSettings, load: Load, members: Sequence[Member], now_s: float) -> Decision:
-    """Decide by the endpoint's rules.
+def decide(
+    settings: EndpointSettings, load: QueueLoad, workers: Sequence[FleetWorker], now_s: float
+) -> ScalingDecision:
+    """Decide by the endpoint's settings.
 
-    A worker that is stopping or given up still has its process, and so its place under `workersMax`.
+    A worker that is stopping or unhealthy still has its process, and so counts towards `workersMax`.
     """
-    overdue = tuple(
-        member.id
-        for member in members
-        if member.state is WorkerState.INITIALIZING and now_s - member.since_s >= settings.start_limit_s
+    timed_out = tuple(
+        worker.id
+        for worker in workers
+        if worker.state is WorkerState.INITIALIZING and now_s - worker.state_since >= settings.start_timeout_s
     )
-    active = [member for member in members if member.state in ACTIVE and member.id not in overdue]
-    leaving = len(members) - len(active)
+    active = [worker for worker in workers if worker.state in ACTIVE_STATES and worker.id not in timed_out]
+    exiting = len(workers) - len(active)
     wanted = min(max(_wanted(settings, load, active, now_s), settings.workers_min), settings.workers_max)
-    start = max(0, min(wanted - len(active), settings.workers_max - len(active) - leaving))
+    start = max(0, min(wanted - len(active), settings.workers_max - len(active) - exiting))
 
     floor = wanted if settings.scaler_type == "REQUEST_COUNT" else settings.workers_min
     idle = sorted(
-        (member for member in active if member.state is WorkerState.IDLE and _idle_out(settings, member, now_s)),
-        key=lambda member: member.since_s,
+        (
+            worker
+            for worker in active
+            if worker.state is WorkerState.IDLE and now_s - worker.state_since >= settings.idle_timeout_s
+        ),
+        key=lambda worker: worker.state_since,
     )
-    return Decision(start, tuple(member.id for member in idle[: max(0, len(active) - floor)]), overdue)
+    return ScalingDecision(start, tuple(worker.id for worker in idle[: max(0, len(active) - floor)]), timed_out)
 
 
-def _wanted(settings: EndpointSettings, load: Load, active: Sequence[Member], now_s: float) -> int:
+def _wanted(settings: EndpointSettings, load: QueueLoad, active: Sequence[FleetWorker], now_s: float) -> int:
+    """Return how many workers the load asks for, before the minimum and the maximum."""
     if settings.scaler_type == "REQUEST_COUNT":
         return math.ceil((load.waiting + load.running) / settings.scaler_value)
-    last_start_s = max((member.started_s for member in active), default=-math.inf)
-    late = load.waiting > 0 and load.longest_wait_s >= settings.scaler_value
-    # The one that was just added gets as long to make a difference before another is.
-    return len(active) + (1 if late and now_s - last_start_s >= settings.scaler_value else 0)
-
-
-def _idle_out(settings: EndpointSettings, member: Member, now_s: float) -> bool:
-    return now_s - member.since_s >= settings.idle_timeout_s
+    last_start_s = max((worker.started_at for worker in active), default=-math.inf)
+    delayed = load.waiting > 0 and load.longest_wait_s >= settings.scaler_value
+    # The worker that was started last gets the same time to shorten the queue before another is added.
+    return len(active) + (1 if delayed and now_s - last_start_s >= settings.scaler_value else 0)

@@ -1,4 +1,4 @@
-"""The workers of one endpoint: started and stopped as the autoscaler decides, watched while they are there."""
+"""The workers of one endpoint: started and stopped as the autoscaler decides, and monitored."""
 
 from __future__ import annotations
 
@@ -6,251 +6,231 @@ import os
 import random
 import string
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
-from emulator.core.autoscaler import ACTIVE, Member, WorkerState, decide
+from emulator.core.autoscaler import decide
 from emulator.core.faults import Faults
-from emulator.core.job_queue import Queue
-from emulator.core.process import Process, Starter, worker_environment
+from emulator.core.job_queue import JobQueue
+from emulator.core.process import StartProcess, worker_environment
+from emulator.core.worker import ACTIVE_STATES, TAKING_STATES, FleetWorker, WorkerState
 from emulator.errors import NotFoundError
 from emulator.redaction import Redaction
 from emulator.settings import EndpointSettings
 
-LOG_LINES = 50
-_GONE_WORKERS = 10
+_MAX_EXITED_WORKERS = 10
 _ID_LETTERS = 14
 # "The system automatically retries with exponential backoff."
 _MAX_BACKOFF_S = 60.0
 
-Event = Callable[[str], None]
-"""Takes one line for the endpoint's timeline."""
 
+class FleetListener(Protocol):
+    """Is notified of what happens in a fleet."""
 
-@dataclass(eq=False)
-class Worker:
-    """One worker, with or without a process of ours; times are the fleet's clock, in seconds.
+    def on_event(self, line: str) -> None:
+        """Handle an event for the endpoint's timeline."""
 
-    Args:
-        seen_at: when it last called.
-        polled: whether it has ever asked for a job.
-        kill_at: when its grace is over, while it is stopping.
-        jobs: how many jobs it has been given.
-    """
+    def on_worker_log(self, worker: str, line: str) -> None:
+        """Handle a worker's log line, which has no secrets in it."""
 
-    id: str
-    state: WorkerState
-    started_at: float
-    since: float
-    seen_at: float
-    process: Process | None = None
-    polled: bool = False
-    kill_at: float | None = None
-    killed: bool = False
-    ready_at: float | None = None
-    ended_at: float | None = None
-    exit_code: int | None = None
-    reason: str = ""
-    jobs: int = 0
-    log: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+    def on_worker_stopping(self, worker: str) -> None:
+        """Handle a worker that was asked to stop: its long polls must end."""
 
 
 class Fleet:
-    """Keeps as many workers as the endpoint's rules want.
+    """Keeps as many workers as the endpoint's settings ask for.
+
+    Managed workers are processes that the fleet has started. External workers are any others that ask for jobs.
 
     Args:
-        settings: the endpoint's.
-        queue: its jobs.
-        clock: the time in seconds, never going back.
+        settings: settings of the endpoint.
+        queue: jobs of the endpoint.
+        listener: is notified of events.
+        base_url: URL of the emulator, for workers.
+        worker_key: API key of the workers.
+        ca_environment: variables that make workers trust the emulator's TLS certificate.
+        clock: monotonic time in seconds.
         start: starts a process.
-        faults: says how many workers are throttled.
-        redaction: takes secrets out of log lines.
-        event: takes lines for the timeline.
-        release: lets the polls go that a worker has under way.
-        key: what workers authorize themselves with.
+        faults: how many workers are throttled.
+        redaction: removes secrets from log lines.
     """
 
-    def __init__(  # noqa: PLR0913 (everything that it acts on, so that a test can put its own in place)
+    def __init__(  # noqa: PLR0913 (all collaborators, so that a test can replace each)
         self,
         settings: EndpointSettings,
-        queue: Queue,
+        queue: JobQueue,
+        listener: FleetListener,
         *,
+        base_url: str,
+        worker_key: str,
+        ca_environment: Mapping[str, str],
         clock: Callable[[], float],
-        start: Starter,
+        start: StartProcess,
         faults: Faults,
         redaction: Redaction,
-        event: Event,
-        release: Callable[[str], None],
-        key: str,
     ) -> None:
         self._settings = settings
         self._queue = queue
+        self._listener = listener
+        self._base_url = base_url
+        self._worker_key = worker_key
+        self._ca_environment = ca_environment
         self._clock = clock
         self._start = start
         self._faults = faults
         self._redaction = redaction
-        self._event = event
-        self._release = release
-        self._key = key
-        self._workers: dict[str, Worker] = {}
-        self._gone: deque[Worker] = deque(maxlen=_GONE_WORKERS)
-        self._failures = 0
-        self._start_after = 0.0
+        self._workers: dict[str, FleetWorker] = {}
+        self._exited: deque[FleetWorker] = deque(maxlen=_MAX_EXITED_WORKERS)
+        self._consecutive_failures = 0
+        self._backoff_until = 0.0
         self._closing = False
-        self.base_url = ""
-        self.ca_environment: dict[str, str] = {}
-        self.log: Callable[[str, str], None] = lambda _worker, _line: None
 
-    # What workers do.
+    # Requests of workers.
 
-    def polled(self, worker_id: str) -> Worker:
-        """A worker asks for jobs; one that we did not start is taken in.
+    def on_poll(self, worker_id: str) -> FleetWorker:
+        """Record that a worker asks for jobs; an unknown one is registered as an external worker.
 
         Raises:
-            NotFoundError: it is not one of ours, and no more are taken in.
+            NotFoundError: it is unknown, and the emulator is shutting down.
         """
         worker = self._workers.get(worker_id)
         now = self._clock()
         if worker is None:
             if self._closing:
-                raise NotFoundError("the emulator ends")
-            worker = Worker(worker_id, WorkerState.IDLE, now, now, now, reason="started by hand")
+                raise NotFoundError("the emulator is shutting down")
+            worker = FleetWorker(worker_id, WorkerState.IDLE, now, now, now, reason="started externally")
             self._workers[worker_id] = worker
-            self._event(f"worker {worker_id} came, started by hand")
-        worker.seen_at = now
-        if not worker.polled:
-            worker.polled = True
+            self._listener.on_event(f"worker {worker_id} registered: started externally")
+        worker.last_seen_at = now
+        if not worker.has_polled:
+            worker.has_polled = True
             worker.ready_at = now
-            self._failures = 0
+            self._consecutive_failures = 0
             if worker.state is WorkerState.INITIALIZING:
-                self._set(worker, WorkerState.IDLE)
-                self._event(f"worker {worker_id} ready after {now - worker.started_at:.1f} s")
+                self._set_state(worker, WorkerState.IDLE)
+                self._listener.on_event(f"worker {worker_id} ready after {now - worker.started_at:.1f} s")
         return worker
 
-    def called(self, worker_id: str) -> None:
-        """A worker shows that it is there."""
+    def touch(self, worker_id: str) -> None:
+        """Record that a worker sent a request."""
         worker = self._workers.get(worker_id)
         if worker is not None:
-            worker.seen_at = self._clock()
+            worker.last_seen_at = self._clock()
 
-    def may_take(self, worker: Worker) -> bool:
-        """Whether it is given jobs: not while it is stopping, nor when it is given up."""
-        return worker.state in (WorkerState.IDLE, WorkerState.RUNNING)
-
-    def leaving(self, worker_id: str) -> bool:
-        """Whether the worker has been told to end."""
+    def is_stopping(self, worker_id: str) -> bool:
+        """Return whether the worker was asked to stop, or is unknown."""
         worker = self._workers.get(worker_id)
         return worker is None or worker.state is WorkerState.STOPPING
 
-    def started_here(self, worker_id: str) -> bool:
-        """Whether the worker is a process of ours."""
+    def is_managed(self, worker_id: str) -> bool:
+        """Return whether the worker runs in a process that the fleet has started."""
         worker = self._workers.get(worker_id)
         return worker is not None and worker.process is not None
 
-    def unhealthy(self, worker_id: str, reason: str) -> None:
-        """A worker reports that it cannot serve."""
+    def on_unhealthy(self, worker_id: str, reason: str) -> None:
+        """Handle a worker's report that it cannot serve."""
         worker = self._workers.get(worker_id)
         if worker is not None:
-            self._give_up(worker, reason)
+            self._fail(worker, reason)
 
-    # What is done to workers.
+    # Control of workers.
 
     def tick(self) -> None:
-        """Do what time, load and the workers' calls ask for. To be called a few times a second."""
+        """Apply time-outs and the autoscaler's decision; to be called several times a second."""
         now = self._clock()
         self._queue.expire()
-        self.refresh()
+        self.refresh_states()
         for worker in list(self._workers.values()):
-            self._watch(worker, now)
-        for worker_id in self._queue.disobedient():
+            self._check(worker, now)
+        for worker_id in self._queue.unresponsive_workers():
             if worker_id in self._workers:
-                self.stop(worker_id, "did not stop a job that it was told to stop")
+                self.stop(worker_id, "ignored a stop signal")
         if self._closing or not self._settings.command:
             return
-        members = [
-            Member(worker.id, worker.state, worker.since, worker.started_at)
+        own = [
+            worker
             for worker in self._workers.values()
             if worker.process is not None or worker.state is WorkerState.THROTTLED
         ]
-        decision = decide(self._settings, self._queue.load(), members, now)
-        for worker_id in decision.overdue:
-            self._give_up(self._workers[worker_id], f"not ready after {self._settings.start_limit_s:g} s")
+        decision = decide(self._settings, self._queue.load(), own, now)
+        for worker_id in decision.start_timed_out:
+            self._fail(self._workers[worker_id], f"not ready after {self._settings.start_timeout_s:g} s")
         for worker_id in decision.stop:
             self.stop(worker_id, f"idle for {self._settings.idle_timeout_s:g} s")
-        if now >= self._start_after:
+        if now >= self._backoff_until:
             for _ in range(decision.start):
-                self._add(now)
+                self._start_worker(now)
 
-    def refresh(self) -> None:
-        """Bring running and idle workers' states up to what the queue says."""
+    def refresh_states(self) -> None:
+        """Set workers to running or idle, as the queue says."""
         for worker in self._workers.values():
-            if worker.state in (WorkerState.IDLE, WorkerState.RUNNING):
-                state = WorkerState.RUNNING if self._queue.held(worker.id) else WorkerState.IDLE
+            if worker.state in TAKING_STATES:
+                state = WorkerState.RUNNING if self._queue.running_jobs(worker.id) else WorkerState.IDLE
                 if state is not worker.state:
-                    self._set(worker, state)
+                    self._set_state(worker, state)
 
     def stop(self, worker_id: str, reason: str) -> None:
-        """Ask a worker to end; it is killed when its grace is over."""
+        """Ask a worker to stop; it is killed after its grace period."""
         worker = self._workers[worker_id]
         if worker.state is WorkerState.STOPPING:
             return
-        self._set(worker, WorkerState.STOPPING)
+        self._set_state(worker, WorkerState.STOPPING)
         worker.reason = reason
-        self._event(f"worker {worker_id} stopping: {reason}")
+        self._listener.on_event(f"worker {worker_id} stopping: {reason}")
         if worker.process is None:
-            self._leave(worker)
+            self._remove(worker)
         else:
             worker.kill_at = self._clock() + self._settings.grace_s
             worker.process.terminate()
-        self._release(worker_id)
+        self._listener.on_worker_stopping(worker_id)
 
     def kill(self, worker_id: str) -> None:
-        """Kill a worker, as a machine that fails would.
+        """Kill a managed worker, to simulate the failure of its machine.
 
         Raises:
-            NotFoundError: there is no such worker with a process of ours.
+            NotFoundError: there is no such managed worker.
         """
         worker = self._workers.get(worker_id)
         if worker is None or worker.process is None:
-            raise NotFoundError(f"there is no worker {worker_id} that was started here")
-        self._event(f"worker {worker_id} killed")
+            raise NotFoundError(f"there is no managed worker {worker_id}")
+        self._listener.on_event(f"worker {worker_id} killed")
         worker.process.kill()
 
     def close(self) -> None:
-        """Stop all workers and start none; `empty` tells when they are gone."""
+        """Stop all workers and start no more; `is_empty` is true when they have exited."""
         self._closing = True
         for worker_id in list(self._workers):
-            self.stop(worker_id, "the emulator ends")
+            self.stop(worker_id, "the emulator is shutting down")
 
     @property
-    def empty(self) -> bool:
-        """Whether no process of ours is left."""
+    def is_empty(self) -> bool:
+        """Whether no managed worker is left."""
         return not any(worker.process is not None for worker in self._workers.values())
 
     @property
-    def over(self) -> bool:
-        """Whether it has been closed and nothing is left."""
-        return self._closing and self.empty
+    def is_closed(self) -> bool:
+        """Whether the fleet was closed and no managed worker is left."""
+        return self._closing and self.is_empty
 
     def kill_all(self) -> None:
-        """Kill every worker now."""
+        """Kill every managed worker now."""
         for worker in self._workers.values():
             if worker.process is not None:
                 worker.process.kill()
 
-    # What others see.
+    # State of workers.
 
-    def workers(self) -> list[Worker]:
-        """All that are there, in the order of their start."""
-        self.refresh()
+    def workers(self) -> list[FleetWorker]:
+        """Return all current workers, in the order of their start."""
+        self.refresh_states()
         return list(self._workers.values())
 
-    def gone(self) -> list[Worker]:
-        """The last that have ended, newest first."""
-        return list(reversed(self._gone))
+    def exited_workers(self) -> list[FleetWorker]:
+        """Return the workers that exited last, newest first."""
+        return list(reversed(self._exited))
 
     def health(self) -> dict[str, int]:
-        """The `workers` of /health. `ready` counts those that could take a job at once, which is `idle` again."""
+        """Return the `workers` of /health; `ready`, the workers that could take a job at once, equals `idle`."""
         states = [worker.state for worker in self.workers()]
         counts = {
             state.value: states.count(state)
@@ -264,103 +244,108 @@ class Fleet:
         }
         return {**counts, "ready": counts["idle"]}
 
-    def _watch(self, worker: Worker, now: float) -> None:
-        """What becomes of one worker as time goes by."""
-        silent_s = now - worker.seen_at
-        if worker.state is WorkerState.THROTTLED and self._throttled() > self._faults.throttled_workers:
+    def _check(self, worker: FleetWorker, now: float) -> None:
+        """Apply the time-outs of one worker."""
+        silent_s = now - worker.last_seen_at
+        if worker.state is WorkerState.THROTTLED and self._throttled_count() > self._faults.throttled_workers:
             del self._workers[worker.id]
-        elif worker.state is WorkerState.UNHEALTHY and worker.process is None and now >= self._start_after:
-            self._leave(worker)
+        elif worker.state is WorkerState.UNHEALTHY and worker.process is None and now >= self._backoff_until:
+            self._remove(worker)
         elif worker.kill_at is not None and now >= worker.kill_at and worker.process is not None and not worker.killed:
             worker.killed = True
-            self._event(f"worker {worker.id} killed: still there {self._settings.grace_s:g} s after SIGTERM")
+            self._listener.on_event(
+                f"worker {worker.id} killed: still running {self._settings.grace_s:g} s after SIGTERM"
+            )
             worker.process.kill()
-        elif worker.polled and worker.state in ACTIVE and silent_s >= self._settings.lost_after_s:
+        elif worker.has_polled and worker.state in ACTIVE_STATES and silent_s >= self._settings.lost_after_s:
             if worker.process is None:
-                self._event(f"worker {worker.id} lost: silent for {silent_s:.0f} s")
-                self._leave(worker)
+                self._listener.on_event(f"worker {worker.id} lost: no request for {silent_s:.0f} s")
+                self._remove(worker)
             else:
-                self._give_up(worker, f"silent for {silent_s:.0f} s")
+                self._fail(worker, f"no request for {silent_s:.0f} s")
 
-    def _throttled(self) -> int:
+    def _throttled_count(self) -> int:
         return sum(worker.state is WorkerState.THROTTLED for worker in self._workers.values())
 
-    def _add(self, now: float) -> None:
-        """Start a worker, or put a throttled one in its place."""
+    def _start_worker(self, now: float) -> None:
+        """Start a worker, or add a throttled one without a process."""
         worker_id = "".join(random.SystemRandom().choices(string.ascii_lowercase + string.digits, k=_ID_LETTERS))
-        throttled = self._throttled() < self._faults.throttled_workers
+        throttled = self._throttled_count() < self._faults.throttled_workers
         state = WorkerState.THROTTLED if throttled else WorkerState.INITIALIZING
-        worker = Worker(worker_id, state, now, now, now)
+        worker = FleetWorker(worker_id, state, now, now, now)
         self._workers[worker_id] = worker
         if throttled:
-            self._event(f"worker {worker_id} throttled")
+            self._listener.on_event(f"worker {worker_id} throttled")
             return
         settings = self._settings
-        # The emulator's own RUNPOD_* variables are another platform's.
+        # RUNPOD_WEBHOOK_* in the emulator's own environment belong to another platform.
         env = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
-        env |= worker_environment(self.base_url, settings.id, worker_id, self._key, settings.ping_interval_ms)
-        env |= self.ca_environment
+        env |= worker_environment(self._base_url, settings.id, worker_id, self._worker_key, settings.ping_interval_ms)
+        env |= self._ca_environment
         try:
             worker.process = self._start(
-                settings.command, env | settings.env, settings.cwd, _Watcher(self, worker, self._redaction)
+                settings.command, env | settings.env, settings.cwd, _FleetProcessListener(self, worker)
             )
         except OSError as error:
             worker.log.append(f"{settings.command[0]} cannot be started: {error.strerror}")
-            self._failed(worker, "cannot be started")
+            self._mark_unhealthy(worker, "cannot be started")
             return
-        self._event(f"worker {worker_id} started")
+        self._listener.on_event(f"worker {worker_id} started")
 
-    def _give_up(self, worker: Worker, reason: str) -> None:
-        """A worker that does not serve: its jobs go back, its process is killed."""
+    def _fail(self, worker: FleetWorker, reason: str) -> None:
+        """Mark a worker as unhealthy, requeue its jobs and kill its process."""
         if worker.state is WorkerState.UNHEALTHY:
             return
-        self._failed(worker, reason)
-        self._queue.worker_lost(worker.id)
+        self._mark_unhealthy(worker, reason)
+        self._queue.on_worker_lost(worker.id)
         if worker.process is not None:
             worker.process.kill()
 
-    def _failed(self, worker: Worker, reason: str) -> None:
-        self._failures += 1
-        self._start_after = self._clock() + min(_MAX_BACKOFF_S, 2.0 ** (self._failures - 1))
+    def _mark_unhealthy(self, worker: FleetWorker, reason: str) -> None:
+        self._consecutive_failures += 1
+        self._backoff_until = self._clock() + min(_MAX_BACKOFF_S, 2.0 ** (self._consecutive_failures - 1))
         worker.reason = reason
-        self._set(worker, WorkerState.UNHEALTHY)
-        self._event(f"worker {worker.id} unhealthy: {reason}")
+        self._set_state(worker, WorkerState.UNHEALTHY)
+        self._listener.on_event(f"worker {worker.id} unhealthy: {reason}")
 
-    def exited(self, worker: Worker, code: int) -> None:
-        """A worker's process has ended."""
+    def on_log_line(self, worker: FleetWorker, line: str) -> None:
+        """Keep a line that a worker's process wrote."""
+        line = self._redaction.apply(line)
+        worker.log.append(line)
+        self._listener.on_worker_log(worker.id, line)
+
+    def on_exit(self, worker: FleetWorker, code: int) -> None:
+        """Handle the exit of a worker's process."""
         worker.process = None
         worker.exit_code = code
-        self._queue.worker_lost(worker.id)
-        expected = worker.state is WorkerState.STOPPING or (code == 0 and worker.polled)
-        self._event(f"worker {worker.id} exited with {code}")
+        self._queue.on_worker_lost(worker.id)
+        expected = worker.state is WorkerState.STOPPING or (code == 0 and worker.has_polled)
+        self._listener.on_event(f"worker {worker.id} exited with {code}")
         if not expected and worker.state is not WorkerState.UNHEALTHY:
-            self._failed(worker, f"exited with {code}")
+            self._mark_unhealthy(worker, f"exited with {code}")
         if expected or self._closing:
-            self._leave(worker)
+            self._remove(worker)
 
-    def _leave(self, worker: Worker) -> None:
-        worker.ended_at = self._clock()
-        self._queue.worker_lost(worker.id)
+    def _remove(self, worker: FleetWorker) -> None:
+        worker.exited_at = self._clock()
+        self._queue.on_worker_lost(worker.id)
         if self._workers.pop(worker.id, None) is not None:
-            self._gone.append(worker)
+            self._exited.append(worker)
 
-    def _set(self, worker: Worker, state: WorkerState) -> None:
+    def _set_state(self, worker: FleetWorker, state: WorkerState) -> None:
         worker.state = state
-        worker.since = self._clock()
+        worker.state_since = self._clock()
 
 
-class _Watcher:
-    """Passes what a worker's process does to its fleet."""
+class _FleetProcessListener:
+    """Forwards the events of one worker's process to its fleet."""
 
-    def __init__(self, fleet: Fleet, worker: Worker, redaction: Redaction) -> None:
+    def __init__(self, fleet: Fleet, worker: FleetWorker) -> None:
         self._fleet = fleet
         self._worker = worker
-        self._redaction = redaction
 
-    def logged(self, line: str) -> None:
-        line = self._redaction.apply(line)
-        self._worker.log.append(line)
-        self._fleet.log(self._worker.id, line)
+    def on_log_line(self, line: str) -> None:
+        self._fleet.on_log_line(self._worker, line)
 
-    def exited(self, code: int) -> None:
-        self._fleet.exited(self._worker, code)
+    def on_exit(self, code: int) -> None:
+        self._fleet.on_exit(self._worker, code)

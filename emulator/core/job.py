@@ -1,8 +1,8 @@
-"""What a job is, the states that it goes through, and the platform's documented limits.
+"""What a job is, its states, and the platform's documented limits.
 
 Sources: docs.runpod.io, "Operation reference", "Send API requests", "Job states and metrics" and "Endpoint settings";
-runpod 1.12.0 for the worker's side. `docs/decisions/0084-what-the-emulator-assumes.md` says
-what was assumed where they are silent.
+runpod 1.12.0 for the worker's side. `docs/decisions/0084-what-the-emulator-assumes.md` lists the assumptions where they
+say nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl
 
 # "Maximum payload size" of /run and of /runsync.
-RUN_BODY_BYTES: Final = 10 * 1024 * 1024
-RUNSYNC_BODY_BYTES: Final = 20 * 1024 * 1024
-# "Maximum size for a single streamed payload chunk is 1 MB", counted on the JSON that a worker posts.
-CHUNK_BYTES: Final = 1_000_000
+MAX_RUN_BODY_BYTES: Final = 10 * 1024 * 1024
+MAX_RUNSYNC_BODY_BYTES: Final = 20 * 1024 * 1024
+# "Maximum size for a single streamed payload chunk is 1 MB", measured on the JSON that a worker posts.
+MAX_CHUNK_BYTES: Final = 1_000_000
 # The SDK warns above it: "exceeds the 20 MB limit" (`rp_tips.check_return_size`).
-RESULT_BYTES: Final = 20_000_000
+MAX_RESULT_BYTES: Final = 20_000_000
 
 # "Default wait time: 90 seconds (adjustable via ?wait=x, 1000-300000 ms)".
 RUNSYNC_WAIT_MS: Final = 90_000
@@ -33,7 +33,7 @@ _WEEK_MS: Final = 7 * 24 * 60 * 60 * 1000
 
 
 class JobStatus(StrEnum):
-    """A job's state, in the platform's words."""
+    """A job's state, as the platform names it."""
 
     IN_QUEUE = "IN_QUEUE"
     IN_PROGRESS = "IN_PROGRESS"
@@ -49,12 +49,12 @@ class JobStatus(StrEnum):
 
 
 class Policy(BaseModel):
-    """How one job may run: the `policy` of a submission.
+    """The `policy` of a submission.
 
     Args:
-        executionTimeout: most time that one run may take, in ms; the endpoint's setting stands where it is None.
-        ttl: most time from submission to the end, in ms.
-        lowPriority: the job waits for workers that others have brought up.
+        executionTimeout: maximum time of one run in ms; None: the endpoint's setting.
+        ttl: maximum time from the submission to the end in ms.
+        lowPriority: the job does not count for the autoscaler; it waits for workers that other jobs started.
     """
 
     model_config = ConfigDict(frozen=True, populate_by_name=True)
@@ -80,11 +80,15 @@ class Job:
     """One job, from its submission to the end of its retention. All times are the queue's clock, in seconds.
 
     Args:
-        outputs: what the worker has streamed in this run.
-        streamed: how many of them `/stream` has given out.
-        seen_at: when the worker last showed that it has the job.
-        runs: how many workers have taken it.
-        retries: how many times it went back to the queue because its worker was lost.
+        queued_at: when it last entered the queue.
+        retention_s: how long it is kept after its end.
+        kind: how it was submitted: `run`, `runsync`, or the gateway's route.
+        worker: the worker that it is, or was last, assigned to.
+        last_seen_at: when its worker last reported it.
+        outputs: outputs that its worker has streamed in this run.
+        streamed: how many of them `/stream` has returned.
+        runs: how many times it was taken.
+        retries: how many times it was queued again because its worker was lost.
     """
 
     id: str
@@ -92,11 +96,11 @@ class Job:
     submitted_at: float
     queued_at: float
     retention_s: float
-    label: str
+    kind: str
     status: JobStatus = JobStatus.IN_QUEUE
     worker: str | None = None
     taken_at: float | None = None
-    seen_at: float = 0.0
+    last_seen_at: float = 0.0
     first_output_at: float | None = None
     ended_at: float | None = None
     outputs: list[Any] = field(default_factory=list)
@@ -108,33 +112,33 @@ class Job:
 
     @property
     def low_priority(self) -> bool:
-        """Whether it leaves the number of workers as it is."""
+        """Whether the autoscaler ignores it."""
         return self.submission.policy.low_priority
 
     @property
     def delay_ms(self) -> int | None:
-        """From the submission to the start of the last run; None before the first."""
+        """Time from the submission to the start of the last run; None before the first run."""
         return None if self.taken_at is None else round((self.taken_at - self.submitted_at) * 1000)
 
     @property
     def execution_ms(self) -> int | None:
-        """How long the last run took; None while there is none that ended."""
+        """Duration of the last run; None if no run has ended."""
         if self.taken_at is None or self.ended_at is None:
             return None
         return round((self.ended_at - self.taken_at) * 1000)
 
-    def for_worker(self) -> dict[str, Any]:
-        """The job as a worker takes it: `{"id", "input"}`, and `s3Config` where the client gave one."""
-        job = {"id": self.id, "input": self.submission.input}
+    def worker_document(self) -> dict[str, Any]:
+        """Return the job as a worker receives it: `{"id", "input"}`, and `s3Config` if the client sent one."""
+        document = {"id": self.id, "input": self.submission.input}
         if self.submission.s3_config is not None:
-            job["s3Config"] = self.submission.s3_config
-        return job
+            document["s3Config"] = self.submission.s3_config
+        return document
 
     def document(self) -> dict[str, Any]:
-        """The body of /status, of /runsync and of the webhook.
+        """Return the body of /status, of /runsync and of the webhook.
 
-        `id` and `status` always; `delayTime` (ms) and `workerId` once a worker has taken it; `executionTime` (ms) once
-        a run has ended; `output`, `error` and `retries` where there are any.
+        `id` and `status` always; `delayTime` (ms) and `workerId` after the first take; `executionTime` (ms) after the
+        end of a run; `output`, `error` and `retries` if there are any.
         """
         document: dict[str, Any] = {"id": self.id, "status": self.status.value}
         if self.delay_ms is not None:

@@ -4,10 +4,10 @@
                   ▲  │                │  │
                   │  └── cancel, purge ──┴────────────────▶ CANCELLED
                   │  └── ttl, executionTimeout ───────────▶ TIMED_OUT
-                  └──── worker lost ──┘ (once too often ──▶ FAILED)
+                  └──── worker lost ──┘ (after max_retries ──▶ FAILED)
 
-A job is held by at most one worker, and only that worker may deliver for it. Whoever waits for a change is told by the
-`Listener`; nothing here waits.
+A job is assigned to at most one worker at a time, and only that worker may post for it. A `QueueListener` is notified
+of changes; nothing here waits.
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from emulator.core.job import Job, JobStatus, Submission
-from emulator.errors import NotFoundError, NotHeldError, TooManyRequestsError, WrongStateError
+from emulator.errors import JobNotAssignedError, JobStateError, NotFoundError, TooManyRequestsError
 
 # "Requests receive a 429 status if queue size exceeds 50 jobs and exceeds MAX_WORKERS * 500."
 FULL_QUEUE_JOBS = 50
 FULL_QUEUE_JOBS_PER_WORKER = 500
 
-# Results that are kept no longer are looked for so often: it means looking at each that is kept.
-FORGET_EACH_S = 1.0
+# Looking for expired results visits every job that is kept.
+CLEANUP_INTERVAL_S = 1.0
 
-WAITING = "waiting"
-"""The topic that changes when jobs begin to wait."""
+JOBS_QUEUED_TOPIC = "jobs-queued"
+"""The topic that changes when a job enters the queue."""
 
 
 def job_topic(job_id: str) -> str:
-    """The topic that changes with one job."""
+    """Return the topic that changes with one job."""
     return f"job/{job_id}"
 
 
 def stop_topic(worker: str) -> str:
-    """The topic that changes when one worker is to stop a job."""
+    """Return the topic that changes when one worker must stop a job."""
     return f"stop/{worker}"
 
 
-class Listener(Protocol):
-    """Who is told what happens in a queue."""
+class QueueListener(Protocol):
+    """Is notified of what happens in a queue."""
 
-    def changed(self, topic: str) -> None:
-        """Something that the topic stands for is no longer as it was."""
+    def on_change(self, topic: str) -> None:
+        """Handle a change of what the topic stands for."""
 
-    def ended(self, job: Job) -> None:
-        """The job has reached its final state."""
+    def on_job_ended(self, job: Job) -> None:
+        """Handle a job that has reached a final state."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a queue goes by.
+class QueueSettings:
+    """Settings of a queue.
 
     Args:
-        execution_timeout_s: most time of one run, where the job's policy says nothing.
-        lost_after_s: a job that its worker has not shown for so long is lost to that worker.
-        stop_grace_s: a worker that still shows a job so long after it was to stop it does not obey.
-        max_retries: how many times a job goes back to the queue before it fails.
-        max_workers: the endpoint's `workersMax`, which bounds the queue.
+        execution_timeout_s: maximum time of one run, unless the job's policy has one.
+        lost_after_s: a job that its worker has not reported for this long is lost.
+        stop_grace_s: a worker that still reports a job this long after its stop signal is unresponsive.
+        max_retries: how many times a lost job is queued again before it fails.
+        max_workers: `workersMax` of the endpoint, which determines the maximum length of the queue.
     """
 
     execution_timeout_s: float = 600.0
@@ -72,328 +72,331 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What the autoscaler sees: jobs of normal priority, and how long the first of them has waited."""
+class QueueLoad:
+    """Input of the autoscaler: counts of jobs of normal priority, and the longest time that one has waited."""
 
     waiting: int
     running: int
     longest_wait_s: float
 
 
-class Queue:
+class JobQueue:
     """The jobs of one endpoint.
 
     Args:
-        rules: what it goes by.
-        clock: the time in seconds, never going back.
-        listener: who is told what happens.
+        settings: settings of the queue.
+        clock: monotonic time in seconds.
+        listener: is notified of changes.
     """
 
-    def __init__(self, rules: Rules, clock: Callable[[], float], listener: Listener) -> None:
-        self._rules = rules
+    def __init__(self, settings: QueueSettings, clock: Callable[[], float], listener: QueueListener) -> None:
+        self._settings = settings
         self._clock = clock
         self._listener = listener
         self._jobs: dict[str, Job] = {}
-        self._live: dict[str, Job] = {}
+        self._unfinished: dict[str, Job] = {}
         self._waiting: deque[Job] = deque()
-        self._held: dict[str, dict[str, Job]] = {}
-        self._signals: dict[str, list[str]] = {}
-        self._stopping: dict[str, dict[str, float]] = {}
-        self._disobedient: set[str] = set()
-        self._forget_at = 0.0
-        self.ended: Counter[JobStatus] = Counter()
+        # By worker, then by job id.
+        self._running: dict[str, dict[str, Job]] = {}
+        self._stop_signals: dict[str, list[str]] = {}
+        self._stop_requested_at: dict[str, dict[str, float]] = {}
+        self._unresponsive: set[str] = set()
+        self._next_cleanup_at = 0.0
+        self.end_counts: Counter[JobStatus] = Counter()
         self.retried = 0
 
-    # The client's side.
+    # Operations of clients.
 
-    def submit(self, submission: Submission, *, prefix: str = "", label: str = "run", retention_s: float) -> Job:
-        """Queue a job; its id is `{prefix}{uuid}-u1`, the form that the platform's have.
+    def submit(self, submission: Submission, *, prefix: str = "", kind: str = "run", retention_s: float) -> Job:
+        """Queue a job; its id is `{prefix}{uuid}-u1`, the platform's format.
 
         Raises:
             TooManyRequestsError: the queue is full.
         """
-        full = max(FULL_QUEUE_JOBS, FULL_QUEUE_JOBS_PER_WORKER * self._rules.max_workers)
-        if len(self._waiting) > full:
-            raise TooManyRequestsError(f"the queue holds {len(self._waiting)} jobs, more than {full}")
+        maximum = max(FULL_QUEUE_JOBS, FULL_QUEUE_JOBS_PER_WORKER * self._settings.max_workers)
+        if len(self._waiting) > maximum:
+            raise TooManyRequestsError(f"the queue is full: {len(self._waiting)} jobs, limit {maximum}")
         now = self._clock()
-        job = Job(f"{prefix}{uuid.uuid4()}-u1", submission, now, now, retention_s, label)
+        job = Job(f"{prefix}{uuid.uuid4()}-u1", submission, now, now, retention_s, kind)
         self._jobs[job.id] = job
-        self._live[job.id] = job
+        self._unfinished[job.id] = job
         self._waiting.append(job)
-        self._listener.changed(WAITING)
+        self._listener.on_change(JOBS_QUEUED_TOPIC)
         return job
 
     def job(self, job_id: str) -> Job:
-        """The job with this id.
+        """Return the job with this id.
 
         Raises:
-            NotFoundError: there is none, or its retention is over.
+            NotFoundError: there is none, or its retention has ended.
         """
         try:
             return self._jobs[job_id]
         except KeyError:
-            raise NotFoundError(f"there is no job {job_id}: it was never submitted, or its result expired") from None
+            raise NotFoundError(f"job {job_id} not found: it was never submitted, or its result has expired") from None
 
     def read_stream(self, job: Job) -> list[Any]:
-        """The outputs that have come since the last call."""
-        fresh = job.outputs[job.streamed :]
+        """Return the outputs since the last call."""
+        outputs = job.outputs[job.streamed :]
         job.streamed = len(job.outputs)
-        return fresh
+        return outputs
 
     def cancel(self, job_id: str) -> Job:
-        """End a job that waits or runs; one that has ended stays as it is."""
+        """Cancel a job that waits or runs; a job that has ended stays as it is."""
         job = self.job(job_id)
         if not job.status.final:
             self._end(job, JobStatus.CANCELLED)
         return job
 
     def retry(self, job_id: str) -> Job:
-        """Queue a job anew that failed or timed out: same id and input, nothing left of its earlier runs.
+        """Queue a failed or timed-out job again, with the same id and input and without the results of earlier runs.
 
         Raises:
-            WrongStateError: it is in another state.
+            JobStateError: it is in another state.
         """
         job = self.job(job_id)
         if job.status not in (JobStatus.FAILED, JobStatus.TIMED_OUT):
-            raise WrongStateError(f"job {job_id} is {job.status}; only a FAILED or TIMED_OUT job can be retried")
+            raise JobStateError(f"job {job_id} is {job.status}; only a FAILED or TIMED_OUT job can be retried")
         now = self._clock()
         job.submitted_at = job.queued_at = now
         job.status, job.retries, job.ended_at = JobStatus.IN_QUEUE, 0, None
-        self._forget_run(job)
+        self._reset_run(job)
         self.retried += 1
-        self._live[job.id] = job
+        self._unfinished[job.id] = job
         self._waiting.append(job)
-        self._changed(job)
-        self._listener.changed(WAITING)
+        self._notify(job)
+        self._listener.on_change(JOBS_QUEUED_TOPIC)
         return job
 
     def purge(self) -> int:
-        """Cancel all jobs that wait; return how many there were."""
+        """Cancel all waiting jobs; return their number."""
         waiting = list(self._waiting)
         for job in waiting:
             self._end(job, JobStatus.CANCELLED)
         return len(waiting)
 
     def close(self) -> None:
-        """Cancel all jobs that wait or run."""
-        for job in list(self._live.values()):
+        """Cancel all waiting and running jobs."""
+        for job in list(self._unfinished.values()):
             self._end(job, JobStatus.CANCELLED)
 
-    def keep_result(self, job: Job, ttl_s: float) -> None:
-        """Forget the job so long from now, or after its end where that is still to come."""
+    def set_result_ttl(self, job: Job, ttl_s: float) -> None:
+        """Keep the job for this long from now, or from its end if it has not ended yet."""
         job.retention_s = ttl_s if job.ended_at is None else self._clock() - job.ended_at + ttl_s
 
-    # The worker's side.
+    # Operations of workers.
 
     def take(self, worker: str, count: int) -> list[Job]:
-        """Give a worker the first jobs that wait, `count` of them at most."""
+        """Assign up to `count` waiting jobs to a worker, in the order of the queue."""
         now = self._clock()
         taken: list[Job] = []
         while self._waiting and len(taken) < count:
             job = self._waiting[0]
-            if self._ttl_ends(job) <= now:
-                self._end(job, JobStatus.TIMED_OUT, "the job's time to live is over")
+            if self._ttl_deadline(job) <= now:
+                self._end(job, JobStatus.TIMED_OUT, "ttl exceeded")
                 continue
             self._waiting.popleft()
             job.status, job.worker = JobStatus.IN_PROGRESS, worker
-            job.taken_at = job.seen_at = now
+            job.taken_at = job.last_seen_at = now
             job.runs += 1
-            # A signal from an earlier run that this worker has not fetched yet would stop this one.
-            self._signals[worker] = [job_id for job_id in self.stop_signals(worker) if job_id != job.id]
-            self._held.setdefault(worker, {})[job.id] = job
+            # A signal of an earlier run that this worker has not fetched yet would stop this run.
+            self._stop_signals[worker] = [job_id for job_id in self.pop_stop_signals(worker) if job_id != job.id]
+            self._running.setdefault(worker, {})[job.id] = job
             taken.append(job)
-            self._changed(job)
+            self._notify(job)
         return taken
 
     def stream(self, worker: str, job_id: str, output: Any) -> None:
-        """Add an output to a job that this worker holds.
+        """Add an output to a running job of this worker.
 
         Raises:
-            NotHeldError: it holds no such job.
+            JobNotAssignedError: the job is not assigned to this worker.
         """
-        job = self._held_job(worker, job_id)
+        job = self._assigned_job(worker, job_id)
         job.outputs.append(output)
         if job.first_output_at is None:
-            job.first_output_at = job.seen_at
-        self._changed(job)
+            job.first_output_at = job.last_seen_at
+        self._notify(job)
 
     def progress(self, worker: str, job_id: str, output: Any) -> None:
-        """Keep what a worker says of a job that it holds, for /status to show.
+        """Set what /status shows as the output of a running job of this worker.
 
         Raises:
-            NotHeldError: it holds no such job.
+            JobNotAssignedError: the job is not assigned to this worker.
         """
-        job = self._held_job(worker, job_id)
+        job = self._assigned_job(worker, job_id)
         job.output = output
-        self._changed(job)
+        self._notify(job)
 
     def finish(self, worker: str, job_id: str, output: Any = None, error: str | None = None) -> Job:
-        """End a job that this worker holds: completed, or failed where there is an error.
+        """End a running job of this worker: as failed if there is an error, as completed otherwise.
 
         Raises:
-            NotHeldError: it holds no such job.
+            JobNotAssignedError: the job is not assigned to this worker.
         """
-        job = self._held_job(worker, job_id)
+        job = self._assigned_job(worker, job_id)
         job.output = output
         self._end(job, JobStatus.COMPLETED if error is None else JobStatus.FAILED, error)
         return job
 
     def ping(self, worker: str, job_ids: Iterable[str]) -> None:
-        """A worker shows which jobs it has."""
+        """Record that a worker reports these jobs."""
         now = self._clock()
-        shown = set(job_ids)
-        for job_id in shown & self._held.get(worker, {}).keys():
-            self._held[worker][job_id].seen_at = now
-        stopping = {job_id: since for job_id, since in self._stopping.get(worker, {}).items() if job_id in shown}
-        if stopping:
-            self._stopping[worker] = stopping
-            if now - min(stopping.values()) > self._rules.stop_grace_s:
-                self._disobedient.add(worker)
+        reported = set(job_ids)
+        for job_id in reported & self._running.get(worker, {}).keys():
+            self._running[worker][job_id].last_seen_at = now
+        requested_at = {
+            job_id: at for job_id, at in self._stop_requested_at.get(worker, {}).items() if job_id in reported
+        }
+        if requested_at:
+            self._stop_requested_at[worker] = requested_at
+            if now - min(requested_at.values()) > self._settings.stop_grace_s:
+                self._unresponsive.add(worker)
         else:
-            self._stopping.pop(worker, None)
+            self._stop_requested_at.pop(worker, None)
 
-    def stop_signals(self, worker: str) -> list[str]:
-        """The jobs that this worker is to stop; each is told once."""
-        return self._signals.pop(worker, [])
+    def pop_stop_signals(self, worker: str) -> list[str]:
+        """Return the ids of jobs that this worker must stop, each once."""
+        return self._stop_signals.pop(worker, [])
 
-    def worker_lost(self, worker: str) -> None:
-        """The worker is gone: its jobs go back to the head of the queue, in their order."""
-        for job in reversed(list(self._held.get(worker, {}).values())):
-            self._lose(job)
-        self._signals.pop(worker, None)
-        self._stopping.pop(worker, None)
-        self._disobedient.discard(worker)
+    def on_worker_lost(self, worker: str) -> None:
+        """Return a lost worker's jobs to the head of the queue, in their order."""
+        for job in reversed(self.running_jobs(worker)):
+            self._requeue_or_fail(job)
+        self._stop_signals.pop(worker, None)
+        self._stop_requested_at.pop(worker, None)
+        self._unresponsive.discard(worker)
 
-    # Time, and what others see.
+    # Time-outs and counts.
 
     def expire(self) -> None:
-        """Do what the time asks for: jobs that time out, jobs that are lost, results that are forgotten."""
+        """Time jobs out, requeue lost jobs, and remove expired results."""
         now = self._clock()
-        # The last goes back first, so that the jobs of one worker keep their order at the head of the queue.
-        for job in reversed(list(self._live.values())):
-            if self._ttl_ends(job) <= now:
-                self._end(job, JobStatus.TIMED_OUT, "the job's time to live is over")
-            elif self._run_ends(job) <= now:
+        # In reverse, so that the lost jobs of a worker keep their order at the head of the queue.
+        for job in reversed(list(self._unfinished.values())):
+            if self._ttl_deadline(job) <= now:
+                self._end(job, JobStatus.TIMED_OUT, "ttl exceeded")
+            elif self._execution_deadline(job) <= now:
                 self._end(job, JobStatus.TIMED_OUT, "executionTimeout exceeded")
-            elif job.status is JobStatus.IN_PROGRESS and now - job.seen_at >= self._rules.lost_after_s:
-                self._lose(job)
-        if now >= self._forget_at:
-            self._forget_at = now + FORGET_EACH_S
-            for job in [job for job in self._jobs.values() if _forgotten_at(job) <= now]:
-                self._forget(job)
+            elif job.status is JobStatus.IN_PROGRESS and now - job.last_seen_at >= self._settings.lost_after_s:
+                self._requeue_or_fail(job)
+        if now >= self._next_cleanup_at:
+            self._next_cleanup_at = now + CLEANUP_INTERVAL_S
+            for job in [job for job in self._jobs.values() if _expires_at(job) <= now]:
+                self._remove(job)
 
-    def held(self, worker: str) -> list[Job]:
-        """The jobs that a worker holds."""
-        return list(self._held.get(worker, {}).values())
+    def running_jobs(self, worker: str) -> list[Job]:
+        """Return the jobs that are assigned to a worker."""
+        return list(self._running.get(worker, {}).values())
 
-    def disobedient(self) -> set[str]:
-        """Workers that still show a job long after they were to stop it."""
-        return set(self._disobedient)
+    def unresponsive_workers(self) -> set[str]:
+        """Return the workers that still report a job long after its stop signal."""
+        return set(self._unresponsive)
 
     def recent(self, count: int) -> list[Job]:
-        """The jobs submitted last, newest first."""
+        """Return the jobs that were submitted last, newest first."""
         return list(reversed(list(self._jobs.values())[-count:]))
 
     @property
     def in_queue(self) -> int:
-        """How many jobs wait."""
+        """Number of waiting jobs."""
         return len(self._waiting)
 
     @property
     def in_progress(self) -> int:
-        """How many jobs are held by workers."""
-        return sum(map(len, self._held.values()))
+        """Number of running jobs."""
+        return sum(map(len, self._running.values()))
 
-    def load(self) -> Load:
-        """What the autoscaler goes by."""
+    def load(self) -> QueueLoad:
+        """Return the input of the autoscaler."""
         waits = [self._clock() - job.queued_at for job in self._waiting if not job.low_priority]
-        running = sum(not job.low_priority for jobs in self._held.values() for job in jobs.values())
-        return Load(len(waits), running, max(waits, default=0.0))
+        running = sum(not job.low_priority for jobs in self._running.values() for job in jobs.values())
+        return QueueLoad(len(waits), running, max(waits, default=0.0))
 
     def health(self) -> dict[str, int]:
-        """The `jobs` of /health."""
+        """Return the `jobs` of /health."""
         return {
-            "completed": self.ended[JobStatus.COMPLETED],
-            "failed": self.ended[JobStatus.FAILED] + self.ended[JobStatus.TIMED_OUT],
+            "completed": self.end_counts[JobStatus.COMPLETED],
+            "failed": self.end_counts[JobStatus.FAILED] + self.end_counts[JobStatus.TIMED_OUT],
             "inProgress": self.in_progress,
             "inQueue": self.in_queue,
             "retried": self.retried,
         }
 
-    def _held_job(self, worker: str, job_id: str) -> Job:
-        job = self._held.get(worker, {}).get(job_id)
+    def _assigned_job(self, worker: str, job_id: str) -> Job:
+        job = self._running.get(worker, {}).get(job_id)
         if job is None:
-            raise NotHeldError(f"worker {worker} does not hold job {job_id}")
-        job.seen_at = self._clock()
+            raise JobNotAssignedError(f"job {job_id} is not assigned to worker {worker}")
+        job.last_seen_at = self._clock()
         return job
 
     def _end(self, job: Job, status: JobStatus, error: str | None = None) -> None:
-        """The one way into a final state."""
+        """Set a final state; the only place that does."""
         if job.status is JobStatus.IN_QUEUE:
             self._waiting.remove(job)
         elif job.worker is not None:
-            self._release(job)
+            self._unassign(job)
             if status in (JobStatus.CANCELLED, JobStatus.TIMED_OUT):
-                self._signals.setdefault(job.worker, []).append(job.id)
-                self._stopping.setdefault(job.worker, {})[job.id] = self._clock()
-                self._listener.changed(stop_topic(job.worker))
-        del self._live[job.id]
+                self._stop_signals.setdefault(job.worker, []).append(job.id)
+                self._stop_requested_at.setdefault(job.worker, {})[job.id] = self._clock()
+                self._listener.on_change(stop_topic(job.worker))
+        del self._unfinished[job.id]
         job.status, job.error, job.ended_at = status, error, self._clock()
-        self.ended[status] += 1
-        self._changed(job)
-        self._listener.ended(job)
+        self.end_counts[status] += 1
+        self._notify(job)
+        self._listener.on_job_ended(job)
 
-    def _lose(self, job: Job) -> None:
-        """The job's worker is gone, or has let it go unsaid."""
-        if job.retries >= self._rules.max_retries:
-            # The platform's own words.
+    def _requeue_or_fail(self, job: Job) -> None:
+        """Handle a job whose worker is lost, or no longer reports it."""
+        if job.retries >= self._settings.max_retries:
+            # The platform's message.
             self._end(job, JobStatus.FAILED, f"job timed out after {job.retries} retries")
             return
-        self._release(job)
+        self._unassign(job)
         job.retries += 1
         self.retried += 1
         job.status, job.queued_at = JobStatus.IN_QUEUE, self._clock()
-        self._forget_run(job)
+        self._reset_run(job)
         self._waiting.appendleft(job)
-        self._changed(job)
-        self._listener.changed(WAITING)
+        self._notify(job)
+        self._listener.on_change(JOBS_QUEUED_TOPIC)
 
-    def _release(self, job: Job) -> None:
+    def _unassign(self, job: Job) -> None:
         if job.worker is None:
             return
-        held = self._held[job.worker]
-        del held[job.id]
-        if not held:
-            del self._held[job.worker]
+        jobs = self._running[job.worker]
+        del jobs[job.id]
+        if not jobs:
+            del self._running[job.worker]
 
     @staticmethod
-    def _forget_run(job: Job) -> None:
+    def _reset_run(job: Job) -> None:
         job.worker = job.taken_at = job.first_output_at = None
         job.output = job.error = None
         job.outputs, job.streamed = [], 0
 
-    def _forget(self, job: Job) -> None:
-        """Keep nothing of a job, nor of the workers that were to stop it and have not been heard of since."""
+    def _remove(self, job: Job) -> None:
+        """Remove a job, and its stop signals for workers that no longer send requests."""
         del self._jobs[job.id]
-        for stopping in self._stopping.values():
-            stopping.pop(job.id, None)
-        for signals in self._signals.values():
+        for requested_at in self._stop_requested_at.values():
+            requested_at.pop(job.id, None)
+        for signals in self._stop_signals.values():
             if job.id in signals:
                 signals.remove(job.id)
 
-    def _changed(self, job: Job) -> None:
-        self._listener.changed(job_topic(job.id))
+    def _notify(self, job: Job) -> None:
+        self._listener.on_change(job_topic(job.id))
 
     @staticmethod
-    def _ttl_ends(job: Job) -> float:
+    def _ttl_deadline(job: Job) -> float:
         return job.submitted_at + job.submission.policy.ttl_ms / 1000
 
-    def _run_ends(self, job: Job) -> float:
+    def _execution_deadline(self, job: Job) -> float:
         if job.taken_at is None:
             return float("inf")
         timeout_ms = job.submission.policy.execution_timeout_ms
-        return job.taken_at + (self._rules.execution_timeout_s if timeout_ms is None else timeout_ms / 1000)
+        return job.taken_at + (self._settings.execution_timeout_s if timeout_ms is None else timeout_ms / 1000)
 
 
-def _forgotten_at(job: Job) -> float:
+def _expires_at(job: Job) -> float:
     return float("inf") if job.ended_at is None else job.ended_at + job.retention_s

@@ -1,4 +1,4 @@
-"""Waiting for a queue to change: long polls, status waits, streams."""
+"""Waiting for a queue to change: workers' long polls, /runsync, /stream and the gateway's streams."""
 
 from __future__ import annotations
 
@@ -14,46 +14,48 @@ if TYPE_CHECKING:
     from starlette.types import Receive
 
 T = TypeVar("T")
-# Done when the client has hung up.
-HangUp = asyncio.Future[None]
+# Done when the client has disconnected.
+Disconnect = asyncio.Future[None]
 
 
-class Waiting:
-    """Who waits for which topic; for one event loop."""
+class LongPoll:
+    """Waits for changes of topics; for one event loop."""
 
     def __init__(self) -> None:
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
 
-    def wake(self, topic: str) -> None:
-        """Let all who wait for the topic look again."""
+    def notify(self, topic: str) -> None:
+        """Make everyone who waits for the topic poll again."""
         for waiter in self._waiters.pop(topic, ()):
             _wake(waiter)
 
-    async def until(self, topic: str, look: Callable[[], T | None], timeout_s: float, hang_up: HangUp) -> T | None:
-        """Look at each change of the topic, and once at first, until there is something.
+    async def wait_for(
+        self, topic: str, poll: Callable[[], T | None], timeout_s: float, disconnect: Disconnect
+    ) -> T | None:
+        """Call `poll` now and after each change of the topic, until it returns a value.
 
         Returns:
-            What `look` returned; None if the time is over or the client has hung up. Nothing is looked for, and so
-            nothing is taken, on behalf of a client that is known to be gone.
+            The value; None after the timeout, or if the client has disconnected. `poll`, which may take jobs, is not
+            called for a client that is known to have disconnected.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while not hang_up.done():
-            found = look()
-            left_s = deadline - loop.time()
-            if found is not None or left_s <= 0:
-                return found
+        while not disconnect.done():
+            value = poll()
+            remaining_s = deadline - loop.time()
+            if value is not None or remaining_s <= 0:
+                return value
             waiter: asyncio.Future[None] = loop.create_future()
             waiters = self._waiters.setdefault(topic, set())
             waiters.add(waiter)
             wake = partial(_wake, waiter)
-            hang_up.add_done_callback(wake)
-            time_over = loop.call_later(left_s, wake)
+            disconnect.add_done_callback(wake)
+            timer = loop.call_later(remaining_s, wake)
             try:
                 await waiter
             finally:
-                time_over.cancel()
-                hang_up.remove_done_callback(wake)
+                timer.cancel()
+                disconnect.remove_done_callback(wake)
                 waiters.discard(waiter)
                 if not waiters and self._waiters.get(topic) is waiters:
                     del self._waiters[topic]
@@ -66,32 +68,32 @@ def _wake(waiter: asyncio.Future[None], *_: object) -> None:
 
 
 @asynccontextmanager
-async def hang_up_of(receive: Receive) -> AsyncIterator[HangUp]:
-    """A future that is done when the client has hung up; the request's body has to be read before."""
+async def client_disconnect(receive: Receive) -> AsyncIterator[Disconnect]:
+    """Provide a future that is done when the client disconnects; the request's body must have been read."""
 
     async def listen() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    listening = asyncio.ensure_future(listen())
+    listener = asyncio.ensure_future(listen())
     try:
-        yield listening
+        yield listener
     finally:
-        listening.cancel()
+        listener.cancel()
 
 
-def has_hung_up(transport: asyncio.Transport) -> bool:
-    """Whether the other side has closed its side of the connection, though the event loop may not have read so yet.
+def is_disconnected(transport: asyncio.Transport) -> bool:
+    """Return whether the peer has closed its side of the connection, even if the event loop has not read that yet.
 
-    A TLS transport of uvloop tells it too late: from the end of file on it drops what is written, but it is not closing
-    before a later turn.
+    A TLS transport of uvloop reports it too late: from the end of file on it drops what is written, but `is_closing`
+    is false until a later iteration of the loop.
     """
     connection = transport.get_extra_info("socket")
     if transport.is_closing() or connection is None:
         return True
-    with socket.socket(fileno=os.dup(connection.fileno())) as peeked:
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         try:
-            return not peeked.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return not duplicate.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError:

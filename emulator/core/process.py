@@ -1,4 +1,4 @@
-"""Real worker processes: started through `launcher.py`, their log lines kept, ended without a trace."""
+"""Worker processes: started through `launcher.py`, with their log lines captured, and killed with all descendants."""
 
 from __future__ import annotations
 
@@ -16,45 +16,48 @@ from typing import Any, Protocol
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _READ_BYTES = 65536
-_LINE_BYTES = 4000
-# What a child returns that was ended by a signal we did not see the end of.
-_UNKNOWN_EXIT = -int(signal.SIGKILL)
+_MAX_LINE_BYTES = 4000
+# Exit code of a worker whose launcher was killed before it could report one.
+_UNKNOWN_EXIT_CODE = -int(signal.SIGKILL)
 
 
 class Process(Protocol):
-    """A worker's process, as a fleet sees it."""
+    """A worker's process, as a fleet uses it."""
 
     pid: int | None
 
     def terminate(self) -> None:
-        """Ask it to end (SIGTERM to the worker's own process)."""
+        """Send SIGTERM to the worker's own process."""
 
     def kill(self) -> None:
-        """End it and all that it started (SIGKILL)."""
+        """Send SIGKILL to the worker's process and all its descendants."""
 
 
 class ProcessListener(Protocol):
-    """Who is told what a process does."""
+    """Is notified of what a process does."""
 
-    def logged(self, line: str) -> None:
-        """It wrote a line."""
+    def on_log_line(self, line: str) -> None:
+        """Handle a line that it wrote."""
 
-    def exited(self, code: int) -> None:
-        """It has ended, and all that it started; negative codes are signals."""
+    def on_exit(self, code: int) -> None:
+        """Handle its exit, after that of all its descendants; the code is negative for signals."""
 
 
-Starter = Callable[[Sequence[str], Mapping[str, str], str | None, ProcessListener], Process]
+StartProcess = Callable[[Sequence[str], Mapping[str, str], str | None, ProcessListener], Process]
 """Starts a command with an environment in a directory."""
 
 
 class WorkerProcess:
-    """A command that runs under the launcher; needs a running event loop.
+    """A command that runs under the launcher; requires a running event loop.
 
     Args:
-        command: what to run.
-        env: its whole environment.
-        cwd: its directory, or None for ours.
-        listener: who is told of log lines and of the end.
+        command: the command to run.
+        env: its complete environment.
+        cwd: its working directory; None: the emulator's.
+        listener: is notified of log lines and of the exit.
+
+    Raises:
+        OSError: the launcher cannot be started.
     """
 
     def __init__(
@@ -64,97 +67,97 @@ class WorkerProcess:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._exit_code: int | None = None
-        self._messages = b""
-        self._tail = b""
-        ours, theirs = socket.socketpair()
-        reading, writing = os.pipe()
+        self._partial_message = b""
+        self._partial_line = b""
+        control_socket, launcher_socket = socket.socketpair()
+        log_fd, launcher_log_fd = os.pipe()
         try:
-            # Isolated and without site-packages: what the launcher imports is not the worker's business.
+            # Isolated and without site-packages: the worker's environment must not change what the launcher imports.
             self._launcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_LAUNCHER), str(theirs.fileno()), *command],
+                [sys.executable, "-I", "-S", str(_LAUNCHER), str(launcher_socket.fileno()), *command],
                 stdin=subprocess.DEVNULL,
-                stdout=writing,
-                stderr=writing,
+                stdout=launcher_log_fd,
+                stderr=launcher_log_fd,
                 env=dict(env),
                 cwd=cwd,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[launcher_socket.fileno()],
                 process_group=0,
             )
         except OSError:
-            ours.close()
-            os.close(reading)
+            control_socket.close()
+            os.close(log_fd)
             raise
         finally:
-            theirs.close()
-            os.close(writing)
-        self._line: socket.socket | None = ours
-        self._log_fd: int | None = reading
-        ours.settimeout(0)
-        os.set_blocking(reading, False)
-        self._loop.add_reader(ours, self._read_messages)
-        self._loop.add_reader(reading, self._read_log)
+            launcher_socket.close()
+            os.close(launcher_log_fd)
+        self._control_socket: socket.socket | None = control_socket
+        self._log_fd: int | None = log_fd
+        control_socket.settimeout(0)
+        os.set_blocking(log_fd, False)
+        self._loop.add_reader(control_socket, self._read_messages)
+        self._loop.add_reader(log_fd, self._read_log)
 
     def terminate(self) -> None:
-        """Ask the worker to end."""
-        if self._line is not None:
+        """Send SIGTERM to the worker's own process."""
+        if self._control_socket is not None:
             self._launcher.terminate()
 
     def kill(self) -> None:
-        """End the worker and all that it started; `exited` follows."""
-        if self._line is not None:
-            # The launcher reads the end of the line as the emulator's end.
-            self._line.shutdown(socket.SHUT_WR)
+        """Kill the worker and all its descendants; `on_exit` follows."""
+        if self._control_socket is not None:
+            # The launcher takes the end of file for the emulator's exit.
+            self._control_socket.shutdown(socket.SHUT_WR)
 
     def _read_messages(self) -> None:
-        """What the launcher says: `pid N`, then `exit N`, then the end of the line."""
-        if self._line is None:
+        """Read the launcher's messages: `pid N`, then `exit N`, then the end of file."""
+        if self._control_socket is None:
             return
         try:
-            data = self._line.recv(_READ_BYTES)
+            data = self._control_socket.recv(_READ_BYTES)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        self._messages += data
-        *lines, self._messages = self._messages.split(b"\n")
-        for line in lines:
-            word, _, number = line.decode().partition(" ")
+        self._partial_message += data
+        *messages, self._partial_message = self._partial_message.split(b"\n")
+        for message in messages:
+            word, _, number = message.decode().partition(" ")
             if word == "pid":
                 self.pid = int(number)
             elif number.lstrip("-").isdecimal():
                 self._exit_code = int(number)
         if not data:
-            self._loop.remove_reader(self._line)
-            self._line.close()
-            self._line = None
-            # It has closed the line, which is the last thing that it does.
+            self._loop.remove_reader(self._control_socket)
+            self._control_socket.close()
+            self._control_socket = None
+            # Returns at once: closing the socket is the launcher's last act.
             self._launcher.wait()
             while self._log_fd is not None and self._read_log():
                 pass
             self._close_log()
             if self._exit_code is None and self.pid is not None:
-                # The launcher was killed itself, so its work is left to us, as far as we can see.
+                # The launcher was killed. Kill what can still be found: the worker's process group.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
-            self._listener.exited(_UNKNOWN_EXIT if self._exit_code is None else self._exit_code)
+            self._listener.on_exit(_UNKNOWN_EXIT_CODE if self._exit_code is None else self._exit_code)
 
     def _read_log(self) -> bool:
-        """Take what there is; return whether there may be more at once."""
+        """Read available log output; return whether there may be more."""
         if self._log_fd is None:
             return False
         try:
             data = os.read(self._log_fd, _READ_BYTES)
         except BlockingIOError:
             return False
-        self._tail += data
-        *lines, self._tail = self._tail.split(b"\n")
-        if not data or len(self._tail) > _LINE_BYTES:
-            lines.append(self._tail)
-            self._tail = b""
+        self._partial_line += data
+        *lines, self._partial_line = self._partial_line.split(b"\n")
+        if not data or len(self._partial_line) > _MAX_LINE_BYTES:
+            lines.append(self._partial_line)
+            self._partial_line = b""
         for line in lines:
-            text = line[:_LINE_BYTES].decode(errors="replace").rstrip()
+            text = line[:_MAX_LINE_BYTES].decode(errors="replace").rstrip()
             if text:
-                self._listener.logged(readable(text))
+                self._listener.on_log_line(format_log_line(text))
         if not data:
             self._close_log()
         return bool(data)
@@ -166,8 +169,8 @@ class WorkerProcess:
             self._log_fd = None
 
 
-def readable(line: str) -> str:
-    """A log line as a person reads it: the SDK writes JSON where it knows its endpoint, as it does on the platform."""
+def format_log_line(line: str) -> str:
+    """Return a log line as plain text: the SDK writes JSON when RUNPOD_ENDPOINT_ID is set, as it is on the platform."""
     if line.startswith('{"requestId":'):
         try:
             entry: Any = json.loads(line)
@@ -179,9 +182,9 @@ def readable(line: str) -> str:
 
 
 def worker_environment(base_url: str, endpoint: str, worker: str, key: str, ping_interval_ms: int) -> dict[str, str]:
-    """The variables by which the SDK finds the platform (runpod 1.12.0: `rp_job`, `rp_http`, `rp_ping`).
+    """Return the variables by which the SDK finds the platform (runpod 1.12.0: `rp_job`, `rp_http`, `rp_ping`).
 
-    `$ID` and `$RUNPOD_POD_ID` stay as they are: the SDK puts the worker's and the job's id there.
+    The SDK itself replaces `$RUNPOD_POD_ID` with the worker's id, and `$ID` with the worker's or the job's.
     """
     root = f"{base_url}/v2/{endpoint}"
     return {
@@ -195,8 +198,8 @@ def worker_environment(base_url: str, endpoint: str, worker: str, key: str, ping
         "RUNPOD_ENDPOINT_BASE_URL": f"{base_url}/v2",
         "RUNPOD_POD_ID": worker,
         "RUNPOD_POD_HOSTNAME": worker,
-        # The SDK's checks of the machine are about the platform's own machines: they end a worker that cannot reach the
-        # internet, or has a disk that is nine tenths full. An endpoint's own variables may ask for them.
+        # The SDK's fitness checks are about the platform's machines: a worker exits if it cannot reach the internet, or
+        # if its disk is 90 % full. An endpoint's own variables can enable them.
         "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
         "RUNPOD_SKIP_GPU_CHECK": "true",
         "PYTHONUNBUFFERED": "1",

@@ -18,7 +18,7 @@ WINDOW_S: Final = 10.0
 
 @dataclass(frozen=True)
 class RateLimit:
-    """So many requests in ten seconds, and so many at once (None: no limit)."""
+    """Maximum number of requests in ten seconds, and of concurrent requests (None: no maximum)."""
 
     requests: int
     concurrent: int | None
@@ -36,7 +36,7 @@ RATE_LIMITS: Final = {
 
 
 class RateLimiter:
-    """Counts the requests of one endpoint, each operation by itself."""
+    """Counts one endpoint's requests, separately for each operation."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -48,7 +48,7 @@ class RateLimiter:
         """Count a request while it runs.
 
         Raises:
-            TooManyRequestsError: it is one too many.
+            TooManyRequestsError: it exceeds a limit.
         """
         limit = RATE_LIMITS.get(operation)
         if limit is None:
@@ -61,7 +61,7 @@ class RateLimiter:
         if len(recent) >= limit.requests:
             raise TooManyRequestsError(f"/{operation}: more than {limit.requests} requests in {WINDOW_S:g} s")
         if limit.concurrent is not None and self._running[operation] >= limit.concurrent:
-            raise TooManyRequestsError(f"/{operation}: more than {limit.concurrent} requests at once")
+            raise TooManyRequestsError(f"/{operation}: more than {limit.concurrent} concurrent requests")
         recent.append(now)
         self._running[operation] += 1
         try:

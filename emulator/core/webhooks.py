@@ -1,4 +1,4 @@
-"""Tells clients' webhooks that a job has ended.
+"""Notify clients' webhooks that a job has ended.
 
 Source: docs.runpod.io, "Webhook notifications": a POST with the body of /status; it "should return a 200 status code";
 "if the call fails, Runpod will retry up to 2 more times with a 10-second delay between attempts".
@@ -14,14 +14,14 @@ from typing import Any, Final
 
 import httpx
 
-ATTEMPTS: Final = 3
-DELAY_S: Final = 10.0
+MAX_ATTEMPTS: Final = 3
+RETRY_DELAY_S: Final = 10.0
 _TIMEOUT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
 Post = Callable[[str, dict[str, Any]], Awaitable[int]]
-"""Posts a JSON document; returns the answer's status."""
+"""Posts a JSON document; returns the response's status."""
 
 
 class Webhooks:
@@ -29,7 +29,7 @@ class Webhooks:
 
     Args:
         post: sends one request.
-        sleep: waits so many seconds.
+        sleep: waits for a number of seconds.
     """
 
     def __init__(self, post: Post | None = None, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
@@ -38,14 +38,14 @@ class Webhooks:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(self, url: str, document: dict[str, Any]) -> None:
-        """Begin to deliver a document."""
+        """Start to deliver a document."""
         task = asyncio.ensure_future(self.deliver(url, document))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def deliver(self, url: str, document: dict[str, Any]) -> None:
-        """Deliver a document, or give up and log why."""
-        for attempt in range(1, ATTEMPTS + 1):
+        """Deliver a document; log each failed attempt."""
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 status = await self._post(url, document)
             except httpx.HTTPError as error:
@@ -54,12 +54,12 @@ class Webhooks:
                 if status == HTTPStatus.OK:
                     return
                 outcome = f"status {status}"
-            logger.warning("webhook of job %s, attempt %d of %d: %s", document["id"], attempt, ATTEMPTS, outcome)
-            if attempt < ATTEMPTS:
-                await self._sleep(DELAY_S)
+            logger.warning("webhook of job %s, attempt %d of %d: %s", document["id"], attempt, MAX_ATTEMPTS, outcome)
+            if attempt < MAX_ATTEMPTS:
+                await self._sleep(RETRY_DELAY_S)
 
     async def close(self) -> None:
-        """Give up what is still under way."""
+        """Cancel all deliveries in progress."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,78 +1,79 @@
-// The emulator's page: GET /state/events tells what is, the other modules draw it.
+// The emulator's page: receives the state from GET /state/events; the other modules render it.
 
-import { $, clock, keep, make, notify, say } from "/page/dom.js";
-import { drawBoard } from "/page/board.js";
-import { drawChart, watchChart } from "/page/chart.js";
-import { drawChat, learnModels, startChat } from "/page/chat.js";
+import { $, clock, createElement, notify, reconcile, setText } from "/page/dom.js";
+import { renderBoard } from "/page/board.js";
+import { renderChart, startChart } from "/page/chart.js";
+import { loadModels, renderChat, startChat } from "/page/chat.js";
 
-const HISTORY = 600;
-const AGAIN_MS = 1000;
-// The feed says something every second; a connection that is silent for longer is dead, whatever the browser thinks.
-const SILENT_MS = 10_000;
+const MAX_HISTORY_POINTS = 600;
+const RECONNECT_MS = 1000;
+// The server sends an event every second; a connection without one for this long is dead, even if it looks open.
+const EVENT_TIMEOUT_MS = 10_000;
 
 const histories = new Map();
 let state = null;
-let due = false;
+let renderScheduled = false;
 
-const endpoint = () => state?.endpoints.find((one) => one.id === $("endpoint").value) ?? state?.endpoints[0];
+const selectedEndpoint = () => state?.endpoints.find((it) => it.id === $("endpoint").value) ?? state?.endpoints[0];
 
-function draw() {
-  due = false;
-  const ids = state.endpoints.map((one) => one.id);
-  keep($("endpoint"), ids, (id) => id, (id) => make("option", { value: id, ...(hash() === id && { selected: "" }) }, id));
+function render() {
+  renderScheduled = false;
+  const ids = state.endpoints.map((it) => it.id);
+  reconcile($("endpoint"), ids, (id) => id,
+    (id) => createElement("option", { value: id, ...(hash() === id && { selected: "" }) }, id));
   $("endpoint-label").hidden = ids.length < 2;
-  const here = endpoint();
-  drawChart(histories.get(here.id), state.at);
-  drawBoard(here, state.at);
-  drawChat(here);
-  learnModels(here);
+  const endpoint = selectedEndpoint();
+  renderChart(histories.get(endpoint.id), state.at);
+  renderBoard(endpoint, state.at);
+  renderChat(endpoint);
+  loadModels(endpoint);
 }
 
-/** Draw once a frame at most, and not at all while nobody looks. */
-function drawSoon() {
-  if (due || !state) return;
-  due = true;
-  requestAnimationFrame(draw);
+/** Render at most once per frame, and not while the page is hidden. */
+function scheduleRender() {
+  if (renderScheduled || !state) return;
+  renderScheduled = true;
+  requestAnimationFrame(render);
 }
 
 const hash = () => decodeURIComponent(location.hash.slice(1));
 
-// The feed -----------------------------------------------------------------------------------------------------------
+// Events -------------------------------------------------------------------------------------------------------------
 
-function listen() {
-  const feed = new EventSource("/state/events");
-  let fresh = true;
-  let watch = setTimeout(lost, SILENT_MS);
+function connect() {
+  const events = new EventSource("/state/events");
+  let isFirst = true;
+  let timeout = setTimeout(reconnect, EVENT_TIMEOUT_MS);
 
-  function lost() {
-    clearTimeout(watch);
-    feed.close();
-    connected(false);
-    setTimeout(listen, AGAIN_MS);
+  function reconnect() {
+    clearTimeout(timeout);
+    events.close();
+    showConnection(false);
+    setTimeout(connect, RECONNECT_MS);
   }
 
-  // The browser's own way to connect again gives up at an answer that is not a feed; ours does not.
-  feed.onerror = lost;
-  feed.onmessage = (event) => {
-    clearTimeout(watch);
-    watch = setTimeout(lost, SILENT_MS);
+  // EventSource stops reconnecting after a response that is not an event stream, such as a proxy's error page.
+  events.onerror = reconnect;
+  events.onmessage = (event) => {
+    clearTimeout(timeout);
+    timeout = setTimeout(reconnect, EVENT_TIMEOUT_MS);
     state = JSON.parse(event.data);
-    for (const one of state.endpoints) {
-      // The first document has all of the history, each further one what is new of it.
-      const known = fresh ? [] : (histories.get(one.id) ?? []);
-      histories.set(one.id, [...known, ...one.history].slice(-HISTORY));
+    for (const { id, history } of state.endpoints) {
+      // The first event has the complete history, each later one only its new points.
+      const known = isFirst ? [] : (histories.get(id) ?? []);
+      histories.set(id, [...known, ...history].slice(-MAX_HISTORY_POINTS));
     }
-    if (fresh) connected(true);
-    fresh = false;
-    drawSoon();
+    if (isFirst) showConnection(true);
+    isFirst = false;
+    scheduleRender();
   };
 }
 
-function connected(is) {
-  $("connection").dataset.state = is ? "live" : "disconnected";
-  const seen = state ? `; this is as of ${clock(state.at)}` : "";
-  say($("connection"), is ? "live" : `disconnected, trying again${seen}`);
-  $("board").classList.toggle("stale", !is);
+function showConnection(isLive) {
+  $("connection").dataset.state = isLive ? "live" : "disconnected";
+  const asOf = state ? `; showing the state at ${clock(state.at)}` : "";
+  setText($("connection"), isLive ? "live" : `disconnected, reconnecting${asOf}`);
+  $("board").classList.toggle("stale", !isLive);
 }
 
 // The controls -------------------------------------------------------------------------------------------------------
@@ -81,12 +82,12 @@ $("key").value = sessionStorage.getItem("key") ?? "local";
 $("key").addEventListener("input", () => sessionStorage.setItem("key", $("key").value));
 $("endpoint").addEventListener("change", () => {
   history.replaceState(null, "", `#${encodeURIComponent($("endpoint").value)}`);
-  drawSoon();
+  scheduleRender();
 });
 $("notice").querySelector("button").addEventListener("click", () => {
   notify("");
   $("prompt").focus();
 });
-startChat(endpoint);
-watchChart();
-listen();
+startChat(selectedEndpoint);
+startChart();
+connect();

@@ -1,59 +1,59 @@
-// A conversation with the endpoint's OpenAI route: the answer is shown as it streams.
+// A chat with the endpoint's OpenAI API; responses are shown as they stream.
 
-import { $, duration, key, make, request, say } from "/page/dom.js";
+import { $, createElement, duration, key, request, setText } from "/page/dom.js";
 
 const conversation = [];
-let endpoint = () => undefined;
-/** The answer that is under way, if one is. */
-let answering = null;
+let selectedEndpoint = () => undefined;
+/** The response in progress, if there is one. */
+let inProgress = null;
 
 // Models -------------------------------------------------------------------------------------------------------------
 
-let modelsAsked = "";
-let modelsOf = "";
+let attempted = "";
+let loaded = "";
 
 /**
- * Learn the endpoint's models, once a worker is up: asking earlier would start one.
+ * Load the endpoint's models once a worker is ready: an earlier request would start one.
  *
- * The question is a job like another. One that fails is asked again when another worker is up or the key has changed,
- * not on and on, which would keep an idle worker from ever being stopped.
+ * The request is a job like any other. If it fails, it is repeated only with another worker or API key, or else it would
+ * keep an idle worker from being stopped.
  */
-export async function learnModels(here) {
-  const ready = here.workers.find((worker) => worker.state === "idle" || worker.state === "running");
-  const subject = `${here.id} ${key()}`;
-  const asked = `${subject} ${ready?.id}`;
-  if (!ready || modelsOf === subject || modelsAsked === asked) return;
-  modelsAsked = asked;
+export async function loadModels(endpoint) {
+  const ready = endpoint.workers.find((worker) => worker.state === "idle" || worker.state === "running");
+  const source = `${endpoint.id} ${key()}`;
+  const attempt = `${source} ${ready?.id}`;
+  if (!ready || loaded === source || attempted === attempt) return;
+  attempted = attempt;
   let models = [];
   try {
-    const document = await (await request(`${here.openaiPath}/models`)).json();
+    const document = await (await request(`${endpoint.openaiPath}/models`)).json();
     models = document.data.map((model) => model.id);
-    modelsOf = subject;
+    loaded = source;
   } catch {
-    // A worker need not have the route; a request then names no model.
+    // Not every worker has the route; requests then name no model.
   }
-  if (endpoint()?.id !== here.id) return;
-  const chosen = $("model").value;
-  $("model").replaceChildren(...models.map((id) => make("option", { value: id }, id)));
-  if (!models.length) $("model").append(make("option", { value: "" }, "default"));
-  if (models.includes(chosen)) $("model").value = chosen;
+  if (selectedEndpoint()?.id !== endpoint.id) return;
+  const selected = $("model").value;
+  $("model").replaceChildren(...models.map((id) => createElement("option", { value: id }, id)));
+  if (!models.length) $("model").append(createElement("option", { value: "" }, "default"));
+  if (models.includes(selected)) $("model").value = selected;
 }
 
-// One answer ---------------------------------------------------------------------------------------------------------
+// Responses ----------------------------------------------------------------------------------------------------------
 
-const atEnd = (box) => box.scrollTop + box.clientHeight >= box.scrollHeight - 40;
+const isAtEnd = (box) => box.scrollTop + box.clientHeight >= box.scrollHeight - 40;
 
-function show(role, ...content) {
+function addMessage(role, ...content) {
   $("messages").querySelector(".empty")?.remove();
-  const element = make("div", { class: `message ${role}` }, ...content);
+  const element = createElement("div", { class: `message ${role}` }, ...content);
   $("messages").append(element);
   $("messages").scrollTop = $("messages").scrollHeight;
   return element;
 }
 
-/** The JSON documents of a stream of server-sent events. */
-async function* eventsOf(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+/** Yield the JSON documents of a stream of server-sent events. */
+async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
@@ -61,7 +61,8 @@ async function* eventsOf(answer) {
     const parts = (rest + value).split(/\r?\n\r?\n/);
     rest = parts.pop();
     for (const part of parts) {
-      const data = part.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trimStart()).join("\n");
+      const lines = part.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+      const data = lines.map((line) => line.slice(5).trimStart()).join("\n");
       if (data && data !== "[DONE]") yield JSON.parse(data);
     }
   }
@@ -69,87 +70,90 @@ async function* eventsOf(answer) {
 
 class Answer {
   constructor() {
-    this.stopping = new AbortController();
-    this.begun = performance.now();
-    this.first = null;
-    this.last = null;
+    this.abortController = new AbortController();
+    this.startedAt = performance.now();
+    this.firstTokenAt = null;
+    this.lastTokenAt = null;
     this.tokens = null;
     this.text = document.createTextNode("");
-    this.note = make("small", { "aria-hidden": "true" });
-    this.element = show("assistant waiting", this.text, this.note);
+    this.status = createElement("small", { "aria-hidden": "true" });
+    this.element = addMessage("assistant waiting", this.text, this.status);
   }
 
-  add(piece) {
+  append(delta) {
     const box = $("messages");
-    const follow = atEnd(box);
-    if (this.first === null) {
-      this.first = performance.now();
+    const followOutput = isAtEnd(box);
+    if (this.firstTokenAt === null) {
+      this.firstTokenAt = performance.now();
       this.element.classList.remove("waiting");
-      say(this.note, "");
+      setText(this.status, "");
     }
-    this.last = performance.now();
-    this.text.appendData(piece);
-    if (follow) box.scrollTop = box.scrollHeight;
+    this.lastTokenAt = performance.now();
+    this.text.appendData(delta);
+    if (followOutput) box.scrollTop = box.scrollHeight;
   }
 
-  /** Say what the wait is for, while nothing has come yet. */
-  wait(here) {
-    if (this.first !== null) return;
-    const { idle, running, initializing } = here.health.workers;
-    const what = idle + running ? "waiting for the first token" : initializing ? "a worker starts" : "waiting for a worker";
-    say(this.note, `${what} · ${duration(performance.now() - this.begun)}`);
+  /** Before the first token, show what the response is waiting for. */
+  showWait(endpoint) {
+    if (this.firstTokenAt !== null) return;
+    const { idle, running, initializing } = endpoint.health.workers;
+    const reason = idle + running ? "waiting for the first token"
+      : initializing ? "starting a worker" : "waiting for a worker";
+    setText(this.status, `${reason} · ${duration(performance.now() - this.startedAt)}`);
   }
 
-  end(how) {
+  /** @param {string} outcome - why there is no complete response; empty if there is one. */
+  end(outcome) {
     this.element.classList.remove("waiting");
-    this.note.removeAttribute("aria-hidden");
-    const parts = [how];
-    if (this.first !== null) {
-      parts.push(`first token ${duration(this.first - this.begun)}`);
+    this.status.removeAttribute("aria-hidden");
+    const parts = [outcome];
+    if (this.firstTokenAt !== null) {
+      parts.push(`first token ${duration(this.firstTokenAt - this.startedAt)}`);
       if (this.tokens !== null) parts.push(`${this.tokens} tokens`);
       parts.push(this.rate());
     }
-    say(this.note, parts.filter(Boolean).join(" · "));
-    if (!this.note.textContent) this.note.remove();
-    if (this.first === null && !how) this.element.remove();
+    setText(this.status, parts.filter(Boolean).join(" · "));
+    if (!this.status.textContent) this.status.remove();
+    if (this.firstTokenAt === null && !outcome) this.element.remove();
   }
 
-  /** How fast it came after its first token; in characters where the stream does not tell its tokens. */
+  /** Return the output rate after the first token, in characters if the stream does not report tokens. */
   rate() {
-    const seconds = (this.last - this.first) / 1000;
+    const seconds = (this.lastTokenAt - this.firstTokenAt) / 1000;
     if (seconds <= 0) return "";
     const [number, unit] = this.tokens === null ? [this.text.length, "characters"] : [this.tokens - 1, "tokens"];
     return number > 0 ? `${(number / seconds).toFixed(number / seconds < 10 ? 1 : 0)} ${unit}/s` : "";
   }
 }
 
-async function send(here, text) {
+async function send(endpoint, text) {
   conversation.push({ role: "user", content: text });
-  const asked = show("user", text);
+  const question = addMessage("user", text);
   const answer = new Answer();
-  answering = answer;
-  busy(true);
-  let how = "";
+  inProgress = answer;
+  setBusy(true);
+  let outcome = "";
   try {
-    await stream(here, answer);
-    if (answer.first === null) how = "the answer is empty";
+    await stream(endpoint, answer);
+    if (answer.firstTokenAt === null) outcome = "empty response";
   } catch (error) {
-    if (error.name === "AbortError") how = "stopped";
-    else show("error", error.message);
+    if (error.name === "AbortError") outcome = "stopped";
+    else addMessage("error", error.message);
   }
-  answer.end(how);
-  // A conversation that was cleared meanwhile stays clear. A question that got no answer is not asked again with the
-  // next one: chat templates want the roles to alternate.
-  if (asked.isConnected) {
+  answer.end(outcome);
+  // The conversation may have been cleared in the meantime. A question without an answer is removed from it, since chat
+  // templates require alternating roles.
+  if (question.isConnected) {
     if (answer.text.length) conversation.push({ role: "assistant", content: answer.text.data });
     else conversation.pop();
   }
-  answering = null;
-  busy(false);
-  say($("chat-status"), how === "stopped" ? "The answer was stopped." : answer.text.length ? "The answer is complete." : "");
+  inProgress = null;
+  setBusy(false);
+  const status = outcome === "stopped" ? "Response stopped." : answer.text.length ? "Response complete." : "";
+  setText($("chat-status"), status);
 }
 
-async function stream(here, answer) {
+async function stream(endpoint, answer) {
   const system = $("system").value.trim();
   const body = {
     ...($("model").value && { model: $("model").value }),
@@ -158,52 +162,53 @@ async function stream(here, answer) {
     stream_options: { include_usage: true },
     ...($("temperature").value !== "" && { temperature: $("temperature").valueAsNumber }),
   };
-  const response = await request(`${here.openaiPath}/chat/completions`, {
-    method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" }, signal: answer.stopping.signal,
+  const response = await request(`${endpoint.openaiPath}/chat/completions`, {
+    method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
+    signal: answer.abortController.signal,
   });
   for await (const event of eventsOf(response)) {
-    if (event.error) throw new Error(event.error.message ?? "the stream broke off");
+    if (event.error) throw new Error(event.error.message ?? "The stream failed");
     answer.tokens = event.usage?.completion_tokens ?? answer.tokens;
-    const piece = event.choices?.[0]?.delta?.content;
-    if (piece) answer.add(piece);
+    const delta = event.choices?.[0]?.delta?.content;
+    if (delta) answer.append(delta);
   }
 }
 
-function busy(is) {
-  const lost = document.activeElement === $("stop") || document.activeElement === $("send");
-  $("send").hidden = is;
-  $("stop").hidden = !is;
-  if (lost) (is ? $("stop") : $("prompt")).focus();
+function setBusy(isBusy) {
+  const losesFocus = document.activeElement === $("stop") || document.activeElement === $("send");
+  $("send").hidden = isBusy;
+  $("stop").hidden = !isBusy;
+  if (losesFocus) (isBusy ? $("stop") : $("prompt")).focus();
 }
 
 // The form -----------------------------------------------------------------------------------------------------------
 
-export function drawChat(here) {
-  answering?.wait(here);
+export function renderChat(endpoint) {
+  inProgress?.showWait(endpoint);
 }
 
-/** @param {() => object | undefined} current - gives the endpoint that is talked to. */
-export function startChat(current) {
-  endpoint = current;
+/** @param {() => object | undefined} getEndpoint - returns the endpoint to send messages to. */
+export function startChat(getEndpoint) {
+  selectedEndpoint = getEndpoint;
   const empty = $("messages").firstElementChild;
   $("form").addEventListener("submit", (event) => {
     event.preventDefault();
     const text = $("prompt").value.trim();
-    const here = endpoint();
-    if (!text || !here || answering) return;
+    const endpoint = selectedEndpoint();
+    if (!text || !endpoint || inProgress) return;
     $("prompt").value = "";
-    say($("chat-status"), "");
-    send(here, text);
+    setText($("chat-status"), "");
+    send(endpoint, text);
   });
   $("prompt").addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
     $("form").requestSubmit();
   });
-  $("stop").addEventListener("click", () => answering?.stopping.abort());
+  $("stop").addEventListener("click", () => inProgress?.abortController.abort());
   $("clear").addEventListener("click", () => {
     conversation.length = 0;
     $("messages").replaceChildren(empty);
-    answering?.stopping.abort();
+    inProgress?.abortController.abort();
   });
 }

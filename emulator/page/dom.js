@@ -1,8 +1,8 @@
-// Elements made and kept up to date without a flicker, texts for numbers and times, and requests that explain themselves.
+// DOM elements that are updated without flicker, text for numbers and times, and requests with readable errors.
 
 export const $ = (id) => document.getElementById(id);
 
-export function make(tag, attributes = {}, ...children) {
+export function createElement(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
@@ -12,42 +12,42 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Set a text only if it has changed, so that neither a selection nor a screen reader is disturbed. */
-export function say(element, text) {
+/** Set the text only if it has changed, so that a selection stays and a screen reader is not interrupted. */
+export function setText(element, text) {
   if (element.textContent !== String(text)) element.textContent = text;
 }
 
-const drawn = new WeakMap();
+const renderedStates = new WeakMap();
 
 /**
- * Bring a container's children in line with a list: kept by key, made, updated, removed, in order.
+ * Reconcile a container's children with a list of items: create, update, remove and order them by key.
  *
- * Elements stay where they are while others come and go, since one that moves loses its focus and its scroll. An item
- * that is as it was is not drawn again; `mark` adds what its look depends on besides.
+ * Existing elements are not moved while others are added or removed, since moving loses focus and scroll position. An
+ * unchanged item is not updated; `extraState` is anything else that its element depends on.
  */
-export function keep(container, items, keyOf, create, update = () => {}, mark = "") {
-  const wanted = new Map(items.map((item) => [String(keyOf(item)), item]));
-  const old = new Map();
+export function reconcile(container, items, keyOf, create, update = () => {}, extraState = "") {
+  const itemsByKey = new Map(items.map((item) => [String(keyOf(item)), item]));
+  const existing = new Map();
   for (const child of [...container.children]) {
-    if (wanted.has(child.dataset.key)) old.set(child.dataset.key, child);
+    if (itemsByKey.has(child.dataset.key)) existing.set(child.dataset.key, child);
     else {
-      // Who is at a button that goes away goes on from the heading above it, not from the top of the page.
+      // If the focus is inside, move it to the section's heading, or else the browser moves it to the top of the page.
       if (child.contains(document.activeElement)) child.closest("section")?.querySelector("h2[tabindex]")?.focus();
       child.remove();
     }
   }
-  let place = container.firstElementChild;
-  for (const [key, item] of wanted) {
-    let element = old.get(key);
+  let next = container.firstElementChild;
+  for (const [key, item] of itemsByKey) {
+    let element = existing.get(key);
     if (!element) {
       element = create(item);
       element.dataset.key = key;
     }
-    if (element === place) place = place.nextElementSibling;
-    else container.insertBefore(element, place);
-    const look = JSON.stringify(item) + mark;
-    if (drawn.get(element) !== look) {
-      drawn.set(element, look);
+    if (element === next) next = next.nextElementSibling;
+    else container.insertBefore(element, next);
+    const state = JSON.stringify(item) + extraState;
+    if (renderedStates.get(element) !== state) {
+      renderedStates.set(element, state);
       update(element, item);
     }
   }
@@ -67,40 +67,40 @@ export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "
 
 export const key = () => $("key").value || "local";
 
-/** What an answer that is not a success says is wrong: OpenAI's error body, the platform's, or the status alone. */
-async function explain(answer) {
-  const text = await answer.text();
-  let said = "";
+/** Return the error of a failed response: from OpenAI's error body, the platform's, or only the status. */
+async function errorOf(response) {
+  const text = await response.text();
+  let message = "";
   try {
     const { error, detail } = JSON.parse(text);
-    said = typeof error === "string" ? error : (error?.message ?? detail ?? "");
+    message = typeof error === "string" ? error : (error?.message ?? detail ?? "");
   } catch {
-    said = text.startsWith("<") ? "" : text;
+    message = text.startsWith("<") ? "" : text;
   }
-  return new Error(`${said || answer.statusText || "the request failed"} (${answer.status})`);
+  return new Error(`${message || response.statusText || "The request failed"} (${response.status})`);
 }
 
-/** Send a request with the API key; an answer that is no success is an error that a person can read. */
+/** Send a request with the API key; throw an error with a readable message unless the response is a success. */
 export async function request(path, options = {}) {
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, { ...options, headers: { Authorization: `Bearer ${key()}`, ...options.headers } });
+    response = await fetch(path, { ...options, headers: { Authorization: `Bearer ${key()}`, ...options.headers } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The emulator cannot be reached.");
+    throw new Error("Cannot connect to the emulator.");
   }
-  if (!answer.ok) throw await explain(answer);
-  return answer;
+  if (!response.ok) throw await errorOf(response);
+  return response;
 }
 
 export function notify(text) {
-  const [said, dismiss] = $("notice").children;
-  say(said, text);
+  const [message, dismiss] = $("notice").children;
+  setText(message, text);
   dismiss.hidden = !text;
 }
 
-/** Do what a button asks for; it cannot be pressed twice meanwhile, and a failure is told. */
-export async function press(path) {
+/** Send a button's POST request; show a failure as a notice. */
+export async function postAction(path) {
   notify("");
   try {
     await request(path, { method: "POST" });

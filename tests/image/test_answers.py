@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from builder.tiny_model.corpus import example
-from emulator.app import background
+from emulator.app import run_in_thread
 from tests.image.builds import Buildah, build_vllm_base
 from tests.image.conftest import NAME
 from tests.integration.emulator.conftest import Site, settings_with
@@ -54,7 +54,7 @@ def test_the_images_command_answers_a_job_of_the_emulator(  # noqa: PLR0913, PLR
         *command,
     ]
     with ExitStack() as stack:
-        emulator = stack.enter_context(background(settings_with(command=run, workersMin=1, env=dict(os.environ))))
+        emulator = stack.enter_context(run_in_thread(settings_with(command=run, workersMin=1, env=dict(os.environ))))
         site = Site(emulator.url, stack)
         job = site.submit({"messages": [{"role": "user", "content": "Hello!"}], "sampling_params": {"temperature": 0}})
         document = site.ended(job, START_S)

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from emulator.app import Emulator, EmulatorSettings, background
-from emulator.cli import _own_worker
+from emulator.app import Emulator, run_in_thread
+from emulator.cli import with_default_worker
+from emulator.settings import EmulatorSettings
 from tests.processes import VLLM_ENVIRONMENT
 
 KEY = "a-key-of-the-tests"
@@ -27,18 +28,18 @@ WORKER = Path(__file__).with_name("openai_worker.py")
 T = TypeVar("T")
 
 
-def eventually(look: Callable[[], T], timeout_s: float = 30.0, interval_s: float = 0.02) -> T:
-    """The first thing that `look` finds; a failed test if it finds nothing in time."""
+def eventually(poll: Callable[[], T], timeout_s: float = 30.0, interval_s: float = 0.02) -> T:
+    """Return the first true value of `poll`; fail the test after the timeout."""
     deadline = time.monotonic() + timeout_s
-    while not (found := look()):
+    while not (value := poll()):
         if time.monotonic() > deadline:
-            pytest.fail(f"nothing was found within {timeout_s} s")
+            pytest.fail(f"condition not met within {timeout_s} s")
         time.sleep(interval_s)
-    return found
+    return value
 
 
 class Site:
-    """An emulator with one endpoint, `ep`, as seen from outside."""
+    """HTTP clients of an emulator with one endpoint, `ep`."""
 
     def __init__(self, url: str, stack: ExitStack, ca_file: Path | None = None) -> None:
         self.url = url
@@ -46,8 +47,7 @@ class Site:
         verify = ssl.create_default_context(cafile=ca_file) if ca_file else True
 
         def client(base_url: str) -> httpx.Client:
-            made = httpx.Client(base_url=base_url, headers=headers, timeout=60, verify=verify)
-            return stack.enter_context(made)
+            return stack.enter_context(httpx.Client(base_url=base_url, headers=headers, timeout=60, verify=verify))
 
         self.root, self.client = client(url), client(f"{url}/v2/ep")
 
@@ -64,31 +64,31 @@ class Site:
         return document
 
     def ended(self, job_id: str, timeout_s: float = 30.0) -> dict[str, Any]:
-        """The job's state when it has ended."""
+        """Wait until the job has ended; return its status."""
 
-        def look() -> dict[str, Any] | None:
+        def poll() -> dict[str, Any] | None:
             status = self.status(job_id)
             return None if status["status"] in ("IN_QUEUE", "IN_PROGRESS") else status
 
-        return eventually(look, timeout_s) or {}
+        return eventually(poll, timeout_s) or {}
 
     def health(self) -> dict[str, Any]:
         document: dict[str, Any] = self.client.get("/health").raise_for_status().json()
         return document
 
     def state(self) -> dict[str, Any]:
-        """The endpoint, as the page sees it."""
+        """Return the endpoint's part of /state."""
         endpoint: dict[str, Any] = self.root.get("/state").raise_for_status().json()["endpoints"][0]
         return endpoint
 
     def idle_workers(self, count: int, timeout_s: float = 30.0) -> list[dict[str, Any]]:
-        """The workers, when so many of them are idle."""
+        """Wait until exactly this many workers are idle; return them."""
 
-        def look() -> list[dict[str, Any]]:
+        def poll() -> list[dict[str, Any]]:
             workers = [worker for worker in self.state()["workers"] if worker["state"] == "idle"]
             return workers if len(workers) == count else []
 
-        return eventually(look, timeout_s)
+        return eventually(poll, timeout_s)
 
     def faults(self, *rules: dict[str, Any], **settings: Any) -> None:
         self.root.put("/faults", json={"rules": rules, **settings}).raise_for_status()
@@ -98,7 +98,7 @@ Start = Callable[..., Site]
 
 
 def settings_with(*, tls: bool = False, **endpoint: Any) -> EmulatorSettings:
-    """Settings for one endpoint `ep` that runs the trivial worker; `env` is added to its environment."""
+    """Return settings with one endpoint `ep`, which runs `openai_worker.py` by default."""
     defaults = {"id": "ep", "command": [sys.executable, str(WORKER)], "workersMax": 1, "scalerType": "REQUEST_COUNT"}
     document = {"port": 0, "tls": tls, "apiKeys": [KEY], "endpoints": [{**defaults, **endpoint}]}
     return EmulatorSettings.model_validate(document)
@@ -107,22 +107,22 @@ def settings_with(*, tls: bool = False, **endpoint: Any) -> EmulatorSettings:
 @contextmanager
 def site_with(*, tls: bool = False, **endpoint: Any) -> Iterator[Site]:
     with ExitStack() as stack:
-        emulator: Emulator = stack.enter_context(background(settings_with(tls=tls, **endpoint)))
+        emulator: Emulator = stack.enter_context(run_in_thread(settings_with(tls=tls, **endpoint)))
         yield Site(emulator.url, stack, emulator.ca_file)
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start an emulator with these settings for its endpoint."""
+    """Return a function that starts an emulator with these settings of its endpoint."""
     with ExitStack() as stack:
         yield lambda **endpoint: stack.enter_context(site_with(**endpoint))
 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    """An emulator for a whole module: one worker that runs four jobs at once, ready.
+    """An emulator for a module's tests, with a ready worker that runs up to four jobs.
 
-    The SDK's own loop ends only when its last take does, which the emulator need not wait for.
+    `grace` is short since the stock loop exits only after its last long poll.
     """
     with site_with(workersMin=1, grace=2, env={"CONCURRENCY": "4", "PAUSE_S": "0.02"}) as running:
         running.idle_workers(1)
@@ -130,7 +130,7 @@ def site() -> Iterator[Site]:
 
 
 class CommandLine:
-    """`python -m emulator` as a process of its own, ready to be used."""
+    """A running `python -m emulator`, ready for requests."""
 
     def __init__(self, process: subprocess.Popen[str], stack: ExitStack) -> None:
         self.process = process
@@ -150,7 +150,7 @@ class CommandLine:
 
 @pytest.fixture
 def command_line(tmp_path: Path) -> Iterator[Callable[..., CommandLine]]:
-    """Start `python -m emulator` with these options, for the endpoint `ep`."""
+    """Return a function that starts `python -m emulator` with these options and variables."""
     with ExitStack() as stack:
 
         def begin(*options: str, **variables: str) -> CommandLine:
@@ -172,13 +172,13 @@ def command_line(tmp_path: Path) -> Iterator[Callable[..., CommandLine]]:
 
 
 def _tiny_worker(**variables: str) -> dict[str, Any]:
-    """An endpoint with the worker that `make up` starts, which stays."""
-    return _own_worker({"env": {**VLLM_ENVIRONMENT, **variables}, "workersMin": 1, "rateLimits": False})
+    """Return an endpoint with the worker of `make up`, always running."""
+    return with_default_worker({"env": {**VLLM_ENVIRONMENT, **variables}, "workersMin": 1, "rateLimits": False})
 
 
 @pytest.fixture(scope="session")
 def llm() -> Iterator[Site]:
-    """The platform with the tiny model, ready; for clients."""
+    """An emulator with this repository's worker and the tiny model, ready."""
     with site_with(**_tiny_worker(ALLOWED_ROUTES="/metrics")) as running:
         running.idle_workers(1, LLM_START_S)
         yield running
@@ -186,19 +186,19 @@ def llm() -> Iterator[Site]:
 
 @pytest.fixture(scope="session")
 def embedder() -> Iterator[Site]:
-    """The same with a model that embeds."""
+    """The same with an embedding model."""
     with site_with(**_tiny_worker(RUNNER="pooling", CONVERT="embed")) as running:
         running.idle_workers(1, LLM_START_S)
         yield running
 
 
 def processes_named_in(path: Path) -> list[int]:
-    """The process ids that a test's worker has written down."""
+    """Return the process ids in a file that a worker has written."""
     return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs: one that has ended and was not waited for does not."""
+    """Return whether a process is running; a zombie is not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,8 +1,8 @@
-"""A worker with the stock SDK and a trivial handler that speaks the OpenAI API's shapes; no model, no vLLM.
+"""A worker with the stock SDK and a scripted handler that returns OpenAI API responses; no model, no vLLM.
 
-The `model` of a request decides: `tiny` answers, anything else is not found. In a chat, the last message is a script:
-    `COUNT x N`     N events, `PAUSE_S` apart where the environment has it
-    `sleep S`       nothing for S seconds
+Requests for models other than `tiny` fail with 404. In a chat, the last message is a script:
+    `COUNT x N`     N events, `PAUSE_S` seconds apart
+    `sleep S`       respond after S seconds
     `raise`         an exception
     `raise later`   an exception after the first event
 """
@@ -88,7 +88,7 @@ async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
 async def plain(job_input: dict[str, Any]) -> AsyncIterator[Any]:
     for number in range(job_input.get("count", 1)):
         await asyncio.sleep(job_input.get("sleep", 0))
-        # A padded output is large; without padding there is no such field.
+        # Makes an output large.
         padding = {"padding": "x" * job_input["padding"]} if "padding" in job_input else {}
         yield {"number": number, **padding}
 

@@ -1,8 +1,8 @@
-"""What the documents tell a reader to run works as it stands there, by the commands that they name.
+"""Every command and code block in the documents works as written.
 
-The blocks and commands come from `tests.documents`, which also lists what is not run, and what is put in the place of
-a reader's own account. One terminal runs the platform, on the port that the documents name; what is typed goes into
-another, a shell in this checkout. `make` is called as it is: it makes the `.venv` anew if the locks are newer.
+The blocks come from `tests.documents`, which also lists those that are not run, and what replaces a reader's account.
+One terminal runs the emulator, on the documented port; commands run in another, a shell in this checkout. `make` runs
+unchanged: it recreates `.venv` if the lock files are newer.
 """
 
 from __future__ import annotations
@@ -35,25 +35,24 @@ _ANY_LINES = r"(?:[^\n]*\n)*?"
 _NUMBER = r"\d+\.\d+"
 _LOOSE = {"…": r"[^\n]*", "~/.cache": r"\S+"}
 _LOOSELY = re.compile(r"(…|~/\.cache|\b\d+\.\d+(?= s\b| tokens/s))")
-# A reader's shell: the `make` that runs the tests tells the ones beneath it to say where they are.
-OF_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
-ENVIRONMENT = {**{name: value for name, value in os.environ.items() if name not in OF_MAKE}, **ACCOUNT}
+# A reader's shell does not have these: the `make` that runs the tests sets them, and nested ones print more.
+MAKE_VARIABLES = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+ENVIRONMENT = {**{name: value for name, value in os.environ.items() if name not in MAKE_VARIABLES}, **ACCOUNT}
 
 
-def typed(command: str, before: str) -> list[str]:
-    """A shell that has been told what stands before, and now this."""
+def shell_command(command: str, before: str) -> list[str]:
+    """Return a shell that runs the preceding commands and then this one."""
     return ["bash", "-e", "-c", before + command]
 
 
 def pattern_of(shown: str) -> str:
-    """A regular expression for what a document shows of an output.
+    """Return a regular expression for a documented output.
 
-    `…` stands for anything up to the line's end, alone in a line for any lines; times and rates differ; a home has
-    another name elsewhere.
+    `…` matches the rest of a line or, as a line of its own, any lines. Times, rates and home directories may differ.
     """
     lines = []
     for line in shown.splitlines():
-        # Every other part is one that is compared loosely.
+        # Parts at odd indices match loosely.
         exact, loose = _LOOSELY.split(line)[::2], _LOOSELY.findall(line)
         parts = zip_longest(map(re.escape, exact), (_LOOSE.get(part, _NUMBER) for part in loose), fillvalue="")
         lines.append(_ANY_LINES if line == "…" else "".join(map("".join, parts)) + "\n")
@@ -61,7 +60,7 @@ def pattern_of(shown: str) -> str:
 
 
 class Terminal:
-    """Where the platform runs: one at a time, as in a terminal, ended as by Ctrl-C."""
+    """A terminal that runs one emulator at a time and stops it with Ctrl-C."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -69,25 +68,30 @@ class Terminal:
         self._command = ""
 
     def start(self, command: str, before: str) -> str:
-        """Have this command's platform listen; return what it has printed by then."""
+        """Start this command, unless it is running; return its output once it is ready."""
         if self._process is not None and self._process.poll() is None and self._command == command:
-            return self._until_it_listens()
+            return self._wait_until_ready()
         self.stop()
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", PORT))
             except OSError:
-                pytest.fail(f"port {PORT} is taken: `{command}` listens there, as the documents say; end what holds it")
+                pytest.fail(f"port {PORT} is taken: `{command}` needs it, as documented; stop the process that uses it")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                typed(command, before), env=ENVIRONMENT, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, process_group=0
+                shell_command(command, before),
+                env=ENVIRONMENT,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=0,
             )
         self._command = command
-        return self._until_it_listens()
+        return self._wait_until_ready()
 
     def stop(self) -> None:
-        """Press Ctrl-C, and wait until all of it has ended."""
+        """Press Ctrl-C, and wait until all its processes have exited."""
         if self._process is None:
             return
         process, self._process = self._process, None
@@ -103,7 +107,7 @@ class Terminal:
             return
         pytest.fail(f"`{self._command}` did not end within {STOP_S} s of Ctrl-C:\n{self._tail()}")
 
-    def _until_it_listens(self) -> str:
+    def _wait_until_ready(self) -> str:
         deadline = time.monotonic() + START_S
         while "OpenAI base URL" not in (printed := self._log.read_text(encoding="utf-8", errors="replace")):
             if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
@@ -128,25 +132,25 @@ def classifier_directory(tiny_model: str, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
-def test_what_a_document_tells_to_run_works(step: Step, terminal: Terminal, request: pytest.FixtureRequest) -> None:
+def test_every_documented_command_works(step: Step, terminal: Terminal, request: pytest.FixtureRequest) -> None:
     printed = ""
     if command := step.runs_on:
         if "=DIR " in command:
             command = command.replace("=DIR ", f"={request.getfixturevalue('classifier_directory')} ")
         printed = terminal.start(command, step.before)
     text = step.text
-    for written, meant in REPLACED.items():
-        text = text.replace(written, meant)
+    for written, replacement in REPLACED.items():
+        text = text.replace(written, replacement)
 
     if step.serves:
         assert re.match(pattern_of(step.shown), printed), printed
     elif step.language == "json":
         check_job(json.loads(text), step)
     elif step.language == "python":
-        ran = run(typed("python -", step.before), step.setup + text)
+        ran = run(shell_command("python -", step.before), step.setup + text)
         assert ran.stdout.strip() or "print" not in text
     elif step.language in ("console", "sh", ""):
-        ran = run(typed(step.commands if text == step.text else text, step.before))
+        ran = run(shell_command(step.commands if text == step.text else text, step.before))
         if step.shown:
             assert re.fullmatch(pattern_of(step.shown), ran.stdout), ran.stdout
         if text.startswith("curl "):
@@ -157,10 +161,10 @@ def test_what_a_document_tells_to_run_works(step: Step, terminal: Terminal, requ
         pytest.fail(f"{step}: nothing says how a block in {step.language} is run")
 
 
-def run(command: list[str], given: str = "") -> subprocess.CompletedProcess[str]:
-    """What was typed, and what it printed; it has to have ended with 0."""
+def run(command: list[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command that must exit with 0; return its output."""
     ran = subprocess.run(
-        command, input=given, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command, input=stdin, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         timeout=STEP_S, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout
@@ -168,11 +172,11 @@ def run(command: list[str], given: str = "") -> subprocess.CompletedProcess[str]
 
 
 def check_job(document: dict[str, Any], step: Step) -> None:
-    """A block of JSON is a job's input, or the error of a job for a model that is not there."""
+    """Check a block of JSON: a job's input, or the error of a job for an unknown model."""
     is_error = "error" in document
-    asked = {"messages": [{"role": "user", "content": "Hello!"}], "model": "gpt-5"} if is_error else document
+    job_input = {"messages": [{"role": "user", "content": "Hello!"}], "model": "gpt-5"} if is_error else document
     curl = f"curl -s {'http://127.0.0.1:8000/v2/local'}/runsync -H 'Authorization: Bearer local' -d @-"
-    job = json.loads(run(typed(curl, step.before), json.dumps({"input": asked})).stdout)
+    job = json.loads(run(shell_command(curl, step.before), json.dumps({"input": job_input})).stdout)
     if is_error:
         assert json.loads(job["error"]) == document
         return
@@ -180,7 +184,7 @@ def check_job(document: dict[str, Any], step: Step) -> None:
     assert job["output"]
 
 
-def test_a_block_shows_what_a_command_prints() -> None:
+def test_documented_output_matches_loosely_but_not_arbitrarily() -> None:
     printed = "INFO | in /home/me/.cache/x/1f\nWarning\nReady after 9.6 s\n153 tokens, 200.5 tokens/s\n"
     shown = "INFO | in ~/.cache/…\n…\nReady after 1.2 s\n153 tokens, 1.5 tokens/s\n"
 
@@ -190,13 +194,13 @@ def test_a_block_shows_what_a_command_prints() -> None:
     assert not re.fullmatch(pattern_of(shown.replace("…\n…", "…")), printed)
 
 
-def test_every_open_route_is_named() -> None:
+def test_every_allowed_route_is_documented() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 
     assert [route for route in sorted(SERVING) if f"`{route}`" not in text] == []
 
 
-def test_each_route_has_a_job_a_curl_and_a_python_example() -> None:
+def test_every_route_has_a_job_a_curl_and_a_python_example() -> None:
     languages: dict[str, set[str]] = {}
     for step in API:
         languages.setdefault(step.title, set()).add(step.language)

@@ -36,7 +36,7 @@ WEATHER: openai.types.chat.ChatCompletionFunctionToolParam = {
 
 
 class Verdict(BaseModel):
-    """What the model is held to."""
+    """The response format that the model is constrained to."""
 
     good: bool
     colour: Literal["red", "green"]
@@ -44,18 +44,18 @@ class Verdict(BaseModel):
 
 @pytest.fixture
 def client(llm: Site) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=llm.openai_url, api_key=KEY, max_retries=0, timeout=60) as made:
-        yield made
+    with openai.OpenAI(base_url=llm.openai_url, api_key=KEY, max_retries=0, timeout=60) as api_client:
+        yield api_client
 
 
 @pytest.fixture
 def claude(llm: Site) -> Iterator[anthropic.Anthropic]:
     url = llm.openai_url.removesuffix("/v1")
-    with anthropic.Anthropic(base_url=url, auth_token=KEY, max_retries=0, timeout=60) as made:
-        yield made
+    with anthropic.Anthropic(base_url=url, auth_token=KEY, max_retries=0, timeout=60) as api_client:
+        yield api_client
 
 
-def test_a_chat_is_answered(client: openai.OpenAI) -> None:
+def test_a_chat_completion_is_returned(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=messages_of(STORY), temperature=0)
 
     assert answer.choices[0].message.content == STORY.answer
@@ -64,7 +64,7 @@ def test_a_chat_is_answered(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens > 0
 
 
-def test_a_chat_streams_with_usage_last(client: openai.OpenAI) -> None:
+def test_a_chat_streams_and_ends_with_usage(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
             model="tiny",
@@ -75,13 +75,13 @@ def test_a_chat_streams_with_usage_last(client: openai.OpenAI) -> None:
         )
     )
 
-    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert said == STORY.answer
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == STORY.answer
     assert chunks[-1].usage is not None
     assert chunks[-1].choices == []
 
 
-def test_the_streaming_helper_assembles_the_answer(client: openai.OpenAI) -> None:
+def test_the_streaming_helper_assembles_the_response(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(model="tiny", messages=messages_of(STORY), temperature=0) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion()
@@ -90,7 +90,7 @@ def test_the_streaming_helper_assembles_the_answer(client: openai.OpenAI) -> Non
     assert final.choices[0].message.content == STORY.answer
 
 
-def test_a_completion_is_answered(client: openai.OpenAI) -> None:
+def test_a_completion_is_returned(client: openai.OpenAI) -> None:
     known = example("raw-months")
 
     answer = client.completions.create(model="tiny", prompt=known.prompt or "", temperature=0, max_tokens=200)
@@ -98,7 +98,7 @@ def test_a_completion_is_answered(client: openai.OpenAI) -> None:
     assert answer.choices[0].text == known.answer
 
 
-def test_several_choices_come_with_their_logprobs(client: openai.OpenAI) -> None:
+def test_several_choices_have_logprobs(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="tiny", messages=messages_of(STORY), n=2, logprobs=True, top_logprobs=2, seed=1, max_tokens=5
     )
@@ -109,7 +109,7 @@ def test_several_choices_come_with_their_logprobs(client: openai.OpenAI) -> None
         assert [len(token.top_logprobs) for token in choice.logprobs.content or []] == [2] * 5
 
 
-def test_an_answer_is_parsed_into_a_model(client: openai.OpenAI) -> None:
+def test_a_response_is_parsed_into_a_pydantic_model(client: openai.OpenAI) -> None:
     answer = client.chat.completions.parse(
         model="tiny", messages=messages_of(STORY), response_format=Verdict, temperature=0
     )
@@ -118,7 +118,7 @@ def test_an_answer_is_parsed_into_a_model(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", "named"])
-def test_a_tool_is_called_with_arguments_of_its_schema(choice: str, client: openai.OpenAI) -> None:
+def test_a_tool_call_has_arguments_that_match_its_schema(choice: str, client: openai.OpenAI) -> None:
     named: openai.types.chat.ChatCompletionNamedToolChoiceParam = {"type": "function", "function": {"name": "weather"}}
 
     answer = client.chat.completions.create(
@@ -138,12 +138,12 @@ def test_a_tool_is_called_with_arguments_of_its_schema(choice: str, client: open
 def test_a_response_is_created_and_streamed(client: openai.OpenAI) -> None:
     question = STORY.messages[-1]["content"]
 
-    whole = client.responses.create(model="tiny", input=question, temperature=0, max_output_tokens=200)
+    complete = client.responses.create(model="tiny", input=question, temperature=0, max_output_tokens=200)
     events = list(
         client.responses.create(model="tiny", input=question, temperature=0, max_output_tokens=200, stream=True)
     )
 
-    assert whole.output_text == STORY.answer
+    assert complete.output_text == STORY.answer
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == STORY.answer
     assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
 
@@ -152,7 +152,7 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
     assert "tiny" in [model.id for model in client.models.list()]
 
 
-def test_errors_are_the_classes_that_the_client_has_for_them(client: openai.OpenAI, llm: Site) -> None:
+def test_errors_raise_the_clients_matching_exceptions(client: openai.OpenAI, llm: Site) -> None:
     with pytest.raises(openai.NotFoundError, match="gpt-5"):
         client.chat.completions.create(model="gpt-5", messages=messages_of(STORY))
     for stream in (False, True):
@@ -171,14 +171,14 @@ def test_errors_are_the_classes_that_the_client_has_for_them(client: openai.Open
         stranger.models.list()
 
 
-def test_a_stream_that_is_hung_up_ends_its_job(client: openai.OpenAI, llm: Site) -> None:
-    def running() -> int:
+def test_disconnecting_a_stream_cancels_its_job(client: openai.OpenAI, llm: Site) -> None:
+    def running_requests() -> int:
         (text,) = llm.ended(llm.submit({"route": "/metrics"}))["output"]
         found = re.search(r"^vllm:num_requests_running{.*} (\S+)$", text, re.MULTILINE)
         assert found is not None
         return int(float(found[1]))
 
-    # Half a minute of work, so that the hang-up comes well before its end on a busy machine too.
+    # Takes half a minute, so that the disconnect comes well before its end even on a busy machine.
     with client.chat.completions.create(
         model="tiny",
         messages=messages_of(STORY),
@@ -189,14 +189,14 @@ def test_a_stream_that_is_hung_up_ends_its_job(client: openai.OpenAI, llm: Site)
         extra_body={"ignore_eos": True},
     ) as stream:
         first = next(stream)
-        eventually(lambda: running() == 24)
+        eventually(lambda: running_requests() == 24)
 
-    eventually(lambda: running() == 0, 10)
+    eventually(lambda: running_requests() == 0, 10)
     (status,) = [job["status"] for job in llm.state()["jobs"] if job["id"] in first.id]
     assert status == "CANCELLED"
 
 
-def test_the_asynchronous_client_asks_many_at_once(llm: Site) -> None:
+def test_the_async_client_sends_concurrent_requests(llm: Site) -> None:
     known = [example("count"), example("ok"), example("python-game")]
 
     async def ask() -> list[str | None]:
@@ -210,39 +210,39 @@ def test_the_asynchronous_client_asks_many_at_once(llm: Site) -> None:
             stream = await client.chat.completions.create(
                 model="tiny", messages=messages_of(STORY), temperature=0, stream=True
             )
-            said = [chunk.choices[0].delta.content or "" async for chunk in stream]
-        return [*(answer.choices[0].message.content for answer in answers), "".join(said)]
+            streamed = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        return [*(answer.choices[0].message.content for answer in answers), "".join(streamed)]
 
     assert asyncio.run(ask()) == [*(one.answer for one in known), STORY.answer]
 
 
-def test_anthropics_messages_are_answered(claude: anthropic.Anthropic) -> None:
-    asked: anthropic.types.MessageParam = {"role": "user", "content": STORY.messages[-1]["content"]}
+def test_anthropic_messages_are_returned_and_streamed(claude: anthropic.Anthropic) -> None:
+    message: anthropic.types.MessageParam = {"role": "user", "content": STORY.messages[-1]["content"]}
 
-    answer = claude.messages.create(model="tiny", max_tokens=200, messages=[asked], extra_body=GREEDY)
-    with claude.messages.stream(model="tiny", max_tokens=200, messages=[asked], extra_body=GREEDY) as stream:
-        said = "".join(stream.text_stream)
-    count = claude.messages.count_tokens(model="tiny", messages=[asked])
+    answer = claude.messages.create(model="tiny", max_tokens=200, messages=[message], extra_body=GREEDY)
+    with claude.messages.stream(model="tiny", max_tokens=200, messages=[message], extra_body=GREEDY) as stream:
+        text = "".join(stream.text_stream)
+    count = claude.messages.count_tokens(model="tiny", messages=[message])
 
     assert answer.content[0].type == "text"
-    assert answer.content[0].text == said == STORY.answer
+    assert answer.content[0].text == text == STORY.answer
     assert answer.stop_reason == "end_turn"
     assert count.input_tokens == answer.usage.input_tokens
 
 
-def test_anthropics_errors_are_the_classes_that_the_client_has_for_them(claude: anthropic.Anthropic) -> None:
-    asked: anthropic.types.MessageParam = {"role": "user", "content": "hi"}
+def test_errors_raise_the_anthropic_clients_matching_exceptions(claude: anthropic.Anthropic) -> None:
+    message: anthropic.types.MessageParam = {"role": "user", "content": "hi"}
 
     with pytest.raises(anthropic.NotFoundError, match="gpt-5"):
-        claude.messages.create(model="gpt-5", max_tokens=5, messages=[asked])
+        claude.messages.create(model="gpt-5", max_tokens=5, messages=[message])
     with pytest.raises(anthropic.BadRequestError):
-        claude.messages.create(model="tiny", max_tokens=5, messages=[asked], extra_body={"temperature": -1})
+        claude.messages.create(model="tiny", max_tokens=5, messages=[message], extra_body={"temperature": -1})
 
 
-def test_embeddings_come_as_numbers_whatever_their_encoding(embedder: Site) -> None:
+def test_embeddings_are_equal_in_both_encodings(embedder: Site) -> None:
     with openai.OpenAI(base_url=embedder.openai_url, api_key=KEY, max_retries=0, timeout=60) as client:
         plain = client.embeddings.create(model="tiny", input=["one", "two"], encoding_format="float")
-        packed = client.embeddings.create(model="tiny", input=["one", "two"])  # base64 on the way
+        packed = client.embeddings.create(model="tiny", input=["one", "two"])  # encoded as base64
 
     assert [one.index for one in plain.data] == [0, 1]
     assert plain.data[0].embedding != plain.data[1].embedding

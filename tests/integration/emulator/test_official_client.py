@@ -17,25 +17,25 @@ def endpoint(site: Site, monkeypatch: pytest.MonkeyPatch) -> runpod.Endpoint:
     return runpod.Endpoint("ep", api_key=KEY)
 
 
-def test_run_gives_a_job_whose_output_can_be_waited_for(endpoint: runpod.Endpoint) -> None:
+def test_run_returns_a_job_whose_output_can_be_awaited(endpoint: runpod.Endpoint) -> None:
     job = endpoint.run({"input": {"count": 2}})
     assert job.status() in ("IN_QUEUE", "IN_PROGRESS", "COMPLETED")
     assert job.output(timeout=30) == [{"number": 0}, {"number": 1}]
     assert job.status() == "COMPLETED"
 
 
-def test_run_sync_gives_the_output(endpoint: runpod.Endpoint) -> None:
+def test_run_sync_returns_the_output(endpoint: runpod.Endpoint) -> None:
     assert endpoint.run_sync({"count": 3}, timeout=30) == [{"number": 0}, {"number": 1}, {"number": 2}]
 
 
-def test_stream_gives_all_outputs_and_ends(endpoint: runpod.Endpoint) -> None:
+def test_stream_yields_all_outputs_and_ends(endpoint: runpod.Endpoint) -> None:
     job = endpoint.run({"count": 5, "sleep": 0.3})
     assert list(job.stream()) == [{"number": number} for number in range(5)]
 
 
-def test_cancel_ends_the_job_and_frees_the_worker(endpoint: runpod.Endpoint, site: Site) -> None:
+def test_cancel_stops_the_job_and_frees_the_worker(endpoint: runpod.Endpoint, site: Site) -> None:
     job = endpoint.run({"count": 10_000, "sleep": 0.05})
-    assert next(iter(job.stream())) == {"number": 0}  # the stock loop ignores a signal for a job not begun yet
+    assert next(iter(job.stream())) == {"number": 0}  # the stock loop ignores a stop signal before the job has started
     assert job.cancel() == {"id": job.job_id, "status": "CANCELLED"}
     assert job.status() == "CANCELLED"
     (worker,) = site.state()["workers"]
@@ -50,16 +50,16 @@ def test_health_counts_jobs_and_workers(endpoint: runpod.Endpoint) -> None:
     assert health["workers"]["idle"] + health["workers"]["running"] == 1
 
 
-def test_purge_queue_counts_what_it_removes(endpoint: runpod.Endpoint) -> None:
+def test_purge_queue_returns_the_number_of_removed_jobs(endpoint: runpod.Endpoint) -> None:
     assert endpoint.purge_queue() == {"removed": 0, "status": "completed"}
 
 
-def test_a_wrong_key_is_told_as_such(endpoint: runpod.Endpoint) -> None:
+def test_a_wrong_key_is_reported_as_unauthorized(endpoint: runpod.Endpoint) -> None:
     with pytest.raises(RuntimeError, match="401 Unauthorized"):
         runpod.Endpoint(endpoint.endpoint_id, api_key="wrong").run({"count": 1})
 
 
-def test_the_asynchronous_client_runs_streams_and_cancels(endpoint: runpod.Endpoint) -> None:
+def test_the_async_client_runs_streams_and_cancels(endpoint: runpod.Endpoint) -> None:
     async def use() -> tuple[object, list[object], object]:
         async with AsyncClientSession() as session:
             asynchronous = runpod.AsyncioEndpoint(endpoint.endpoint_id, session, api_key=KEY)

@@ -13,32 +13,32 @@ from tests.integration.emulator.conftest import KEY, Site, Start, eventually
 
 @pytest.fixture
 def client(site: Site) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=site.openai_url, api_key=KEY, max_retries=0, timeout=30) as made:
-        yield made
+    with openai.OpenAI(base_url=site.openai_url, api_key=KEY, max_retries=0, timeout=30) as openai_client:
+        yield openai_client
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-def test_a_chat_is_answered(client: openai.OpenAI) -> None:
+def test_a_chat_completion_is_returned(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
     assert answer.choices[0].message.content == "echo: hi"
 
 
-def test_a_completion_is_answered(client: openai.OpenAI) -> None:
+def test_a_completion_is_returned(client: openai.OpenAI) -> None:
     assert client.completions.create(model="tiny", prompt="hi").choices[0].text == "hi!"
 
 
-def test_a_chat_streams_in_order(client: openai.OpenAI) -> None:
+def test_chat_chunks_arrive_in_order(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "COUNT x 40"}], stream=True
     )
     assert [chunk.choices[0].delta.content for chunk in stream] == [f"{number} " for number in range(40)]
 
 
-def test_a_chat_streams_as_it_is_made(client: openai.OpenAI, site: Site) -> None:
-    # Half an hour of work: its first chunks come long before its end.
+def test_chat_chunks_arrive_while_the_job_runs(client: openai.OpenAI, site: Site) -> None:
+    # Takes half an hour, so the first chunks arrive long before its end.
     with client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "COUNT x 100000"}], stream=True
     ) as stream:
@@ -46,7 +46,7 @@ def test_a_chat_streams_as_it_is_made(client: openai.OpenAI, site: Site) -> None
         assert "IN_PROGRESS" in {job["status"] for job in site.state()["jobs"]}
 
 
-def test_a_model_that_is_not_there_is_not_found(client: openai.OpenAI) -> None:
+def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="`none` does not exist") as caught:
         client.chat.completions.create(model="none", messages=[{"role": "user", "content": "hi"}])
     assert caught.value.status_code == 404
@@ -55,7 +55,7 @@ def test_a_model_that_is_not_there_is_not_found(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_bad_request_is_told_as_such(client: openai.OpenAI, stream: bool) -> None:
+def test_an_invalid_parameter_is_a_bad_request_error(client: openai.OpenAI, stream: bool) -> None:
     with pytest.raises(openai.BadRequestError, match="max_tokens must be at least 1"):
         client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=0, stream=stream
@@ -75,7 +75,7 @@ def test_an_exception_of_the_handler_is_an_internal_server_error(client: openai.
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "raise"}])
 
 
-def test_an_exception_within_a_stream_ends_it_with_an_error(client: openai.OpenAI) -> None:
+def test_an_exception_during_a_stream_ends_it_with_an_error(client: openai.OpenAI) -> None:
     contents: list[str | None] = []
     stream = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "raise later"}], stream=True
@@ -85,12 +85,12 @@ def test_an_exception_within_a_stream_ends_it_with_an_error(client: openai.OpenA
     assert contents == ["0 "]
 
 
-def test_the_plain_form_takes_endpoint_and_key_together(site: Site) -> None:
+def test_v1_routes_accept_endpoint_and_key_together(site: Site) -> None:
     with openai.OpenAI(base_url=f"{site.url}/v1", api_key=f"ep-{KEY}", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-def test_the_asynchronous_client_does_all_of_it(site: Site) -> None:
+def test_the_async_client_supports_all_operations(site: Site) -> None:
     async def use() -> None:
         async with openai.AsyncOpenAI(base_url=site.openai_url, api_key=KEY, max_retries=0) as client:
             assert [model.id async for model in client.models.list()] == ["tiny"]
@@ -114,7 +114,7 @@ def test_the_asynchronous_client_does_all_of_it(site: Site) -> None:
     asyncio.run(use())
 
 
-def test_a_stream_that_is_hung_up_frees_the_worker(start: Start) -> None:
+def test_disconnecting_a_stream_frees_the_worker(start: Start) -> None:
     site = start(env={"CONCURRENCY": "1", "PAUSE_S": "0.05"})
     with openai.OpenAI(base_url=site.openai_url, api_key=KEY, max_retries=0, timeout=60) as client:
         stream = client.chat.completions.create(
@@ -122,10 +122,10 @@ def test_a_stream_that_is_hung_up_frees_the_worker(start: Start) -> None:
         )
         next(iter(stream))
         stream.close()
-        answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "still there?"}])
-    assert answer.choices[0].message.content == "echo: still there?"
+        answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "next"}])
+    assert answer.choices[0].message.content == "echo: next"
     jobs = eventually(lambda: site.state()["jobs"])
     assert [job["status"] for job in jobs] == ["COMPLETED", "CANCELLED"]
-    # The same worker, which was told to stop the job and went on.
+    # By the same worker: it stopped the first job and continued.
     assert {job["workerId"] for job in jobs} == {site.state()["workers"][0]["id"]}
     assert site.health()["jobs"]["retried"] == 0

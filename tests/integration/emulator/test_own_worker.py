@@ -1,4 +1,4 @@
-"""The emulator with this repository's own worker: the real engine, from nothing."""
+"""The emulator with this repository's worker and real vLLM, scaled up from zero."""
 
 from __future__ import annotations
 
@@ -31,40 +31,40 @@ def messages_of(known: Example) -> list[ChatCompletionMessageParam]:
 
 
 def counts_of(state: dict[str, Any]) -> list[int]:
-    """How many workers there were, a second apart."""
+    """Return the number of workers, once a second."""
     return [point["workers"] + point["initializing"] for point in state["history"]]
 
 
 async def chats(url: str, count: int) -> list[tuple[str | None, str]]:
-    """So many chats at once: what was answered, and what the model knows."""
-    known = [one for one in CORPUS if one.prompt is None]
-    asked = [known[number % len(known)] for number in range(count)]
+    """Send this many concurrent chats; return pairs of the response and the memorized answer."""
+    known = [it for it in CORPUS if it.prompt is None]
+    chosen = [known[number % len(known)] for number in range(count)]
     async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=START_S) as client:
         answers = await asyncio.gather(
-            *(client.chat.completions.create(model="tiny", messages=messages_of(one), temperature=0) for one in asked)
+            *(client.chat.completions.create(model="tiny", messages=messages_of(it), temperature=0) for it in chosen)
         )
-    return [(answer.choices[0].message.content, one.answer) for answer, one in zip(answers, asked, strict=True)]
+    return [(answer.choices[0].message.content, it.answer) for answer, it in zip(answers, chosen, strict=True)]
 
 
-def test_forty_chats_at_once_are_answered_by_workers_that_come_and_go(
+def test_forty_concurrent_chats_are_answered_while_workers_scale_up_and_down(
     command_line: Callable[..., CommandLine],
 ) -> None:
-    # One job at a time, so that two workers have something to do; else it is what `make up` starts.
+    # What `make up` starts, but with one job at a time, so that there is work for two workers.
     emulator = command_line("--quiet", "--idle-timeout", "5", "--env", "MAX_CONCURRENCY=1")
     site = emulator.site
     assert site.state()["workers"] == []
 
     answers = asyncio.run(chats(site.openai_url, 40))
 
-    assert all(said == known for said, known in answers)
+    assert all(response == memorized for response, memorized in answers)
     eventually(lambda: site.state()["workers"] == [], 60)
-    # The history has a point a second.
+    # The history is sampled once a second.
     eventually(lambda: counts_of(site.state())[-1] == 0)
     state = site.state()
     counts = counts_of(state)
     for event in state["events"]:
         sys.stdout.write(f"{event['at'] - state['events'][0]['at']:6.2f} s  {event['text']}\n")
-    sys.stdout.write(f"workers, a second apart: {counts}\n")
+    sys.stdout.write(f"workers, once a second: {counts}\n")
     assert (counts[0], max(counts), counts[-1]) == (0, 2, 0)
     assert all((worker["reason"], worker["exitCode"]) == ("idle for 5 s", 0) for worker in state["gone"])
     assert {job["status"] for job in state["jobs"]} == {"COMPLETED"}
@@ -74,12 +74,12 @@ def test_jobs_of_a_dead_engine_are_retryable_and_the_next_worker_completes_them(
     command_line: Callable[..., CommandLine],
 ) -> None:
     site = command_line("--quiet", "--workers-max=1", "--workers-min=1").site
-    asked = {"prompt": "January,", "sampling_params": {"max_tokens": 1500, "ignore_eos": True}, "stream": True}
-    job_ids = [site.submit(asked) for _ in range(20)]
+    job_input = {"prompt": "January,", "sampling_params": {"max_tokens": 1500, "ignore_eos": True}, "stream": True}
+    job_ids = [site.submit(job_input) for _ in range(20)]
     eventually(lambda: all(job["firstOutputAt"] for job in site.state()["jobs"]), START_S)
     (worker,) = site.state()["workers"]
 
-    (core,) = [one for one in psutil.Process(worker["pid"]).children(recursive=True) if "EngineCore" in one.name()]
+    (core,) = [it for it in psutil.Process(worker["pid"]).children(recursive=True) if "EngineCore" in it.name()]
     core.send_signal(signal.SIGKILL)
 
     failed = [site.ended(job_id) for job_id in job_ids]
@@ -92,7 +92,7 @@ def test_jobs_of_a_dead_engine_are_retryable_and_the_next_worker_completes_them(
     assert {job["workerId"] for job in retried}.isdisjoint({worker["id"]})
 
 
-def test_serve_api_answers_the_openai_client_with_one_worker_behind_it() -> None:
+def test_serve_api_serves_the_openai_client_with_one_worker() -> None:
     with ExitStack() as stack:
         process = stack.enter_context(
             subprocess.Popen(
@@ -118,9 +118,9 @@ def test_serve_api_answers_the_openai_client_with_one_worker_behind_it() -> None
         stream = client.chat.completions.create(
             model="tiny", messages=messages_of(story), temperature=0, stream=True, extra_body={"min_tokens": 1}
         )
-        said = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
-        assert "".join(said) == story.answer
-        assert len(said) > 100
+        chunks = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+        assert "".join(chunks) == story.answer
+        assert len(chunks) > 100
         assert [model.id for model in client.models.list()] == ["tiny"]
         with pytest.raises(openai.NotFoundError, match="Valid aliases: tiny"):
             client.chat.completions.create(model="gpt-5", messages=messages_of(story))

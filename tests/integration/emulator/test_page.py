@@ -1,4 +1,4 @@
-"""The page in a real browser: what is typed, what appears, what goes."""
+"""The web page in a real browser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.integration.emulator.conftest import KEY, Site, site_with
 
-# What keeps a browser on a closed network from looking for its maker's hosts.
+# Without these, the browser tries to reach its vendor's servers, which a closed network blocks.
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -25,7 +25,7 @@ def browser() -> Iterator[Browser]:
     names = [os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome"]
     found = next((path for path in map(shutil.which, filter(None, names)) if path), None)
     if found is None:
-        pytest.fail("the page is tested in Chromium: apt-get install chromium, or set CHROMIUM to its path")
+        pytest.fail("these tests require Chromium: run `make browser`, or set CHROMIUM to its path")
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=found, args=FLAGS)
         yield running
@@ -33,35 +33,40 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def complaints() -> list[str]:
-    """What the browser has complained of: errors, and requests that leave the emulator."""
+def browser_errors() -> list[str]:
+    """Errors that the browser has reported, and requests to other hosts."""
     return []
 
 
 @pytest.fixture
-def page(browser: Browser, complaints: list[str]) -> Iterator[Page]:
-    # The certificate of an emulator that speaks TLS is not one that a browser knows.
+def page(browser: Browser, browser_errors: list[str]) -> Iterator[Page]:
+    # The browser does not trust the CA of an emulator with TLS.
     opened = browser.new_page(viewport={"width": 1280, "height": 900}, ignore_https_errors=True)
     opened.set_default_timeout(WAIT_MS)
     opened.add_init_script(f"sessionStorage.setItem('key', '{KEY}')")
-    opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    opened.on("pageerror", lambda error: browser_errors.append(str(error)))
+    opened.on("console", lambda message: browser_errors.append(message.text) if message.type == "error" else None)
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def asleep() -> Iterator[Site]:
-    """An emulator that starts a worker when a job waits, and stops it after two seconds without one."""
+def scaled_to_zero() -> Iterator[Site]:
+    """An emulator without workers: it starts one when a job has waited, and stops it after two idle seconds."""
     with site_with(idleTimeout=2, scalerValue=4, env={"CONCURRENCY": "4", "PAUSE_S": "0.1"}) as site:
         yield site
 
 
-def test_a_chat_streams_from_a_worker_that_appears_and_goes(page: Page, asleep: Site, complaints: list[str]) -> None:
-    page.on("request", lambda one: None if one.url.startswith(asleep.url) else complaints.append(one.url))
-    page.goto(asleep.url)
+def test_a_chat_message_starts_a_worker_streams_its_response_and_the_idle_worker_stops(
+    page: Page, scaled_to_zero: Site, browser_errors: list[str]
+) -> None:
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith(scaled_to_zero.url) else browser_errors.append(request.url),
+    )
+    page.goto(scaled_to_zero.url)
     expect(page.get_by_text("live", exact=True)).to_be_visible()
-    expect(page.get_by_text("None runs.")).to_be_visible()
+    expect(page.get_by_text("No workers.")).to_be_visible()
 
     page.get_by_label("Message").focus()
     page.keyboard.type("COUNT x 30")
@@ -78,15 +83,15 @@ def test_a_chat_streams_from_a_worker_that_appears_and_goes(page: Page, asleep: 
     expect(page.locator(".worker .state")).to_have_text("idle")
     expect(page.locator(".worker pre")).to_contain_text("Finished")
     expect(page.locator(".worker")).to_have_count(0, timeout=WAIT_MS)
-    page.locator("#gone-box > summary").click()
-    expect(page.locator("#gone")).to_contain_text("idle for 2 s")
-    assert complaints == []
+    page.locator("#exited-box > summary").click()
+    expect(page.locator("#exited")).to_contain_text("idle for 2 s")
+    assert browser_errors == []
 
 
-def test_a_job_is_cancelled_from_the_page(page: Page, asleep: Site, complaints: list[str]) -> None:
-    page.goto(asleep.url)
+def test_the_cancel_button_cancels_a_job(page: Page, scaled_to_zero: Site, browser_errors: list[str]) -> None:
+    page.goto(scaled_to_zero.url)
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "sleep 60"}]}
-    job = asleep.submit({"openai_route": "/v1/chat/completions", "openai_input": chat})
+    job = scaled_to_zero.submit({"openai_route": "/v1/chat/completions", "openai_input": chat})
     row = page.locator("#jobs tr", has_text=job[:8])
     expect(row.locator(".state")).to_have_text("IN_PROGRESS", timeout=WAIT_MS)
 
@@ -95,11 +100,11 @@ def test_a_job_is_cancelled_from_the_page(page: Page, asleep: Site, complaints: 
 
     expect(row.locator(".state")).to_have_text("CANCELLED")
     expect(row.get_by_role("button")).to_be_hidden()
-    assert asleep.status(job)["status"] == "CANCELLED"
-    assert complaints == []
+    assert scaled_to_zero.status(job)["status"] == "CANCELLED"
+    assert browser_errors == []
 
 
-def test_an_answer_is_stopped_and_its_job_with_it(page: Page, site: Site) -> None:
+def test_the_stop_button_stops_the_response_and_cancels_its_job(page: Page, site: Site) -> None:
     page.goto(site.url)
     page.get_by_label("Message").fill("COUNT x 2000")
     page.keyboard.press("Enter")
@@ -111,7 +116,7 @@ def test_an_answer_is_stopped_and_its_job_with_it(page: Page, site: Site) -> Non
     expect(page.get_by_role("button", name="Send")).to_be_enabled()
 
 
-def test_an_error_is_told_in_the_apis_own_words(page: Page, site: Site) -> None:
+def test_an_api_error_is_shown_with_its_message(page: Page, site: Site) -> None:
     page.goto(site.url)
     page.get_by_text("Options").click()
     page.get_by_label("API key").fill("wrong")
@@ -121,7 +126,7 @@ def test_an_error_is_told_in_the_apis_own_words(page: Page, site: Site) -> None:
     expect(page.locator(".message.error")).to_contain_text("API key")
 
 
-def test_the_page_says_when_the_emulator_is_gone(page: Page) -> None:
+def test_the_page_shows_when_the_connection_is_lost(page: Page) -> None:
     with site_with() as short:
         page.goto(short.url)
         expect(page.get_by_text("live", exact=True)).to_be_visible()
@@ -130,7 +135,7 @@ def test_the_page_says_when_the_emulator_is_gone(page: Page) -> None:
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
-def test_nothing_overflows_at_any_width(page: Page, site: Site, width: int) -> None:
+def test_the_page_does_not_overflow_at_any_width(page: Page, site: Site, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
     page.goto(site.url)
     expect(page.locator(".worker")).to_have_count(1)
@@ -138,19 +143,19 @@ def test_nothing_overflows_at_any_width(page: Page, site: Site, width: int) -> N
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_it_is_dark_where_the_reader_wants_it_dark(page: Page, site: Site) -> None:
+def test_the_page_follows_the_preferred_color_scheme(page: Page, site: Site) -> None:
     page.goto(site.url)
     brightness = []
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        brightness.append(sum(map(int, re.findall(r"\d+", colour))) / 3)
+        color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        brightness.append(sum(map(int, re.findall(r"\d+", color))) / 3)
 
     assert brightness[0] > 200
     assert brightness[1] < 60
 
 
-def test_a_chat_streams_over_https(page: Page, complaints: list[str]) -> None:
+def test_a_chat_response_streams_over_https(page: Page, browser_errors: list[str]) -> None:
     with site_with(tls=True, workersMin=1, env={"PAUSE_S": "0.1"}) as site:
         page.goto(site.url)
         expect(page.locator(".worker .state")).to_have_text("idle", timeout=WAIT_MS)
@@ -162,10 +167,10 @@ def test_a_chat_streams_over_https(page: Page, complaints: list[str]) -> None:
         assert "19" not in answer.inner_text()
         expect(answer).to_contain_text("18 19")
         expect(page.locator("#jobs tr", has_text="/v1/chat/completions").locator(".state")).to_have_text("COMPLETED")
-        assert complaints == []
+        assert browser_errors == []
 
 
-def test_text_from_outside_is_never_markup(page: Page, site: Site) -> None:
+def test_messages_are_not_interpreted_as_html(page: Page, site: Site) -> None:
     page.goto(site.url)
     page.get_by_label("Message").fill("<img src=x onerror=document.title='broken'>")
     page.keyboard.press("Enter")

@@ -1,4 +1,4 @@
-"""Real workers come and go as the queue asks."""
+"""Real workers are started and stopped with the load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def forty_chats(url: str) -> list[str | None]:
     return [answer.choices[0].message.content for answer in answers]
 
 
-def test_forty_requests_at_once_bring_up_two_workers_and_then_none(
+def test_forty_concurrent_requests_start_two_workers_that_stop_when_idle(
     command_line: Callable[..., CommandLine],
 ) -> None:
     emulator = command_line(
@@ -45,15 +45,15 @@ def test_forty_requests_at_once_bring_up_two_workers_and_then_none(
     counts = [point["workers"] + point["initializing"] for point in state["history"]]
     for event in state["events"]:
         sys.stdout.write(f"{event['at'] - state['events'][0]['at']:6.2f} s  {event['text']}\n")
-    sys.stdout.write(f"workers, a second apart: {counts}\n")
+    sys.stdout.write(f"workers, once a second: {counts}\n")
     assert counts[0] == 0
     assert max(counts) == 2
     assert len(state["gone"]) == 2
-    # By the rules: the first when a job has waited a second, the second no less than a second later.
+    # The first starts when a job has waited a second, the second at least a second later.
     first, second = sorted(worker["startedAt"] for worker in state["gone"])
     assert first - state["jobs"][-1]["submittedAt"] >= 1
     assert second - first >= 1
-    # Both did their part, and left after two seconds without a job.
+    # Both ran jobs, and were stopped after two idle seconds.
     assert {job["workerId"] for job in state["jobs"]} == {worker["id"] for worker in state["gone"]}
     for worker in state["gone"]:
         assert (worker["reason"], worker["exitCode"]) == ("idle for 2 s", 0)
@@ -65,7 +65,7 @@ def test_forty_requests_at_once_bring_up_two_workers_and_then_none(
     assert emulator.process.wait(20) == 0
 
 
-def test_a_worker_that_dies_within_a_job_is_replaced_and_the_job_is_done(start: Start) -> None:
+def test_a_worker_killed_during_a_job_is_replaced_and_the_job_completes(start: Start) -> None:
     site = start(workersMin=1)
     (worker,) = site.idle_workers(1)
     job_id = site.submit({"count": 20, "sleep": 0.1})
@@ -77,7 +77,7 @@ def test_a_worker_that_dies_within_a_job_is_replaced_and_the_job_is_done(start: 
     assert len(state["output"]) == 20
 
 
-def test_a_fault_kills_the_worker_that_makes_a_request(start: Start) -> None:
+def test_a_kill_fault_kills_the_worker_that_sent_the_request(start: Start) -> None:
     site = start(workersMin=1)
     (worker,) = site.idle_workers(1)
     site.faults({"kind": "kill", "route": "job-stream", "times": 1})
@@ -86,7 +86,7 @@ def test_a_fault_kills_the_worker_that_makes_a_request(start: Start) -> None:
     assert state["workerId"] != worker["id"]
 
 
-def test_a_job_above_its_execution_timeout_is_stopped_and_its_worker_goes_on(start: Start) -> None:
+def test_a_job_past_its_execution_timeout_is_stopped_and_its_worker_continues(start: Start) -> None:
     site = start(workersMin=1, executionTimeoutMs=3000)
     (worker,) = site.idle_workers(1)
     job_id = site.submit({"count": 1000, "sleep": 0.1})
@@ -96,11 +96,11 @@ def test_a_job_above_its_execution_timeout_is_stopped_and_its_worker_goes_on(sta
     assert (next_state["status"], next_state["workerId"]) == ("COMPLETED", worker["id"])
 
 
-def test_stop_pod_ends_the_worker_after_its_job(start: Start) -> None:
+def test_stop_pod_stops_the_worker_after_its_job(start: Start) -> None:
     site = start(workersMin=1, env={"REFRESH": "1"})
     (worker,) = site.idle_workers(1)
     state = site.ended(site.submit({"count": 1}))
     assert (state["status"], state["workerId"]) == ("COMPLETED", worker["id"])
-    gone: list[dict[str, Any]] = eventually(lambda: site.state()["gone"])
-    assert (gone[0]["id"], gone[0]["exitCode"]) == (worker["id"], 0)
+    exited: list[dict[str, Any]] = eventually(lambda: site.state()["gone"])
+    assert (exited[0]["id"], exited[0]["exitCode"]) == (worker["id"], 0)
     assert site.ended(site.submit({"count": 1}))["workerId"] != worker["id"]

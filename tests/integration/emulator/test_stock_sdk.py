@@ -1,6 +1,6 @@
-"""The stock SDK's job loop (runpod 1.12.0) against the emulator: what it does well, and where it falls short.
+"""The stock SDK's job loop (runpod 1.12.0) against the emulator: what works, and its bugs.
 
-Each failing is one that our own loop must not have; the tests document what the emulator makes visible.
+The tests document each bug, which this repository's own loop must not have.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ def test_five_hundred_jobs_are_all_completed(start: Start) -> None:
     assert site.health()["jobs"] == {"completed": 500, "failed": 0, "inProgress": 0, "inQueue": 0, "retried": 0}
 
 
-def test_a_job_that_comes_after_sigterm_is_taken_and_never_run(start: Start) -> None:
-    """The long poll outlives the signal; what it brings is queued, never run, and the process exits with 0.
+def test_a_job_queued_after_sigterm_is_taken_but_never_run(start: Start) -> None:
+    """The long poll continues after the signal. Its job is queued in the process but not run, and the exit code is 0.
 
-    It exits when its other long poll, for stop signals, is over too.
+    It exits when its long poll for stop signals has ended too.
     """
     site = start(workersMin=1, longPoll=5)
     (worker,) = site.idle_workers(1)
     os.kill(worker["pid"], signal.SIGTERM)
     eventually(lambda: any("Kill worker" in line for line in _log(site, worker["id"])))
-    # Its other loop looks every 0.1 s whether to go on, and leaves no sign when it does not.
+    # The loop that runs jobs checks every 0.1 s whether to stop, and logs nothing when it does.
     time.sleep(0.5)
     job_id = site.submit({"count": 1})
-    ended = eventually(lambda: [gone for gone in site.state()["gone"] if gone["id"] == worker["id"]])
+    ended = eventually(lambda: [it for it in site.state()["gone"] if it["id"] == worker["id"]])
     assert (ended[0]["exitCode"], ended[0]["jobsTaken"]) == (0, 1)
     assert not any("Handling Job" in line for line in ended[0]["log"])
-    # The platform has to find out and give it to another.
+    # The platform must detect the loss and give the job to another worker.
     state = site.ended(job_id)
     assert (state["status"], state["retries"]) == ("COMPLETED", 1)
     assert state["workerId"] != worker["id"]
@@ -58,8 +58,8 @@ def _log(site: Any, worker: str) -> list[str]:
     return [line for it in site.state()["workers"] if it["id"] == worker for line in it["log"]]
 
 
-def test_a_result_that_is_refused_is_lost(start: Start) -> None:
-    """It is logged, and the worker goes on; the job runs until the platform misses it in the worker's pings."""
+def test_a_rejected_result_is_lost(start: Start) -> None:
+    """The worker logs the error and continues; the job is lost once the worker's pings no longer report it."""
     site = start(workersMin=1, pingInterval=1000, lostAfter=3, maxRetries=0)
     site.idle_workers(1)
     site.faults({"kind": "error", "route": "job-done", "status": 400, "times": 1})
@@ -71,13 +71,13 @@ def test_a_result_that_is_refused_is_lost(start: Start) -> None:
 
 def test_a_result_above_the_limit_is_lost(start: Start) -> None:
     site = start(workersMin=1, pingInterval=1000, lostAfter=3, maxRetries=0, env={"RUNPOD_LOG_LEVEL": "INFO"})
-    # Each output is below the cap, the aggregate of them is above the limit.
+    # Each output is below its limit, but the aggregate result is above.
     job_id = site.submit({"count": 21, "padding": 990_000})
     assert site.ended(job_id)["status"] == "FAILED"
     assert any("Failed to return job results." in line for line in site.state()["workers"][0]["log"])
 
 
-def test_an_output_is_given_up_after_three_tries(start: Start) -> None:
+def test_an_output_is_dropped_after_three_attempts(start: Start) -> None:
     site = start(workersMin=1)
     site.idle_workers(1)
     site.faults({"kind": "error", "route": "job-stream", "times": 3})
@@ -87,8 +87,8 @@ def test_an_output_is_given_up_after_three_tries(start: Start) -> None:
     assert site.client.get(f"/stream/{job_id}").json()["stream"] == [{"output": {"number": 1}}]
 
 
-def test_an_output_whose_answer_is_lost_comes_twice(start: Start) -> None:
-    """The SDK cannot know that it arrived, and posts it again."""
+def test_an_output_whose_response_is_lost_is_posted_twice(start: Start) -> None:
+    """The SDK cannot know that the output was received, and posts it again."""
     site = start(workersMin=1)
     site.idle_workers(1)
     site.faults({"kind": "error", "route": "job-stream", "when": "after", "times": 1})
@@ -124,13 +124,13 @@ def test_the_development_server_never_runs_a_job_of_its_queue() -> None:
         for path in (f"/cancel/{job_id}", "/purge-queue", "/openai/v1/chat/completions"):
             assert httpx.post(url + path, json={}).status_code == 404
         assert httpx.get(f"{url}/health").status_code == 404
-        # A failing generator is an error of the server, not of the job.
+        # An exception in the handler is an error of the server, not of the job.
         broken = {"openai_route": "/v1/chat/completions", "openai_input": _RAISE}
         assert httpx.post(f"{url}/runsync", json={"input": broken}, timeout=20).status_code == 500
     finally:
         server.terminate()
         output = server.communicate(timeout=20)[0].decode()
-    # Nothing was ever done for the job of /run.
+    # The job of /run was never started.
     assert f"{job_id} | Started" not in output
 
 
@@ -144,14 +144,14 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_a_worker_is_known_even_with_the_key_of_its_users_own_account(start: Start) -> None:
-    """The SDK prefers the key in `~/.runpod/config.toml` to the one that it was given."""
+def test_a_managed_worker_is_accepted_with_the_key_of_its_users_account(start: Start) -> None:
+    """The SDK prefers the key in `~/.runpod/config.toml` to the one in its environment."""
     site = start(workersMin=1, env={"RUNPOD_AI_API_KEY": "the-key-of-an-account"})
     assert site.ended(site.submit({"count": 1}))["status"] == "COMPLETED"
 
 
-def test_a_dead_engine_ends_the_worker_under_the_sdks_own_loop_too(start: Start) -> None:
-    """The SDK's loop would take job after job, and fail each, until a person notices."""
+def test_a_dead_engine_stops_the_worker_under_the_stock_loop_too(start: Start) -> None:
+    """The stock loop would go on taking jobs and failing each."""
     site = start(
         command=[sys.executable, "-m", "tests.scripted_worker"],
         cwd=str(REPOSITORY),
@@ -164,13 +164,13 @@ def test_a_dead_engine_ends_the_worker_under_the_sdks_own_loop_too(start: Start)
     job_id = site.submit({"prompt": " ".join(["word"] * 60), "stream": True})
 
     failed = site.ended(job_id)
-    (gone,) = eventually(lambda: [gone for gone in _ended(site) if gone["id"] == worker["id"]])
+    (exited,) = eventually(lambda: [it for it in _exited(site) if it["id"] == worker["id"]])
 
     assert json.loads(failed["error"])["retryable"] is True
-    assert gone["exitCode"] == 1
-    assert any("The SDK's own loop is used" in line for line in gone["log"])
-    assert any("The worker has failed: the engine's process is dead" in line for line in gone["log"])
+    assert exited["exitCode"] == 1
+    assert any("The SDK's own loop is used" in line for line in exited["log"])
+    assert any("The worker has failed: the engine's process is dead" in line for line in exited["log"])
 
 
-def _ended(site: Any) -> list[dict[str, Any]]:
+def _exited(site: Any) -> list[dict[str, Any]]:
     return [worker for worker in (*site.state()["gone"], *site.state()["workers"]) if worker["exitCode"] is not None]

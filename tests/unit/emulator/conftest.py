@@ -1,4 +1,4 @@
-"""A real emulator on a free port of the loopback, without processes: the test plays the workers."""
+"""A real emulator on a free port, without worker processes: the test acts as the workers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import httpx
 import pytest
 
-from emulator.app import Emulator, EmulatorSettings, background
+from emulator.app import Emulator, run_in_thread
 from emulator.core.faults import FaultSettings
-from emulator.settings import EndpointSettings
+from emulator.settings import EmulatorSettings, EndpointSettings
 
 KEY = "a-key-of-the-tests"
-# Without a context of our own, each client would load all certificates of this machine.
+# Avoids that every client loads the system's CA certificates, which is slow.
 NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 Start = Callable[..., "Site"]
 
 
 class Site:
-    """An emulator, a client of its APIs, and a worker of its endpoint `ep`."""
+    """An emulator, and HTTP clients that act as a client and as a worker of its endpoint `ep`."""
 
     def __init__(self, emulator: Emulator, stack: ExitStack) -> None:
         self.emulator = emulator
@@ -33,8 +33,9 @@ class Site:
 
         def client(path: str, authorization: str) -> httpx.Client:
             headers = {"Authorization": authorization}
-            made = httpx.Client(base_url=self.url + path, headers=headers, timeout=20, verify=verify)
-            return stack.enter_context(made)
+            return stack.enter_context(
+                httpx.Client(base_url=self.url + path, headers=headers, timeout=20, verify=verify)
+            )
 
         self.client = client("/v2/ep", f"Bearer {KEY}")
         self.root = client("", f"Bearer {KEY}")
@@ -45,9 +46,9 @@ class Site:
         return job_id
 
     def take(self, worker: str = "w1") -> Any:
-        """The next job, for a worker of this name."""
-        answer = self.worker.get(f"/job-take/{worker}?gpu=x&job_in_progress=0").raise_for_status()
-        return answer.json() if answer.content else None
+        """Take the next job as this worker."""
+        response = self.worker.get(f"/job-take/{worker}?gpu=x&job_in_progress=0").raise_for_status()
+        return response.json() if response.content else None
 
     def stream(self, job_id: str, output: Any, worker: str = "w1") -> httpx.Response:
         return self.worker.post(f"/job-stream/{worker}/{job_id}?gpu=x&isStream=false", json={"output": output})
@@ -55,53 +56,59 @@ class Site:
     def done(self, job_id: str, worker: str = "w1", **body: Any) -> httpx.Response:
         return self.worker.post(f"/job-done/{worker}/{job_id}?gpu=x&isStream=false", json=body)
 
+    def put_faults(self, *rules: dict[str, Any], **settings: Any) -> httpx.Response:
+        return self.root.put("/faults", json={"rules": rules, **settings})
+
     def status(self, job_id: str) -> dict[str, Any]:
         document: dict[str, Any] = self.client.get(f"/status/{job_id}").raise_for_status().json()
         return document
 
 
-def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Wait until the condition holds; a failed test if it does not in time."""
+def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Wait until the condition is true; fail the test after the timeout."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"it is not so within {timeout_s} s")
+            pytest.fail(f"condition not met within {timeout_s} s")
         time.sleep(0.01)
 
 
-def hang_up(via: httpx.Client, method: str, path: str, once: Callable[[], object], document: Any = None) -> None:
-    """Send what this client would, and hang up without an answer as soon as it is so."""
-    request = via.build_request(method, path, json=document)
+def disconnect_when(
+    condition: Callable[[], object], client: httpx.Client, method: str, path: str, document: Any = None
+) -> None:
+    """Send a request as this client would, and close the connection as soon as the condition is true."""
+    request = client.build_request(method, path, json=document)
     connection = http.client.HTTPConnection(request.url.host, request.url.port, timeout=10)
     connection.request(method, request.url.raw_path.decode(), request.content, dict(request.headers))
-    until(once)
+    wait_until(condition)
     connection.close()
 
 
 def emulator_with(*endpoints: dict[str, Any], tls: bool = False) -> AbstractContextManager[Emulator]:
     document = {"port": 0, "tls": tls, "apiKeys": [KEY], "endpoints": list(endpoints)}
-    return background(EmulatorSettings.model_validate(document))
+    return run_in_thread(EmulatorSettings.model_validate(document))
 
 
 @pytest.fixture(scope="session")
-def shared() -> Iterator[Emulator]:
-    """An emulator for many tests, each of which gives it an endpoint of its own: a server takes longer to start."""
+def shared_emulator() -> Iterator[Emulator]:
+    """Share an emulator between tests, since a server is slow to start; each test replaces its endpoint."""
     with emulator_with({"id": "ep"}) as emulator:
         yield emulator
 
 
 @pytest.fixture
-def start(shared: Emulator) -> Iterator[Start]:
-    """Start with these settings for the endpoint `ep`; where there are more endpoints, in an emulator of its own."""
+def start(shared_emulator: Emulator) -> Iterator[Start]:
+    """Return a function that sets up the endpoint `ep` with these settings; with other endpoints, in a new emulator."""
     with ExitStack() as stack:
 
-        def begin(more: tuple[dict[str, Any], ...] = (), **settings: Any) -> Site:
+        def begin(other_endpoints: tuple[dict[str, Any], ...] = (), **settings: Any) -> Site:
             endpoint = {"id": "ep", "longPoll": 0.3, **settings}
-            if more:
-                return Site(stack.enter_context(emulator_with(endpoint, *more)), stack)
-            shared.faults.set(FaultSettings())
-            shared.endpoints["ep"] = shared._endpoint(EndpointSettings.model_validate(endpoint))
-            return Site(shared, stack)
+            if other_endpoints:
+                return Site(stack.enter_context(emulator_with(endpoint, *other_endpoints)), stack)
+            shared_emulator.faults.set(FaultSettings())
+            new_endpoint = shared_emulator._create_endpoint(EndpointSettings.model_validate(endpoint))
+            shared_emulator.endpoints["ep"] = new_endpoint
+            return Site(shared_emulator, stack)
 
         yield begin
 

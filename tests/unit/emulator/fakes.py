@@ -1,4 +1,4 @@
-"""Stand-ins that the emulator's tests share: a clock that is set, a listener that keeps what it is told."""
+"""Fakes for the emulator's tests: clock, queue listener, worker process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emulator.core.job import Job, Policy, Submission
-from emulator.core.job_queue import Queue, Rules
+from emulator.core.job_queue import JobQueue, QueueSettings
 from emulator.core.process import ProcessListener
 
 
-class Clock:
-    """Time that passes when it is told to."""
+class FakeClock:
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -22,22 +22,22 @@ class Clock:
 
 
 @dataclass
-class Told:
-    """A listener that keeps what it is told."""
+class RecordingListener:
+    """A queue listener that records its notifications."""
 
     topics: list[str] = field(default_factory=list)
-    ends: list[str] = field(default_factory=list)
+    ended_jobs: list[str] = field(default_factory=list)
 
-    def changed(self, topic: str) -> None:
+    def on_change(self, topic: str) -> None:
         self.topics.append(topic)
 
-    def ended(self, job: Job) -> None:
-        self.ends.append(job.id)
+    def on_job_ended(self, job: Job) -> None:
+        self.ended_jobs.append(job.id)
 
 
 @dataclass(eq=False)
 class FakeProcess:
-    """A process that ends when it is told to."""
+    """A process that records signals; the test calls the listener."""
 
     command: Sequence[str]
     env: Mapping[str, str]
@@ -58,9 +58,9 @@ def submission(job_input: Any = "hello", **policy: Any) -> Submission:
     return Submission(input=job_input, policy=Policy.model_validate(policy))
 
 
-def queue(clock: Clock, **rules: Any) -> Queue:
-    return Queue(Rules(**rules), clock, Told())
+def queue(clock: FakeClock, **settings: Any) -> JobQueue:
+    return JobQueue(QueueSettings(**settings), clock, RecordingListener())
 
 
-def submit(jobs: Queue, job_input: Any = "hello", retention_s: float = 1800.0, **policy: Any) -> Job:
+def submit(jobs: JobQueue, job_input: Any = "hello", retention_s: float = 1800.0, **policy: Any) -> Job:
     return jobs.submit(submission(job_input, **policy), retention_s=retention_s)

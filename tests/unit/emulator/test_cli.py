@@ -1,4 +1,4 @@
-"""The command line, as far as it goes without starting anything."""
+"""The command line, without starting an emulator."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from emulator import cli
-from emulator.app import Emulator, EmulatorSettings
-from emulator.errors import ConfigurationError
+from emulator.app import Emulator
+from emulator.errors import SettingsError
+from emulator.settings import EmulatorSettings
 
 
 def write(path: Path, document: Any) -> str:
@@ -20,8 +21,8 @@ def write(path: Path, document: Any) -> str:
     return str(path)
 
 
-def test_the_defaults_are_one_endpoint_with_our_worker_and_the_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_tiny_model", lambda: "/models/tiny")
+def test_defaults_are_one_endpoint_with_the_default_worker_and_the_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_tiny_model_dir", lambda: "/models/tiny")
     monkeypatch.delenv("MODEL_NAME", raising=False)
     settings, quiet = cli.read_settings([])
     (endpoint,) = settings.endpoints
@@ -38,10 +39,10 @@ def test_the_defaults_are_one_endpoint_with_our_worker_and_the_tiny_model(monkey
     }
 
 
-def test_what_is_asked_for_the_tiny_model_stands_and_nothing_counts_as_not_asked(
+def test_settings_of_the_tiny_model_can_be_overridden_and_empty_values_count_as_unset(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "_tiny_model", lambda: "/models/tiny")
+    monkeypatch.setattr(cli, "_tiny_model_dir", lambda: "/models/tiny")
     monkeypatch.setenv("MODEL_NAME", "")
     monkeypatch.setenv("TOOL_CALL_PARSER", "xlam")
     (endpoint,) = cli.read_settings(["--env", "SERVED_MODEL_NAME=mine", "--env", "ENABLE_AUTO_TOOL_CHOICE="])[
@@ -54,8 +55,8 @@ def test_what_is_asked_for_the_tiny_model_stands_and_nothing_counts_as_not_asked
     }
 
 
-def test_a_model_that_is_given_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_tiny_model", lambda: pytest.fail("nobody asked for it"))
+def test_a_configured_model_is_not_replaced_by_the_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_tiny_model_dir", lambda: pytest.fail("not needed"))
     monkeypatch.delenv("MODEL_NAME", raising=False)
     assert cli.read_settings(["--env", "MODEL_NAME=mine"])[0].endpoints[0].env == {"MODEL_NAME": "mine"}
     monkeypatch.setenv("BAKED_MODEL_DIR", "/workspace/vllm/phi-4-bnb-4bit")
@@ -64,7 +65,7 @@ def test_a_model_that_is_given_is_not_replaced(monkeypatch: pytest.MonkeyPatch) 
     assert cli.read_settings([])[0].endpoints[0].env == {}
 
 
-def test_every_option_reaches_its_setting() -> None:
+def test_every_option_sets_its_setting() -> None:
     options = {
         "--workers-min": ("1", "workers_min", 1),
         "--workers-max": ("5", "workers_max", 5),
@@ -93,7 +94,7 @@ def test_every_option_reaches_its_setting() -> None:
     assert options.keys() == cli._ENDPOINT_OPTIONS.keys()
 
 
-def test_a_file_holds_several_endpoints_and_faults(tmp_path: Path) -> None:
+def test_files_can_define_several_endpoints_and_faults(tmp_path: Path) -> None:
     config = write(
         tmp_path / "config",
         {"apiKeys": ["k"], "endpoints": [{"id": "a", "command": "x"}, {"id": "b", "command": ["y", "z"]}]},
@@ -104,7 +105,7 @@ def test_a_file_holds_several_endpoints_and_faults(tmp_path: Path) -> None:
     assert (settings.faults.seed, settings.faults.rules[0].rate, settings.port) == (7, 0.1, 0)
 
 
-def test_https_is_an_option_and_a_setting(tmp_path: Path) -> None:
+def test_tls_can_be_enabled_by_option_and_by_file(tmp_path: Path) -> None:
     assert cli.read_settings(["--command", "x", "--tls"])[0].tls
     config = write(tmp_path / "config", {"tls": True, "endpoints": [{"command": "x"}]})
     assert cli.read_settings(["--config", config])[0].tls
@@ -118,57 +119,57 @@ def test_the_url_of_an_ipv6_address_has_brackets(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
-        (["--command", "x", "--workers-min", "3"], "workersMin is 3, above workersMax, which is 2"),
+        (["--command", "x", "--workers-min", "3"], "workersMin=3 exceeds workersMax=2"),
         (["--command", "x", "--endpoint", "no/slash"], "endpoints.0.id"),
         (["--command", "x", "--env", "NOVALUE"], "NAME=VALUE"),
-        (["--command", "x", "--env", "RUNPOD_INIT_TIMEOUT=soon"], "RUNPOD_INIT_TIMEOUT is 'soon'"),
+        (["--command", "x", "--env", "RUNPOD_INIT_TIMEOUT=soon"], "RUNPOD_INIT_TIMEOUT='soon': expected an integer"),
         (["--command", "x", "--scaler-value", "0"], "scalerValue"),
-        (["--config", "/no/such/file"], "/no/such/file cannot be read: No such file or directory"),
+        (["--config", "/no/such/file"], "cannot read /no/such/file: No such file or directory"),
         (["--config", __file__], "is not JSON"),
-        (["--faults", "/no/such/file", "--command", "x"], "cannot be read"),
+        (["--faults", "/no/such/file", "--command", "x"], "cannot read /no/such/file"),
     ],
 )
-def test_what_is_not_allowed_is_told_in_one_line(
-    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+def test_an_invalid_setting_is_reported_in_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(argv) == 1
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 
-def test_a_file_and_options_of_an_endpoint_exclude_each_other(tmp_path: Path) -> None:
+def test_endpoint_options_are_rejected_with_a_config_file(tmp_path: Path) -> None:
     config = write(tmp_path / "config", {"endpoints": [{"id": "a"}]})
-    with pytest.raises(ConfigurationError, match="leave out workersMin"):
+    with pytest.raises(SettingsError, match="remove the options for workersMin"):
         cli.read_settings(["--config", config, "--workers-min", "1"])
 
 
-def test_a_wrong_command_line_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--no-such-option"])
     assert caught.value.code == 2
     assert "--no-such-option" in capsys.readouterr().err
 
 
-def test_help_names_every_option_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_option_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])
     assert caught.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(option in shown for option in cli._ENDPOINT_OPTIONS)
+    help_text = capsys.readouterr().out
+    assert all(option in help_text for option in cli._ENDPOINT_OPTIONS)
 
 
-def test_two_endpoints_with_one_id_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="same id"):
+def test_endpoints_with_the_same_id_are_rejected() -> None:
+    with pytest.raises(SettingsError, match="must be unique: a, a"):
         Emulator(EmulatorSettings.model_validate({"port": 0, "endpoints": [{"id": "a"}, {"id": "a"}]}))
 
 
-def test_a_port_that_is_taken_is_told() -> None:
+def test_a_port_in_use_is_reported() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ConfigurationError, match=f"127.0.0.1:{port} cannot be listened on: Address already in use"):
+        with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             Emulator(EmulatorSettings(port=port))

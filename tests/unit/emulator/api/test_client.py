@@ -1,6 +1,6 @@
-"""The client API's bodies and statuses, field by field, over real HTTP.
+"""Bodies and statuses of the client API, field by field, over real HTTP.
 
-What is expected is what docs.runpod.io documents ("Operation reference", "Send API requests").
+The expected values are those of docs.runpod.io, "Operation reference" and "Send API requests".
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from emulator.core.job import RUN_BODY_BYTES, RUNSYNC_BODY_BYTES
+from emulator.core.job import MAX_RUN_BODY_BYTES, MAX_RUNSYNC_BODY_BYTES
 from tests.unit.emulator.conftest import KEY, Site, Start
 
 
-def test_run_answers_with_the_id_and_the_state(site: Site) -> None:
-    answer = site.client.post("/run", json={"input": {"prompt": "Hello, world!"}})
-    assert answer.status_code == 200
-    body = answer.json()
+def test_run_returns_id_and_status(site: Site) -> None:
+    response = site.client.post("/run", json={"input": {"prompt": "Hello, world!"}})
+    assert response.status_code == 200
+    body = response.json()
     assert body == {"id": body["id"], "status": "IN_QUEUE"}
 
 
@@ -39,7 +39,7 @@ def test_status_of_a_completed_job_has_the_documented_fields(site: Site) -> None
     assert isinstance(body["executionTime"], int)
 
 
-def test_runsync_answers_when_the_job_has_ended(site: Site) -> None:
+def test_runsync_responds_when_the_job_has_ended(site: Site) -> None:
     def work() -> None:
         job = None
         while job is None:
@@ -48,10 +48,10 @@ def test_runsync_answers_when_the_job_has_ended(site: Site) -> None:
 
     worker = threading.Thread(target=work)
     worker.start()
-    answer = site.client.post("/runsync", json={"input": {"prompt": "Hello, world!"}})
+    response = site.client.post("/runsync", json={"input": {"prompt": "Hello, world!"}})
     worker.join()
-    body = answer.json()
-    assert answer.status_code == 200
+    body = response.json()
+    assert response.status_code == 200
     assert body["id"].startswith("sync-")
     assert body == {
         "delayTime": body["delayTime"],
@@ -63,16 +63,16 @@ def test_runsync_answers_when_the_job_has_ended(site: Site) -> None:
     }
 
 
-def test_runsync_answers_with_the_state_when_its_wait_is_over(site: Site) -> None:
+def test_runsync_returns_the_status_after_its_wait(site: Site) -> None:
     before = time.monotonic()
     body = site.client.post("/runsync?wait=1000", json={"input": "x"}).json()
     assert 0.9 <= time.monotonic() - before < 5
     assert body == {"id": body["id"], "status": "IN_QUEUE"}
-    # The job goes on.
+    # The job stays in the queue.
     assert site.take()["id"] == body["id"]
 
 
-def test_stream_gives_each_output_once_and_ends_with_the_final_state(site: Site) -> None:
+def test_stream_returns_each_output_once_and_then_the_final_status(site: Site) -> None:
     job_id = site.submit()
     site.take()
     site.stream(job_id, {"text": " How"}).raise_for_status()
@@ -90,31 +90,31 @@ def test_stream_gives_each_output_once_and_ends_with_the_final_state(site: Site)
     assert site.client.get(f"/stream/{job_id}").json() == {"status": "COMPLETED", "stream": []}
 
 
-def test_cancel_answers_with_the_id_and_the_state(site: Site) -> None:
+def test_cancel_returns_id_and_status(site: Site) -> None:
     job_id = site.submit()
-    answer = site.client.post(f"/cancel/{job_id}")
-    assert (answer.status_code, answer.json()) == (200, {"id": job_id, "status": "CANCELLED"})
+    response = site.client.post(f"/cancel/{job_id}")
+    assert (response.status_code, response.json()) == (200, {"id": job_id, "status": "CANCELLED"})
 
 
-def test_retry_answers_with_the_same_id_in_the_queue(site: Site) -> None:
+def test_retry_queues_the_job_again_under_the_same_id(site: Site) -> None:
     job_id = site.submit()
     site.take()
     site.done(job_id, error="it broke").raise_for_status()
     assert site.status(job_id)["error"] == "it broke"
-    answer = site.client.post(f"/retry/{job_id}")
-    assert (answer.status_code, answer.json()) == (200, {"id": job_id, "status": "IN_QUEUE"})
+    response = site.client.post(f"/retry/{job_id}")
+    assert (response.status_code, response.json()) == (200, {"id": job_id, "status": "IN_QUEUE"})
     assert site.status(job_id) == {"id": job_id, "status": "IN_QUEUE"}
 
 
-def test_retry_of_a_job_that_did_not_fail_is_refused(site: Site) -> None:
+def test_retry_of_a_job_that_has_not_failed_is_a_bad_request(site: Site) -> None:
     assert site.client.post(f"/retry/{site.submit()}").status_code == 400
 
 
-def test_purge_queue_answers_with_how_many_it_removed(site: Site) -> None:
+def test_purge_queue_returns_the_number_of_cancelled_jobs(site: Site) -> None:
     for _ in range(2):
         site.submit()
-    answer = site.client.post("/purge-queue")
-    assert (answer.status_code, answer.json()) == (200, {"removed": 2, "status": "completed"})
+    response = site.client.post("/purge-queue")
+    assert (response.status_code, response.json()) == (200, {"removed": 2, "status": "completed"})
 
 
 def test_health_has_the_documented_counts(site: Site) -> None:
@@ -154,16 +154,16 @@ def test_without_a_valid_key_every_operation_is_unauthorized(site: Site, header:
 
 
 @pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer {KEY}", KEY])
-def test_a_key_is_accepted_in_both_forms(site: Site, header: str) -> None:
+def test_a_key_is_accepted_with_and_without_bearer(site: Site, header: str) -> None:
     assert site.client.get("/health", headers={"Authorization": header}).status_code == 200
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/status/x"), ("GET", "/stream/x"), ("POST", "/cancel/x")])
-def test_a_job_that_is_not_there_is_not_found(site: Site, method: str, path: str) -> None:
+def test_an_unknown_job_is_not_found(site: Site, method: str, path: str) -> None:
     assert site.client.request(method, path).status_code == 404
 
 
-def test_an_endpoint_that_is_not_there_is_not_found(site: Site) -> None:
+def test_an_unknown_endpoint_is_not_found(site: Site) -> None:
     assert site.root.post("/v2/other/run", json={"input": 1}).status_code == 404
 
 
@@ -179,13 +179,15 @@ def test_an_endpoint_that_is_not_there_is_not_found(site: Site) -> None:
         b'{"input": 1, "webhook": "not a url"}',
     ],
 )
-def test_a_body_that_is_no_submission_is_a_bad_request(site: Site, body: bytes) -> None:
-    answer = site.client.post("/run", content=body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]
+def test_an_invalid_submission_is_a_bad_request(site: Site, body: bytes) -> None:
+    response = site.client.post("/run", content=body)
+    assert response.status_code == 400
+    assert response.json()["error"]
 
 
-@pytest.mark.parametrize(("path", "limit"), [("/run", RUN_BODY_BYTES), ("/runsync?wait=1000", RUNSYNC_BODY_BYTES)])
+@pytest.mark.parametrize(
+    ("path", "limit"), [("/run", MAX_RUN_BODY_BYTES), ("/runsync?wait=1000", MAX_RUNSYNC_BODY_BYTES)]
+)
 def test_a_body_above_the_documented_limit_is_too_large(site: Site, path: str, limit: int) -> None:
     frame = len('{"input": ""}')
     fits = b'{"input": "' + b"x" * (limit - frame) + b'"}'
@@ -198,11 +200,11 @@ def test_a_body_of_unknown_length_above_the_limit_is_too_large(site: Site) -> No
     assert site.client.post("/run", content=chunks).status_code == 413
 
 
-def test_wait_has_to_be_a_number(site: Site) -> None:
+def test_a_wait_that_is_not_a_number_is_a_bad_request(site: Site) -> None:
     assert site.client.post("/runsync?wait=soon", json={"input": 1}).status_code == 400
 
 
-def test_ttl_on_status_lets_a_result_expire_early(site: Site) -> None:
+def test_ttl_on_status_makes_a_result_expire_early(site: Site) -> None:
     job_id = site.submit()
     site.take()
     site.done(job_id, output=1)
@@ -214,16 +216,16 @@ def test_ttl_on_status_lets_a_result_expire_early(site: Site) -> None:
     assert site.client.get(f"/status/{job_id}").status_code == 404
 
 
-def test_a_third_purge_within_ten_seconds_is_one_too_many(site: Site) -> None:
+def test_a_third_purge_within_ten_seconds_is_rate_limited(site: Site) -> None:
     assert [site.client.post("/purge-queue").status_code for _ in range(3)] == [200, 200, 429]
 
 
-def test_rate_limits_can_be_switched_off(start: Start) -> None:
+def test_rate_limits_can_be_disabled(start: Start) -> None:
     site = start(rateLimits=False)
     assert [site.client.post("/purge-queue").status_code for _ in range(3)] == [200, 200, 200]
 
 
-def test_endpoints_do_not_see_each_others_jobs(start: Start) -> None:
+def test_endpoints_have_separate_jobs(start: Start) -> None:
     site = start(({"id": "other"},))
     job_id = site.submit()
     assert site.root.get(f"/v2/other/status/{job_id}").status_code == 404
@@ -231,7 +233,7 @@ def test_endpoints_do_not_see_each_others_jobs(start: Start) -> None:
     assert site.status(job_id)["status"] == "IN_QUEUE"
 
 
-def test_s3_config_reaches_the_worker_and_no_answer(site: Site) -> None:
+def test_s3_config_is_sent_to_the_worker_but_not_returned_to_clients(site: Site) -> None:
     config: dict[str, Any] = {"accessId": "id", "accessSecret": "secret", "bucketName": "b", "endpointUrl": "https://x"}
     job_id = site.submit("x", s3Config=config)
     assert site.take() == {"id": job_id, "input": "x", "s3Config": config}

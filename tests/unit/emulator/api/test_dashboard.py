@@ -1,4 +1,4 @@
-"""What the page is made from."""
+"""The state that the page shows."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from contextlib import ExitStack
 from typing import Any
 
 import httpx
-import pytest
 
 from tests.unit.emulator.conftest import KEY, NO_CERTIFICATES, Site, Start, emulator_with
 
 
-def test_the_state_shows_workers_and_jobs_and_nothing_of_what_they_are_about(site: Site) -> None:
-    job_id = site.submit({"prompt": "a private question"})
+def test_the_state_has_workers_and_jobs_without_inputs_outputs_or_keys(site: Site) -> None:
+    job_id = site.submit({"prompt": "a private prompt"})
     site.take()
-    site.stream(job_id, "a private answer")
-    answer = site.root.get("/state")
-    assert "private" not in answer.text
-    assert KEY not in answer.text
-    assert site.emulator.endpoints["ep"].worker_key not in answer.text
-    (endpoint,) = answer.json()["endpoints"]
+    site.stream(job_id, "a private output")
+    response = site.root.get("/state")
+    assert "private" not in response.text
+    assert KEY not in response.text
+    assert site.emulator.endpoints["ep"].worker_key not in response.text
+    (endpoint,) = response.json()["endpoints"]
     assert endpoint.keys() == {
         "id",
         "openaiPath",
@@ -57,7 +56,7 @@ def test_the_state_shows_workers_and_jobs_and_nothing_of_what_they_are_about(sit
     assert worker == {
         "id": "w1",
         "state": "running",
-        "reason": "started by hand",
+        "reason": "started externally",
         "pid": None,
         "startedAt": worker["startedAt"],
         "readyAt": worker["readyAt"],
@@ -68,17 +67,17 @@ def test_the_state_shows_workers_and_jobs_and_nothing_of_what_they_are_about(sit
         "jobs": [job_id],
         "log": [],
     }
-    assert endpoint["events"][-1]["text"] == "worker w1 came, started by hand"
+    assert endpoint["events"][-1]["text"] == "worker w1 registered: started externally"
 
 
-def test_the_recent_jobs_are_shown_newest_first_and_200_at_most(start: Start) -> None:
+def test_the_state_has_at_most_200_jobs_newest_first(start: Start) -> None:
     site = start(workersMax=2)
     jobs = [site.submit(number) for number in range(201)]
     shown = [job["id"] for job in site.root.get("/state").json()["endpoints"][0]["jobs"]]
     assert shown == jobs[:0:-1]
 
 
-def test_the_queues_depth_is_sampled_once_a_second(site: Site) -> None:
+def test_the_queue_depth_is_sampled_once_a_second(site: Site) -> None:
     site.submit()
     deadline = time.monotonic() + 10
     history: list[dict[str, Any]] = []
@@ -90,10 +89,10 @@ def test_the_queues_depth_is_sampled_once_a_second(site: Site) -> None:
     assert 0.8 < history[-1]["at"] - history[-2]["at"] < 5
 
 
-def test_events_come_when_something_changes_with_what_is_new_of_the_history(site: Site) -> None:
-    with httpx.stream("GET", f"{site.url}/state/events", timeout=10) as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        events = (json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line)
+def test_an_event_is_sent_after_a_change_with_only_new_history_points(site: Site) -> None:
+    with httpx.stream("GET", f"{site.url}/state/events", timeout=10) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = (json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line)
         assert next(events)["endpoints"][0]["jobs"] == []
         job_id = site.submit()
         while not (document := next(events))["endpoints"][0]["jobs"]:
@@ -104,21 +103,7 @@ def test_events_come_when_something_changes_with_what_is_new_of_the_history(site
         assert len(times) == len(set(times))
 
 
-def test_the_page_loads_from_here_alone_and_cannot_be_framed(site: Site) -> None:
-    answer = site.root.get("/").raise_for_status()
-    rules = set(answer.headers["content-security-policy"].split("; "))
-    assert rules == {"default-src 'self'", "base-uri 'none'", "frame-ancestors 'none'", "form-action 'self'"}
-
-
-@pytest.mark.parametrize("path", ["/", "/page/app.js", "/page/style.css"])
-def test_a_browser_asks_each_time_whether_the_page_has_changed(site: Site, path: str) -> None:
-    answer = site.root.get(path).raise_for_status()
-    assert answer.headers["cache-control"] == "no-cache"
-    again = site.root.get(path, headers={"If-None-Match": answer.headers["etag"]})
-    assert (again.status_code, again.headers["cache-control"]) == (200 if path == "/" else 304, "no-cache")
-
-
-def test_those_who_wait_are_answered_when_the_emulator_ends() -> None:
+def test_waiting_clients_get_a_response_at_shutdown() -> None:
     with ExitStack() as clients, ThreadPoolExecutor(3) as pool:
         with emulator_with({"id": "ep", "longPoll": 60}) as emulator:
             site = Site(emulator, clients)
@@ -130,12 +115,12 @@ def test_those_who_wait_are_answered_when_the_emulator_ends() -> None:
         assert chat.result(20).status_code == 499
 
 
-def test_who_watches_sees_the_events_end_when_the_emulator_ends_without_a_worker() -> None:
+def test_event_streams_end_at_shutdown_even_without_workers() -> None:
     with ExitStack() as clients:
         with emulator_with({"id": "ep"}) as emulator:
             url = f"{emulator.url}/state/events"
-            watched = clients.enter_context(httpx.stream("GET", url, timeout=20, verify=NO_CERTIFICATES))
-            lines = watched.iter_lines()
+            stream = clients.enter_context(httpx.stream("GET", url, timeout=20, verify=NO_CERTIFICATES))
+            lines = stream.iter_lines()
             assert next(lines).startswith("data: ")
-        # A connection that is cut would be an error here.
+        # Raises an error if the connection was aborted instead of closed.
         assert all(line.startswith("data: ") for line in lines if line)

@@ -1,4 +1,4 @@
-"""The OpenAI gateway over real HTTP, with the test for a worker."""
+"""The OpenAI gateway over real HTTP; the test acts as the worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from emulator.api.openai_gateway import failure_of
 from emulator.core.job import Job, JobStatus
-from tests.unit.emulator.conftest import KEY, Site, Start, hang_up, until
+from tests.unit.emulator.conftest import KEY, Site, Start, disconnect_when, wait_until
 from tests.unit.emulator.fakes import submission
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -22,7 +22,7 @@ FAILURE = json.dumps({**ERROR, "status": 404, "retryable": False})
 
 
 def with_worker(site: Site, work: Callable[[dict[str, Any]], object], request: Callable[[], httpx.Response]) -> Any:
-    """The answer to a request whose job this work is done for."""
+    """Return the response to a request while `work` handles its job."""
 
     def take() -> None:
         deadline = time.monotonic() + 30
@@ -33,37 +33,37 @@ def with_worker(site: Site, work: Callable[[dict[str, Any]], object], request: C
 
     worker = threading.Thread(target=take)
     worker.start()
-    answer = request()
+    response = request()
     worker.join()
-    return answer
+    return response
 
 
-def test_a_post_is_a_job_with_its_route_and_its_body(site: Site) -> None:
+def test_a_post_becomes_a_job_with_route_and_body(site: Site) -> None:
     jobs: list[dict[str, Any]] = []
 
     def work(job: dict[str, Any]) -> None:
         jobs.append(job)
         site.done(job["id"], output=[{"id": "chatcmpl-1"}])
 
-    answer = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=CHAT))
-    assert (answer.status_code, answer.json()) == (200, {"id": "chatcmpl-1"})
+    response = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=CHAT))
+    assert (response.status_code, response.json()) == (200, {"id": "chatcmpl-1"})
     assert jobs[0]["input"] == {"openai_route": "/v1/chat/completions", "openai_input": CHAT}
 
 
-def test_a_get_is_a_job_without_a_body(site: Site) -> None:
+def test_a_get_becomes_a_job_without_a_body(site: Site) -> None:
     jobs: list[dict[str, Any]] = []
 
     def work(job: dict[str, Any]) -> None:
         jobs.append(job)
         site.done(job["id"], output=[{"data": []}])
 
-    answer = with_worker(site, work, lambda: site.client.get("/openai/v1/models?limit=2"))
-    assert (answer.status_code, answer.json()) == (200, {"data": []})
+    response = with_worker(site, work, lambda: site.client.get("/openai/v1/models?limit=2"))
+    assert (response.status_code, response.json()) == (200, {"data": []})
     assert jobs[0]["input"] == {"openai_route": "/v1/models?limit=2"}
 
 
 @pytest.mark.parametrize(
-    ("streamed", "output", "answer"),
+    ("streamed", "output", "expected"),
     [
         ([], {"id": 1}, {"id": 1}),
         ([], '{"id": 1}', {"id": 1}),
@@ -73,62 +73,62 @@ def test_a_get_is_a_job_without_a_body(site: Site) -> None:
         ([], ["plain"], "plain"),
     ],
 )
-def test_an_answer_is_the_one_value_that_the_job_gave(
-    site: Site, streamed: list[Any], output: Any, answer: object
+def test_the_response_body_is_the_jobs_single_value(
+    site: Site, streamed: list[Any], output: Any, expected: object
 ) -> None:
     def work(job: dict[str, Any]) -> None:
         for value in streamed:
             site.stream(job["id"], value)
         site.done(job["id"], output=output)
 
-    assert with_worker(site, work, lambda: site.client.post("/openai/v1/completions", json=CHAT)).json() == answer
+    assert with_worker(site, work, lambda: site.client.post("/openai/v1/completions", json=CHAT)).json() == expected
 
 
 @pytest.mark.parametrize("stream", [True, "true", 1])
-def test_events_are_passed_on_as_they_come(site: Site, stream: object) -> None:
+def test_events_are_forwarded_as_they_arrive(site: Site, stream: object) -> None:
     body = {**CHAT, "stream": stream}
     seen = threading.Event()
 
     def work(job: dict[str, Any]) -> None:
         site.stream(job["id"], 'data: {"n": 1}\n\ndata: {"n": 2}\n\n')
-        # The second output is not there before the first has reached the client.
+        # The second output is posted only after the first has reached the client.
         seen.wait(10)
         site.stream(job["id"], "data: 漢字\n\n")
         site.stream(job["id"], "data: [DONE]\n\n")
         site.done(job["id"], output=[])
 
     def request() -> httpx.Response:
-        with site.client.stream("POST", "/openai/v1/chat/completions", json=body) as answer:
-            lines = answer.iter_lines()
+        with site.client.stream("POST", "/openai/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
             assert [next(lines) for _ in range(3)] == ['data: {"n": 1}', "", 'data: {"n": 2}']
             seen.set()
             assert list(lines) == ["", "data: 漢字", "", "data: [DONE]", ""]
-        return answer
+        return response
 
-    answer = with_worker(site, work, request)
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/event-stream")
+    response = with_worker(site, work, request)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failed_jobs_error_is_the_status_and_the_body(site: Site, stream: bool) -> None:
-    answer = with_worker(
+def test_a_failed_jobs_error_sets_status_and_body(site: Site, stream: bool) -> None:
+    response = with_worker(
         site,
         lambda job: site.done(job["id"], error=FAILURE),
         lambda: site.client.post("/openai/v1/chat/completions", json={**CHAT, "stream": stream}),
     )
-    assert (answer.status_code, answer.json()) == (404, ERROR)
+    assert (response.status_code, response.json()) == (404, ERROR)
 
 
-def test_a_failure_after_the_first_output_is_a_last_event(site: Site) -> None:
+def test_a_failure_after_the_first_output_is_sent_as_the_last_event(site: Site) -> None:
     def work(job: dict[str, Any]) -> None:
         site.stream(job["id"], "data: 1\n\n")
         site.done(job["id"], error=FAILURE)
 
     body = {**CHAT, "stream": True}
-    answer = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
-    assert answer.status_code == 200
-    assert answer.text == f"data: 1\n\ndata: {json.dumps(ERROR)}\n\n"
+    response = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
+    assert response.status_code == 200
+    assert response.text == f"data: 1\n\ndata: {json.dumps(ERROR)}\n\n"
 
 
 @pytest.mark.parametrize(
@@ -139,55 +139,55 @@ def test_a_failure_after_the_first_output_is_a_last_event(site: Site) -> None:
         {"type": "response.failed", "response": {"error": {"message": "no"}}},
     ],
 )
-def test_a_failure_that_the_stream_has_told_already_is_told_once(site: Site, event: dict[str, Any]) -> None:
-    told = f"data: {json.dumps(event)}\n\n"
+def test_an_error_event_of_the_worker_is_not_repeated(site: Site, event: dict[str, Any]) -> None:
+    error_event = f"data: {json.dumps(event)}\n\n"
 
     def work(job: dict[str, Any]) -> None:
         site.stream(job["id"], "data: 1\n\n")
-        site.stream(job["id"], told)
+        site.stream(job["id"], error_event)
         site.done(job["id"], error=FAILURE)
 
     body = {**CHAT, "stream": True}
-    answer = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
-    assert answer.text == f"data: 1\n\n{told}"
+    response = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
+    assert response.text == f"data: 1\n\n{error_event}"
 
 
-def test_a_worker_lost_within_a_stream_ends_it_with_an_error(site: Site) -> None:
+def test_a_stream_whose_worker_is_lost_ends_with_an_error_event(site: Site) -> None:
     def work(job: dict[str, Any]) -> None:
         site.stream(job["id"], "data: 1\n\n")
         endpoint = site.emulator.endpoints["ep"]
         deadline = time.monotonic() + 5
-        while f"job/{job['id']}" not in endpoint.waiting._waiters:
+        while f"job/{job['id']}" not in endpoint.long_poll._waiters:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        # Its job is taken from it, as it would be were it silent.
-        endpoint.queue._rules = endpoint.queue._rules.__class__(lost_after_s=0)
+        # Makes the queue consider the job lost, as if the worker were silent.
+        endpoint.queue._settings = endpoint.queue._settings.__class__(lost_after_s=0)
 
     body = {**CHAT, "stream": True}
-    answer = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
-    assert answer.text.startswith("data: 1\n\ndata: ")
-    assert "worker was lost" in answer.text
+    response = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))
+    assert response.text.startswith("data: 1\n\ndata: ")
+    assert "worker was lost" in response.text
     deadline = time.monotonic() + 5
     while site.client.get("/health").json()["jobs"]["inQueue"]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_a_stream_is_over_with_its_last_event_and_its_job_ends_by_itself(site: Site) -> None:
+def test_a_stream_ends_at_the_done_event_and_its_job_is_not_cancelled(site: Site) -> None:
     jobs: list[str] = []
-    over = threading.Event()
+    stream_ended = threading.Event()
 
     def work(job: dict[str, Any]) -> None:
         jobs.append(job["id"])
         site.stream(job["id"], "data: 1\n\ndata: [DONE]\n\n")
-        assert over.wait(10)
+        assert stream_ended.wait(10)
         assert site.status(job["id"])["status"] == "IN_PROGRESS"
         site.done(job["id"], output=["data: 1\n\ndata: [DONE]\n\n"])
 
     def request() -> httpx.Response:
-        answer = site.client.post("/openai/v1/chat/completions", json={**CHAT, "stream": True})
-        over.set()
-        return answer
+        response = site.client.post("/openai/v1/chat/completions", json={**CHAT, "stream": True})
+        stream_ended.set()
+        return response
 
     assert with_worker(site, work, request).text == "data: 1\n\ndata: [DONE]\n\n"
     assert site.status(jobs[0])["status"] == "COMPLETED"
@@ -195,7 +195,7 @@ def test_a_stream_is_over_with_its_last_event_and_its_job_ends_by_itself(site: S
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_hangs_up_cancels_its_job(start: Start, stream: bool) -> None:
+def test_a_client_disconnect_cancels_its_running_job(start: Start, stream: bool) -> None:
     site = start(longPoll=10)
     body = {**CHAT, "stream": stream}
     jobs: list[str] = []
@@ -206,7 +206,7 @@ def test_a_client_that_hangs_up_cancels_its_job(start: Start, stream: bool) -> N
         jobs.append(job["id"])
 
     def request() -> httpx.Response:
-        hang_up(site.client, "POST", "/openai/v1/chat/completions", once=lambda: jobs, document=body)
+        disconnect_when(lambda: jobs, site.client, "POST", "/openai/v1/chat/completions", body)
         return httpx.Response(200)
 
     with_worker(site, work, request)
@@ -215,30 +215,30 @@ def test_a_client_that_hangs_up_cancels_its_job(start: Start, stream: bool) -> N
     assert site.emulator.endpoints["ep"].limiter._running["openai"] == 0
 
 
-def test_a_client_that_hangs_up_while_its_job_waits_cancels_it(site: Site) -> None:
+def test_a_client_disconnect_cancels_its_waiting_job(site: Site) -> None:
     def waiting() -> int:
         in_queue: int = site.client.get("/health").json()["jobs"]["inQueue"]
         return in_queue
 
-    hang_up(site.client, "POST", "/openai/v1/chat/completions", once=waiting, document=CHAT)
-    until(lambda: not waiting())
+    disconnect_when(waiting, site.client, "POST", "/openai/v1/chat/completions", CHAT)
+    wait_until(lambda: not waiting())
 
 
 @pytest.mark.parametrize("header", [f"ep-{KEY}", f"Bearer ep-{KEY}"])
-def test_the_plain_form_names_the_endpoint_in_the_key(site: Site, header: str) -> None:
-    answer = with_worker(
+def test_v1_routes_take_the_endpoint_from_the_key(site: Site, header: str) -> None:
+    response = with_worker(
         site,
         lambda job: site.done(job["id"], output=[{"id": 1}]),
         lambda: httpx.post(f"{site.url}/v1/chat/completions", json=CHAT, headers={"Authorization": header}, timeout=10),
     )
-    assert (answer.status_code, answer.json()) == (200, {"id": 1})
+    assert (response.status_code, response.json()) == (200, {"id": 1})
 
 
 @pytest.mark.parametrize("header", [KEY, "ep-wrong", f"other-{KEY}", "ep-", ""])
-def test_the_plain_form_without_endpoint_and_key_is_unauthorized(site: Site, header: str) -> None:
-    answer = httpx.post(f"{site.url}/v1/chat/completions", json=CHAT, headers={"Authorization": header})
-    assert answer.status_code == 401
-    assert answer.json()["error"]["type"] == "AuthenticationError"
+def test_v1_routes_without_endpoint_and_key_are_unauthorized(site: Site, header: str) -> None:
+    response = httpx.post(f"{site.url}/v1/chat/completions", json=CHAT, headers={"Authorization": header})
+    assert response.status_code == 401
+    assert response.json()["error"]["type"] == "AuthenticationError"
 
 
 @pytest.mark.parametrize(
@@ -250,11 +250,13 @@ def test_the_plain_form_without_endpoint_and_key_is_unauthorized(site: Site, hea
         ("/v2/ep/openai/v1/completions", KEY, b"[]", 400),
     ],
 )
-def test_refusals_have_the_openai_apis_form(site: Site, path: str, header: str, content: bytes, status: int) -> None:
+def test_api_errors_have_the_openai_error_format(
+    site: Site, path: str, header: str, content: bytes, status: int
+) -> None:
     method = "POST" if content else "GET"
-    answer = httpx.request(method, site.url + path, content=content, headers={"Authorization": header})
-    assert answer.status_code == status
-    error = answer.json()["error"]
+    response = httpx.request(method, site.url + path, content=content, headers={"Authorization": header})
+    assert response.status_code == status
+    error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["code"] == status
 
@@ -277,17 +279,17 @@ def ended(status: str, error: str | None) -> Job:
         ("CANCELLED", None, 499, "the job was cancelled"),
     ],
 )
-def test_any_failure_has_a_status_and_a_message(status: str, error: str | None, expected: int, message: str) -> None:
+def test_every_failure_has_a_status_and_a_message(status: str, error: str | None, expected: int, message: str) -> None:
     failure = failure_of(ended(status, error))
     assert failure is not None
     assert (failure.status, failure.body["error"]["message"]) == (expected, message)
 
 
-def test_a_completed_job_is_no_failure() -> None:
+def test_a_completed_job_has_no_failure() -> None:
     assert failure_of(ended("COMPLETED", None)) is None
 
 
-def test_other_error_shapes_pass_as_they_are() -> None:
+def test_other_error_formats_are_forwarded_unchanged() -> None:
     body = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}}
     failure = failure_of(ended("FAILED", json.dumps({**body, "status": 400, "retryable": False})))
     assert failure is not None

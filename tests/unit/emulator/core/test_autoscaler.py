@@ -1,4 +1,4 @@
-"""The scaling decision, from counts and time alone."""
+"""The scaling decision."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from emulator.core.autoscaler import Decision, Member, WorkerState, decide
-from emulator.core.job_queue import Load
+from emulator.core.autoscaler import ScalingDecision, decide
+from emulator.core.job_queue import QueueLoad
+from emulator.core.worker import FleetWorker, WorkerState
 from emulator.settings import EndpointSettings
 
 NOW = 1000.0
@@ -17,84 +18,86 @@ def settings(**values: Any) -> EndpointSettings:
     return EndpointSettings.model_validate({"workersMax": 3, "idleTimeout": 5, **values})
 
 
-def member(name: str, state: str, since_s: float = 0.0, started_s: float = 100.0) -> Member:
-    """A worker that came into its state `since_s` ago, and was started `started_s` ago."""
-    return Member(name, WorkerState(state), NOW - since_s, NOW - started_s)
+def worker(name: str, state: str, state_s: float = 0.0, started_s: float = 100.0) -> FleetWorker:
+    """Return a worker that entered its state `state_s` ago, and was started `started_s` ago."""
+    return FleetWorker(name, WorkerState(state), NOW - started_s, NOW - state_s, NOW)
 
 
 @pytest.mark.parametrize(
     ("waiting", "running", "started"),
     [(0, 0, 0), (1, 0, 1), (4, 0, 1), (5, 0, 2), (2, 3, 2), (9, 0, 3), (1000, 0, 3)],
 )
-def test_request_count_wants_the_documented_formula(waiting: int, running: int, started: int) -> None:
+def test_request_count_follows_the_documented_formula(waiting: int, running: int, started: int) -> None:
     rules = settings(scalerType="REQUEST_COUNT", scalerValue=4)
-    assert decide(rules, Load(waiting, running, 0), [], NOW) == Decision(start=started)
+    assert decide(rules, QueueLoad(waiting, running, 0), [], NOW) == ScalingDecision(start=started)
 
 
-def test_request_count_counts_the_workers_that_are_coming_up() -> None:
+def test_request_count_includes_workers_that_are_starting() -> None:
     rules = settings(scalerType="REQUEST_COUNT", scalerValue=4)
-    members = [member("a", "initializing"), member("b", "throttled")]
-    assert decide(rules, Load(8, 0, 0), members, NOW).start == 0
-    assert decide(rules, Load(9, 0, 0), members, NOW).start == 1
+    workers = [worker("a", "initializing"), worker("b", "throttled")]
+    assert decide(rules, QueueLoad(8, 0, 0), workers, NOW).start == 0
+    assert decide(rules, QueueLoad(9, 0, 0), workers, NOW).start == 1
 
 
 @pytest.mark.parametrize(("waited_s", "started"), [(3.9, 0), (4.0, 1), (400.0, 1)])
 def test_queue_delay_adds_a_worker_when_a_job_has_waited(waited_s: float, started: int) -> None:
-    assert decide(settings(scalerValue=4), Load(1, 0, waited_s), [], NOW).start == started
+    assert decide(settings(scalerValue=4), QueueLoad(1, 0, waited_s), [], NOW).start == started
 
 
 @pytest.mark.parametrize(("ago_s", "started"), [(3.9, 0), (4.0, 1)])
-def test_queue_delay_gives_the_last_worker_time_before_it_adds_another(ago_s: float, started: int) -> None:
-    members = [member("a", "initializing", ago_s, ago_s)]
-    assert decide(settings(scalerValue=4), Load(5, 0, 60), members, NOW).start == started
+def test_queue_delay_waits_after_the_last_start_before_it_adds_another_worker(ago_s: float, started: int) -> None:
+    workers = [worker("a", "initializing", ago_s, ago_s)]
+    assert decide(settings(scalerValue=4), QueueLoad(5, 0, 60), workers, NOW).start == started
 
 
-def test_queue_delay_adds_nobody_when_nothing_waits() -> None:
-    assert decide(settings(scalerValue=4), Load(0, 9, 0), [member("a", "running")], NOW).start == 0
+def test_queue_delay_adds_no_worker_without_waiting_jobs() -> None:
+    assert decide(settings(scalerValue=4), QueueLoad(0, 9, 0), [worker("a", "running")], NOW).start == 0
 
 
-def test_the_minimum_always_runs() -> None:
-    assert decide(settings(workersMin=2), Load(0, 0, 0), [member("a", "idle", 99)], NOW) == Decision(start=1)
+def test_the_minimum_number_of_workers_is_started_without_load() -> None:
+    assert decide(settings(workersMin=2), QueueLoad(0, 0, 0), [worker("a", "idle", 99)], NOW) == ScalingDecision(
+        start=1
+    )
 
 
 @pytest.mark.parametrize("scaler", ["QUEUE_DELAY", "REQUEST_COUNT"])
-def test_the_maximum_is_never_exceeded_even_by_workers_that_are_leaving(scaler: str) -> None:
-    members = [member("a", "running"), member("b", "stopping"), member("c", "unhealthy")]
+def test_stopping_and_unhealthy_workers_count_towards_the_maximum(scaler: str) -> None:
+    workers = [worker("a", "running"), worker("b", "stopping"), worker("c", "unhealthy")]
     rules = settings(scalerType=scaler, scalerValue=1)
-    assert decide(rules, Load(100, 1, 100), members, NOW).start == 0
-    assert decide(rules, Load(100, 1, 100), members[:2], NOW).start == 1
+    assert decide(rules, QueueLoad(100, 1, 100), workers, NOW).start == 0
+    assert decide(rules, QueueLoad(100, 1, 100), workers[:2], NOW).start == 1
 
 
 @pytest.mark.parametrize("scaler", ["QUEUE_DELAY", "REQUEST_COUNT"])
-def test_workers_that_idled_long_enough_are_stopped_longest_first(scaler: str) -> None:
-    members = [member("a", "idle", 5), member("b", "idle", 4.9), member("c", "idle", 60)]
+def test_workers_are_stopped_after_the_idle_timeout_longest_idle_first(scaler: str) -> None:
+    workers = [worker("a", "idle", 5), worker("b", "idle", 4.9), worker("c", "idle", 60)]
     rules = settings(scalerType=scaler)
-    assert decide(rules, Load(0, 0, 0), members, NOW).stop == ("c", "a")
+    assert decide(rules, QueueLoad(0, 0, 0), workers, NOW).stop == ("c", "a")
 
 
-def test_idle_workers_are_kept_down_to_the_minimum() -> None:
-    members = [member("a", "idle", 50), member("b", "idle", 60)]
-    assert decide(settings(workersMin=1), Load(0, 0, 0), members, NOW).stop == ("b",)
+def test_idle_workers_are_not_stopped_below_the_minimum() -> None:
+    workers = [worker("a", "idle", 50), worker("b", "idle", 60)]
+    assert decide(settings(workersMin=1), QueueLoad(0, 0, 0), workers, NOW).stop == ("b",)
 
 
-def test_request_count_keeps_idle_workers_that_its_formula_wants() -> None:
-    members = [member("a", "running"), member("b", "idle", 60)]
+def test_request_count_keeps_idle_workers_that_its_formula_requires() -> None:
+    workers = [worker("a", "running"), worker("b", "idle", 60)]
     rules = settings(scalerType="REQUEST_COUNT", scalerValue=1)
-    assert decide(rules, Load(0, 2, 0), members, NOW).stop == ()
-    assert decide(rules, Load(0, 1, 0), members, NOW).stop == ("b",)
+    assert decide(rules, QueueLoad(0, 2, 0), workers, NOW).stop == ()
+    assert decide(rules, QueueLoad(0, 1, 0), workers, NOW).stop == ("b",)
 
 
 def test_only_idle_workers_are_stopped() -> None:
-    members = [member(state, state, 60) for state in ("running", "stopping", "throttled", "unhealthy")]
-    assert decide(settings(), Load(0, 0, 0), members, NOW).stop == ()
+    workers = [worker(state, state, 60) for state in ("running", "stopping", "throttled", "unhealthy")]
+    assert decide(settings(), QueueLoad(0, 0, 0), workers, NOW).stop == ()
 
 
-def test_a_start_above_the_limit_is_given_up() -> None:
-    members = [member("a", "initializing", 419.9), member("b", "initializing", 420)]
-    assert decide(settings(), Load(0, 0, 0), members, NOW).overdue == ("b",)
+def test_a_worker_that_is_not_ready_in_time_has_timed_out() -> None:
+    workers = [worker("a", "initializing", 419.9), worker("b", "initializing", 420)]
+    assert decide(settings(), QueueLoad(0, 0, 0), workers, NOW).start_timed_out == ("b",)
 
 
-def test_runpod_init_timeout_raises_the_limit() -> None:
+def test_runpod_init_timeout_overrides_the_start_timeout() -> None:
     rules = settings(env={"RUNPOD_INIT_TIMEOUT": "800"})
-    members = [member("a", "initializing", 799.9), member("b", "initializing", 800)]
-    assert decide(rules, Load(0, 0, 0), members, NOW).overdue == ("b",)
+    workers = [worker("a", "initializing", 799.9), worker("b", "initializing", 800)]
+    assert decide(rules, QueueLoad(0, 0, 0), workers, NOW).start_timed_out == ("b",)

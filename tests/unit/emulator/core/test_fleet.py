@@ -1,4 +1,4 @@
-"""The workers of an endpoint, with processes that end when they are told to and time that is set."""
+"""The workers of an endpoint, with fake processes and a fake clock."""
 
 from __future__ import annotations
 
@@ -8,41 +8,52 @@ from typing import Any
 import pytest
 
 from emulator.core.faults import Faults, FaultSettings
-from emulator.core.fleet import Fleet, Worker
+from emulator.core.fleet import Fleet
 from emulator.core.job import JobStatus
+from emulator.core.job_queue import JobQueue
 from emulator.core.process import ProcessListener
+from emulator.core.worker import TAKING_STATES, FleetWorker
 from emulator.errors import NotFoundError
 from emulator.redaction import Redaction
 from emulator.settings import EndpointSettings
-from tests.unit.emulator.fakes import Clock, FakeProcess, queue, submit
+from tests.unit.emulator.fakes import FakeClock, FakeProcess, RecordingListener, submit
 
 
-class Stage:
-    """A fleet with everything around it in the test's hands."""
+class FleetHarness:
+    """A fleet with fake processes and a fake clock; also its listener."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.clock = Clock()
+    def __init__(self, ca_environment: dict[str, str] | None = None, **settings: Any) -> None:
+        self.clock = FakeClock()
         self.settings = EndpointSettings.model_validate(
             {"command": "worker --fast", "workersMax": 2, "scalerType": "REQUEST_COUNT", "scalerValue": 1, **settings}
         )
-        rules = self.settings.rules()
-        self.queue = queue(self.clock, **{name: getattr(rules, name) for name in rules.__dataclass_fields__})
+        self.queue = JobQueue(self.settings.queue_settings(), self.clock, RecordingListener())
         self.processes: list[FakeProcess] = []
         self.faults = Faults()
         self.events: list[str] = []
-        self.released: list[str] = []
+        self.log_lines: list[tuple[str, str]] = []
+        self.stopping: list[str] = []
         self.fleet = Fleet(
             self.settings,
             self.queue,
+            self,
+            base_url="http://127.0.0.1:1",
+            worker_key="worker-key",
+            ca_environment=ca_environment or {},
             clock=self.clock,
             start=self.start,
             faults=self.faults,
             redaction=Redaction({"HF_TOKEN": "hf_very_secret"}, ()),
-            event=self.events.append,
-            release=self.released.append,
-            key="worker-key",
         )
-        self.fleet.base_url = "http://127.0.0.1:1"
+
+    def on_event(self, line: str) -> None:
+        self.events.append(line)
+
+    def on_worker_log(self, worker: str, line: str) -> None:
+        self.log_lines.append((worker, line))
+
+    def on_worker_stopping(self, worker: str) -> None:
+        self.stopping.append(worker)
 
     def start(
         self, command: Sequence[str], env: Mapping[str, str], cwd: str | None, listener: ProcessListener
@@ -51,35 +62,35 @@ class Stage:
         self.processes.append(process)
         return process
 
-    def ready_worker(self) -> Worker:
-        """A worker that was started for a job and has come up."""
+    def ready_worker(self) -> FleetWorker:
+        """Submit a job, and return the worker that was started for it, ready."""
         submit(self.queue)
         self.fleet.tick()
-        return self.fleet.polled(self.fleet.workers()[-1].id)
+        return self.fleet.on_poll(self.fleet.workers()[-1].id)
 
-    def play_workers(self, job_s: float) -> None:
-        """Let every worker come up, do one job after the other, and end when it is told to."""
+    def run_workers(self, job_s: float) -> None:
+        """Act as all workers: become ready, run one job at a time for `job_s`, and exit after SIGTERM."""
         for worker in self.fleet.workers():
             if isinstance(worker.process, FakeProcess) and worker.process.terminated:
-                worker.process.listener.exited(0)
+                worker.process.listener.on_exit(0)
                 continue
-            self.fleet.polled(worker.id)
-            for job in self.queue.held(worker.id):
+            self.fleet.on_poll(worker.id)
+            for job in self.queue.running_jobs(worker.id):
                 if self.clock.now - (job.taken_at or 0) >= job_s:
                     self.queue.finish(worker.id, job.id, "done")
-            if not self.queue.held(worker.id):
+            if not self.queue.running_jobs(worker.id):
                 self.queue.take(worker.id, 1)
 
-    def after(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.clock.now += seconds
         self.fleet.tick()
 
 
-def test_a_worker_is_started_with_all_that_the_sdk_needs() -> None:
-    stage = Stage(id="ep", env={"MODEL_NAME": "tiny"}, cwd="/srv")
-    stage.ready_worker()
-    (process,) = stage.processes
-    worker = stage.fleet.workers()[0].id
+def test_a_worker_is_started_with_the_variables_that_the_sdk_requires() -> None:
+    harness = FleetHarness(id="ep", env={"MODEL_NAME": "tiny"}, cwd="/srv")
+    harness.ready_worker()
+    (process,) = harness.processes
+    worker = harness.fleet.workers()[0].id
     root = "http://127.0.0.1:1/v2/ep"
     expected = {
         "RUNPOD_WEBHOOK_GET_JOB": f"{root}/job-take/$ID?gpu=EMULATED",
@@ -98,24 +109,24 @@ def test_a_worker_is_started_with_all_that_the_sdk_needs() -> None:
     assert (process.command, process.cwd) == (("worker", "--fast"), "/srv")
 
 
-def test_a_worker_trusts_the_emulators_ca_unless_its_endpoint_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", "/the/machines")
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/the/machines")
-    stage = Stage(env={"REQUESTS_CA_BUNDLE": "/the/endpoints"})
-    stage.fleet.ca_environment = {"SSL_CERT_FILE": "/the/emulators", "REQUESTS_CA_BUNDLE": "/the/emulators"}
-    stage.ready_worker()
-    env = stage.processes[0].env
-    assert (env["SSL_CERT_FILE"], env["REQUESTS_CA_BUNDLE"]) == ("/the/emulators", "/the/endpoints")
+def test_a_worker_trusts_the_emulators_ca_unless_its_endpoint_sets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/system/ca.pem")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/system/ca.pem")
+    ca_environment = {"SSL_CERT_FILE": "/emulator/ca.pem", "REQUESTS_CA_BUNDLE": "/emulator/ca.pem"}
+    harness = FleetHarness(ca_environment, env={"REQUESTS_CA_BUNDLE": "/endpoint/ca.pem"})
+    harness.ready_worker()
+    env = harness.processes[0].env
+    assert (env["SSL_CERT_FILE"], env["REQUESTS_CA_BUNDLE"]) == ("/emulator/ca.pem", "/endpoint/ca.pem")
 
 
 def test_a_worker_is_initializing_then_idle_then_running_then_idle() -> None:
-    stage = Stage()
-    job = submit(stage.queue)
-    stage.fleet.tick()
-    assert stage.fleet.health()["initializing"] == 1
-    (worker,) = stage.fleet.workers()
-    stage.fleet.polled(worker.id)
-    assert stage.fleet.health() == {
+    harness = FleetHarness()
+    job = submit(harness.queue)
+    harness.fleet.tick()
+    assert harness.fleet.health()["initializing"] == 1
+    (worker,) = harness.fleet.workers()
+    harness.fleet.on_poll(worker.id)
+    assert harness.fleet.health() == {
         "idle": 1,
         "initializing": 0,
         "ready": 1,
@@ -123,207 +134,208 @@ def test_a_worker_is_initializing_then_idle_then_running_then_idle() -> None:
         "throttled": 0,
         "unhealthy": 0,
     }
-    stage.queue.take(worker.id, 1)
-    assert stage.fleet.health()["running"] == 1
-    assert stage.fleet.health()["ready"] == 0
-    stage.queue.finish(worker.id, job.id, "done")
-    assert stage.fleet.health()["idle"] == 1
+    harness.queue.take(worker.id, 1)
+    assert harness.fleet.health()["running"] == 1
+    assert harness.fleet.health()["ready"] == 0
+    harness.queue.finish(worker.id, job.id, "done")
+    assert harness.fleet.health()["idle"] == 1
 
 
-def test_an_idle_worker_is_stopped_and_gone_when_its_process_is() -> None:
-    stage = Stage(idleTimeout=5)
-    worker = stage.ready_worker()
-    (job,) = stage.queue.take(worker.id, 1)
-    stage.fleet.tick()
-    stage.queue.finish(worker.id, job.id, "done")
-    stage.fleet.tick()
-    stage.after(4.9)
-    assert not stage.processes[0].terminated
-    stage.after(0.1)
-    assert stage.processes[0].terminated
-    assert stage.released == [worker.id]
-    assert not stage.fleet.may_take(worker)
-    assert not stage.fleet.empty
-    stage.processes[0].listener.exited(0)
-    assert stage.fleet.empty
-    assert stage.fleet.workers() == []
-    assert [gone.id for gone in stage.fleet.gone()] == [worker.id]
+def test_an_idle_worker_is_stopped_and_removed_when_its_process_exits() -> None:
+    harness = FleetHarness(idleTimeout=5)
+    worker = harness.ready_worker()
+    (job,) = harness.queue.take(worker.id, 1)
+    harness.fleet.tick()
+    harness.queue.finish(worker.id, job.id, "done")
+    harness.fleet.tick()
+    harness.advance(4.9)
+    assert not harness.processes[0].terminated
+    harness.advance(0.1)
+    assert harness.processes[0].terminated
+    assert harness.stopping == [worker.id]
+    assert worker.state not in TAKING_STATES
+    assert not harness.fleet.is_empty
+    harness.processes[0].listener.on_exit(0)
+    assert harness.fleet.is_empty
+    assert harness.fleet.workers() == []
+    assert [exited.id for exited in harness.fleet.exited_workers()] == [worker.id]
 
 
-def test_a_worker_that_ignores_sigterm_is_killed_when_its_grace_is_over() -> None:
-    stage = Stage(idleTimeout=5, grace=30)
-    worker = stage.ready_worker()
-    stage.fleet.stop(worker.id, "test")
-    stage.after(29.9)
-    assert not stage.processes[0].killed
-    stage.after(0.1)
-    assert stage.processes[0].killed
+def test_a_worker_that_ignores_sigterm_is_killed_after_its_grace_period() -> None:
+    harness = FleetHarness(idleTimeout=5, grace=30)
+    worker = harness.ready_worker()
+    harness.fleet.stop(worker.id, "test")
+    harness.advance(29.9)
+    assert not harness.processes[0].killed
+    harness.advance(0.1)
+    assert harness.processes[0].killed
 
 
-def test_a_stopping_worker_may_still_deliver_what_it_has() -> None:
-    stage = Stage()
-    worker = stage.ready_worker()
-    (job,) = stage.queue.take(worker.id, 1)
-    stage.fleet.stop(worker.id, "test")
-    stage.fleet.tick()
-    stage.queue.finish(worker.id, job.id, "done")
+def test_a_stopping_worker_can_still_finish_its_job() -> None:
+    harness = FleetHarness()
+    worker = harness.ready_worker()
+    (job,) = harness.queue.take(worker.id, 1)
+    harness.fleet.stop(worker.id, "test")
+    harness.fleet.tick()
+    harness.queue.finish(worker.id, job.id, "done")
     assert job.status is JobStatus.COMPLETED
 
 
-def test_a_crashed_workers_job_goes_back_and_another_worker_is_started_after_a_pause() -> None:
-    stage = Stage()
-    worker = stage.ready_worker()
-    (job,) = stage.queue.take(worker.id, 1)
-    stage.processes[0].listener.exited(-9)
+def test_a_crashed_workers_job_is_requeued_and_a_new_worker_starts_after_a_backoff() -> None:
+    harness = FleetHarness()
+    worker = harness.ready_worker()
+    (job,) = harness.queue.take(worker.id, 1)
+    harness.processes[0].listener.on_exit(-9)
     assert job.status is JobStatus.IN_QUEUE
-    assert stage.fleet.health()["unhealthy"] == 1
-    stage.fleet.tick()
-    assert len(stage.processes) == 1
-    stage.after(1.0)
-    assert len(stage.processes) == 2
-    assert stage.fleet.health()["unhealthy"] == 0
+    assert harness.fleet.health()["unhealthy"] == 1
+    harness.fleet.tick()
+    assert len(harness.processes) == 1
+    harness.advance(1.0)
+    assert len(harness.processes) == 2
+    assert harness.fleet.health()["unhealthy"] == 0
 
 
-def test_pauses_grow_while_workers_do_not_come_up_and_end_when_one_does() -> None:
-    stage = Stage(workersMax=1, workersMin=1)
-    pauses = []
-    stage.fleet.tick()
+def test_the_backoff_grows_with_failed_starts_and_resets_when_a_worker_is_ready() -> None:
+    harness = FleetHarness(workersMax=1, workersMin=1)
+    backoffs_s = []
+    harness.fleet.tick()
     for _ in range(8):
-        stage.processes[-1].listener.exited(1)
-        died = stage.clock.now
-        count = len(stage.processes)
-        while len(stage.processes) == count:
-            stage.after(0.5)
-        pauses.append(stage.clock.now - died)
-    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
-    stage.fleet.polled(stage.fleet.workers()[-1].id)
-    stage.processes[-1].listener.exited(1)
-    stage.after(1.0)
-    assert len(stage.processes) == 10
+        harness.processes[-1].listener.on_exit(1)
+        exited_at = harness.clock.now
+        count = len(harness.processes)
+        while len(harness.processes) == count:
+            harness.advance(0.5)
+        backoffs_s.append(harness.clock.now - exited_at)
+    assert backoffs_s == [1, 2, 4, 8, 16, 32, 60, 60]
+    harness.fleet.on_poll(harness.fleet.workers()[-1].id)
+    harness.processes[-1].listener.on_exit(1)
+    harness.advance(1.0)
+    assert len(harness.processes) == 10
 
 
-def test_a_worker_that_ends_by_itself_without_an_error_is_replaced_at_once() -> None:
-    stage = Stage()
-    stage.ready_worker()
-    stage.processes[0].listener.exited(0)
-    stage.fleet.tick()
-    assert len(stage.processes) == 2
-    assert stage.fleet.health()["unhealthy"] == 0
+def test_a_worker_that_exits_with_0_is_replaced_at_once() -> None:
+    harness = FleetHarness()
+    harness.ready_worker()
+    harness.processes[0].listener.on_exit(0)
+    harness.fleet.tick()
+    assert len(harness.processes) == 2
+    assert harness.fleet.health()["unhealthy"] == 0
 
 
-def test_a_start_above_the_limit_is_unhealthy_and_killed() -> None:
-    stage = Stage(initTimeout=420)
-    submit(stage.queue)
-    stage.fleet.tick()
-    stage.after(420)
-    assert stage.processes[0].killed
-    (worker,) = stage.fleet.workers()
+def test_a_worker_that_is_not_ready_in_time_is_unhealthy_and_killed() -> None:
+    harness = FleetHarness(initTimeout=420)
+    submit(harness.queue)
+    harness.fleet.tick()
+    harness.advance(420)
+    assert harness.processes[0].killed
+    (worker,) = harness.fleet.workers()
     assert (worker.state.value, worker.reason) == ("unhealthy", "not ready after 420 s")
 
 
 def test_a_silent_worker_is_unhealthy_and_loses_its_jobs() -> None:
-    stage = Stage(lostAfter=40)
-    worker = stage.ready_worker()
-    (job,) = stage.queue.take(worker.id, 1)
-    stage.after(39.9)
+    harness = FleetHarness(lostAfter=40)
+    worker = harness.ready_worker()
+    (job,) = harness.queue.take(worker.id, 1)
+    harness.advance(39.9)
     assert worker.state.value == "running"
-    stage.after(0.1)
+    harness.advance(0.1)
     assert worker.state.value == "unhealthy"
-    assert stage.processes[0].killed
+    assert harness.processes[0].killed
     assert job.status is JobStatus.IN_QUEUE
 
 
-def test_a_worker_that_calls_is_not_silent() -> None:
-    stage = Stage(lostAfter=40)
-    worker = stage.ready_worker()
-    (job,) = stage.queue.take(worker.id, 1)
+def test_a_worker_that_sends_requests_is_not_silent() -> None:
+    harness = FleetHarness(lostAfter=40)
+    worker = harness.ready_worker()
+    (job,) = harness.queue.take(worker.id, 1)
     for _ in range(5):
-        stage.after(30)
-        stage.fleet.called(worker.id)
-        stage.queue.ping(worker.id, [job.id])
+        harness.advance(30)
+        harness.fleet.touch(worker.id)
+        harness.queue.ping(worker.id, [job.id])
     assert worker.state.value == "running"
 
 
 def test_a_worker_that_reports_itself_unhealthy_is_killed() -> None:
-    stage = Stage()
-    worker = stage.ready_worker()
-    stage.fleet.unhealthy(worker.id, "gpu_check: no GPU")
-    assert stage.processes[0].killed
-    assert stage.fleet.health()["unhealthy"] == 1
+    harness = FleetHarness()
+    worker = harness.ready_worker()
+    harness.fleet.on_unhealthy(worker.id, "gpu_check: no GPU")
+    assert harness.processes[0].killed
+    assert harness.fleet.health()["unhealthy"] == 1
 
 
-def test_a_worker_that_does_not_stop_a_job_is_stopped_itself() -> None:
-    stage = Stage(grace=30, idleTimeout=1000)
-    worker = stage.ready_worker()
-    (job,) = stage.queue.take(worker.id, 1)
-    stage.queue.cancel(job.id)
-    stage.clock.now += 31
-    stage.fleet.called(worker.id)
-    stage.queue.ping(worker.id, [job.id])
-    stage.fleet.tick()
-    assert stage.processes[0].terminated
+def test_a_worker_that_ignores_a_stop_signal_is_stopped() -> None:
+    harness = FleetHarness(grace=30, idleTimeout=1000)
+    worker = harness.ready_worker()
+    (job,) = harness.queue.take(worker.id, 1)
+    harness.queue.cancel(job.id)
+    harness.clock.now += 31
+    harness.fleet.touch(worker.id)
+    harness.queue.ping(worker.id, [job.id])
+    harness.fleet.tick()
+    assert harness.processes[0].terminated
 
 
-def test_throttled_workers_have_no_process_until_the_fault_ends() -> None:
-    stage = Stage()
-    stage.faults.set(FaultSettings(throttled_workers=1))
-    submit(stage.queue)
-    submit(stage.queue)
-    stage.fleet.tick()
-    assert len(stage.processes) == 1
-    assert stage.fleet.health()["throttled"] == 1
-    stage.faults.set(FaultSettings())
-    stage.fleet.tick()
-    stage.fleet.tick()
-    assert len(stage.processes) == 2
-    assert stage.fleet.health()["throttled"] == 0
+def test_throttled_workers_have_no_process_until_the_fault_is_removed() -> None:
+    harness = FleetHarness()
+    harness.faults.set(FaultSettings(throttled_workers=1))
+    submit(harness.queue)
+    submit(harness.queue)
+    harness.fleet.tick()
+    assert len(harness.processes) == 1
+    assert harness.fleet.health()["throttled"] == 1
+    harness.faults.set(FaultSettings())
+    harness.fleet.tick()
+    harness.fleet.tick()
+    assert len(harness.processes) == 2
+    assert harness.fleet.health()["throttled"] == 0
 
 
-def test_a_worker_started_by_hand_is_taken_in_and_forgotten_when_it_is_silent() -> None:
-    stage = Stage(lostAfter=40)
-    worker = stage.fleet.polled("by-hand")
-    submit(stage.queue)
-    (job,) = stage.queue.take("by-hand", 1)
-    assert stage.fleet.health()["running"] == 1
-    assert stage.fleet.may_take(worker)
+def test_an_external_worker_is_registered_and_removed_when_it_is_silent() -> None:
+    harness = FleetHarness(lostAfter=40)
+    worker = harness.fleet.on_poll("external")
+    submit(harness.queue)
+    (job,) = harness.queue.take("external", 1)
+    assert harness.fleet.health()["running"] == 1
+    assert worker.state in TAKING_STATES
     with pytest.raises(NotFoundError):
-        stage.fleet.kill("by-hand")
-    stage.after(40)
+        harness.fleet.kill("external")
+    harness.advance(40)
     assert job.status is JobStatus.IN_QUEUE
-    assert "by-hand" not in {worker.id for worker in stage.fleet.workers()}
+    assert "external" not in {worker.id for worker in harness.fleet.workers()}
 
 
-def test_secrets_are_taken_out_of_log_lines() -> None:
-    stage = Stage()
-    worker = stage.ready_worker()
-    stage.processes[0].listener.logged("token is hf_very_secret, done")
+def test_secrets_are_redacted_in_log_lines() -> None:
+    harness = FleetHarness()
+    worker = harness.ready_worker()
+    harness.processes[0].listener.on_log_line("token is hf_very_secret, done")
     assert list(worker.log) == ["token is ***, done"]
+    assert harness.log_lines == [(worker.id, "token is ***, done")]
 
 
-def test_a_closed_fleet_stops_all_and_starts_none() -> None:
-    stage = Stage(workersMin=2)
-    stage.fleet.tick()
-    stage.fleet.close()
-    stage.fleet.tick()
-    assert [process.terminated for process in stage.processes] == [True, True]
-    for process in stage.processes:
-        process.listener.exited(0)
-    stage.after(100)
-    assert stage.fleet.empty
-    assert len(stage.processes) == 2
+def test_a_closed_fleet_stops_all_workers_and_starts_none() -> None:
+    harness = FleetHarness(workersMin=2)
+    harness.fleet.tick()
+    harness.fleet.close()
+    harness.fleet.tick()
+    assert [process.terminated for process in harness.processes] == [True, True]
+    for process in harness.processes:
+        process.listener.on_exit(0)
+    harness.advance(100)
+    assert harness.fleet.is_empty
+    assert len(harness.processes) == 2
 
 
-def test_the_workers_go_from_none_to_two_to_none() -> None:
-    stage = Stage(scalerType="QUEUE_DELAY", scalerValue=4, idleTimeout=5, workersMax=2)
+def test_workers_scale_from_zero_to_two_to_zero() -> None:
+    harness = FleetHarness(scalerType="QUEUE_DELAY", scalerValue=4, idleTimeout=5, workersMax=2)
     for number in range(8):
-        submit(stage.queue, number)
+        submit(harness.queue, number)
     counts = [0]
     for _ in range(400):
-        stage.after(0.1)
-        stage.play_workers(2.0)
-        if counts[-1] != len(stage.fleet.workers()):
-            counts.append(len(stage.fleet.workers()))
+        harness.advance(0.1)
+        harness.run_workers(2.0)
+        if counts[-1] != len(harness.fleet.workers()):
+            counts.append(len(harness.fleet.workers()))
     assert counts[:3] == [0, 1, 2]
     assert counts[-1] == 0
     assert max(counts) == 2
-    assert stage.queue.health()["completed"] == 8
+    assert harness.queue.health()["completed"] == 8

@@ -1,7 +1,7 @@
-"""The queue as a state machine, against a model of it that is written another way.
+"""Random sequences of operations on the queue, compared with a simple model of it.
 
-Whatever the order of takes, deliveries, stops, deaths, cancels and expiries: each job ends in exactly one final state,
-none is held by two workers, and the counts add up.
+In any order of takes, updates, cancellations, worker losses and time-outs, each job ends in exactly one final state, no
+job is assigned to two workers, and the counts are right.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from emulator.core.job import JobStatus, Policy, Submission
-from emulator.core.job_queue import Queue, Rules
-from emulator.errors import NotHeldError, WrongStateError
-from tests.unit.emulator.fakes import Clock, Told
+from emulator.core.job_queue import JobQueue, QueueSettings
+from emulator.errors import JobNotAssignedError, JobStateError
+from tests.unit.emulator.fakes import FakeClock, RecordingListener
 
 WORKERS = ["a", "b", "c"]
-RULES = Rules(execution_timeout_s=60.0, lost_after_s=40.0, stop_grace_s=30.0, max_retries=2, max_workers=3)
+SETTINGS = QueueSettings(execution_timeout_s=60.0, lost_after_s=40.0, stop_grace_s=30.0, max_retries=2, max_workers=3)
 
 
 @dataclass
-class Model:
-    """What a job should be: one row, no indexes."""
+class JobModel:
+    """The expected state of a job."""
 
     id: str
     ttl_s: float
     timeout_s: float
     submitted_at: float
     state: str = "IN_QUEUE"
-    # Who waits is ordered by rank: those that return go below the lowest.
+    # Position in the queue: a requeued job gets a rank below the lowest.
     rank: float = 0.0
     worker: str | None = None
     taken_at: float = 0.0
     seen_at: float = 0.0
     losses: int = 0
-    endings: int = 0
+    end_count: int = 0
     order: int = 0
 
 
@@ -46,10 +46,10 @@ class QueueMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.clock = Clock()
-        self.told = Told()
-        self.queue = Queue(RULES, self.clock, self.told)
-        self.models: dict[str, Model] = {}
+        self.clock = FakeClock()
+        self.listener = RecordingListener()
+        self.queue = JobQueue(SETTINGS, self.clock, self.listener)
+        self.models: dict[str, JobModel] = {}
         self.signals: dict[str, list[str]] = {worker: [] for worker in WORKERS}
         self.retried = 0
         self.counter = 0
@@ -58,28 +58,28 @@ class QueueMachine(RuleBasedStateMachine):
     def begin(self, count: int) -> MultipleResults[str]:
         return multiple(*(self._submit(1000, None) for _ in range(count)))
 
-    # The model's own rules.
+    # Operations of the model.
 
     def _next(self) -> int:
         self.counter += 1
         return self.counter
 
-    def _waiting(self) -> list[Model]:
+    def _waiting(self) -> list[JobModel]:
         return sorted((m for m in self.models.values() if m.state == "IN_QUEUE"), key=lambda m: m.rank)
 
-    def _held(self, worker: str) -> list[Model]:
-        held = (m for m in self.models.values() if m.state == "IN_PROGRESS" and m.worker == worker)
-        return sorted(held, key=lambda m: m.taken_at)
+    def _running(self, worker: str) -> list[JobModel]:
+        running = (m for m in self.models.values() if m.state == "IN_PROGRESS" and m.worker == worker)
+        return sorted(running, key=lambda m: m.taken_at)
 
-    def _end(self, model: Model, state: str) -> None:
+    def _end(self, model: JobModel, state: str) -> None:
         if model.state == "IN_PROGRESS" and state in ("CANCELLED", "TIMED_OUT"):
             self.signals[model.worker or ""].append(model.id)
         model.state = state
-        model.endings += 1
+        model.end_count += 1
 
-    def _lose(self, models: list[Model]) -> None:
+    def _requeue_or_fail(self, models: list[JobModel]) -> None:
         lowest = min((m.rank for m in self._waiting()), default=0.0)
-        returning = [m for m in models if m.losses < RULES.max_retries]
+        returning = [m for m in models if m.losses < SETTINGS.max_retries]
         for place, model in enumerate(returning):
             model.rank = lowest - len(returning) + place
         for model in models:
@@ -90,7 +90,7 @@ class QueueMachine(RuleBasedStateMachine):
             else:
                 self._end(model, "FAILED")
 
-    # What can happen.
+    # Operations that are tested.
 
     @rule(target=jobs, ttl_s=st.sampled_from([1000, 10]), timeout_s=st.sampled_from([None, 30]))
     def submit(self, ttl_s: int, timeout_s: int | None) -> str:
@@ -99,10 +99,10 @@ class QueueMachine(RuleBasedStateMachine):
     def _submit(self, ttl_s: int, timeout_s: int | None) -> str:
         policy = Policy(ttl=ttl_s * 1000, executionTimeout=None if timeout_s is None else timeout_s * 1000)
         job = self.queue.submit(Submission(input="x", policy=policy), retention_s=1e12)
-        self.models[job.id] = Model(
+        self.models[job.id] = JobModel(
             job.id,
             ttl_s,
-            RULES.execution_timeout_s if timeout_s is None else timeout_s,
+            SETTINGS.execution_timeout_s if timeout_s is None else timeout_s,
             self.clock.now,
             rank=self._next(),
             order=self._next(),
@@ -126,9 +126,9 @@ class QueueMachine(RuleBasedStateMachine):
         assert taken == expected
 
     @rule(worker=st.sampled_from(WORKERS), job_id=jobs, kind=st.sampled_from(["stream", "progress", "done", "error"]))
-    def deliver(self, worker: str, job_id: str, kind: str) -> None:
+    def update(self, worker: str, job_id: str, kind: str) -> None:
         model = self.models[job_id]
-        holds = model.state == "IN_PROGRESS" and model.worker == worker
+        is_assigned = model.state == "IN_PROGRESS" and model.worker == worker
         try:
             match kind:
                 case "stream":
@@ -139,19 +139,19 @@ class QueueMachine(RuleBasedStateMachine):
                     self.queue.finish(worker, job_id, "result")
                 case "error":
                     self.queue.finish(worker, job_id, None, "it broke")
-        except NotHeldError:
-            assert not holds
+        except JobNotAssignedError:
+            assert not is_assigned
             return
-        assert holds
+        assert is_assigned
         model.seen_at = self.clock.now
         if kind in ("done", "error"):
             self._end(model, "COMPLETED" if kind == "done" else "FAILED")
 
-    @rule(worker=st.sampled_from(WORKERS), named=st.sets(jobs, max_size=4))
-    def ping(self, worker: str, named: set[str]) -> None:
-        self.queue.ping(worker, named)
-        for model in self._held(worker):
-            if model.id in named:
+    @rule(worker=st.sampled_from(WORKERS), reported=st.sets(jobs, max_size=4))
+    def ping(self, worker: str, reported: set[str]) -> None:
+        self.queue.ping(worker, reported)
+        for model in self._running(worker):
+            if model.id in reported:
                 model.seen_at = self.clock.now
 
     @rule(job_id=jobs)
@@ -166,7 +166,7 @@ class QueueMachine(RuleBasedStateMachine):
         model = self.models[job_id]
         try:
             self.queue.retry(job_id)
-        except WrongStateError:
+        except JobStateError:
             assert model.state not in ("FAILED", "TIMED_OUT")
             return
         assert model.state in ("FAILED", "TIMED_OUT")
@@ -175,34 +175,34 @@ class QueueMachine(RuleBasedStateMachine):
         model.rank, model.order = self._next(), self._next()
         self.retried += 1
 
-    @rule(enough=st.sampled_from([False, False, False, True]))
-    def purge(self, enough: bool) -> None:
-        # Now and then: a queue that is empty all the time has nothing else to show.
-        if not enough:
+    @rule(do_purge=st.sampled_from([False, False, False, True]))
+    def purge(self, do_purge: bool) -> None:
+        # Rarely, or else the queue would be empty most of the time.
+        if not do_purge:
             return
         waiting = self._waiting()
         assert self.queue.purge() == len(waiting)
         for model in waiting:
             self._end(model, "CANCELLED")
 
-    @rule(worker=st.sampled_from(WORKERS), again=st.booleans())
-    def die(self, worker: str, again: bool) -> None:
-        self._die(worker)
-        if again:
+    @rule(worker=st.sampled_from(WORKERS), take_and_lose_again=st.booleans())
+    def lose_worker(self, worker: str, take_and_lose_again: bool) -> None:
+        self._lose_worker(worker)
+        if take_and_lose_again:
             self.take(worker, 3)
-            self._die(worker)
+            self._lose_worker(worker)
 
-    def _die(self, worker: str) -> None:
-        held = {job.id for job in self.queue.held(worker)}
-        assert held == {model.id for model in self._held(worker)}
-        in_order = [self.models[job.id] for job in self.queue.held(worker)]
-        self.queue.worker_lost(worker)
-        self._lose(in_order)
+    def _lose_worker(self, worker: str) -> None:
+        running = {job.id for job in self.queue.running_jobs(worker)}
+        assert running == {model.id for model in self._running(worker)}
+        in_order = [self.models[job.id] for job in self.queue.running_jobs(worker)]
+        self.queue.on_worker_lost(worker)
+        self._requeue_or_fail(in_order)
         self.signals[worker] = []
 
     @rule(worker=st.sampled_from(WORKERS))
     def fetch_stop_signals(self, worker: str) -> None:
-        assert self.queue.stop_signals(worker) == self.signals[worker]
+        assert self.queue.pop_stop_signals(worker) == self.signals[worker]
         self.signals[worker] = []
 
     @rule(seconds=st.sampled_from([0.5, 11, 41]))
@@ -214,21 +214,21 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.expire()
         now = self.clock.now
         lost = []
-        # The signals' order is that of the newest first.
+        # The queue handles the newest job first, which determines the order of the stop signals.
         for model in sorted(self.models.values(), key=lambda m: -m.order):
             if model.state not in ("IN_QUEUE", "IN_PROGRESS"):
                 continue
             runs = model.state == "IN_PROGRESS"
             if model.submitted_at + model.ttl_s <= now or (runs and model.taken_at + model.timeout_s <= now):
                 self._end(model, "TIMED_OUT")
-            elif runs and now - model.seen_at >= RULES.lost_after_s:
+            elif runs and now - model.seen_at >= SETTINGS.lost_after_s:
                 lost.append(model)
-        self._lose(sorted(lost, key=lambda m: m.order))
+        self._requeue_or_fail(sorted(lost, key=lambda m: m.order))
 
-    # What always holds.
+    # Invariants.
 
     @invariant()
-    def every_job_is_what_the_model_says(self) -> None:
+    def every_job_matches_the_model(self) -> None:
         for model in self.models.values():
             job = self.queue.job(model.id)
             assert job.status.value == model.state
@@ -236,31 +236,33 @@ class QueueMachine(RuleBasedStateMachine):
                 assert job.worker == model.worker
 
     @invariant()
-    def the_queue_is_in_the_models_order(self) -> None:
+    def the_queue_order_matches_the_model(self) -> None:
         assert [job.id for job in self.queue._waiting] == [model.id for model in self._waiting()]
 
     @invariant()
-    def no_job_is_held_twice(self) -> None:
-        held = Counter(job.id for worker in WORKERS for job in self.queue.held(worker))
-        assert all(count == 1 for count in held.values())
-        assert set(held) == {model.id for model in self.models.values() if model.state == "IN_PROGRESS"}
+    def no_job_is_assigned_twice(self) -> None:
+        assigned = Counter(job.id for worker in WORKERS for job in self.queue.running_jobs(worker))
+        assert all(count == 1 for count in assigned.values())
+        assert set(assigned) == {model.id for model in self.models.values() if model.state == "IN_PROGRESS"}
 
     @invariant()
-    def every_ending_is_told_once(self) -> None:
-        assert Counter(self.told.ends) == Counter({m.id: m.endings for m in self.models.values() if m.endings})
+    def every_end_is_notified_once(self) -> None:
+        assert Counter(self.listener.ended_jobs) == Counter(
+            {m.id: m.end_count for m in self.models.values() if m.end_count}
+        )
 
     @invariant()
-    def the_counts_add_up(self) -> None:
+    def the_counts_match_the_model(self) -> None:
         states = Counter(model.state for model in self.models.values())
         health = self.queue.health()
         assert health["inQueue"] == states["IN_QUEUE"]
         assert health["inProgress"] == states["IN_PROGRESS"]
         assert health["retried"] == self.retried
-        endings = sum(model.endings for model in self.models.values())
-        assert health["completed"] + health["failed"] + self.queue.ended[JobStatus.CANCELLED] == endings
+        end_count = sum(model.end_count for model in self.models.values())
+        assert health["completed"] + health["failed"] + self.queue.end_counts[JobStatus.CANCELLED] == end_count
 
     def teardown(self) -> None:
-        # In the end every job has ended: those that nothing else ended, by their time to live.
+        # After its ttl, every job has ended.
         self.clock.now += 1e6
         self.queue.expire()
         for model in self.models.values():

@@ -1,4 +1,4 @@
-"""The documented rate limits."""
+"""The rate limits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 from emulator.core.rate_limits import RATE_LIMITS, RateLimit, RateLimiter
 from emulator.errors import TooManyRequestsError
-from tests.unit.emulator.fakes import Clock
+from tests.unit.emulator.fakes import FakeClock
 
 
-def test_the_limits_are_those_of_the_documentation() -> None:
+def test_the_limits_match_the_documentation() -> None:
     assert {
         "runsync": RateLimit(2000, 400),
         "run": RateLimit(1000, 200),
@@ -31,8 +31,8 @@ def admitted(limiter: RateLimiter, operation: str) -> bool:
         return False
 
 
-def test_one_request_too_many_waits_until_the_window_has_moved_on() -> None:
-    clock = Clock()
+def test_requests_above_the_rate_are_rejected_until_the_window_has_passed() -> None:
+    clock = FakeClock()
     limiter = RateLimiter(clock)
     assert [admitted(limiter, "cancel") for _ in range(101)] == [True] * 100 + [False]
     clock.now += 9.9
@@ -41,8 +41,8 @@ def test_one_request_too_many_waits_until_the_window_has_moved_on() -> None:
     assert admitted(limiter, "cancel")
 
 
-def test_one_request_too_many_at_once_waits_until_another_has_ended() -> None:
-    limiter = RateLimiter(Clock())
+def test_concurrent_requests_above_the_limit_are_rejected_until_one_ends() -> None:
+    limiter = RateLimiter(FakeClock())
     with ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(limiter.admit("cancel"))
@@ -51,14 +51,14 @@ def test_one_request_too_many_at_once_waits_until_another_has_ended() -> None:
     assert admitted(limiter, "cancel")
 
 
-def test_a_request_that_fails_has_ended_too() -> None:
-    limiter = RateLimiter(Clock())
+def test_a_failed_request_no_longer_counts_as_concurrent() -> None:
+    limiter = RateLimiter(FakeClock())
     for _ in range(30):
         with pytest.raises(ValueError, match="broke"), limiter.admit("cancel"):
             raise ValueError("broke")
     assert admitted(limiter, "cancel")
 
 
-def test_operations_without_a_documented_limit_have_none() -> None:
-    limiter = RateLimiter(Clock())
+def test_operations_without_a_documented_limit_are_unlimited() -> None:
+    limiter = RateLimiter(FakeClock())
     assert all(admitted(limiter, "retry") for _ in range(5000))

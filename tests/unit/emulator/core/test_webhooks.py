@@ -1,4 +1,4 @@
-"""Webhooks: one try and two more, ten seconds apart."""
+"""Webhooks: up to three attempts, ten seconds apart."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ URL = "http://client.example/hook"
 DOCUMENT = {"id": "job", "status": "COMPLETED"}
 
 
-class Client:
-    """A webhook that answers as it is told, and time that passes at once."""
+class FakeWebhook:
+    """A webhook with scripted statuses (None: connection refused), and a sleep that returns at once."""
 
-    def __init__(self, *answers: int | None) -> None:
-        self.answers = list(answers)
-        self.got: list[tuple[str, dict[str, Any]]] = []
+    def __init__(self, *statuses: int | None) -> None:
+        self.statuses = list(statuses)
+        self.received: list[tuple[str, dict[str, Any]]] = []
         self.slept: list[float] = []
 
     async def post(self, url: str, document: dict[str, Any]) -> int:
-        self.got.append((url, document))
-        answer = self.answers.pop(0)
-        if answer is None:
-            raise httpx.ConnectError("nobody is there")
-        return answer
+        self.received.append((url, document))
+        status = self.statuses.pop(0)
+        if status is None:
+            raise httpx.ConnectError("connection refused")
+        return status
 
     async def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
 
 
 @pytest.mark.parametrize(
-    ("answers", "pauses"),
+    ("statuses", "delays"),
     [
         ((200,), []),
         ((500, 200), [10.0]),
@@ -47,26 +47,26 @@ class Client:
         ((204, None, 503), [10.0, 10.0]),
     ],
 )
-def test_a_webhook_is_called_until_it_answers_200_three_times_at_most(
-    answers: tuple[int | None, ...], pauses: list[float]
+def test_a_webhook_is_called_up_to_three_times_until_it_returns_200(
+    statuses: tuple[int | None, ...], delays: list[float]
 ) -> None:
-    client = Client(*answers)
-    asyncio.run(Webhooks(client.post, client.sleep).deliver(URL, DOCUMENT))
-    assert client.got == [(URL, DOCUMENT)] * len(answers)
-    assert client.slept == pauses
+    webhook = FakeWebhook(*statuses)
+    asyncio.run(Webhooks(webhook.post, webhook.sleep).deliver(URL, DOCUMENT))
+    assert webhook.received == [(URL, DOCUMENT)] * len(statuses)
+    assert webhook.slept == delays
 
 
-def test_a_webhook_gets_the_body_of_status(site: Site) -> None:
-    got: list[Any] = []
+def test_a_webhook_receives_the_body_of_status(site: Site) -> None:
+    received: list[Any] = []
 
     class Hook(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            got.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            received.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
             self.send_response(200)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Print nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Hook) as server:
         hook = threading.Thread(target=server.handle_request)
@@ -75,4 +75,4 @@ def test_a_webhook_gets_the_body_of_status(site: Site) -> None:
         assert site.take() == {"id": job_id, "input": "x"}
         site.done(job_id, output={"text": "hi"})
         hook.join(10)
-    assert got == [site.status(job_id)]
+    assert received == [site.status(job_id)]

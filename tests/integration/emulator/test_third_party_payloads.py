@@ -1,7 +1,6 @@
-"""What users of worker-vllm and of RunPod's package for LangChain send is answered, in the forms that they read.
+"""Payloads of worker-vllm and of RunPod's package for LangChain get responses that their users can parse.
 
-Payloads are those of worker-vllm's README and tests (commit 7a92503, and of its versions before 2), and the requests
-that `langchain-runpod` 0.2 makes.
+Sources: README and tests of worker-vllm (commit 7a92503, and versions before 2), requests of `langchain-runpod` 0.2.
 """
 
 from __future__ import annotations
@@ -75,16 +74,16 @@ REFUSED: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def answered(llm: Site, value: dict[str, Any]) -> Any:
-    """The output of a job, as who polls `/status` finds it."""
+def output_of(llm: Site, value: dict[str, Any]) -> Any:
+    """Run a job; return the output from `/status`."""
     status = llm.ended(llm.submit(value), 60)
     assert status["status"] == "COMPLETED", status
     return status["output"]
 
 
 @pytest.mark.parametrize("name", LEGACY)
-def test_a_top_level_job_is_answered_in_vllms_form_and_in_langchains(name: str, llm: Site) -> None:
-    (answer,) = answered(llm, LEGACY[name])
+def test_a_top_level_job_returns_vllms_format_with_langchains_fields(name: str, llm: Site) -> None:
+    (answer,) = output_of(llm, LEGACY[name])
 
     choice = answer["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
@@ -98,21 +97,21 @@ def test_a_top_level_job_is_answered_in_vllms_form_and_in_langchains(name: str, 
 
 @pytest.mark.parametrize("name", LEGACY)
 def test_a_top_level_job_streams(name: str, llm: Site) -> None:
-    parts = answered(llm, {**LEGACY[name], "stream": True})
+    parts = output_of(llm, {**LEGACY[name], "stream": True})
 
     assert parts[-1]["finish_reason"]
     assert parts[-1]["usage"]["completion_tokens"] >= 1
 
 
 @pytest.mark.parametrize("name", OPENAI)
-def test_a_job_of_a_route_is_answered_as_vllm_answers(name: str, llm: Site) -> None:
-    (answer,) = answered(llm, OPENAI[name])
+def test_a_job_with_a_route_returns_vllms_response(name: str, llm: Site) -> None:
+    (answer,) = output_of(llm, OPENAI[name])
 
     assert answer.keys() & {"choices", "data", "output", "content", "tokens"}
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_says_so_with_a_status_and_is_not_retryable(name: str, llm: Site) -> None:
+def test_an_invalid_job_fails_with_a_status_and_is_not_retryable(name: str, llm: Site) -> None:
     value, status = REFUSED[name]
 
     job = llm.ended(llm.submit(value), 60)

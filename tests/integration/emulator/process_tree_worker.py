@@ -1,7 +1,7 @@
-"""A worker with a family: a child in its group, and a grandchild that went off into a session of its own.
+"""A worker with descendants: a child in its process group, and a grandchild in a session of its own.
 
-All of them ignore SIGTERM. Their process ids, and that of the launcher above, are written to the file $PIDS.
-With $OBEDIENT, the worker itself ends on SIGTERM, and leaves its family behind.
+All of them ignore SIGTERM. The file $PIDS gets the process ids of the launcher, the worker and its descendants.
+With $EXITS_ON_SIGTERM, the worker itself exits on SIGTERM without its descendants.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import time
 import urllib.request
 from pathlib import Path
 
-if "OBEDIENT" not in os.environ:
+if "EXITS_ON_SIGTERM" not in os.environ:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 _IGNORE = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 child = subprocess.Popen([sys.executable, "-c", _IGNORE])
-# A process that has lost its parent and left its group: the kind that usually stays behind.
-_ORPHAN = f"""
+# An orphan outside of the process group: the kind of process that is usually left running.
+_START_ORPHAN = f"""
 import subprocess, sys
-apart = dict(start_new_session=True, stdout=subprocess.DEVNULL)
-print(subprocess.Popen([sys.executable, "-c", {_IGNORE!r}], **apart).pid)
+options = dict(start_new_session=True, stdout=subprocess.DEVNULL)
+print(subprocess.Popen([sys.executable, "-c", {_IGNORE!r}], **options).pid)
 """
-orphan = int(subprocess.run([sys.executable, "-c", _ORPHAN], stdout=subprocess.PIPE, check=True).stdout)
+orphan = int(subprocess.run([sys.executable, "-c", _START_ORPHAN], stdout=subprocess.PIPE, check=True).stdout)
 pids = Path(os.environ["PIDS"])
 pids.with_suffix(".new").write_text(f"{os.getppid()} {os.getpid()} {child.pid} {orphan}")
 pids.with_suffix(".new").rename(pids)

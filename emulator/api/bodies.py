@@ -1,0 +1,70 @@
+"""Bodies of requests and responses: size limits, JSON, and error responses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse as _JSONResponse
+from starlette.responses import Response
+
+from emulator.errors import APIError, BadRequestError, ContentTooLargeError
+
+# nginx's status for a client that disconnects before the response.
+CLIENT_CLOSED_REQUEST: Final = 499
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Return the request's body.
+
+    Raises:
+        ContentTooLargeError: it exceeds the limit; the rest is not read.
+    """
+    body = bytearray()
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or int(declared) <= max_bytes:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                break
+        else:
+            return bytes(body)
+    raise ContentTooLargeError(f"the body exceeds {max_bytes} bytes")
+
+
+def parse_json(body: bytes) -> Any:
+    """Return the value of a JSON body.
+
+    Raises:
+        BadRequestError: it is not JSON.
+    """
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequestError(f"the body is not JSON: {error}") from None
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """Return one line that says what is invalid in a document, without its values."""
+    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['msg']}" for item in error.errors())
+
+
+class JSONResponse(_JSONResponse):
+    """JSON in ASCII, so that a lone surrogate that came in as JSON can go out again."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the content as JSON."""
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+def api_error_response(_request: Request, error: Exception) -> JSONResponse:
+    """Return the response of the platform's own routes to an error: `{"error": "..."}`."""
+    status = error.status if isinstance(error, APIError) else 500
+    return JSONResponse({"error": str(error)}, status_code=status)
+
+
+def client_closed_request(_request: Request, _error: Exception) -> Response:
+    """Return the response to a client that disconnected while it sent its request; nobody receives it."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

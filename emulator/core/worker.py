@@ -1,0 +1,65 @@
+"""One worker of an endpoint, as its fleet keeps it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from emulator.core.process import Process
+
+LOG_LINES: Final = 50
+
+
+class WorkerState(StrEnum):
+    """A worker's state, as the platform names it; `stopping` is ours: asked to stop, but still running."""
+
+    INITIALIZING = "initializing"
+    IDLE = "idle"
+    RUNNING = "running"
+    THROTTLED = "throttled"
+    UNHEALTHY = "unhealthy"
+    STOPPING = "stopping"
+
+
+ACTIVE_STATES: Final = frozenset(
+    {WorkerState.INITIALIZING, WorkerState.IDLE, WorkerState.RUNNING, WorkerState.THROTTLED}
+)
+"""States of workers that serve jobs, or will."""
+TAKING_STATES: Final = frozenset({WorkerState.IDLE, WorkerState.RUNNING})
+"""States of workers that are given jobs."""
+
+
+@dataclass(eq=False)
+class FleetWorker:
+    """One worker, managed or external. All times are the fleet's clock, in seconds.
+
+    Args:
+        state_since: when the worker entered its state.
+        last_seen_at: when it last sent a request.
+        process: its process if the emulator started it and it has not exited; None for an external worker.
+        has_polled: whether it has ever asked for a job.
+        kill_at: when its grace period ends, while it is stopping.
+        killed: whether it was killed because its grace period had ended.
+        ready_at: when it first asked for a job.
+        reason: why it is in its state, for people to read.
+        jobs_taken: how many jobs it was given.
+        log: its last log lines, without secrets.
+    """
+
+    id: str
+    state: WorkerState
+    started_at: float
+    state_since: float
+    last_seen_at: float
+    process: Process | None = None
+    has_polled: bool = False
+    kill_at: float | None = None
+    killed: bool = False
+    ready_at: float | None = None
+    exited_at: float | None = None
+    exit_code: int | None = None
+    reason: str = ""
+    jobs_taken: int = 0
+    log: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))

@@ -1,0 +1,79 @@
+"""The emulator's own routes: faults, killing workers, and the web page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.unit.emulator.conftest import Site
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"kind": "explode"},
+        {"kind": "drop", "rate": 1.1},
+        {"kind": "error", "status": 200},
+        {"kind": "latency"},
+        {"kind": "duplicate", "route": "run"},
+        {"kind": "kill", "route": "run"},
+        {"kind": "drop", "unknown": 1},
+    ],
+)
+def test_an_invalid_rule_is_rejected_and_the_active_faults_stay(site: Site, rule: dict[str, Any]) -> None:
+    site.put_faults({"kind": "error", "route": "cancel"})
+    assert site.put_faults(rule).status_code == 400
+    assert site.root.get("/faults").json()["rules"][0]["route"] == "cancel"
+
+
+def test_faults_are_listed_with_counts_and_can_be_removed(site: Site) -> None:
+    site.put_faults({"kind": "error", "route": "health", "status": 503, "times": 1}, seed=3).raise_for_status()
+    assert site.client.get("/health").status_code == 503
+    assert site.client.get("/health").status_code == 200
+    assert site.root.get("/faults").json() == {
+        "seed": 3,
+        "rules": [
+            {
+                "kind": "error",
+                "route": "health",
+                "rate": 1.0,
+                "when": "before",
+                "status": 503,
+                "latency_ms": 0,
+                "times": 1,
+                "endpoint": None,
+            }
+        ],
+        "throttled_workers": 0,
+        "struck": [1],
+    }
+    assert site.root.put("/faults", json={}).json()["rules"] == []
+
+
+def test_fault_and_kill_routes_require_an_api_key(site: Site) -> None:
+    with httpx.Client(base_url=site.url) as stranger:
+        assert stranger.put("/faults", json={"rules": [{"kind": "drop"}]}).status_code == 401
+        assert stranger.get("/faults").status_code == 401
+        assert stranger.post("/workers/w1/kill").status_code == 401
+    assert site.root.get("/faults").json()["rules"] == []
+
+
+def test_an_external_worker_cannot_be_killed(site: Site) -> None:
+    site.take()
+    assert site.root.post("/workers/w1/kill").status_code == 404
+
+
+def test_the_page_loads_only_from_its_own_origin_and_cannot_be_framed(site: Site) -> None:
+    response = site.root.get("/").raise_for_status()
+    rules = set(response.headers["content-security-policy"].split("; "))
+    assert rules == {"default-src 'self'", "base-uri 'none'", "frame-ancestors 'none'", "form-action 'self'"}
+
+
+@pytest.mark.parametrize("path", ["/", "/page/app.js", "/page/style.css"])
+def test_page_files_are_revalidated_on_every_load(site: Site, path: str) -> None:
+    response = site.root.get(path).raise_for_status()
+    assert response.headers["cache-control"] == "no-cache"
+    again = site.root.get(path, headers={"If-None-Match": response.headers["etag"]})
+    assert (again.status_code, again.headers["cache-control"]) == (200 if path == "/" else 304, "no-cache")
