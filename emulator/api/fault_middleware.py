@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -98,11 +99,12 @@ class FaultInjectionMiddleware:
                 return False  # The job-take route does it.
 
     def _kill_worker(self, path: str) -> None:
+        """Kill the worker that sends the request; an external one cannot be killed, and only loses its connection."""
         segments = path.split("/")
         endpoint = self._context.endpoints.get(segments[_ENDPOINT_SEGMENT])
-        if endpoint is None:
-            raise NotFoundError(f"endpoint {segments[_ENDPOINT_SEGMENT]} not found")
-        endpoint.fleet.kill(segments[_WORKER_SEGMENT])
+        if endpoint is not None:
+            with suppress(NotFoundError):
+                endpoint.fleet.kill(segments[_WORKER_SEGMENT])
 
 
 class _BufferedResponse:

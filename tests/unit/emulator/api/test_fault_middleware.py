@@ -29,6 +29,15 @@ def test_a_dropped_connection_has_no_response(site: Site, when: str, queued: int
     assert site.client.get("/health").json()["jobs"]["inQueue"] == queued
 
 
+def test_a_kill_of_an_external_worker_drops_its_connection(site: Site) -> None:
+    site.put_faults({"kind": "kill", "route": "job-take", "times": 1})
+
+    with pytest.raises(DROPPED):
+        site.take()
+    job_id = site.submit()
+    assert site.take()["id"] == job_id
+
+
 def test_latency_is_added_to_its_route_only(site: Site) -> None:
     site.put_faults({"kind": "latency", "route": "status", "latency_ms": 300})
     job_id = site.submit()
