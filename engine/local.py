@@ -64,7 +64,7 @@ async def answer(job: dict[str, Any], handler: Handler, engine: VLLMEngine) -> i
 def _text(output: Any) -> str:
     """What a person reads of an output."""
     if isinstance(output, str):
-        return "".join(delta["text"] for delta in deltas.deltas(output)) if output.startswith("data:") else output
+        return "".join(delta["text"] for delta in deltas.from_events(output)) if output.startswith("data:") else output
     if not isinstance(output, dict):
         return ""
     if "text" in output:

@@ -6,16 +6,15 @@ import ctypes
 import os
 from pathlib import Path
 
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
 
 def prefer_fork() -> None:
     """Let vLLM fork its processes on a CPU, where it would spawn them and each would import all of vLLM again.
 
     vLLM spawns them so that other libraries are loaded first (`LD_PRELOAD`) and OpenMP reads its environment again.
-    Where these libraries are loaded already, and OpenMP is GNU's, which can be configured later, a fork is as good. A
-    start method that the user has set stays.
+    Where these libraries are loaded already, and OpenMP is GNU's, which can be configured later, a fork is as good.
     """
-    if "VLLM_WORKER_MULTIPROC_METHOD" in os.environ:
-        return
     from vllm.platforms import current_platform
 
     preloaded = {
@@ -23,7 +22,7 @@ def prefer_fork() -> None:
     }
     openmp = next((path for path in preloaded if Path(path).name.startswith("libgomp")), None)
     if current_platform.is_cpu() and openmp is not None and preloaded <= _mapped_files():
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        os.environ[START_METHOD] = "fork"
         library = ctypes.CDLL(openmp)
         os.register_at_fork(after_in_child=lambda: _apply_openmp_environment(library))
 

@@ -10,10 +10,10 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_DIRECTORY = "VLLM_SERVERLESS_START_NOTES"
+_DIRECTORY = "VLLM_SERVERLESS_STARTUP_LOGS"
 # Loggers of vLLM 0.32 that report why one of its processes could not start, and how long each step took.
 _LOGGERS = (
     "vllm.compilation.backends",
@@ -70,9 +70,9 @@ class _CaptureFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         failed = record.levelno >= logging.ERROR
-        if self._directory.is_dir():
-            with (self._directory / ("errors" if failed else "lines")).open("a", encoding="utf-8") as file:
-                file.write((logging.Formatter().format(record) if failed else record.getMessage()) + "\n")
+        # The directory may be gone, or the disk full: an error here would end vLLM's process.
+        with suppress(OSError), (self._directory / ("errors" if failed else "lines")).open("a", encoding="utf-8") as file:
+            file.write((logging.Formatter().format(record) if failed else record.getMessage()) + "\n")
         return True
 
 

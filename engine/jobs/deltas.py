@@ -34,10 +34,10 @@ class Delta(TypedDict):
     token_ids: NotRequired[list[int]]
     usage: NotRequired[dict[str, Any]]
     warnings: NotRequired[list[str]]
-    """What was ignored in the job's input; sent with `usage`."""
+    """What was ignored in the job's input; in the first dict of the stream."""
 
 
-def deltas(batch: str, warnings: tuple[str, ...] = ()) -> Iterator[Delta]:
+def from_events(batch: str) -> Iterator[Delta]:
     """Yield the dicts of one batch of complete events: one for each choice with new content, ordered by index.
 
     Raises:
@@ -58,8 +58,6 @@ def deltas(batch: str, warnings: tuple[str, ...] = ()) -> Iterator[Delta]:
     if usage:
         found = found or [Delta(index=0, text="", finish_reason=None)]
         found[-1]["usage"] = usage
-        if warnings:
-            found[-1]["warnings"] = list(warnings)
     yield from found
     if error is not None:
         raise _engine_error(error["error"])
@@ -88,29 +86,31 @@ def _halves(delta: Delta) -> tuple[Delta, ...]:
     is_split = False
     for name, value in delta.items():
         if name in _SPLITTABLE:
-            one, other = _split_value(value)
+            one, other = _split_tool_calls(value) if name == "tool_calls" else _split_value(value)
             if one and other:
                 is_split = True
                 first[name], second[name] = one, other  # type: ignore[literal-required]
     return (first, second) if is_split else ()
 
 
-def _split_value(value: Any) -> tuple[Any, Any]:
-    """Return two halves of a text, a list, or each list of an object; the first is empty if there is only one item.
+def _split_tool_calls(calls: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """Return two halves of a list of tool calls; a single one is split in its arguments, as vLLM streams them."""
+    if len(calls) > 1:
+        return _split_value(calls)
+    (call,) = calls
+    one, other = _split_value((call.get("function") or {}).get("arguments") or "")
+    if not one:
+        return [], calls
+    rest = {"index": call["index"]} if "index" in call else {}
+    return [call | {"function": call["function"] | {"arguments": one}}], [rest | {"function": {"arguments": other}}]
 
-    A single tool call is split in its arguments, as vLLM streams them.
-    """
+
+def _split_value(value: Any) -> tuple[Any, Any]:
+    """Return two halves of a text, a list, or each list of an object; the first is empty if there is only one item."""
     if isinstance(value, dict):
         both = {name: _split_value(part or []) for name, part in value.items()}
         first = {name: one for name, (one, _) in both.items() if one}
         return first, {name: other or None for name, (_, other) in both.items()}
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        call = value[0]
-        one, other = _split_value((call.get("function") or {}).get("arguments") or "")
-        if not one:
-            return [], value
-        rest = {"index": call["index"]} if "index" in call else {}
-        return [call | {"function": call["function"] | {"arguments": one}}], [rest | {"function": {"arguments": other}}]
     middle = len(value) // 2
     return value[:middle], value[middle:]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
 
 from engine.backend import merging
 from engine.backend.routes import GET_ONLY, SERVING
@@ -95,8 +95,11 @@ class _Call:
     native: bool = False
 
 
-# `"true"` as well as `true`: forms and templates quote what they fill in, and worker-vllm takes it.
-_Flag = Annotated[bool, Field(strict=False)]
+# Fields at the top level of an input that belong into `sampling_params`.
+_LIFTED_FIELDS = SAMPLING_FIELDS | GUIDED_FIELDS.keys() | REMOVED_FIELDS.keys()
+# `"true"` as well as `true`: forms and templates quote what they fill in, and worker-vllm accepts it.
+_LenientBool = Annotated[bool, Field(strict=False)]
+_LENIENT_BOOL = TypeAdapter(bool)
 
 
 def _upper(value: Any) -> Any:
@@ -140,14 +143,14 @@ class RouteInput(_Input):
 
 class _NativeInput(_Input):
     sampling_params: dict[str, Any] = {}
-    stream: _Flag = False
+    stream: _LenientBool = False
     model: StrictStr | None = None
 
     def _post(self, path: str, field: str, value: Any, defaults: dict[str, Any]) -> _Call:
-        body = {**self.sampling_params}
-        body |= {name: default for name, default in defaults.items() if body.get(name) is None}
+        body = {name: part for name, part in self.sampling_params.items() if part is not None}
+        body = defaults | body
         for name in (field, "stream", "model"):
-            if body.pop(name, None) is not None:
+            if name in body:
                 raise InvalidInputError(f"sampling_params holds {name!r}, which belongs at the top level of the input")
         body |= {field: value, "stream": self.stream}
         if self.model is not None:
@@ -172,7 +175,7 @@ class PromptInput(_NativeInput):
     """A prompt at the top level of the input, for clients that call `/run` directly."""
 
     prompt: StrictStr | Annotated[list[Any], Field(min_length=1)]
-    apply_chat_template: _Flag = False
+    apply_chat_template: _LenientBool = False
 
     def call(self, max_model_len: int) -> _Call:
         """Return a POST to `/v1/completions` whose `max_tokens` is the rest of the context; or a chat of this one turn.
@@ -182,7 +185,9 @@ class PromptInput(_NativeInput):
         if self.apply_chat_template:
             turn = {"role": "user", "content": self.prompt}
             return self._post("/v1/chat/completions", "messages", [turn], {})
-        return self._post("/v1/completions", "prompt", self.prompt, {"max_tokens": max_model_len})
+        # Completions have no `max_completion_tokens`, and vLLM would ignore it.
+        limit = self.sampling_params.get("max_completion_tokens") or max_model_len
+        return self._post("/v1/completions", "prompt", self.prompt, {"max_tokens": limit})
 
 
 # The field that identifies each format, in order of precedence.
@@ -224,7 +229,7 @@ def parse(
     if not isinstance(value, dict):
         raise InvalidInputError(f"the job's input must be a JSON object. Accepted:\n{ACCEPTED_INPUTS}")
     warnings = list(_ignored(value))
-    value = _given(value)
+    value = _normalized(value)
     form = next((_INPUT_TYPES[field] for field in _INPUT_TYPES if field in value), None)
     if form is None:
         raise InvalidInputError(f"the job's input is in none of the accepted formats:\n{ACCEPTED_INPUTS}")
@@ -241,56 +246,65 @@ def parse(
         )
     if call.document is None:
         return Request(call.method, call.path, call.query, None, call.native, tuple(warnings))
-    document, removed = _current(call.path, _merged(call.document))
+    body = {name: part for name, part in call.document.items() if name != "extra_body"} | _extra_body(call.document)
+    document, removed = _with_current_names(call.path, body)
     plain = merging.is_plain_text(call.path, document)
     tokens = event_tokens(call.path) if plain else None
     if tokens is not None and tokens > 1:
         document = {**document, "stream_interval": tokens}
     warnings += removed
-    body = _encode(document)
-    return Request(call.method, call.path, call.query, body, call.native, tuple(warnings), mergeable=tokens is not None)
+    encoded = _encode(document)
+    return Request(call.method, call.path, call.query, encoded, call.native, tuple(warnings), mergeable=tokens is not None)
 
 
 def _ignored(value: dict[str, Any]) -> Iterator[str]:
-    """Say what of the input is ignored."""
-    if batching := ", ".join(sorted(BATCHING_FIELDS & value.keys())):
+    """Yield what of the input is ignored, and why."""
+    given = {name for name, part in value.items() if part is not None}
+    if batching := ", ".join(sorted(BATCHING_FIELDS & given)):
         yield f"{batching}: ignored, as BATCH_INTERVAL_MS of the worker sets the size of batches"
-    if value.get("messages") is not None:
+    if "messages" in given:
         if value.get("prompt"):
             yield "prompt: ignored, as messages are given"
-        if value.get("apply_chat_template") is not None and not value["apply_chat_template"]:
+        if "apply_chat_template" in given and not _as_bool(value["apply_chat_template"]):
             yield "apply_chat_template: ignored, as messages always use the chat template"
 
 
-def _given(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the input without what is ignored, or `null`, as typed clients write it for what is not given.
+def _normalized(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the input without ignored fields and without `null`, which typed clients write for what is not given.
 
-    Sampling fields at the top level of a native input move to `sampling_params`.
+    In the top-level format, all sampling fields move to `sampling_params`, from the top level and from `extra_body`.
     """
     given = {name: part for name, part in value.items() if part is not None and name not in BATCHING_FIELDS}
     if "messages" in given:  # As in worker-vllm, they override a prompt.
         given = {name: part for name, part in given.items() if name not in ("prompt", "apply_chat_template")}
-    if given.keys() & _INPUT_TYPES.keys() <= {"messages", "prompt"} and isinstance(
-        given.get("sampling_params", {}), dict
-    ):
-        sampling = {name: part for name, part in given.items() if name in SAMPLING_FIELDS | GUIDED_FIELDS.keys()}
-        if extra := given.get("extra_body"):
-            sampling["extra_body"] = extra
-        given = {name: part for name, part in given.items() if name not in (*sampling, "extra_body")}
+    sampling = given.get("sampling_params", {})
+    if given.keys() & _INPUT_TYPES.keys() <= {"messages", "prompt"} and isinstance(sampling, dict):
+        lifted = {name: part for name, part in given.items() if name in _LIFTED_FIELDS}
+        extra = _extra_body(given) | _extra_body(sampling)
+        given = {name: part for name, part in given.items() if name not in (*lifted, "extra_body")}
+        sampling = {name: part for name, part in (lifted | sampling | extra).items() if name != "extra_body"}
         if sampling:
-            given["sampling_params"] = sampling | given.get("sampling_params", {})
+            given["sampling_params"] = sampling
     return given
 
 
-def _merged(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the body with the fields of `extra_body` in it, where OpenAI's own clients put them."""
+def _as_bool(value: Any) -> Any:
+    """Return what vLLM, and a lenient form, read of a boolean: `"true"`, `1`; anything else unchanged."""
+    try:
+        return _LENIENT_BOOL.validate_python(value)
+    except ValidationError:
+        return value
+
+
+def _extra_body(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `extra_body`, where OpenAI's own clients put fields that they do not know."""
     extra = body.get("extra_body")
     if extra is not None and not isinstance(extra, dict):
         raise InvalidInputError("extra_body must be a JSON object of more fields of the request")
-    return {name: part for name, part in body.items() if name != "extra_body"} | (extra or {})
+    return extra or {}
 
 
-def _current(path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _with_current_names(path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the body in the names that vLLM has today, and what of it is ignored.
 
     Raises:
@@ -307,6 +321,8 @@ def _current(path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
             f"{', '.join(sorted(guided))} and structured_outputs are both given: the former is an old name for a part "
             "of the latter, so give only structured_outputs"
         )
+    if "stream" in body:
+        body = body | {"stream": _as_bool(body["stream"])}
     removed = REMOVED_FIELDS.keys() & body.keys() if path in STRUCTURED_ROUTES else set()
     warnings = [f"{name}: ignored, as {REMOVED_FIELDS[name]}" for name in sorted(removed) if body[name] is not None]
     body = {name: part for name, part in body.items() if name not in GUIDED_FIELDS and name not in removed}

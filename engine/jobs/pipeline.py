@@ -127,10 +127,13 @@ async def _stream(
             error event: its client reads the stream, and would wait for the end of one that just stops.
     """
     error: JobError | None = None
+    warnings = list(request.warnings)
     async with aclosing(_batches(response, engine, cut=not request.native)) as batches:
         async for batch in batches:
             if request.native:
-                for delta in deltas.deltas(batch, request.warnings):
+                for delta in deltas.from_events(batch):
+                    if warnings:
+                        delta["warnings"], warnings = warnings, []
                     for part in deltas.split(delta, MAX_OUTPUT_BYTES):
                         yield part
             else:

@@ -29,7 +29,7 @@ def log_ended(  # noqa: PLR0913 (the fields of the line)
     tokens: tuple[int, int] | None,
     first_output_s: float | None,
     duration_s: float,
-    batches: int,
+    outputs: int,
 ) -> None:
     """Log how a job ended.
 
@@ -37,22 +37,22 @@ def log_ended(  # noqa: PLR0913 (the fields of the line)
         job_id: its id.
         job: as it was taken.
         status: "completed", "failed", "stopped" or "undelivered".
-        tokens: of its prompt and its answer, if the engine knows them.
+        tokens: in and out, if the engine knows them.
         first_output_s: from the take to its first output, in seconds; None without output.
         duration_s: from the take to the end of its last delivery, in seconds.
-        batches: how many outputs were delivered.
+        outputs: how many were delivered.
     """
-    prompt_tokens, answer_tokens = tokens or (None, None)
+    tokens_in, tokens_out = tokens or (None, None)
     line = {
         "job": job_id,
         **_batch(job),
         "route": _route(job),
         "status": status,
-        "tokens_in": prompt_tokens,
-        "tokens_out": answer_tokens,
+        "tokens_in": tokens_in,
+        "tokens_out": tokens_out,
         "first_output_s": None if first_output_s is None else round(first_output_s, 4),
         "duration_s": round(duration_s, 4),
-        "batches": batches,
+        "batches": outputs,
     }
     _log.info("%s", json.dumps(line))
 

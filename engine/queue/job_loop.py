@@ -59,13 +59,16 @@ class LoopState(Enum):
 class JobState(Enum):
     """How far a job has come."""
 
-    PENDING = "pending"
-    """Its task has not run yet. A task that is cancelled now would never run, nor remove the job."""
     RUNNING = "running"
+    """Its outputs are delivered as they come. Only now can it be aborted."""
     FINISHING = "finishing"
-    """Its result is decided and is being delivered: it is no longer cancelled."""
+    """Its result is decided."""
+    DELIVERING = "delivering"
+    """Its result is being delivered."""
     STOPPED = "stopped"
-    """The platform has stopped it, or the worker has given it up: it gets no result."""
+    """The platform has stopped it: it gets no result."""
+    ABANDONED = "abandoned"
+    """The worker ends before its result could be delivered."""
 
 
 @dataclass(eq=False)
@@ -75,30 +78,26 @@ class RunningJob:
     Attributes:
         id: the platform's.
         started_at: when it was taken, by `time.monotonic()`.
+        has_run: whether its task has run. A task that is cancelled before would never run, nor remove the job.
         abort_error: the error that it ends with, if it was aborted.
         redelivered_job: the same job, taken again while this run was ending. It runs when this run is over.
     """
 
     id: str
     started_at: float
-    state: JobState = JobState.PENDING
+    state: JobState = JobState.RUNNING
+    has_run: bool = False
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
     abort_error: JobError | None = None
     first_output_s: float | None = None
-    outcome: str = "completed"
+    outcome: str = "undelivered"
     redelivered_job: dict[str, Any] | None = None
-
-    @property
-    def can_be_aborted(self) -> bool:
-        """Whether its end is still open."""
-        return self.state in (JobState.PENDING, JobState.RUNNING)
 
     def abort(self, state: JobState, error: JobError | None = None) -> None:
         """Cancel its task and move on to `state`."""
-        has_run = self.state is not JobState.PENDING
         self.state, self.abort_error = state, error
-        if self.task is not None and has_run:
+        if self.task is not None and self.has_run:
             self.task.cancel()
 
 
@@ -124,7 +123,7 @@ class JobLoop:
         queue: where jobs come from and outputs go.
         handler: an async generator of a job's outputs.
         admission: says how many jobs to take now.
-        load_changed: is set when the answer of `admission` may have changed.
+        load_changed: is set when the answer of `admission` may have changed; the loop clears it.
         failure: returns what is wrong with the engine for good, or None.
         timeouts: how long things may take.
         pop_token_counts: returns and forgets the tokens of a job's prompt and answer, if the engine knows them.
@@ -158,7 +157,7 @@ class JobLoop:
         self._supervised: set[asyncio.Task[None]] = set()
         self._ending = asyncio.Event()
         self._start_lock = asyncio.Lock()
-        self._ended_at = 0.0
+        self._ending_since = 0.0
         self._failure_reason: str | None = None
         self._shutdown_error: WorkerShutdownError | None = None
         self.state = LoopState.SERVING
@@ -166,14 +165,14 @@ class JobLoop:
     def stop(self) -> None:
         """Take no further job, and end when the running ones have ended."""
         if self.state is LoopState.SERVING:
-            self._end(LoopState.DRAINING)
+            self._begin_ending(LoopState.DRAINING)
 
     def fail(self, reason: str) -> None:
         """Take no further job, and end the running ones as retryable: the worker cannot serve any more."""
         if self.state in (LoopState.SERVING, LoopState.DRAINING):
             self._failure_reason = reason
             _log.error("The worker has failed: %s", reason)
-            self._end(LoopState.FAILED)
+            self._begin_ending(LoopState.FAILED)
 
     def supervise(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run a task until the loop ends; if the task ends with an exception, the worker fails."""
@@ -191,9 +190,9 @@ class JobLoop:
             _log.error("Task %r failed", task.get_name(), exc_info=error)
             self.fail(f"its task {task.get_name()!r} ended with {safe_str(error)}")
 
-    def _end(self, state: LoopState) -> None:
+    def _begin_ending(self, state: LoopState) -> None:
         self.state = state
-        self._ended_at = time.monotonic()
+        self._ending_since = time.monotonic()
         self._ending.set()
         # Before anything else is posted: a client may answer to that with another job, which would come here.
         self._queue.stop_polling()
@@ -265,7 +264,7 @@ class JobLoop:
             return False
         if (last := self._jobs.get(job_id)) is not None:
             # The platform has the result of the last run, or has stopped it, and starts another one.
-            if not last.can_be_aborted and last.redelivered_job is None:
+            if last.state is not JobState.RUNNING and last.redelivered_job is None:
                 last.redelivered_job = job
                 return True
             _log.warning("Job %s: redelivered while it runs; the duplicate is ignored", job_id)
@@ -285,38 +284,42 @@ class JobLoop:
 
     async def _run_job(self, job: dict[str, Any], running: RunningJob) -> None:
         delivery = JobDelivery(self._queue.post, running.id, running.started_at + self._timeouts.delivery_s)
+        running.has_run = True
         error = running.abort_error
-        if running.state is JobState.PENDING:
-            running.state = JobState.RUNNING
+        if running.state is JobState.RUNNING:
             error = await self._run_handler(job, running, delivery)
         if running.timer is not None:
             running.timer.cancel()
         try:
             if running.state is JobState.STOPPED:
                 running.outcome = "stopped"
-            else:
+            elif running.state is not JobState.ABANDONED:
                 running.state = JobState.FINISHING
-                reason = self._check_engine()
+                reason = self._fail_if_engine_failed()
                 if reason is not None:
                     error = WorkerShutdownError(f"the worker has failed: {reason}")
-                replace = reason is not None and await self._should_request_replacement(running)
+                replace = reason is not None and await self._wait_to_request_replacement(running)
+                running.state = JobState.DELIVERING
                 running.outcome = await delivery.finish(error, replace_worker=replace)
         finally:
             self._remove_job(job, running, delivery.count)
 
     async def _run_handler(self, job: dict[str, Any], running: RunningJob, delivery: JobDelivery) -> JobError | None:
         """Run the handler; return the error that the job ends with, if it does not complete."""
+        error: JobError | None
         try:
-            return await self._deliver_outputs(job, running, delivery)
+            error = await self._deliver_outputs(job, running, delivery)
         except asyncio.CancelledError:
-            return running.abort_error or WorkerShutdownError("the job was cancelled in the worker; try again")
-        except JobError as error:
-            return error
-        except DeliveryError as error:
-            return EngineError(f"an output could not be delivered: {error}")
+            error = WorkerShutdownError("the job was cancelled in the worker; try again")
+        except JobError as own_error:
+            error = own_error
+        except DeliveryError as failure:
+            error = EngineError(f"an output could not be delivered: {failure}")
         except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)
             _log.exception("Job %s failed in the worker", running.id)
-            return InternalError("internal worker error; see the worker's log")
+            error = InternalError("internal worker error; see the worker's log")
+        # Whatever the handler made of its cancellation.
+        return running.abort_error or error
 
     async def _deliver_outputs(
         self, job: dict[str, Any], running: RunningJob, delivery: JobDelivery
@@ -343,31 +346,35 @@ class JobLoop:
             raise asyncio.CancelledError
         return None
 
-    async def _should_request_replacement(self, running: RunningJob) -> bool:
+    async def _wait_to_request_replacement(self, running: RunningJob) -> bool:
         """Return whether this job's result asks for another worker: the oldest job's does, after all other results.
 
         The platform may end the worker at once when it is asked, and with it deliveries that are still under way.
         """
-        if running is not next(one for one in self._jobs.values() if one.state is not JobState.STOPPED):
+        candidates = (JobState.RUNNING, JobState.FINISHING)
+        if running is not next(one for one in self._jobs.values() if one.state in candidates):
             return False
         others = [task for task in self._tasks() if task is not running.task]
         if others:
-            await asyncio.wait(others, timeout=max(self._ended_at + _REPLACEMENT_DELAY_S - time.monotonic(), 0))
+            await asyncio.wait(others, timeout=max(self._ending_since + _REPLACEMENT_DELAY_S - time.monotonic(), 0))
         return True
 
-    def _remove_job(self, job: dict[str, Any], running: RunningJob, batches: int) -> None:
+    def _remove_job(self, job: dict[str, Any], running: RunningJob, outputs: int) -> None:
         del self._jobs[running.id]
         self._queue.remove_in_progress(running.id)
         self._changed.set()
-        job_log.log_ended(
-            running.id,
-            job,
-            running.outcome,
-            tokens=self._pop_token_counts(running.id),
-            first_output_s=running.first_output_s,
-            duration_s=time.monotonic() - running.started_at,
-            batches=batches,
-        )
+        try:
+            job_log.log_ended(
+                running.id,
+                job,
+                running.outcome,
+                tokens=self._pop_token_counts(running.id),
+                first_output_s=running.first_output_s,
+                duration_s=time.monotonic() - running.started_at,
+                outputs=outputs,
+            )
+        except Exception:  # A line of the log is not worth the worker.
+            _log.exception("Job %s: its end could not be logged", running.id)
         if running.redelivered_job is not None:
             self._start_job(running.redelivered_job)
 
@@ -393,19 +400,19 @@ class JobLoop:
         running = self._jobs.get(job_id)
         if running is not None:
             running.redelivered_job = None
-        if running is not None and running.can_be_aborted:
+        if running is not None and running.state is JobState.RUNNING:
             running.abort(JobState.STOPPED)
 
     @staticmethod
     def _time_out(running: RunningJob, limit_s: float) -> None:
-        if running.can_be_aborted:
+        if running.state is JobState.RUNNING:
             running.abort(JobState.FINISHING, TimedOutError(limit_s))
 
     async def _watch_engine(self) -> None:
-        while self._check_engine() is None:  # noqa: ASYNC110 (vLLM sends no event for this, least of all for a stall)
+        while self._fail_if_engine_failed() is None:  # noqa: ASYNC110 (vLLM sends no event for this, least of all for a stall)
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
-    def _check_engine(self) -> str | None:
+    def _fail_if_engine_failed(self) -> str | None:
         """Return what is wrong with the worker for good; if something is, end the loop.
 
         The answer stays: a stalled engine has no unfinished request any more once its jobs are aborted.
@@ -424,7 +431,7 @@ class JobLoop:
     @property
     def _drain_deadline(self) -> float:
         """When the running jobs are aborted, by `time.monotonic()`."""
-        return self._ended_at + (self._timeouts.drain_s if self.state is LoopState.DRAINING else 0.0)
+        return self._ending_since + (self._timeouts.drain_s if self.state is LoopState.DRAINING else 0.0)
 
     async def _end_jobs(self, taking: asyncio.Task[None]) -> None:
         """Let jobs that run, or are still on their way, use the drain time; then end all of them as retryable."""
@@ -433,7 +440,7 @@ class JobLoop:
         why = "the worker has failed" if self.state is LoopState.FAILED else "the worker was asked to stop"
         self._shutdown_error = WorkerShutdownError(f"{why} before the job had ended; try again")
         for running in self._jobs.values():
-            if running.can_be_aborted:
+            if running.state is JobState.RUNNING:
                 running.abort(JobState.FINISHING, self._shutdown_error)
         deadline = time.monotonic() + FINAL_DELIVERY_TIMEOUT_S
         while (unfinished := self._unfinished(taking)) and (left_s := deadline - time.monotonic()) > 0:
@@ -447,7 +454,7 @@ class JobLoop:
         for running in self._jobs.values():
             _log.error("Job %s: the worker ends before the result could be delivered", running.id)
             running.redelivered_job = None
-            running.abort(JobState.STOPPED)
+            running.abort(JobState.ABANDONED)
         for task in self._supervised:
             task.cancel()
         await asyncio.wait([*self._supervised, *self._tasks()], timeout=ABANDON_TIMEOUT_S)

@@ -62,14 +62,14 @@ async def main():
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "user": user}
         job = {"id": "1", "input": {"openai_route": "/v1/chat/completions", "openai_input": body}}
         handed.clear()
-        answers = [answer async for answer in pipeline.run(job, server)]
+        answers = [answer async for answer in pipeline.run(job, engine)]
         print(json.dumps({"handed": handed, "object": answers[0].get("object")}))
 
-server = worker.server()
+engine = worker.current().engine
 try:
     asyncio.run(main())
 finally:
-    worker.stop()
+    worker.shutdown()
 """
 
 

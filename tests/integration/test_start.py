@@ -60,7 +60,7 @@ def test_a_model_whose_code_is_in_another_repository_is_served(hub: Hub, tiny_mo
 
     assert status == 0, log
     assert any(request.endswith("configuration_tiny.py") for request in hub.requests)
-    assert "ALLOWED_ROUTES has /metrix, and vLLM's app has no such route" in log
+    assert "ALLOWED_ROUTES has /metrix, but vLLM's app has no such route" in log
     assert "ALLOWED_ROUTES has /metrics" not in log
     assert log.count("is for org/another, and so not used") == 1
 

@@ -201,10 +201,10 @@ def test_without_what_an_optimisation_needs_the_worker_starts_and_says_so(
     compat.render_short_requests_inline(object())
     compat.remove_unused_middleware(object())
 
-    assert [record.getMessage().split(", which")[0] for record in caplog.records] == [
-        "This vLLM does not allow deltas to be kept apart",
-        "This vLLM does not allow short requests to be prepared without a thread",
-        "This vLLM does not allow middleware to be left out",
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        "Disabled, as this vLLM does not support it: separate deltas for tool and reasoning parsers",
+        "Disabled, as this vLLM does not support it: rendering of short requests without a thread",
+        "Disabled, as this vLLM does not support it: removal of unused middleware",
     ]
 
 

@@ -87,7 +87,7 @@ def test_the_native_forms_logprobs_are_openais_streamed_or_not(asked: dict[str, 
     tokens = of_all.get("tokens") or [token["token"] for token in of_all["content"]]
     assert "".join(tokens).startswith("".join(delta["text"] for delta in deltas))
     assert len(tokens) == deltas[-1]["usage"]["completion_tokens"]
-    assert deltas[-1]["warnings"] == ["batch_size: ignored, as the worker sets the size of batches"]
+    assert deltas[0]["warnings"] == ["batch_size: ignored, as BATCH_INTERVAL_MS of the worker sets the size of batches"]
 
 
 def test_a_job_without_a_model_name_is_answered_by_the_model_that_is_served(job_queue: JobQueue) -> None:
