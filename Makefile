@@ -52,7 +52,7 @@ format: $(READY)  ## Apply the formatter and the safe fixes
 	@$(BIN)/ruff format .
 
 docs: $(READY)  ## Write the settings' declarations into the READMEs and into what RunPod's hub offers
-	@$(BIN)/python -m engine.config.settings README.md README_zh.md
+	@$(BIN)/python -m tools.settings_table README.md README_zh.md
 	@$(BIN)/python -m tools.runpod_hub .runpod/hub.json
 
 browser:  ## Install Chromium, for the tests of the emulator's page, where there is none
