@@ -63,10 +63,14 @@ browser:  ## Install Chromium, for the tests of the emulator's page, where there
 		$$sudo apt-get update -qq && $$sudo apt-get install -y -qq chromium >/dev/null; } || \
 		{ echo "Chromium cannot be installed: install it, or set CHROMIUM to its path"; exit 1; }
 
-lock:  ## Make the lock files anew from pyproject.toml
+wheel: $(READY)  ## Build the wheel into dist/
+	@$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+lock:  ## Update the lock files from pyproject.toml; ARGS=--upgrade takes the newest of every package
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet uv
-	@UV=$(BIN)/uv UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" requirements/lock.sh
+	@UV=$(BIN)/uv UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" requirements/lock.sh $(ARGS)
 
 $(READY): $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
