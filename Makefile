@@ -6,7 +6,7 @@ LOCKS := requirements/cpu.lock requirements/dev.lock
 READY := $(VENV)/ready
 PREVIEW := $(CURDIR)/$(VENV)/vllm-preview
 # The CPU build of PyTorch lives on an index of its own; it is asked for that one package alone.
-TORCH := $(shell grep -h '^torch==' $(LOCKS))
+TORCH_PIN := $(shell grep -h '^torch==' $(LOCKS))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # What a new vLLM or SDK may have moved.
@@ -99,7 +99,7 @@ $(READY): $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	@echo "Setting up $(VENV): about 200 packages, 2.5 GB, some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH_PIN)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(addprefix --requirement ,$(LOCKS))
 	@touch $@
 
