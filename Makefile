@@ -4,11 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCKS := requirements/cpu.lock requirements/dev.lock
 READY := $(VENV)/ready
+PREVIEW := $(CURDIR)/$(VENV)/vllm-preview
 # The CPU build of PyTorch lives on an index of its own; it is asked for that one package alone.
-TORCH := $(shell grep -h '^torch==' $(LOCKS))
+TORCH_PIN := $(shell grep -h '^torch==' $(LOCKS))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run up test browser unit image-test soak fuzz bench check format lock docs clean
+# What a new vLLM or SDK may have moved.
+INTERFACE := $(addprefix tests/integration/,test_engine_config.py test_flags.py test_vllm_interface.py test_parity.py) \
+	tests/unit/queue/test_runpod_client.py
+
+.PHONY: run up test unit integration browser image-test soak fuzz bench check format docs wheel lock upgrade interface \
+	preview clean
 
 run: $(READY)  ## Answer the job of test_input.json with the tiny model
 	@$(BIN)/python handler.py
@@ -16,12 +22,13 @@ run: $(READY)  ## Answer the job of test_input.json with the tiny model
 up: $(READY)  ## Run the emulator: the platform on this machine, with workers that come and go
 	@$(BIN)/python -m emulator $(ARGS)
 
-test: $(READY) browser  ## Run all tests: the real engine, the real SDK, a real browser
-	@$(BIN)/python -m pytest --numprocesses auto tests/unit
-	@$(BIN)/python -m pytest --durations 40 tests/integration
+test: unit integration  ## Run all tests: the real engine, the real SDK, and a real browser where one is installed
 
 unit: $(READY)  ## Run the tests that need no engine
 	@$(BIN)/python -m pytest --numprocesses auto tests/unit
+
+integration: $(READY)  ## Run the tests on the real engine and the real SDK
+	@$(BIN)/python -m pytest --durations 40 tests/integration
 
 image-test: $(READY)  ## Build the images for real, on stand-ins for their bases, and let them answer jobs (Debian, root)
 	@{ command -v buildah && command -v debootstrap; } >/dev/null || \
@@ -45,17 +52,20 @@ check: $(READY)  ## Lint, formatting and types
 	@$(BIN)/hadolint Dockerfile
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/zizmor --quiet --offline .github
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.renovate renovate.json
 
 format: $(READY)  ## Apply the formatter and the safe fixes
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(READY)  ## Write the settings' declarations into the READMEs and into what RunPod's hub offers
-	@$(BIN)/python -m engine.config.settings README.md README_zh.md
+docs: $(READY)  ## Update what is generated from the settings: the READMEs' table and RunPod Hub's form
+	@$(BIN)/python -m tools.settings_table README.md README_zh.md
 	@$(BIN)/python -m tools.runpod_hub .runpod/hub.json
 
-browser:  ## Install Chromium, for the tests of the emulator's page, where there is none
+browser:  ## Install Chromium for the tests of the emulator's page, unless it is there (Debian, root)
 	@test -n "$$CHROMIUM" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
 		command -v google-chrome >/dev/null || { \
 		echo "Installing Chromium for the tests of the emulator's page"; \
@@ -63,16 +73,33 @@ browser:  ## Install Chromium, for the tests of the emulator's page, where there
 		$$sudo apt-get update -qq && $$sudo apt-get install -y -qq chromium >/dev/null; } || \
 		{ echo "Chromium cannot be installed: install it, or set CHROMIUM to its path"; exit 1; }
 
-lock:  ## Make the lock files anew from pyproject.toml
+wheel: $(READY)  ## Build the wheel into dist/
+	@$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+lock:  ## Update the lock files from pyproject.toml; ARGS=--upgrade takes the newest of every package
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet uv
-	@UV=$(BIN)/uv UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" requirements/lock.sh
+	@UV=$(BIN)/uv UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" requirements/lock.sh $(ARGS)
+
+upgrade: $(READY)  ## Move to VLLM=0.33.0 TORCH=2.14.0 RUNPOD=1.13.0: pins, locks, generated files; then test the interface
+	@$(BIN)/python -m tools.upgrade $(if $(VLLM),--vllm $(VLLM)) $(if $(TORCH),--torch $(TORCH)) $(if $(RUNPOD),--runpod $(RUNPOD))
+	@$(MAKE) --no-print-directory lock
+	@$(MAKE) --no-print-directory docs
+	@$(MAKE) --no-print-directory interface
+
+interface: $(READY)  ## Run the tests that show what a new vLLM or SDK has moved
+	@$(BIN)/python -m pytest $(INTERFACE)
+
+preview: $(READY)  ## Run them on the Python sources of VLLM=0.33.0 (default: the newest), which may have no CPU build yet
+	@$(BIN)/python -m tools.vllm_preview $(PREVIEW) $(VLLM)
+	@PYTHONPATH=$(PREVIEW) VLLM_TARGET_DEVICE=cpu $(MAKE) --no-print-directory interface
 
 $(READY): $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	@echo "Setting up $(VENV): about 200 packages, 2.5 GB, some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH_PIN)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(addprefix --requirement ,$(LOCKS))
 	@touch $@
 

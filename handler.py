@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import logging
 import os
+import runpy
 import signal
 import sys
 import warnings
@@ -106,6 +107,11 @@ def main() -> int:
     except ConfigurationError as error:
         sys.stderr.write(f"The worker cannot start: {error}\n")
         return 1
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        sys.stderr.write("vLLM is not installed: install requirements/gpu.lock, or cpu.lock without a GPU\n")
+        return 1
     finally:
         worker.shutdown()
 
@@ -165,6 +171,14 @@ def _set_vllm_quiet() -> None:
     os.environ.setdefault("TORCH_LOGS", "-all")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     warnings.simplefilter("ignore")
+
+
+def cli() -> None:
+    """Run this file as `python handler.py` does, for the command `vllm-serverless`.
+
+    It becomes the main module, which the processes that vLLM spawns import again.
+    """
+    runpy.run_path(__file__, run_name="__main__")
 
 
 if __name__ == "__main__":

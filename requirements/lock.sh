@@ -1,29 +1,34 @@
 #!/usr/bin/env bash
-# Makes the lock files anew from pyproject.toml: `make lock`.
+# Updates the lock files from pyproject.toml: `make lock`. A version that still fits stays as it is;
+# `make lock ARGS=--upgrade` takes the newest of every package. Arguments are passed to `uv pip compile`.
 #
 #   cpu.lock      what runs the worker on a CPU
-#   dev.lock      what its tests and checks need beside that
+#   dev.lock      what its tests and checks need in addition
 #   gpu.lock      what runs it on a GPU, vLLM's CUDA build included
 #   worker.lock   the same without what vLLM itself needs: for an image that has vLLM
 #   builder.lock  what downloads and verifies a model
 set -euo pipefail
 cd "$(dirname "$0")/.."
 UV=${UV:-uv}
+options=("$@")
 PLAIN=(--quiet --no-annotate --no-header --no-emit-find-links --no-emit-index-url)
 made=$(mktemp -d)
 trap 'rm -r "$made"' EXIT
 
-compile() {  # NAME OPTION...: a lock in $made
+compile() {  # NAME OPTION...: a lock in $made; uv prefers the versions that the file has already
     local name=$1
     shift
-    "$UV" pip compile "${PLAIN[@]}" --output-file "$made/$name" "$@"
+    "$UV" pip compile "${PLAIN[@]}" "${options[@]}" --output-file "$made/$name" "$@"
 }
 names() { sed 's/[=; ].*//' "$1"; }
 write() {  # NAME: from standard input
     { echo "# Made by \`make lock\` from pyproject.toml."; cat; } > "requirements/$1.lock"
 }
 
-# PyTorch's CPU build lies on an index of its own, or in a directory; only these two may look there.
+for name in cpu gpu worker builder; do cp "requirements/$name.lock" "$made/$name"; done
+cat requirements/cpu.lock requirements/dev.lock > "$made/all"
+
+# PyTorch's CPU build is on an index of its own, or in a directory; only these two may look there.
 cpu=(pyproject.toml --python-version 3.11 --extra cpu)
 compile cpu "${cpu[@]}"
 compile all "${cpu[@]}" --extra dev --constraint "$made/cpu"

@@ -28,6 +28,7 @@ _CI = "this very test is part of it, or CI runs it beside"
 _LONG = "takes from minutes to most of an hour, and has tests of its own (tests/unit/bench/test_bench.py, tests/soak)"
 _ACCOUNT = "needs an account: it makes something on RunPod or Spirit, and costs money"
 _HUB = "needs the hub, or a model of one's own; tests/integration/test_builder.py runs it"
+_NETWORK = "changes this checkout, or downloads what a test need not; tests/unit/tools has what can be tested of it"
 
 _HEADERS = '-H "Authorization: Bearer $RUNPOD_API_KEY" -H "Content-Type: application/json"'
 
@@ -59,6 +60,15 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("deploy.md", "curl -s https://api-serverless.datastone.cn/v1/chat/completions \\"): _ACCOUNT,
     ("performance.md", "python -m bench --peer WORKER_VLLM_CHECKOUT                     # 16 minutes"): _LONG,
     ("performance.md", "python -m bench --full --rounds 2"): _LONG,
+    ("upgrading.md", "make preview"): _NETWORK,
+    ("upgrading.md", "PYTHONPATH=.venv/vllm-preview VLLM_TARGET_DEVICE=cpu .venv/bin/python handler.py"): _NETWORK,
+    ("upgrading.md", "make upgrade"): _NETWORK,
+    ("upgrading.md", "make docs"): _NETWORK,
+    ("upgrading.md", "make interface"): _CI,
+    ("upgrading.md", "make test"): _CI,
+    ("upgrading.md", "make soak"): _LONG,
+    ("upgrading.md", "make bench"): _LONG,
+    ("upgrading.md", "make lock"): _NETWORK,
 }  # fmt: skip
 
 _PART = re.compile(

@@ -71,7 +71,10 @@ class _CaptureFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         failed = record.levelno >= logging.ERROR
         # The directory may be gone, or the disk full: an error here would end vLLM's process.
-        with suppress(OSError), (self._directory / ("errors" if failed else "lines")).open("a", encoding="utf-8") as file:
+        with (
+            suppress(OSError),
+            (self._directory / ("errors" if failed else "lines")).open("a", encoding="utf-8") as file,
+        ):
             file.write((logging.Formatter().format(record) if failed else record.getMessage()) + "\n")
         return True
 

@@ -1,13 +1,11 @@
 """The worker's own settings: declared once here, read once. What `vllm serve` takes is in `engine.config.vllm_flags`.
 
-The READMEs' table is made from these declarations (`python -m engine.config.settings README.md README_zh.md`), and
-what the hub of the platform offers to set (`tools.runpod_hub`).
+`make docs` makes the READMEs' table (`tools.settings_table`) and RunPod Hub's form (`tools.runpod_hub`) from these
+declarations.
 """
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -126,16 +124,6 @@ def allowed(name: str) -> str:
     return _in_words(Settings.model_json_schema()["properties"][name])
 
 
-def markdown_table() -> str:
-    """All settings as a Markdown table: variable, default, what is allowed, meaning."""
-    rows = ["| Variable | Default | Allowed | Meaning |", "| --- | --- | --- | --- |"]
-    for name, field in Settings.model_fields.items():
-        default = "" if field.default in (None, frozenset()) else f"`{field.default}`"
-        default = default.lower() if isinstance(field.default, bool) else default
-        rows.append(f"| `{name.upper()}` | {default} | {allowed(name)} | {field.description} |")
-    return "\n".join(rows)
-
-
 def _faults(error: ValidationError, given: Mapping[str, Variable]) -> list[str]:
     names = dict.fromkeys(str(fault["loc"][0]) for fault in error.errors())
     return [f"{name.upper()}={_shown(name, given)} is not allowed. Allowed: {allowed(name)}." for name in names]
@@ -175,17 +163,3 @@ def _in_words(schema: dict[str, Any]) -> str:
 def _bounds(schema: dict[str, Any]) -> str:
     words = {"exclusiveMinimum": "above", "minimum": "from", "maximum": "to", "exclusiveMaximum": "below"}
     return "".join(f" {word} {schema[bound]:g}" for bound, word in words.items() if bound in schema)
-
-
-def _write_table(readme: Path) -> None:
-    """Put the table between a README's `settings` marks."""
-    text = readme.read_text(encoding="utf-8")
-    marks = re.compile(r"(<!-- settings -->\n).*?(<!-- /settings -->)", re.DOTALL)
-    if not marks.search(text):
-        raise SystemExit(f"{readme} has no <!-- settings --> marks")
-    readme.write_text(marks.sub(lambda match: f"{match[1]}{markdown_table()}\n{match[2]}", text), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        _write_table(Path(name))

@@ -86,7 +86,7 @@ def _halves(delta: Delta) -> tuple[Delta, ...]:
     is_split = False
     for name, value in delta.items():
         if name in _SPLITTABLE:
-            one, other = _split_tool_calls(value) if name == "tool_calls" else _split_value(value)
+            one, other = _split_tool_calls(delta["tool_calls"]) if name == "tool_calls" else _split_value(value)
             if one and other:
                 is_split = True
                 first[name], second[name] = one, other  # type: ignore[literal-required]

@@ -254,7 +254,9 @@ def parse(
         document = {**document, "stream_interval": tokens}
     warnings += removed
     encoded = _encode(document)
-    return Request(call.method, call.path, call.query, encoded, call.native, tuple(warnings), mergeable=tokens is not None)
+    return Request(
+        call.method, call.path, call.query, encoded, call.native, tuple(warnings), mergeable=tokens is not None
+    )
 
 
 def _ignored(value: dict[str, Any]) -> Iterator[str]:

@@ -373,7 +373,7 @@ class JobLoop:
                 duration_s=time.monotonic() - running.started_at,
                 outputs=outputs,
             )
-        except Exception:  # A line of the log is not worth the worker.
+        except Exception:  # noqa: BLE001 (a line of the log is not worth the worker)
             _log.exception("Job %s: its end could not be logged", running.id)
         if running.redelivered_job is not None:
             self._start_job(running.redelivered_job)

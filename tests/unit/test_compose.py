@@ -46,7 +46,7 @@ def test_build_arguments_are_the_dockerfiles_with_its_defaults(service: str) -> 
 
 def test_compose_takes_the_arguments_that_the_guide_offers() -> None:
     guide = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
-    table = guide[guide.index("| Variable | Without it | |") : guide.index("These settings are the model's")]
+    table = guide[guide.index("| Variable | Default | |") : guide.index("These settings belong to the model")]
     offered = set(re.findall(r"`([A-Z_]+)`", "".join(row.split("|")[1] for row in table.splitlines() if "|" in row)))
     assert {"MODEL_NAME", "BASE_IMAGE"} <= offered
     assert offered <= document()["services"]["vllm"]["build"]["args"].keys()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.settings import markdown_table
+from tools.settings_table import markdown_table
 
 ROOT = Path(__file__).parents[2]
 ENGLISH = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ def batch(*chunks: list[bytes]) -> str:
 
 
 def test_the_texts_of_a_batch_become_one() -> None:
-    assert list(deltas.deltas(batch(chat_chunks("漢", "字")))) == [
+    assert list(deltas.from_events(batch(chat_chunks("漢", "字")))) == [
         {"index": 0, "text": "漢字", "finish_reason": "stop"}
     ]
 
@@ -26,31 +26,31 @@ def test_the_texts_of_a_batch_become_one() -> None:
 def test_line_separators_within_a_text_do_not_end_its_event() -> None:
     text = "a\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r\nb"
 
-    assert next(deltas.deltas(batch(chat_chunks(text))))["text"] == text
+    assert next(deltas.from_events(batch(chat_chunks(text))))["text"] == text
 
 
 def test_completions_have_their_text_too() -> None:
     events = sse({"choices": [{"index": 0, "text": "a", "finish_reason": None}]})
 
-    assert list(deltas.deltas(batch(events))) == [{"index": 0, "text": "a", "finish_reason": None}]
+    assert list(deltas.from_events(batch(events))) == [{"index": 0, "text": "a", "finish_reason": None}]
 
 
 def test_each_choice_has_a_dict_of_its_own_in_order() -> None:
     events = sse(*({"choices": [{"index": index, "text": str(index)}]} for index in (1, 0, 1)))
 
-    assert [(delta["index"], delta["text"]) for delta in deltas.deltas(batch(events))] == [(0, "0"), (1, "11")]
+    assert [(delta["index"], delta["text"]) for delta in deltas.from_events(batch(events))] == [(0, "0"), (1, "11")]
 
 
 def test_usage_comes_with_the_last_dict() -> None:
     events = sse({"choices": [{"index": 0, "text": "a"}]}, {"choices": [], "usage": {"completion_tokens": 1}})
 
-    assert list(deltas.deltas(batch(events)))[-1]["usage"] == {"completion_tokens": 1}
+    assert list(deltas.from_events(batch(events)))[-1]["usage"] == {"completion_tokens": 1}
 
 
 def test_usage_alone_still_comes() -> None:
     events = sse({"choices": [], "usage": {"completion_tokens": 1}})
 
-    assert list(deltas.deltas(batch(events))) == [
+    assert list(deltas.from_events(batch(events))) == [
         {"index": 0, "text": "", "finish_reason": None, "usage": {"completion_tokens": 1}}
     ]
 
@@ -58,14 +58,14 @@ def test_usage_alone_still_comes() -> None:
 def test_a_batch_without_news_gives_nothing() -> None:
     role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
 
-    assert list(deltas.deltas(batch(sse(role)))) == []
+    assert list(deltas.from_events(batch(sse(role)))) == []
 
 
 def test_reasoning_and_tool_calls_are_kept() -> None:
     first = {"index": 0, "delta": {"reasoning": "so ", "tool_calls": [{"index": 0, "id": "a"}]}}
     second = {"index": 0, "delta": {"reasoning": "then", "tool_calls": [{"index": 0}]}}
 
-    (delta,) = deltas.deltas(batch(sse({"choices": [first]}, {"choices": [second]})))
+    (delta,) = deltas.from_events(batch(sse({"choices": [first]}, {"choices": [second]})))
 
     assert delta["reasoning"] == "so then"
     assert delta["tool_calls"] == [{"index": 0, "id": "a"}, {"index": 0}]
@@ -95,7 +95,7 @@ def test_reasoning_and_tool_calls_are_kept() -> None:
 def test_logprobs_of_a_batch_are_one_object_of_openais(first: Any, second: Any, joined: Any) -> None:
     choices = [{"index": 0, "delta": {"content": "x"}, "logprobs": one} for one in (first, None, second)]
 
-    (delta,) = deltas.deltas(batch(sse(*({"choices": [choice]} for choice in choices))))
+    (delta,) = deltas.from_events(batch(sse(*({"choices": [choice]} for choice in choices))))
 
     assert delta["logprobs"] == joined
 
@@ -104,20 +104,13 @@ def test_token_ids_and_why_it_stopped_are_passed_on() -> None:
     first = {"index": 0, "text": "a", "token_ids": [1], "stop_reason": None}
     second = {"index": 0, "text": "b", "token_ids": [2, 3], "stop_reason": 0, "finish_reason": "stop"}
 
-    (delta,) = deltas.deltas(batch(sse({"choices": [first]}, {"choices": [second]})))
+    (delta,) = deltas.from_events(batch(sse({"choices": [first]}, {"choices": [second]})))
 
     assert delta == {"index": 0, "text": "ab", "finish_reason": "stop", "token_ids": [1, 2, 3], "stop_reason": 0}
 
 
-def test_warnings_stand_beside_the_usage() -> None:
-    text, usage = {"choices": [{"index": 0, "text": "a"}]}, {"choices": [], "usage": {"completion_tokens": 1}}
-
-    assert "warnings" not in next(deltas.deltas(batch(sse(text)), ("ignored",)))
-    assert next(deltas.deltas(batch(sse(text, usage)), ("ignored",)))["warnings"] == ["ignored"]
-
-
 def test_what_came_before_an_error_event_is_given_first() -> None:
-    found = deltas.deltas(batch(sse({"choices": [{"index": 0, "text": "a"}]}, {"error": {"message": "no"}})))
+    found = deltas.from_events(batch(sse({"choices": [{"index": 0, "text": "a"}]}, {"error": {"message": "no"}})))
 
     assert next(found)["text"] == "a"
     with pytest.raises(EngineResponseError):
@@ -128,7 +121,7 @@ def test_an_error_event_ends_the_job_with_the_engines_own_error() -> None:
     error = {"error": {"message": "no", "type": "BadRequestError", "param": None, "code": 400}}
 
     with pytest.raises(EngineResponseError) as caught:
-        list(deltas.deltas(batch(sse(error))))
+        list(deltas.from_events(batch(sse(error))))
 
     assert caught.value.document() == {**error, "status": 400, "retryable": False}
 
