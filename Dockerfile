@@ -1,21 +1,21 @@
-# The worker with its model inside.
+# The worker with its model.
 #
-#   docker build -t IMAGE .                    for a GPU: vLLM's own image, the model of the hub in a layer of its own
+#   docker build -t IMAGE .                    for a GPU: vLLM's own image, the model of the hub in a separate layer
 #   docker build -t IMAGE --target cpu .       for a laptop: vLLM's CPU build, with the tiny model
 #   docker build -t IMAGE --target cpu-hub .   the same, with the model of the hub
 #
-# docs/deploy.md tells what the build arguments do. What changes most often comes last: a change of the code rebuilds the
-# last layer alone.
+# docs/deploy.md describes the build arguments. What changes most often comes last: a change of the code rebuilds only
+# the last layer.
 
-# Where base images come from: a mirror of the registry may stand here.
+# Registry of the base images; may be a mirror.
 ARG BASE_URL=docker.io
-# An image with vLLM 0.32, or any with CUDA and Python from 3.11 (then vLLM is installed into it).
+# An image with vLLM 0.32, or one with CUDA and Python 3.11 or later, into which vLLM is installed.
 ARG BASE_IMAGE=${BASE_URL}/vllm/vllm-openai:v0.32.0
 ARG PYTHON_IMAGE=${BASE_URL}/library/python:3.11.14-slim-bookworm
-# The model of the hub.
+# The model, on the hub.
 ARG MODEL_NAME=unsloth/phi-4-bnb-4bit
 ARG MODEL_REVISION=main
-# What the image's labels say of this repository: its version, and where it is.
+# For the labels of the image: version and URL of this repository.
 ARG VERSION=0.1.0
 ARG SOURCE=
 
@@ -27,13 +27,13 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_AC
 COPY requirements/builder.lock requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m pip install --quiet --no-deps --requirement requirements/builder.lock
-# Only the modules that `download` and `verify` import: a change of the others does not download the model again.
+# Only what `download` and `verify` import, so that a change of other modules does not download the model again.
 COPY builder/__init__.py builder/__main__.py builder/checkpoint.py builder/console.py builder/download.py \
     builder/errors.py builder/hf_hub.py builder/layout.py builder/manifest.py builder/process_lock.py \
     builder/verify.py builder/
 
 
-# The model, whole and verified. The cache keeps what a broken build has downloaded; the token is in no layer.
+# The model, complete and verified. The cache keeps the files of a failed build; the token is in no layer.
 FROM builder AS model
 ARG MODEL_NAME
 ARG MODEL_REVISION
@@ -42,7 +42,7 @@ RUN --mount=type=secret,id=HF_TOKEN --mount=type=cache,target=/cache \
     python3 -m builder download "$MODEL_NAME" "/cache/$MODEL_NAME/$MODEL_REVISION" --revision "$MODEL_REVISION" --update \
     && cp -r "/cache/$MODEL_NAME/$MODEL_REVISION" /model \
     && python3 -m builder verify /model
-# Settings of this model; an empty argument is none. They are not used when MODEL_NAME names another one at run time.
+# Settings of this model; empty ones are not set. They are ignored if MODEL_NAME is another model at run time.
 ARG QUANTIZATION=bitsandbytes
 ARG DTYPE=bfloat16
 ARG MAX_MODEL_LEN=
@@ -53,16 +53,16 @@ RUN python3 -c 'import json, os; \
     json.dump(given, open("/settings.json", "w"), indent=2)'
 
 
-# vLLM's CPU build and the worker's packages.
+# The CPU build of vLLM, and the worker's packages.
 FROM ${PYTHON_IMAGE} AS cpu-packages
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /app
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-# What vLLM's CPU kernels link to.
+# A library of vLLM's CPU kernels.
 RUN apt-get update && apt-get install --yes --quiet --no-install-recommends libnuma1=2.0.16-1 \
     && rm -rf /var/lib/apt/lists/*
 COPY requirements/cpu.lock requirements/
-# The CPU build of PyTorch lies on an index of its own, which is asked for that one package alone.
+# The CPU build of PyTorch has its own package index, which is used for that package only.
 RUN --mount=type=cache,target=/root/.cache/pip \
     grep '^torch==' requirements/cpu.lock > requirements/torch.lock \
     && python3 -m pip install --quiet --no-deps --retries 1 --extra-index-url "$TORCH_INDEX" \
@@ -70,7 +70,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && python3 -m pip install --quiet --no-deps --requirement requirements/cpu.lock
 
 
-# A real model of a few megabytes, made here.
+# The tiny model: a real one of a few megabytes, trained here.
 FROM cpu-packages AS tiny
 COPY builder/ builder/
 RUN python3 -m builder tiny /model && python3 -m builder manifest /model \
@@ -110,7 +110,7 @@ LABEL vllm-serverless.model="${MODEL_NAME}" vllm-serverless.model.revision="${MO
 FROM ${BASE_IMAGE} AS gpu-packages
 WORKDIR /app
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-# Where `python3` is too old, as on Ubuntu 22.04, a later Python beside it takes its name.
+# If `python3` is too old, as on Ubuntu 22.04, link it to a later version that is installed too.
 RUN is_new="import sys; sys.exit(sys.version_info < (3, 11))"; \
     python3 -c "$is_new" 2>/dev/null \
     || ln -sf "$(command -v python3.13 || command -v python3.12 || command -v python3.11)" /usr/local/bin/python3; \
@@ -118,16 +118,16 @@ RUN is_new="import sys; sys.exit(sys.version_info < (3, 11))"; \
     { python3 -c "$is_new" && python3 -m pip --version; } >/dev/null 2>&1 \
     || { echo "BASE_IMAGE has no Python from 3.11 with pip" >&2; exit 1; }
 COPY requirements/gpu.lock requirements/worker.lock requirements/
-# Where the base has vLLM, nothing that vLLM needs is touched: the lock holds what the worker needs beside that.
+# If the base has vLLM, its packages are not changed: worker.lock has only what the worker needs in addition.
 RUN --mount=type=cache,target=/root/.cache/pip \
     lock=$(python3 -c 'from importlib.util import find_spec; print("worker" if find_spec("vllm") else "gpu")') \
     && python3 -m pip install --quiet --no-deps --requirement "requirements/$lock.lock"
 
 
 FROM gpu-packages AS gpu
-# Off /runpod-volume and whatever else a platform mounts: a volume would hide it.
+# Outside of /runpod-volume and other mount points of platforms: a volume would hide it.
 ARG MODEL_DIR=/workspace/vllm/phi-4-bnb-4bit
-# The platform's volumes may belong to root: --build-arg WORKER=0 where models are downloaded to one.
+# The user. Volumes may belong to root: use --build-arg WORKER=0 if models are downloaded to one.
 ARG WORKER=10001
 RUN useradd --create-home --uid 10001 worker
 ENV BAKED_MODEL_DIR=${MODEL_DIR} PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1
@@ -147,6 +147,6 @@ LABEL org.opencontainers.image.title="vllm-serverless" \
     org.opencontainers.image.version="${VERSION}" \
     vllm-serverless.model="${MODEL_NAME}" \
     vllm-serverless.model.revision="${MODEL_REVISION}"
-# The base starts `vllm serve`.
+# Replaces that of the base, `vllm serve`.
 ENTRYPOINT []
 CMD ["python3", "handler.py"]

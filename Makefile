@@ -1,11 +1,11 @@
-# One-word commands. Each sets up what it needs and is quick when that is there already.
+# One-word commands. Each sets up what it needs, and is quick if that exists.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOCKS := requirements/cpu.lock requirements/dev.lock
 READY := $(VENV)/ready
 PREVIEW := $(CURDIR)/$(VENV)/vllm-preview
-# The CPU build of PyTorch lives on an index of its own; it is asked for that one package alone.
+# The CPU build of PyTorch has its own package index, which is used for that package only.
 TORCH_PIN := $(shell grep -h '^torch==' $(LOCKS))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -16,35 +16,35 @@ INTERFACE := $(addprefix tests/integration/,test_engine_config.py test_flags.py 
 .PHONY: run up test unit integration browser image-test soak fuzz bench check format docs wheel lock upgrade interface \
 	preview clean
 
-run: $(READY)  ## Answer the job of test_input.json with the tiny model
+run: $(READY)  ## Run the job of test_input.json with the tiny model
 	@$(BIN)/python handler.py
 
-up: $(READY)  ## Run the emulator: the platform on this machine, with workers that come and go
+up: $(READY)  ## Run the emulator: the platform on this machine, with autoscaled workers
 	@$(BIN)/python -m emulator $(ARGS)
 
 test: unit integration  ## Run all tests: the real engine, the real SDK, and a real browser where one is installed
 
-unit: $(READY)  ## Run the tests that need no engine
+unit: $(READY)  ## Run the tests without an engine
 	@$(BIN)/python -m pytest --numprocesses auto tests/unit
 
 integration: $(READY)  ## Run the tests on the real engine and the real SDK
 	@$(BIN)/python -m pytest --durations 40 tests/integration
 
-image-test: $(READY)  ## Build the images for real, on stand-ins for their bases, and let them answer jobs (Debian, root)
+image-test: $(READY)  ## Build the images, on stand-ins for their base images, and run jobs in them (Debian, root)
 	@{ command -v buildah && command -v debootstrap; } >/dev/null || \
 		{ apt-get update -qq && apt-get install -y -qq buildah debootstrap; }
 	@$(BIN)/python -m pytest tests/image --timeout 3600
 
-soak: $(READY)  ## Show what the tests have no time for: hundreds of signals, the SDK's own loop beside ours (more than an hour)
+soak: $(READY)  ## Run the long tests: hundreds of signals, comparison with the SDK's own loop (more than an hour)
 	@$(BIN)/python -m pytest tests/soak
 
-fuzz: $(READY)  ## Try many more orders of events, and answers to a take, than the tests do
+fuzz: $(READY)  ## Fuzz the job loop and the parsing of take responses (longer Hypothesis runs)
 	@FUZZ_EXAMPLES=$${EXAMPLES:-20000} $(BIN)/python -m pytest tests/unit/queue/test_job_loop_machine.py tests/unit/queue/test_take_response.py --timeout 0
 
-bench: $(READY)  ## Measure the worker beside vLLM's own server; ARGS="--peer DIR" adds worker-vllm, ARGS=cold measures starts
+bench: $(READY)  ## Measure the worker and vLLM's own server; ARGS="--peer DIR" adds worker-vllm, ARGS=cold measures starts
 	@$(BIN)/python -m bench $(ARGS)
 
-check: $(READY)  ## Lint, formatting and types
+check: $(READY)  ## Check style, formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -103,5 +103,5 @@ $(READY): $(LOCKS)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(addprefix --requirement ,$(LOCKS))
 	@touch $@
 
-clean:  ## Remove what was set up here
+clean:  ## Remove the .venv and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

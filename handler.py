@@ -1,12 +1,12 @@
-"""The worker's ways in: `handler`, which the SDK registers, and the command line.
+"""The worker's entry points: `handler`, which the SDK registers, and the command line.
 
-    python handler.py                                     answers the job of test_input.json
-    python handler.py --test_input '{"input": {...}}'     answers that job
+    python handler.py                                     runs the job of test_input.json
+    python handler.py --test_input '{"input": {...}}'     runs that job
     python handler.py                                     on the platform: takes jobs from its queue
     python handler.py --print-config                      prints the effective configuration
-    python handler.py --rp_serve_api                      serves the platform's APIs, with this worker behind them
+    python handler.py --rp_serve_api                      starts the emulator of the platform with one such worker
 
-The children that vLLM spawns import this module again, so its top level holds no import that costs anything.
+The processes that vLLM spawns import this module again, so it has no expensive imports at its top level.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
         job: `{"id": ..., "input": {...}}`; `engine.jobs.inputs` has the accepted inputs.
 
     Yields:
-        What `engine.jobs.pipeline.run` yields: text, dicts or one JSON value; `{"error": ...}` last if the job failed.
+        The outputs of `engine.jobs.pipeline.run`: text, dicts or one JSON value; `{"error": ...}` last if it failed.
     """
     from engine import worker
     from engine.jobs import pipeline
@@ -53,24 +53,26 @@ def main() -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0 for a job that completed, or a worker that was told to stop; 1 for a job that failed, or
-        a worker that cannot start; 2 for a command line that is wrong.
+        The exit status: 0 if the job completed, or the worker was asked to stop; 1 if the job or the engine failed, or
+        the worker cannot start; 2 for a wrong command line.
     """
     parser = argparse.ArgumentParser(
         description="A serverless worker with vLLM inside. On the platform it takes jobs from the queue; elsewhere it "
-        "answers one job and prints the answer as it comes, the job's output as JSON, and how fast it was.",
-        epilog="Settings come from the environment; the README lists them. Options of the SDK are passed on to it.",
+        "runs one job and prints the answer as it is generated, the job's output as JSON, and its speed.",
+        epilog="Settings come from the environment; the README lists them. The SDK's own options are passed to it.",
     )
-    parser.add_argument("--test_input", metavar="JSON", help=f"the job to answer (default: {TEST_INPUT.name})")
+    parser.add_argument("--test_input", metavar="JSON", help=f"the job to run (default: that of {TEST_INPUT.name})")
     parser.add_argument(
-        "--rp_serve_api", action="store_true", help="serve the platform's APIs on this machine, with one such worker"
+        "--rp_serve_api", action="store_true", help="start the emulator of the platform with one such worker"
     )
     parser.add_argument(
-        "--rp_api_host", metavar="HOST", default="localhost", help="where to serve them (default: localhost)"
+        "--rp_api_host", metavar="HOST", default="localhost", help="address of the emulator (default: localhost)"
     )
-    parser.add_argument("--rp_api_port", metavar="PORT", default="8000", help="0 for a free port (default: 8000)")
     parser.add_argument(
-        "--print-config", action="store_true", help="print the effective configuration and where each value came from"
+        "--rp_api_port", metavar="PORT", default="8000", help="its port; 0 for any free one (default: 8000)"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the effective configuration and the source of each value"
     )
     arguments, rest = parser.parse_known_args()
 
@@ -81,7 +83,7 @@ def main() -> int:
     from engine.startup import amx
 
     cold_start.WORKER.mark("interpreter")
-    amx.ask()
+    amx.request_permission()
     try:
         _set_logging()
         variables = environment.read()
@@ -89,8 +91,8 @@ def main() -> int:
         if arguments.rp_serve_api:
             from emulator import cli
 
-            only_one = ["--workers-min=1", "--workers-max=1"]
-            return cli.main([f"--host={arguments.rp_api_host}", f"--port={arguments.rp_api_port}", *only_one, *rest])
+            one_worker = ["--workers-min=1", "--workers-max=1"]
+            return cli.main([f"--host={arguments.rp_api_host}", f"--port={arguments.rp_api_port}", *one_worker, *rest])
         polling = settings.on_platform and arguments.test_input is None and not arguments.print_config
         if not polling:
             _set_vllm_quiet()
@@ -100,7 +102,7 @@ def main() -> int:
             sys.argv[1:] = rest
             return _poll(variables)
         if rest:
-            parser.error(f"unknown: {' '.join(rest)}")
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if arguments.print_config:
             return _print_configuration(variables)
         return _answer(variables, arguments.test_input)
@@ -117,7 +119,7 @@ def main() -> int:
 
 
 def _print_configuration(variables: Mapping[str, Variable]) -> int:
-    """Print what the worker would start with, and whether vLLM takes it."""
+    """Print the effective configuration, then check it as vLLM would."""
     from engine.startup import configure
 
     configuration = configure.read(variables)
@@ -128,7 +130,7 @@ def _print_configuration(variables: Mapping[str, Variable]) -> int:
 
 
 def _answer(variables: Mapping[str, Variable], test_input: str | None) -> int:
-    """Answer one job and print what it gives."""
+    """Run one job and print what it yields."""
     from engine import local, worker
 
     job = local.read_job(TEST_INPUT.read_text(encoding="utf-8") if test_input is None else test_input)
@@ -136,7 +138,7 @@ def _answer(variables: Mapping[str, Variable], test_input: str | None) -> int:
 
 
 def _poll(variables: Mapping[str, Variable]) -> int:
-    """Take jobs from the platform's queue until told to stop."""
+    """Take jobs from the platform's queue until a signal asks the worker to stop."""
     from engine import worker
     from engine.queue import runpod_client
     from engine.startup import fitness
@@ -151,21 +153,21 @@ def _poll(variables: Mapping[str, Variable]) -> int:
 
 
 def _set_logging() -> None:
-    """Our log lines and the SDK's; what the user has set stands."""
+    """Set up the worker's log, and the SDK's log level unless the user has set it."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)-7s| %(message)s"))
     logger = logging.getLogger("engine")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    # The SDK and its dependencies give the root logger a handler of their own: each line would come twice.
+    # The SDK and its dependencies add a handler to the root logger: each line would be logged twice.
     logger.propagate = False
-    # The SDK's own default, DEBUG, logs each output of each job.
+    # The SDK's default, DEBUG, logs each output of each job.
     if "RUNPOD_DEBUG_LEVEL" not in os.environ:
         os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
 
 
 def _set_vllm_quiet() -> None:
-    """Keep vLLM from logging to stdout, where only the answer goes; what the user has set stands."""
+    """Keep vLLM's log off stdout, which is for the answer, unless the user has set its variables."""
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_LOGS", "-all")
@@ -187,13 +189,14 @@ if __name__ == "__main__":
     except SystemExit as stop:
         exit_status = stop.code if isinstance(stop.code, int) else 1
     sys.stdout.flush()
-    # At once: all that has to end has ended, and taking vLLM's and torch's modules apart only costs time and errors.
+    # Skip the interpreter's shutdown: all processes have ended, and the teardown of vLLM and torch takes time and may
+    # raise errors.
     os._exit(exit_status)
-elif __name__ == "__mp_main__":  # a child that was spawned by vLLM
+elif __name__ == "__mp_main__":  # a process that vLLM has spawned
     from engine import child_processes
     from engine.backend import startup_logs
     from engine.startup import amx
 
-    amx.ask()
+    amx.request_permission()
     child_processes.set_parent_death_signal()
     startup_logs.install()

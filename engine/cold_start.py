@@ -1,19 +1,19 @@
-"""Where the time of a start goes: from the worker's exec to its first output, phase by phase.
+"""Measures the phases of a start, from the worker's exec to its first output.
 
-Phases follow one another and add up to the whole. What is done beside them, such as importing the SDK while the engine
-starts, costs nothing here; what is left to do of it counts where it is waited for.
+Phases do not overlap, and add up to the total. Work in parallel to a phase, such as importing the SDK while the engine
+starts, does not count; only the time that is spent waiting for it does.
 
     interpreter   exec to the first line of the worker's own code
     imports       vLLM and torch
-    configuration settings, flags, and which model
-    fitness       the SDK's checks of the machine, which run beside all before: what is left of them
-    model_files   a download, if one is needed
-    engine        the engine's processes, but for the next two
+    configuration settings, flags, finding the model
+    fitness       waiting for the SDK's checks of the machine, which run in parallel to the phases before
+    model_files   download, if one is needed
+    engine        the engine's processes, except for the next two
     weights       reading the weights
     warm_up       memory profile, KV cache, compilation, graph capture
     sdk           importing and starting the SDK
     app           vLLM's OpenAI app
-    first_take    until the first job is there; a worker that nobody needs yet waits here
+    first_take    waiting for the first job; an idle worker stays here
     first_output  that job's first output
 """
 
@@ -26,8 +26,8 @@ import re
 import time
 from pathlib import Path
 
-# What vLLM 0.32 logs at INFO in the engine's processes, and the phase that it ends.
-_NOTED = (
+# The durations that vLLM 0.32 logs at INFO in the engine's processes, and their phases.
+_LOGGED_PHASES = (
     (re.compile(r"Loading weights took ([\d.]+) s"), "weights"),
     (re.compile(r"init engine \(.*\) took ([\d.]+) s"), "warm_up"),
 )
@@ -40,50 +40,51 @@ class ColdStart:
     """One start of one worker.
 
     Args:
-        begun: when it began, on the monotonic clock; by default, when this process did.
+        started_at: when it began, by `time.monotonic()`; by default, when this process did.
     """
 
-    def __init__(self, begun: float | None = None) -> None:
-        self._last = self._begun = time.monotonic() - _age_s() if begun is None else begun
+    def __init__(self, started_at: float | None = None) -> None:
+        self._started_at = time.monotonic() - _process_age_s() if started_at is None else started_at
+        self._last = self._started_at
         self._phases: dict[str, float] = {}
 
     def mark(self, phase: str) -> None:
-        """A phase has ended: all that has passed since the last one belongs to it. Told twice, it counts once."""
+        """Mark the end of a phase, which began when the last one ended; only the first mark of a phase counts."""
         if phase not in self._phases and FINAL_PHASE not in self._phases:
             now = time.monotonic()
             self._phases[phase] = now - self._last
             self._last = now
 
     def split_engine_phase(self, lines: str) -> None:
-        """The engine runs; what its processes logged meanwhile tells which part of its phase was another one."""
+        """Mark the end of the engine phase, and split it by the durations in the log of the engine's processes."""
         self.mark("engine")
-        for pattern, phase in _NOTED:
-            # Workers load at the same time: the slowest of them is what is waited for.
+        for pattern, phase in _LOGGED_PHASES:
+            # Workers load in parallel: the slowest counts.
             seconds = max(map(float, pattern.findall(lines)), default=0.0)
             self._phases[phase] = min(seconds, self._phases["engine"])
             self._phases["engine"] -= self._phases[phase]
 
     @property
     def total_s(self) -> float:
-        """From the beginning to the end of the last phase."""
-        return self._last - self._begun
+        """Time from the start to the end of the last phase, in seconds."""
+        return self._last - self._started_at
 
     def document(self) -> dict[str, object]:
-        """`{"total_s": 14.2, "phases_s": {"interpreter": 0.05, ...}}`: the phases that have ended, in their order."""
+        """Return the phases that have ended, in order: `{"total_s": 14.2, "phases_s": {"interpreter": 0.05, ...}}`."""
         return {
             "total_s": round(self.total_s, 3),
             "phases_s": {phase: round(seconds, 3) for phase, seconds in self._phases.items()},
         }
 
-    def log(self, what: str) -> None:
-        """One line: what has been reached, and the phases until then."""
-        _log.info("%s %s", what, json.dumps(self.document()))
+    def log(self, label: str) -> None:
+        """Log one line: the label, and `document` as JSON."""
+        _log.info("%s %s", label, json.dumps(self.document()))
 
 
-def _age_s() -> float:
-    """Seconds since this process began: since its exec, to a hundredth of a second. 0 where Linux does not tell.
+def _process_age_s() -> float:
+    """Return the seconds since this process was executed, with a resolution of 10 ms; 0 if the system does not know.
 
-    Source: proc_pid_stat(5), field 22, counted from behind the command's name, which may hold anything.
+    Source: proc_pid_stat(5), field 22, counted from behind the command's name, which may contain any character.
     """
     try:
         fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""JSON, without holding the event loop up for long: 20 MB take 0.1 s, where Python's own `json` takes 0.4 s."""
+"""Fast JSON, which blocks the event loop for less time: 20 MB take 0.1 s, and 0.4 s with Python's own `json`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import msgspec
 
 
 def encode(value: Any) -> bytes:
-    """The value as JSON in UTF-8.
+    """Return the value as JSON in UTF-8.
 
     Raises:
-        TypeError, ValueError, RecursionError: it cannot be written as JSON.
+        TypeError, ValueError, RecursionError: it cannot be represented in JSON.
     """
     try:
         return msgspec.json.encode(value)
-    except UnicodeEncodeError:  # Half a surrogate pair, which JSON in ASCII can say and UTF-8 cannot.
+    except UnicodeEncodeError:  # A lone surrogate, which needs an escape sequence.
         return json.dumps(value).encode()
 
 
 def decode(body: bytes) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
-        ValueError, RecursionError: it is not JSON, or nested too deeply.
+        ValueError, RecursionError: it is not JSON, or is nested too deeply.
     """
     try:
         return msgspec.json.decode(body)
-    except msgspec.DecodeError:  # What only Python's own reader takes: NaN, half a surrogate pair.
+    except msgspec.DecodeError:  # Only Python's own parser accepts NaN and lone surrogates.
         return json.loads(body)

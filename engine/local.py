@@ -1,4 +1,4 @@
-"""One job on this machine, with no queue: the answer as it comes, the job's output, how fast it was."""
+"""Runs one job on this machine, without a queue, and prints its text, its result and its speed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Handler = Callable[[dict[str, Any]], AsyncGenerator[Any, None]]
 
 
 def read_job(text: str) -> dict[str, Any]:
-    """The job that a JSON text holds, with an id if it has none.
+    """Return the job of a JSON text, with an id if it has none.
 
     Raises:
         ConfigurationError: the text is not a JSON object.
@@ -28,27 +28,27 @@ def read_job(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigurationError(f"The test input is not JSON: {error}") from None
     if not isinstance(job, dict):
-        raise ConfigurationError('The test input has to be a JSON object: {"input": {...}}')
+        raise ConfigurationError('The test input must be a JSON object: {"input": {...}}')
     return {"id": "local", **job}
 
 
 async def answer(job: dict[str, Any], handler: Handler, engine: VLLMEngine) -> int:
-    """Run the job and print its text as it comes, then the job as `/status` would give it, then its figures.
+    """Run the job and print its text as it is generated, the job as `/status` would return it, and its speed.
 
     Returns:
         The exit status: 0 if the job completed, 1 if it failed.
     """
     await engine.app()
     outputs: list[Any] = []
-    tokens = engine.statistics.generation_tokens
-    begun = time.monotonic()
+    tokens_before = engine.statistics.generation_tokens
+    started_at = time.monotonic()
     first_s: float | None = None
     async for output in handler(job):
-        first_s = first_s if first_s is not None else time.monotonic() - begun
+        first_s = first_s if first_s is not None else time.monotonic() - started_at
         outputs.append(output)
         _print(_text(output))
-    duration_s = time.monotonic() - begun
-    tokens = engine.statistics.generation_tokens - tokens
+    duration_s = time.monotonic() - started_at
+    tokens = engine.statistics.generation_tokens - tokens_before
 
     error = error_text(outputs[-1]) if outputs else None
     status: dict[str, Any] = {"id": job["id"], "status": "COMPLETED" if error is None else "FAILED"}
@@ -62,7 +62,7 @@ async def answer(job: dict[str, Any], handler: Handler, engine: VLLMEngine) -> i
 
 
 def _text(output: Any) -> str:
-    """What a person reads of an output."""
+    """Return the readable text of an output."""
     if isinstance(output, str):
         return "".join(delta["text"] for delta in deltas.from_events(output)) if output.startswith("data:") else output
     if not isinstance(output, dict):

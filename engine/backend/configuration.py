@@ -1,4 +1,4 @@
-"""The whole configuration: the worker's settings, vLLM's flags and the model, each with its source."""
+"""The complete configuration: the worker's settings, vLLM's flags and the model, each with its source."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from engine.config.vllm_flags import Flags
 
 @dataclass(frozen=True)
 class Configuration:
-    """What the worker starts with.
+    """What the worker is started with.
 
     Attributes:
-        variables: that it was made from, by their names in capitals.
+        variables: that it is made from, by their upper-case names.
         settings: the worker's own.
-        flags: of vLLM, that are set.
-        model: the model.
-        args: the arguments of `vllm serve` that result.
+        flags: vLLM's, as they are set.
+        model: to serve.
+        args: the resulting arguments of `vllm serve`.
     """
 
     variables: Mapping[str, Variable]
@@ -35,7 +35,7 @@ class Configuration:
 
     @cached_property
     def engine_config(self) -> tuple[Any, Any]:
-        """VLLM's engine arguments, and its configuration for them and the model's files.
+        """The engine arguments of vLLM, and its configuration for them and the model's files.
 
         Raises:
             ConfigurationError: vLLM does not accept them.
@@ -54,11 +54,11 @@ class Configuration:
         args = vars(self.args)
         chosen = {"model": self.model.path, "served_model_name": self.model.names}
         for name in sorted(self.flags.actions):
-            flag = self.flags.given.get(name)
+            flag = self.flags.values.get(name)
             value, default = chosen.get(name, args.get(name)), self.flags.actions[name].default
             if flag is not None:
-                written = flag.name.lstrip("-").replace("-", "_").lower()
-                source = flag.source if written == name else f"{flag.source}, {flag.name}"
+                set_as = flag.name.lstrip("-").replace("-", "_").lower()
+                source = flag.source if set_as == name else f"{flag.source}, {flag.name}"
             else:
                 source = "default" if value == default else "worker's default"
             yield _line(name, MASK if value and is_secret_name(name) else value, source)

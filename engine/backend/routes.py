@@ -1,14 +1,14 @@
-"""The routes of vLLM's app that a job may call: those that serve a request, and no administration.
+"""The routes of vLLM's app that jobs may call: those that serve a request, and no administration.
 
-Sleeping, LoRA loading, profiling, scaling, aborting other requests, metrics and the docs are closed, unless
+Sleeping, LoRA loading, profiling, scaling, aborting other requests, metrics and the docs are blocked unless
 `ALLOWED_ROUTES` opens them. So are routes that do half of a request (a prompt rendered, tokens in and out), and those
-that another worker could not answer. What the loaded model or this vLLM does not have, vLLM itself answers with 404.
-One route is the worker's own: `/cold_start` tells where the time of its start went.
+whose responses depend on which worker answers. For routes that the model or this vLLM does not have, vLLM returns 404.
+One route is the worker's own: `/cold_start` returns how long each phase of its start took.
 """
 
 from __future__ import annotations
 
-# They take no body.
+# Routes without a request body.
 GET_ONLY = frozenset({"/cold_start", "/health", "/tokenizer_info", "/v1/models", "/version"})
 SERVING = frozenset(
     {

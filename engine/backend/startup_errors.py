@@ -1,4 +1,4 @@
-"""Why the worker does not start, in one line that a person can act on."""
+"""Turns the errors of a failed start into one line that says what to do."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from engine.config.vllm_flags import Flags
 
-_LENGTH = 300
+_MAX_LENGTH = 300
 
-# What the hub's client raises, by the name of the class: a message quotes other messages, and would mislead.
-_OF_THE_HUB = {
+# Errors of the hub's client, by class name: their messages quote others, and so cannot be searched.
+_HUB_ERRORS = {
     "GatedRepoError": "{repository} is gated: ask for access on its page, and set HF_TOKEN to a token of that account",
     "RevisionNotFoundError": "{repository} has no such revision: check {revision}",
     "RepositoryNotFoundError": "there is no model {repository}: check {name}; a private model needs HF_TOKEN too",
-    "HFValidationError": "{repository} is no name of a model: check {name}; it looks like organization/name",
+    "HFValidationError": "{repository} is not a model name: check {name}; the format is organization/name",
     "LocalEntryNotFoundError": "the hub cannot be reached, and {repository} is not on this machine (see {name})",
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and {repository} is not on this machine (see {name})",
 }
-# What a message of vLLM, transformers or torch stands for: the first that matches is told.
-_CAUSES: tuple[tuple[str, str], ...] = (
-    (r"estimated maximum model length is (\d+)", "there is not enough memory for MAX_MODEL_LEN: set it to {0} or less"),
+# Patterns of messages of vLLM, transformers and torch. The first that matches is used.
+_MESSAGES: tuple[tuple[str, str], ...] = (
+    (r"estimated maximum model length is (\d+)", "not enough memory for MAX_MODEL_LEN: set it to {0} or less"),
     (
         r"(?:To serve at least one request|No available memory for the cache)",
-        "there is not enough memory for the KV cache: set a smaller MAX_MODEL_LEN or a larger GPU_MEMORY_UTILIZATION",
+        "not enough memory for the KV cache: set a smaller MAX_MODEL_LEN or a larger GPU_MEMORY_UTILIZATION",
     ),
     (
         r"(?:OutOfMemoryError|out of memory|less than (?:desired|requested)[^.]*memory)",
-        "there is not enough memory: set another GPU_MEMORY_UTILIZATION, a smaller MAX_MODEL_LEN, or take a larger GPU",
+        "not enough memory: set another GPU_MEMORY_UTILIZATION, a smaller MAX_MODEL_LEN, or use a larger GPU",
     ),
     (
         r"max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)",
-        "MAX_MODEL_LEN is {0}, and the model's greatest length is {1}",
+        "MAX_MODEL_LEN is {0}, but the model's maximum length is {1}",
     ),
-    (r"Invalid rev id", _OF_THE_HUB["RevisionNotFoundError"]),
-    (r"(?:does not appear to have a file named|is no file named) ([\w./-]+\w)", "{repository} is not whole: no {0}"),
+    (r"Invalid rev id", _HUB_ERRORS["RevisionNotFoundError"]),
+    (r"(?:does not appear to have a file named|is no file named) ([\w./-]+\w)", "{repository} is incomplete: no {0}"),
     (
         r"(?:Can't load the configuration|Invalid repository ID or local directory specified: '/)",
-        "{repository} is not whole, or no model at all",
+        "{repository} is incomplete, or is not a model",
     ),
     (
         r"(?:is not a valid model identifier|Repo id must|Invalid repository ID)",
-        _OF_THE_HUB["RepositoryNotFoundError"],
+        _HUB_ERRORS["RepositoryNotFoundError"],
     ),
-    (r"access a gated repo", _OF_THE_HUB["GatedRepoError"]),
-    (r"(?:couldn't connect to|offline mode)", _OF_THE_HUB["LocalEntryNotFoundError"]),
+    (r"access a gated repo", _HUB_ERRORS["GatedRepoError"]),
+    (r"(?:couldn't connect to|offline mode)", _HUB_ERRORS["LocalEntryNotFoundError"]),
     (
         r"'_OpNamespace' '_C' object has no attribute",
         "vLLM's kernels cannot be loaded: a library is missing (on a CPU: libnuma1) or the driver is too old",
     ),
     (r"No space left on device", "the disk is full: use a larger disk or a network volume"),
 )
-# How messages name what they are about: a repository of the hub, or a directory.
-_NAMED = (
+# How messages name the repository of the hub, or the directory, that they are about.
+_REPOSITORY = (
     re.compile(
         r"for url: \w+://[^/\s]+/(?:api/models/)?(?P<name>[\w.-]+/[\w.-]+?)(?:/(?:resolve|revision|tree)/|[\s?]|\.?$)"
     ),
@@ -66,35 +66,35 @@ _NAMED = (
 )
 
 
-def explain(error: BaseException, noted: str, model: str, flags: Flags | None = None) -> str:
-    """Why the worker does not start.
+def explain(error: BaseException, engine_errors: str, model: str, flags: Flags | None = None) -> str:
+    """Return why the worker does not start.
 
     Args:
-        error: what was raised here.
-        noted: the errors that the engine's processes noted.
+        error: raised in this process.
+        engine_errors: error records in the log of the engine's processes, with tracebacks.
         model: the model's name or path.
-        flags: vLLM's, as they are given: one of them may name what is missing.
+        flags: vLLM's, as they are set: one of them may name what is missing.
     """
-    return known(error, model, flags, noted) or _first_error(next(_texts(error, noted)))
+    return known(error, model, flags, engine_errors) or _first_error(next(_texts(error, engine_errors)))
 
 
-def known(error: BaseException, model: str, flags: Flags | None = None, noted: str = "") -> str | None:
-    """What to do about it, if the cause is one that is known."""
-    texts = list(_texts(error, noted))
-    for kind, told in _OF_THE_HUB.items():
-        if any(re.search(rf"\b{kind}\b", text) for text in texts):
-            return _in_words(told, texts, model, flags)
-    for pattern, told in _CAUSES:
+def known(error: BaseException, model: str, flags: Flags | None = None, engine_errors: str = "") -> str | None:
+    """Return why the worker does not start and what to do, if the cause is known; the arguments are `explain`'s."""
+    texts = list(_texts(error, engine_errors))
+    for class_name, template in _HUB_ERRORS.items():
+        if any(re.search(rf"\b{class_name}\b", text) for text in texts):
+            return _fill(template, texts, model, flags)
+    for pattern, template in _MESSAGES:
         for text in texts:
             if found := re.search(pattern, text):
-                return _in_words(told, texts, model, flags, *found.groups())
+                return _fill(template, texts, model, flags, *found.groups())
     return None
 
 
-def _texts(error: BaseException, noted: str) -> Iterator[str]:
-    """All that was said: in the engine's processes, by the error, and by what that came from."""
-    if noted:
-        yield noted
+def _texts(error: BaseException, engine_errors: str) -> Iterator[str]:
+    """Yield the texts to search: the log of the engine's processes, the error, and its causes."""
+    if engine_errors:
+        yield engine_errors
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
@@ -103,29 +103,31 @@ def _texts(error: BaseException, noted: str) -> Iterator[str]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _in_words(told: str, texts: list[str], model: str, flags: Flags | None, *groups: str) -> str:
-    found = (match["name"] for text in texts for pattern in _NAMED if (match := pattern.search(text)))
-    given = {} if flags is None else flags.given
-    # An offline client does not say what it was asked for: it is what a flag names that is not here.
-    elsewhere = (
-        one.value
-        for dest, one in given.items()
-        if dest in ("tokenizer", "hf_config_path") and not Path(str(one.value)).exists()
+def _fill(template: str, texts: list[str], model: str, flags: Flags | None, *groups: str) -> str:
+    """Return the message, with the repository that the error is about and the setting that names it."""
+    found = (match["name"] for text in texts for pattern in _REPOSITORY if (match := pattern.search(text)))
+    values = {} if flags is None else flags.values
+    # An offline client does not say which repository it needs: it is one of a flag that is not on this machine.
+    missing = (
+        flag.value
+        for dest, flag in values.items()
+        if dest in ("tokenizer", "hf_config_path") and not Path(str(flag.value)).exists()
     )
-    repository = str(next(found, None) or next(elsewhere, model))
-    dest, name = next(((dest, one.name) for dest, one in given.items() if repository in str(one.value)), ("", None))
+    repository = str(next(found, None) or next(missing, model))
+    named = ((dest, flag.name) for dest, flag in values.items() if repository in str(flag.value))
+    dest, name = next(named, ("", None))
     if name is None and repository != model and Path(model).is_dir() and not repository.startswith("/"):
         name = "the model's config.json, which names it"
-    if repository.startswith("/") and told in _OF_THE_HUB.values():
-        told = "there is no directory {repository}: check {name}"
+    if repository.startswith("/") and template in _HUB_ERRORS.values():
+        template = "there is no directory {repository}: check {name}"
     revision = "TOKENIZER_REVISION" if dest == "tokenizer" else "MODEL_REVISION"
-    return told.format(*groups, repository=repository, name=name or "MODEL_NAME", revision=revision)
+    return template.format(*groups, repository=repository, name=name or "MODEL_NAME", revision=revision)
 
 
 def _first_error(text: str) -> str:
-    """The first exception's message in a text, shortened: what follows from it, and what pydantic adds, is left out."""
+    """Return the message of the first exception in a text, shortened and without what pydantic adds."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     reasons = [line for line in lines if line.startswith("Value error, ")]
     errors = [line for line in lines if re.match(r"[\w.]*(?:Error|Exception): ", line)]
-    told = next(iter([*reasons, *errors, *lines[-1:]]), "no reason given")
-    return re.sub(r" \[type=.*", "", told.removeprefix("Value error, "))[:_LENGTH]
+    first = next(iter([*reasons, *errors, *lines[-1:]]), "no reason given")
+    return re.sub(r" \[type=.*", "", first.removeprefix("Value error, "))[:_MAX_LENGTH]

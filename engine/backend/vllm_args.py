@@ -1,6 +1,6 @@
-"""VLLM's arguments: its own parser, and what its server checks before it loads anything.
+"""The arguments of `vllm serve`: vLLM's own parser, and the checks of vLLM's server before it loads anything.
 
-What is asked of vLLM here it does not promise to keep; `make test` tells when an upgrade moves it.
+Parts of vLLM that are used here are not a public interface; `make test` reports those that an upgrade moves.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pydantic import ConfigDict, TypeAdapter
 
 from engine.backend import compat, startup_errors
 from engine.config.model import Model
-from engine.config.vllm_flags import Flags, reason
+from engine.config.vllm_flags import Flags, error_message
 from engine.errors import ConfigurationError
 
 GIB_BYTES = 1 << 30
-# On a CPU vLLM would take most of the machine's memory for the KV cache and compile for a minute.
+# On a CPU, vLLM's default KV cache is most of the machine's memory.
 CPU_KV_CACHE_BYTES = 1 * GIB_BYTES
 
 _log = logging.getLogger(__name__)
@@ -30,22 +30,22 @@ T = TypeVar("T")
 
 
 class _FlagsError(ValueError):
-    """Values of flags that cannot be used: for each the flag and why."""
+    """Flags whose values cannot be used; `errors` has the flag and the reason of each."""
 
-    def __init__(self, faults: list[tuple[str, str]]) -> None:
-        super().__init__("; ".join(why for _, why in faults))
-        self.faults = faults
+    def __init__(self, errors: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(reason for _, reason in errors))
+        self.errors = errors
 
 
 def set_environment() -> None:
-    """Set what vLLM reads from the environment when it is imported, where the user has not said otherwise."""
+    """Set the variables that vLLM reads when it is imported, unless the user has set them."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # vLLM's app would ask our own calls for this key; clients authenticate with the platform.
+    # vLLM's app would require this key of the worker's own calls; clients authenticate with the platform.
     os.environ.pop("VLLM_API_KEY", None)
 
 
 def flags() -> Flags:
-    """The flags that vLLM has, none of them given yet."""
+    """Return the flags that vLLM has, none of them set."""
     set_environment()
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -57,115 +57,120 @@ def flags() -> Flags:
     return Flags(make_arg_parser(Parser(exit_on_error=False, allow_abbrev=False)), _check_value)
 
 
-def parse(given: Flags, model: Model) -> Any:
-    """The arguments of `vllm serve` for these flags, checked as vLLM does before it has read the model.
+def parse(flags: Flags, model: Model) -> Any:
+    """Return the arguments of `vllm serve` for these flags, after vLLM's checks that do not need the model's files.
 
     Raises:
         ConfigurationError: vLLM does not accept them.
     """
-    return _attempted(lambda flags: _parsed(flags, model), given, model)
+    return _explain_errors(lambda tried: _parse(tried, model), flags, model)
 
 
-def engine_config(given: Flags, args: Any, model: Model) -> tuple[Any, Any]:
-    """VLLM's engine arguments for those of `vllm serve`, and the configuration that it makes of them and the model.
+def engine_config(flags: Flags, args: Any, model: Model) -> tuple[Any, Any]:
+    """Return vLLM's engine arguments for those of `vllm serve`, and its configuration for them and the model.
 
-    The context counts: by it and by the GPU, vLLM chooses how many requests and tokens a step may have.
+    The usage context must be the server's: with the GPU, it decides how many requests and tokens a step may have.
 
     Raises:
         ConfigurationError: vLLM does not accept them, or the model.
     """
 
-    def attempt(flags: Flags) -> tuple[Any, Any]:
+    def attempt(tried: Flags) -> tuple[Any, Any]:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
 
-        own = args if flags is given else _parsed(flags, model)
-        arguments = AsyncEngineArgs.from_cli_args(own)
+        serve_args = args if tried is flags else _parse(tried, model)
+        arguments = AsyncEngineArgs.from_cli_args(serve_args)
         config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        _refuse(_wrong_loading(config), _wrong_parsers_with(own, config), _wrong_adapters_with(own, config))
+        _raise_if_any(
+            _check_loading(config),
+            _check_parsers_with_model(serve_args, config),
+            _check_adapters_with_model(serve_args, config),
+        )
         return arguments, config
 
-    return _attempted(attempt, given, model)
+    return _explain_errors(attempt, flags, model)
 
 
-def download_adapters(given: Flags, args: Any, model: Model) -> None:
-    """Have the adapters of the hub in its cache, where vLLM's app finds them once all is loaded.
+def download_adapters(flags: Flags, args: Any, model: Model) -> None:
+    """Download adapters into the hub's cache, where vLLM's app finds them after the load.
 
     Raises:
-        ConfigurationError: one cannot be had.
+        ConfigurationError: an adapter cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 
     for dest, _, path in _adapters(args):
-        if _of_hub(path):
+        if _is_hub_repository(path):
             try:
                 snapshot_download(path)
             except (OSError, ValueError, LookupError) as error:
-                told = startup_errors.known(error, model.path, given)
-                raise ConfigurationError(told or given.given[dest].refused(reason(error))) from error
+                known = startup_errors.known(error, model.path, flags)
+                raise ConfigurationError(known or flags.values[dest].not_allowed(error_message(error))) from error
 
 
-def _parsed(flags: Flags, model: Model) -> Any:
+def _parse(flags: Flags, model: Model) -> Any:
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
     names = ["--model", model.path, "--served-model-name", *model.names]
-    # A copy, as vLLM writes into what it reads, and the parser's defaults are shared by all that it reads.
+    # A copy, because vLLM modifies the arguments, which share the parser's default objects.
     args = copy.deepcopy(flags.parser.parse_args([*_defaults(flags), *flags.arguments(), *names]))
     validate_parsed_serve_args(args)
-    _refuse(_wrong_parsers(args), _wrong_adapters(args), _wrong_app(args))
+    _raise_if_any(_check_parsers(args), _check_adapters(args), _check_app(args))
     return args
 
 
-def _refuse(*checks: Iterable[tuple[str, str]]) -> None:
-    if faults := [fault for check in checks for fault in check]:
-        raise _FlagsError(faults)
+def _raise_if_any(*checks: Iterable[tuple[str, str]]) -> None:
+    if errors := [error for check in checks for error in check]:
+        raise _FlagsError(errors)
 
 
-def _attempted(attempt: Callable[[Flags], T], given: Flags, model: Model) -> T:
-    """What the attempt gives for the flags.
+def _explain_errors(attempt: Callable[[Flags], T], flags: Flags, model: Model) -> T:
+    """Return what `attempt` returns for the flags.
 
     Raises:
-        ConfigurationError: it fails; a line for each flag that is known to be wrong, or one that names the flags
-            without which it would not fail.
+        ConfigurationError: it fails; the message has a line for each flag that is known to be wrong, or one line with
+            the flags without which it succeeds.
     """
     try:
-        return attempt(given)
+        return attempt(flags)
     except _FlagsError as error:
-        raise ConfigurationError("\n".join(given.given[dest].refused(why) for dest, why in error.faults)) from error
+        lines = [flags.values[dest].not_allowed(reason) for dest, reason in error.errors]
+        raise ConfigurationError("\n".join(lines)) from error
     except Exception as error:
-        known = startup_errors.known(error, model.path, given)
-        raise ConfigurationError(known or _blamed(error, attempt, given, model)) from error
+        known = startup_errors.known(error, model.path, flags)
+        raise ConfigurationError(known or _name_rejected_flags(error, attempt, flags, model)) from error
 
 
-def _blamed(error: Exception, attempt: Callable[[Flags], Any], given: Flags, model: Model) -> str:
-    """Say which flags an error is about: those without which vLLM takes the others."""
-    blamed = {dest: flag for dest, flag in given.given.items() if _works(attempt, given.without(dest))}
-    if len(blamed) == 1:
-        ((dest, flag),) = blamed.items()
-        return flag.refused(reason(error, dest))
-    if blamed:
-        together = " and ".join(flag.written.removesuffix(", which") for flag in blamed.values())
-        return f"{together} are not allowed together: {reason(error)}"
+def _name_rejected_flags(error: Exception, attempt: Callable[[Flags], Any], flags: Flags, model: Model) -> str:
+    """Return a message with the flags that cause an error: without one of them, `attempt` succeeds."""
+    rejected = {dest: flag for dest, flag in flags.values.items() if _succeeds(attempt, flags.without(dest))}
+    if len(rejected) == 1:
+        ((dest, flag),) = rejected.items()
+        return flag.not_allowed(error_message(error, dest))
+    if rejected:
+        labels = " and ".join(flag.label for flag in rejected.values())
+        return f"{labels} are not allowed together: {error_message(error)}"
     return f"vLLM does not accept the settings: {startup_errors.explain(error, '', model.path)}"
 
 
-def _works(attempt: Callable[[Flags], Any], flags: Flags) -> bool:
+def _succeeds(attempt: Callable[[Flags], Any], flags: Flags) -> bool:
     try:
         attempt(flags)
-    except Exception:  # noqa: BLE001 (whatever it is, the flag that was left out is not all that is wrong)
+    except Exception:  # noqa: BLE001 (of whatever kind: the removed flag is not the only cause)
         return False
     return True
 
 
 def _check_value(action: argparse.Action, value: Any) -> None:
-    """Compare a flag's value with the bounds of vLLM's configuration, which the flag's parser does not know.
+    """Compare a flag's value with the bounds of vLLM's configuration, which its parser does not check.
 
     Raises:
-        pydantic.ValidationError: it is outside them.
+        pydantic.ValidationError: it is outside of them.
     """
     import vllm.config
 
-    # vLLM groups its flags by the configuration that they are a part of.
+    # vLLM groups its flags by their configuration class.
     group = str(getattr(getattr(action, "container", None), "title", None))
     config = getattr(vllm.config, group, None)
     field = getattr(config, "__pydantic_fields__", {}).get(action.dest)
@@ -176,8 +181,11 @@ def _check_value(action: argparse.Action, value: Any) -> None:
     allowed.validate_python(value)
 
 
-def _wrong_parsers(args: Any) -> Iterator[tuple[str, str]]:
-    """Names of parsers that there are not, as vLLM's server looks for before it loads (`validate_api_server_args`)."""
+# Checks of several flags: each yields the flags that are wrong, with the reason.
+
+
+def _check_parsers(args: Any) -> Iterator[tuple[str, str]]:
+    """Find unknown names of parsers, as vLLM's server does before it loads (`validate_api_server_args`)."""
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
 
@@ -191,24 +199,24 @@ def _wrong_parsers(args: Any) -> Iterator[tuple[str, str]]:
         (reasoning_dest, reasoning_parser, ReasoningParserManager),
     ):
         if name and name not in (allowed := manager.list_registered()):
-            yield dest, f"there is no such parser. Allowed: {', '.join(allowed)}"
+            yield dest, f"unknown parser. Allowed: {', '.join(allowed)}"
 
 
-def _wrong_adapters(args: Any) -> Iterator[tuple[str, str]]:
-    """Adapters that may not be loaded, and those whose directories hold none."""
+def _check_adapters(args: Any) -> Iterator[tuple[str, str]]:
+    """Find adapters without LoRA enabled, and directories that are not adapters."""
     for dest, name, path in _adapters(args):
         if not args.enable_lora:
             yield dest, "LoRA is not enabled: set ENABLE_LORA=true"
-        elif not _of_hub(path) and not (Path(path).expanduser() / "adapter_config.json").is_file():
-            yield dest, f"adapter {name}: {path} has to be a directory with an adapter_config.json"
+        elif not _is_hub_repository(path) and not (Path(path).expanduser() / "adapter_config.json").is_file():
+            yield dest, f"adapter {name}: {path} must be a directory with an adapter_config.json"
 
 
-def _wrong_app(args: Any) -> Iterator[tuple[str, str]]:
-    """Middleware and a chat template that vLLM's app, made once all is loaded, could not use."""
+def _check_app(args: Any) -> Iterator[tuple[str, str]]:
+    """Find middleware and a chat template that vLLM's app could not use; it would fail only after the load."""
     for name in args.middleware:
-        module, _, thing = name.rpartition(".")
+        module, _, attribute = name.rpartition(".")
         try:
-            getattr(importlib.import_module(module), thing)
+            getattr(importlib.import_module(module), attribute)
         except (AttributeError, ImportError, ValueError) as error:
             yield "middleware", f"{name} cannot be imported: {error}"
     if args.chat_template is not None:
@@ -216,15 +224,15 @@ def _wrong_app(args: Any) -> Iterator[tuple[str, str]]:
         from transformers.utils import chat_template_utils
         from vllm.renderers.chat_utils import load_chat_template
 
-        with compat.optional("chat templates to be checked before they are used"):
+        with compat.optional("check of the chat template before the load"):
             try:
                 chat_template_utils._compile_jinja_template(load_chat_template(args.chat_template))  # noqa: SLF001
             except TemplateError as error:
-                yield "chat_template", f"the template is wrong: {error}"
+                yield "chat_template", f"invalid template: {error}"
 
 
-def _wrong_loading(config: Any) -> Iterator[tuple[str, str]]:
-    """A load format that vLLM has no loader of: its processes find out late. The tokenizer is loaded too."""
+def _check_loading(config: Any) -> Iterator[tuple[str, str]]:
+    """Find a load format that vLLM has no loader for, and load the tokenizer; vLLM does both late."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
     if config.load_config.load_format != "auto":
@@ -233,12 +241,12 @@ def _wrong_loading(config: Any) -> Iterator[tuple[str, str]]:
         try:
             get_model_loader(config.load_config)
         except ValueError as error:
-            yield "load_format", f"{error}. vLLM's own: {', '.join(get_args(LoadFormats))}"
-    cached_tokenizer_from_config(config.model_config)  # The engine takes it from the same cache.
+            yield "load_format", f"{error}. vLLM's formats: {', '.join(get_args(LoadFormats))}"
+    cached_tokenizer_from_config(config.model_config)  # The engine uses the same cache.
 
 
-def _wrong_parsers_with(args: Any, config: Any) -> Iterator[tuple[str, str]]:
-    """Parsers that cannot be used with the model's tokenizer, which vLLM's app finds out once all is loaded."""
+def _check_parsers_with_model(args: Any, config: Any) -> Iterator[tuple[str, str]]:
+    """Find parsers that do not work with the model's tokenizer; vLLM's app would fail only after the load."""
     reasoning_dest, reasoning_parser = _reasoning_parser(args)
     if not (args.enable_auto_tool_choice or reasoning_parser) or config.model_config.runner_type != "generate":
         return
@@ -254,20 +262,20 @@ def _wrong_parsers_with(args: Any, config: Any) -> Iterator[tuple[str, str]]:
             is_harmony=config.model_config.hf_config.model_type == "gpt_oss",
             tokenizer=cached_tokenizer_from_config(config.model_config),
         )
-    except Exception as error:  # noqa: BLE001 (a parser's own)
-        # Where both are given, it says which of them it is.
+    except Exception as error:  # noqa: BLE001 (parsers raise any kind)
+        # If both parsers are set, the message names the one that failed.
         tools = args.enable_auto_tool_choice and (not reasoning_parser or "--tool-call-parser" in str(error))
-        yield "tool_call_parser" if tools else reasoning_dest, reason(error)
+        yield "tool_call_parser" if tools else reasoning_dest, error_message(error)
 
 
-def _wrong_adapters_with(args: Any, config: Any) -> Iterator[tuple[str, str]]:
-    """Adapters on this machine that the engine would refuse when it loads them."""
+def _check_adapters_with_model(args: Any, config: Any) -> Iterator[tuple[str, str]]:
+    """Find local adapters that the engine would not load."""
     if config.lora_config is None:
         return
     from vllm.lora.peft_helper import PEFTHelper
 
     for dest, name, path in _adapters(args):
-        if not _of_hub(path):
+        if not _is_hub_repository(path):
             try:
                 helper = PEFTHelper.from_local_dir(str(Path(path).expanduser()), config.model_config.max_model_len)
                 helper.validate_legal(config.lora_config)
@@ -276,32 +284,32 @@ def _wrong_adapters_with(args: Any, config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _reasoning_parser(args: Any) -> tuple[str, str]:
-    """The flag that names a parser for reasoning, and that name; nothing if there is none."""
+    """Return the flag that names the reasoning parser, and the name, which is empty if none is set."""
     if args.reasoning_parser:
         return "reasoning_parser", args.reasoning_parser
     return "structured_outputs_config", args.structured_outputs_config.reasoning_parser
 
 
 def _adapters(args: Any) -> Iterator[tuple[str, str, str]]:
-    """The adapters that vLLM's app loads as it starts: the flag that gives one, its name and its path."""
+    """Yield the adapters that vLLM's app loads when it starts: the flag, the adapter's name and its path."""
     for adapter in args.lora_modules or ():
         yield "lora_modules", adapter.name, adapter.path
     for name, path in (args.default_mm_loras or {}).items():
         yield "default_mm_loras", name, path
 
 
-def _of_hub(path: str) -> bool:
-    """Whether vLLM takes an adapter's path for a repository of the hub."""
+def _is_hub_repository(path: str) -> bool:
+    """Return whether vLLM would look for an adapter's path on the hub."""
     return not path.startswith(("/", "~", "./", "../")) and not Path(path).exists()
 
 
-def _defaults(given: Flags) -> list[str]:
-    """The worker's own defaults: on a CPU, neither a minute of compilation nor most of the memory."""
+def _defaults(flags: Flags) -> list[str]:
+    """Return the worker's own defaults: on a CPU, no compilation, which takes a minute, and a small KV cache."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return []
-    sized = {"gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override"} & given.given.keys()
+    sized = {"gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override"} & flags.values.keys()
     if sized or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
         return ["--enforce-eager"]
     return ["--enforce-eager", f"--kv-cache-memory-bytes={CPU_KV_CACHE_BYTES}"]

@@ -1,1 +1,1 @@
-"""What the worker is configured with: settings, vLLM's flags, and the environment that both come from."""
+"""The configuration: the worker's settings, vLLM's flags, and the environment that both come from."""

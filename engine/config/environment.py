@@ -1,4 +1,4 @@
-"""The variables that settings are given by: the environment's, over those that the image was built with."""
+"""The variables that configure the worker: the environment's, which override those of the image's settings file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from engine.errors import ConfigurationError
 
 BAKED_SETTINGS_FILE = Path("/workspace/vllm/settings.json")
 ENVIRONMENT = "environment"
-# Python's and JSON's words for a value that is not there, as people and templates write them.
-NOT_GIVEN = {"None", "none", "null"}
+# How people and templates write a value that is not set: Python's and JSON's words for it.
+NULL_WORDS = {"None", "none", "null"}
 TOKEN, OLD_TOKEN = "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"
-# Settings of this worker that had another name.
+# The worker's own settings that had another name.
 FORMER_NAMES = {"JOB_TIMEOUT_S": "DELIVERY_TIMEOUT_S"}
 
 _log = logging.getLogger(__name__)
@@ -32,62 +32,62 @@ class Variable:
 
 
 def read(environment: Mapping[str, str] = os.environ) -> dict[str, Variable]:
-    """All variables by their name in capitals; an empty one counts as not set.
+    """Return all variables by their upper-case names; an empty one counts as not set.
 
-    `BAKED_SETTINGS_FILE` is a JSON object of variables and values: `{"MAX_MODEL_LEN": 8192}`. What it says of one model
-    is not for another: where it has `MODEL_NAME`, and the environment names another model, all of it is left out
-    (where a config file or extra arguments do, vLLM's flags are: `engine.config.vllm_flags`).
+    `BAKED_SETTINGS_FILE` is a JSON object of variables and values: `{"MAX_MODEL_LEN": 8192}`. If it has `MODEL_NAME`,
+    and the environment names another model, the file is ignored: its values are for its own model. (If a config file or
+    extra arguments name another model, only vLLM's flags are ignored: `engine.config.vllm_flags`.)
 
     Raises:
         ConfigurationError: the image's file cannot be read.
     """
-    named = environment.get("BAKED_SETTINGS_FILE", "").strip()
-    file = BAKED_SETTINGS_FILE if named in NOT_GIVEN | {""} else Path(named)
-    baked = _set({name.upper(): Variable(as_text(value), str(file)) for name, value in _baked(file).items()})
-    given = _set({name.upper(): Variable(value.strip(), ENVIRONMENT) for name, value in environment.items()})
-    for variables in (baked, given):
+    path = environment.get("BAKED_SETTINGS_FILE", "").strip()
+    file = BAKED_SETTINGS_FILE if path in NULL_WORDS | {""} else Path(path)
+    baked = _without_empty({name.upper(): Variable(as_text(value), str(file)) for name, value in _load(file).items()})
+    own = _without_empty({name.upper(): Variable(value.strip(), ENVIRONMENT) for name, value in environment.items()})
+    for variables in (baked, own):
         _rename(variables)
-    if TOKEN not in given and OLD_TOKEN in given:  # As the hub's client does.
-        given[TOKEN] = Variable(given[OLD_TOKEN].value, f"{ENVIRONMENT}, {OLD_TOKEN}")
-    if "MODEL_NAME" in baked and _model(given) not in (None, baked["MODEL_NAME"].value.lower()):
-        _log.info("%s is for %s, and so not used", file, baked["MODEL_NAME"].value)
+    if TOKEN not in own and OLD_TOKEN in own:  # The hub's client accepts both names too.
+        own[TOKEN] = Variable(own[OLD_TOKEN].value, f"{ENVIRONMENT}, {OLD_TOKEN}")
+    if "MODEL_NAME" in baked and _model_name(own) not in (None, baked["MODEL_NAME"].value.lower()):
+        _log.info("Ignoring %s: its settings are for %s", file, baked["MODEL_NAME"].value)
         baked = {}
-    return {**baked, **given}
+    return {**baked, **own}
 
 
-def export_token(given: Mapping[str, Variable]) -> None:
-    """Let the hub's client find the token that is given, and none where none is: it takes `None` for a token."""
+def export_token(variables: Mapping[str, Variable]) -> None:
+    """Set `HF_TOKEN` of this process for the hub's client, or remove it: the client would use `None` as a token."""
     for name in (TOKEN, OLD_TOKEN):
         os.environ.pop(name, None)
-    if (token := given.get(TOKEN)) is not None and token.value not in NOT_GIVEN:
+    if (token := variables.get(TOKEN)) is not None and token.value not in NULL_WORDS:
         os.environ[TOKEN] = token.value
 
 
 def as_text(value: Any) -> str:
-    """A value of JSON or YAML as it would be written in a variable; nothing for null."""
+    """Return a value of JSON or YAML as it would be written in a variable; an empty text for null."""
     if value is None:
         return ""
     return value.strip() if isinstance(value, str) else json.dumps(value)
 
 
-def _model(given: Mapping[str, Variable]) -> str | None:
-    named = given.get("MODEL_NAME") or given.get("MODEL")
-    return None if named is None or named.value in NOT_GIVEN else named.value.lower()
+def _model_name(variables: Mapping[str, Variable]) -> str | None:
+    name = variables.get("MODEL_NAME") or variables.get("MODEL")
+    return None if name is None or name.value in NULL_WORDS else name.value.lower()
 
 
 def _rename(variables: dict[str, Variable]) -> None:
-    """Put variables with a former name under the present one; where both are given, the present one wins."""
+    """Move variables with a former name to the present one; if both are set, the present one wins."""
     for former, name in FORMER_NAMES.items():
         if (variable := variables.pop(former, None)) is not None:
-            _log.warning("%s (%s) is a former name: use %s", former, variable.source, name)
+            _log.warning("%s is deprecated (%s): use %s", former, variable.source, name)
             variables.setdefault(name, variable)
 
 
-def _set(variables: dict[str, Variable]) -> dict[str, Variable]:
+def _without_empty(variables: dict[str, Variable]) -> dict[str, Variable]:
     return {name: variable for name, variable in variables.items() if variable.value}
 
 
-def _baked(file: Path) -> dict[str, Any]:
+def _load(file: Path) -> dict[str, Any]:
     if file == BAKED_SETTINGS_FILE and not file.is_file():
         return {}
     try:

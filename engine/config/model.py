@@ -10,9 +10,9 @@ class Model:
     """The model to serve.
 
     Attributes:
-        path: where vLLM loads it from.
-        names: that requests may use; the first is its own.
-        to_download: its hub id and revision, while the directory does not hold it yet.
+        path: the directory, hub id or URL that vLLM loads.
+        names: the names that requests may use; responses carry the first.
+        to_download: its hub id and revision, if it must be downloaded to `path` first.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Keeps secrets out of logs and errors. A value is a secret if its name says so, or it looks like a hub token."""
+"""Keeps secrets out of logs and errors: values with the name of a secret, and what looks like a hub token."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _NAME = re.compile(rf"(?:^|[-_.]){_WORD}$", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"hf_\w+")
 # On a command line, everything up to the next option.
 _OPTION = re.compile(rf"(--?(?:[\w.-]*[-_.])?{_WORD}(?:=|\s+))(?!-)(?:(?!\s-).)+", re.IGNORECASE | re.DOTALL)
-# In JSON, YAML and what Python prints: `"api_key": "…"`, `api_key: …`, `api_key='…'`.
+# In JSON, YAML and Python's repr: `"api_key": "…"`, `api_key: …`, `api_key='…'`.
 _FIELD = re.compile(
     rf"""(?P<name>(?<![\w-])(?:[\w.-]*(?:[-_.]|(?-i:[a-z](?=[A-Z]))))?{_WORD}["']?\s*[:=]\s*)"""
     r"""(?!(?:None|null)\b)(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|\[[^\]]*\]?|[^\s,{}\]\[()"']+)""",
     re.IGNORECASE,
 )
-# pydantic shows a value cut in the middle: the name of a secret may be gone, and the secret still be there.
+# pydantic truncates a value in the middle: a secret may remain without its name.
 _CUT_VALUE = re.compile(r", input_value=.*?, input_type=\w+", re.DOTALL)
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a value of this name is a secret."""
+    """Return whether values with this name are secrets."""
     return _NAME.search(name) is not None
 
 
 def redacted(text: str) -> str:
-    """Return the text without hub tokens, and without the values of options and fields whose names say secret."""
+    """Return the text without hub tokens, and without the values of options and fields with the name of a secret."""
     text = _OPTION.sub(rf"\1{MASK}", _CUT_VALUE.sub("", text))
     return _HUB_TOKEN.sub("hf_...", _FIELD.sub(rf"\g<name>{MASK}", text))

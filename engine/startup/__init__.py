@@ -1,1 +1,1 @@
-"""What happens before the first take: which model, where it is, caches, and checks of the machine."""
+"""What happens before the worker takes jobs: finding the model, caches, and checks of the machine."""

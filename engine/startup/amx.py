@@ -1,8 +1,8 @@
-"""Leave to use AMX, the registers for matrices of Intel's processors.
+"""Requests permission to use AMX, the matrix extensions of Intel's processors.
 
-Linux kills a process that uses them without having asked (arch_prctl(2), `ARCH_REQ_XCOMP_PERM`). vLLM's attention does
-not ask; oneDNN does, at its first product of two matrices. So where the first request is of one token, vLLM 0.32 on a
-CPU with AMX ends by SIGILL. A forked process has its parent's leave; one that starts another program asks anew.
+Linux kills a process that uses them without permission (arch_prctl(2), `ARCH_REQ_XCOMP_PERM`). oneDNN requests it at
+its first matrix multiplication, vLLM's attention does not: if the first request has only one token, vLLM 0.32 on a CPU
+with AMX is killed by SIGILL. A forked process inherits the permission; it is lost at exec.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _ARCH_REQ_XCOMP_PERM = 0x1023
 _XFEATURE_XTILEDATA = 18
 
 
-def ask() -> None:
-    """Ask for it; where there is no AMX, nothing comes of it."""
+def request_permission() -> None:
+    """Request the permission for this process; without AMX, this has no effect."""
     if sys.platform == "linux" and platform.machine() == "x86_64":
         import ctypes
 

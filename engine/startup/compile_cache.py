@@ -1,8 +1,8 @@
-"""Sets where vLLM keeps compiled code, and logs whether a start could use it.
+"""Sets the directory of vLLM's compiled code, and logs whether a start could use what an earlier one compiled.
 
-It is kept on the network volume if there is one, as that outlives the worker and is shared by others; else in vLLM's
-own directory, which may be in the image or in a worker that is only stopped. vLLM decides what is valid: each entry is
-named by a hash over the model's configuration, the flags, vLLM's code and version, the compiler and the device.
+It is on the network volume if there is one, which outlives the worker and is shared by all workers; otherwise it is
+vLLM's default, which may be part of the image or of a worker that is only stopped. vLLM decides what is valid: the key
+of an entry is a hash of the model's configuration, the flags, vLLM's code and version, the compiler and the device.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import re
 from pathlib import Path
 
 _ROOT = "VLLM_CACHE_ROOT"
-# What vLLM 0.32 logs when it uses code that was compiled earlier, and when it compiles.
-_USED = re.compile(r"Directly load (?:AOT compilation|the compiled graph)")
-_FAILED = re.compile(r"Compiling model again due to a load failure from \S+, reason: (.*)")
-_MADE = re.compile(r"(?:Compiling a graph|saved AOT compiled function)")
+# What vLLM 0.32 logs when it loads compiled code, fails to load it, and compiles.
+_LOADED = re.compile(r"Directly load (?:AOT compilation|the compiled graph)")
+_NOT_LOADED = re.compile(r"Compiling model again due to a load failure from \S+, reason: (.*)")
+_COMPILED = re.compile(r"(?:Compiling a graph|saved AOT compiled function)")
 
 _log = logging.getLogger(__name__)
 
 
 def configure(volume: Path) -> None:
-    """Let vLLM keep compiled code on the volume, unless the user has set a directory, or the volume is not writable."""
+    """Let vLLM keep compiled code on the volume, if it is writable and the user has set no other directory."""
     if _ROOT not in os.environ and volume.is_dir() and os.access(volume, os.W_OK):
         os.environ[_ROOT] = str(volume / "vllm-cache")
 
 
 def log_usage(lines: str) -> None:
-    """Log whether the start could use what an earlier one compiled; nothing if the model is not compiled.
+    """Log whether the start could use compiled code; nothing if the model is not compiled.
 
     Args:
-        lines: what the engine's processes logged.
+        lines: the log of the engine's processes.
     """
     root = os.environ.get(_ROOT) or "~/.cache/vllm"
-    if failed := _FAILED.search(lines):
-        _log.warning("Compile cache %s: not used, as vLLM cannot load it: %s", root, failed[1])
-    elif _MADE.search(lines):
-        _log.info("Compile cache %s: empty for this model, these flags and this vLLM; the next start can use it", root)
-    elif _USED.search(lines):
+    if error := _NOT_LOADED.search(lines):
+        _log.warning("Compile cache %s: not used, as vLLM cannot load it: %s", root, error[1])
+    elif _COMPILED.search(lines):
+        _log.info("Compile cache %s: empty for this model, flags and vLLM version; the next start can use it", root)
+    elif _LOADED.search(lines):
         _log.info("Compile cache %s: used", root)

@@ -1,4 +1,4 @@
-"""Reads the whole configuration and checks it before anything is loaded."""
+"""Reads the complete configuration and checks it before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from engine.startup import model_resolver
 
 
 def read(variables: Mapping[str, Variable] | None = None) -> Configuration:
-    """Return the configuration that variables and files give, checked as far as possible without the model.
+    """Return the configuration from variables and files, checked as far as possible without the model's files.
 
-    It imports vLLM.
+    This imports vLLM.
 
     Args:
-        variables: by their names in capitals; those of this process by default.
+        variables: by their upper-case names; those of this process by default.
 
     Raises:
-        ConfigurationError: something is not allowed; one line for each.
+        ConfigurationError: values are not allowed; a line for each.
     """
     variables = environment.read() if variables is None else variables
     settings = Settings.read(variables)
     flags = vllm_args.flags()
-    flags.read(variables, [name.upper() for name in Settings.model_fields])
-    if (copies := flags.value("data_parallel_size")) is not None and copies > 1:
-        # vLLM serves with it, but when one engine dies, it ends the jobs of the others as if they were complete.
+    flags.load(variables, [name.upper() for name in Settings.model_fields])
+    if (engines := flags.value("data_parallel_size")) is not None and engines > 1:
+        # vLLM supports it, but when one engine dies, it ends the requests of the others as if they were complete.
         raise ConfigurationError(
-            f"DATA_PARALLEL_SIZE is {copies}, but a worker runs one engine: leave it out and let the endpoint run more "
+            f"DATA_PARALLEL_SIZE is {engines}, but a worker runs one engine: remove it and let the endpoint run more "
             "workers. TENSOR_PARALLEL_SIZE shards one engine over several GPUs"
         )
     model = model_resolver.choose(settings, flags)
@@ -40,7 +40,7 @@ def read(variables: Mapping[str, Variable] | None = None) -> Configuration:
 
 
 def check_with_model(configuration: Configuration) -> None:
-    """Check all that vLLM checks before it loads the model, if the model is on this machine.
+    """Run the checks that vLLM makes before it loads the model, if the model is on this machine.
 
     Raises:
         ConfigurationError: vLLM does not accept the configuration.

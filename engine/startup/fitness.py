@@ -1,9 +1,9 @@
-"""The SDK's fitness checks of the machine, in a process of their own, before the engine is loaded.
+"""Runs the SDK's fitness checks of the machine in a separate process, before the engine is loaded.
 
-The SDK runs them as it starts its loop: after the load, so that a bad machine is found when the load has been paid for,
-and in the serving process, where on a GPU a CUDA context stays behind on every device. Here they run beside the imports
-of vLLM, and the process has ended, its GPU memory with it, before the engine is made. A check that fails is reported to
-the platform by the SDK (runpod 1.12, `rp_fitness`).
+The SDK itself runs them when its loop starts. That is after the load, which is paid for even on a bad machine, and in
+the serving process, where they leave a CUDA context on every GPU. Here they run during the imports of vLLM, and their
+process has ended and freed its GPU memory before the engine is made. The SDK reports a failed check to the platform
+(runpod 1.12, `rp_fitness`).
 """
 
 from __future__ import annotations
@@ -23,96 +23,99 @@ from typing import Any, Self
 from engine.child_processes import set_parent_death_signal
 from engine.errors import ConfigurationError
 
-# By default the SDK's own limits add up to a minute: 30 s for the GPU's memory, 5 to 10 s for each other program that
-# it asks. What it does not limit is the start of CUDA, and a driver that does not answer.
+# The SDK's default timeouts add up to a minute: 30 s for the GPU's memory, 5 to 10 s for each other program that it
+# runs. It has none for the initialisation of CUDA, nor for a driver that hangs.
 TIMEOUT_S = 120.0
-# What switches the checks of the SDK off: those of the machine, and the first of the GPU.
+# Variables that disable the SDK's checks: those of the system, and the first of the GPU.
 SWITCHES = ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK")
 _ROOT = Path(__file__).resolve().parents[2]
 _NO_CHECKS = 3
-_KILL_S = 5.0
-_COPY_BYTES = 1 << 20
+_KILL_TIMEOUT_S = 5.0
+_MAX_LOG_BYTES = 1 << 20
 _FAILED = re.compile(r"Fitness check failed: (\S+) \| (.+)")
 
 _log = logging.getLogger(__name__)
 
 
 class Checks:
-    """The checks, from the constructor on; they end with the block: `with Checks() as checks: ... checks.wait()`.
+    """Checks that the constructor starts, and the end of the block stops: `with Checks() as checks: ... checks.wait()`.
 
-    Where the environment switches all of them off, there is no process.
+    If the environment disables all of them, no process is started.
 
     Args:
-        timeout_s: how long they may take.
+        timeout_s: how long they may take, in seconds.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._process: subprocess.Popen[bytes] | None = None
-        # A copy of what the SDK logs, which tells why a check failed. Its lines go to the log from there: as it reports
-        # a bad machine, the platform may end the worker.
-        self._copy = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the block)
+        # A copy of what the SDK logs, for the reason of a failure. The process also logs it directly: the platform may
+        # end the worker as soon as a bad machine is reported.
+        self._log_copy = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the block)
         if any(os.environ.get(switch, "").lower() != "true" for switch in SWITCHES):
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "engine.startup.fitness", str(self._copy.fileno())],
+                [sys.executable, "-m", "engine.startup.fitness", str(self._log_copy.fileno())],
                 cwd=_ROOT,
-                pass_fds=[self._copy.fileno()],
-                process_group=0,  # The SDK asks other programs, which are to end with it.
+                pass_fds=[self._log_copy.fileno()],
+                process_group=0,  # So that the programs that the SDK runs can be killed too.
                 preexec_fn=set_parent_death_signal,  # noqa: PLW1509 (no other thread runs that early)
             )
 
     def __enter__(self) -> Self:
-        """The checks run already."""
+        """Return the checks, which are running."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what still runs."""
-        self._copy.close()
+        """Kill what still runs."""
+        self._log_copy.close()
         if self._process is not None and self._process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             # A process that hangs in a driver cannot be killed.
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_KILL_S)
+                self._process.wait(_KILL_TIMEOUT_S)
 
     def wait(self) -> None:
-        """Wait until the machine has passed; then the SDK does not check it again in this process.
+        """Wait until the machine has passed, and disable the SDK's own run of the checks.
 
         Raises:
-            ConfigurationError: it has not passed, or not in time.
+            ConfigurationError: a check failed, or they have timed out.
         """
         if self._process is None:
             return
         try:
             status = self._process.wait(max(self._deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            *_, last = self._lines() or ["nothing was logged"]
+            *_, last = self._logged_lines() or ["nothing was logged"]
             raise ConfigurationError(
-                f"the fitness checks of the SDK have not ended after {self._timeout_s:g} s; its last line: {last}"
+                f"the fitness checks of the SDK have not ended after {self._timeout_s:g} s; its last log line: {last}"
             ) from None
         if status == _NO_CHECKS:
-            _log.warning("The fitness checks are left to the SDK: this version has none that can run before the load")
+            _log.warning("The fitness checks are left to the SDK: this version cannot run them before the load")
         elif status:
-            failed = next(filter(None, map(_FAILED.match, self._lines())), None)
+            failed = next(filter(None, map(_FAILED.match, self._logged_lines())), None)
             raise ConfigurationError(
                 f"the fitness check {failed[1]} failed: {failed[2]}"
                 if failed
-                else f"the fitness checks of the SDK ended with {status}: the log says why"
+                else f"the fitness checks of the SDK ended with status {status}; see the worker log"
             )
         else:
             os.environ.update(dict.fromkeys(SWITCHES, "true"))
 
-    def _lines(self) -> list[str]:
-        # The process may still have the file open, and share its position.
-        return os.pread(self._copy.fileno(), _COPY_BYTES, 0).decode(errors="replace").splitlines()
+    def _logged_lines(self) -> list[str]:
+        # Not `read`: a process that still runs shares the position in the file.
+        return os.pread(self._log_copy.fileno(), _MAX_LOG_BYTES, 0).decode(errors="replace").splitlines()
 
 
-def main(copy: int) -> int:
-    """Run the checks as the SDK does: one that fails is reported to the platform and ends this process with 1.
+def main(log_copy: int) -> int:
+    """Run the checks as the SDK does: it reports a failed check to the platform and ends this process with status 1.
 
     Args:
-        copy: an open file, which gets the messages that the SDK logs, at any level.
+        log_copy: file descriptor to which the SDK's log messages of every level are copied.
+
+    Returns:
+        The exit status: 0 if the machine has passed, 3 if the SDK has no such checks.
     """
     try:
         from runpod.serverless.modules.rp_fitness import run_fitness_checks
@@ -123,11 +126,11 @@ def main(copy: int) -> int:
 
     log = RunPodLogger.log
 
-    def copying(self: Any, message: Any, *arguments: Any, **options: Any) -> None:
-        os.write(copy, (" ".join(str(message).split()) + "\n").encode())
+    def log_and_copy(self: Any, message: Any, *arguments: Any, **options: Any) -> None:
+        os.write(log_copy, (" ".join(str(message).split()) + "\n").encode())
         log(self, message, *arguments, **options)
 
-    RunPodLogger.log = copying
+    RunPodLogger.log = log_and_copy
     asyncio.run(run_fitness_checks())
     return 0
 

@@ -1,4 +1,4 @@
-"""Which model the worker serves, and where it comes from."""
+"""Decides which model the worker serves, and where it is loaded from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.config.environment import NOT_GIVEN
+from engine.config.environment import NULL_WORDS
 from engine.config.model import Model
 from engine.errors import ConfigurationError
 from engine.startup import model_store
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 TINY_NAME = "tiny"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_CACHED = re.compile(r"/models--([^/]+)/snapshots/[^/]+/?$")
-# Ways of loading that read a directory of files; the others (streamed from a store, made up, …) are vLLM's own affair.
-_FROM_FILES = {None, "auto", "bitsandbytes", "fastsafetensors", "hf", "mistral", "pt", "safetensors"}
-# Flags that may name something else on the hub.
-_MORE_FROM_THE_HUB = (
+_CACHE_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[^/]+/?$")
+# Load formats that read a directory of files. For the others (streamed from a store, dummy, …), vLLM finds the model.
+_FILE_FORMATS = {None, "auto", "bitsandbytes", "fastsafetensors", "hf", "mistral", "pt", "safetensors"}
+# Flags that may name another repository of the hub.
+_HUB_FLAGS = (
     "tokenizer",
     "hf_config_path",
     "generation_config",
@@ -43,10 +43,10 @@ _log = logging.getLogger(__name__)
 
 
 def download(model: Model) -> None:
-    """Download the model's files, if they are not there yet; this may take long.
+    """Download the model's files if they are missing, which may take minutes.
 
     Raises:
-        ConfigurationError: they cannot be downloaded.
+        ConfigurationError: the download failed.
     """
     if model.to_download is not None:
         name, revision = model.to_download
@@ -54,68 +54,68 @@ def download(model: Model) -> None:
 
 
 def choose(settings: Settings, flags: Flags) -> Model:
-    """The model to serve; one log line says which, and where it comes from.
+    """Return the model to serve; one log line says which, and where it is loaded from.
 
     A model of the hub is looked for in the image, in `DOWNLOAD_DIR`, in the platform's cache, in the cache of the hub's
-    client and on the network volume, in this order; where it is nowhere, it is to be downloaded to `DOWNLOAD_DIR`, else
-    to the volume, else beside the hub's cache.
+    client and on the network volume, in this order. If it is in none of them, it is to be downloaded to `DOWNLOAD_DIR`;
+    without that, to the volume; without a volume, to a directory next to the hub's cache.
 
-    It answers to the names that are asked for, to its hub id, and to where it is loaded from. Where that is a directory
-    and would be its only name, the directory's own name comes first: errors and the models' list have one to show.
+    Its names are those that are set, its hub id, and the path that it is loaded from. If the path of a directory would
+    be the only name, the directory's own name comes first, so that errors and the list of models can show one.
 
     Raises:
-        ConfigurationError: on the platform, no model is named and the image holds none; or the tiny model could not be
-            made.
+        ConfigurationError: there is no such directory; or no model is named and, on the platform, the image has none;
+            or the tiny model could not be made.
     """
     named: str | None = flags.value("model")
     served: Sequence[str] = flags.value("served_model_name") or ()
     own_names: list[str] = []
     to_download = None
     if named is None:
-        path, why, own_names = _unnamed(settings)
-    elif model_store.is_dir(named) or not _HUB_ID.fullmatch(named) or flags.value("load_format") not in _FROM_FILES:
-        path, why = os.path.expanduser(named), "named by MODEL_NAME"  # noqa: PTH111 (not every name is a path)
+        path, source, own_names = _default_model(settings)
+    elif model_store.is_dir(named) or not _HUB_ID.fullmatch(named) or flags.value("load_format") not in _FILE_FORMATS:
+        path, source = os.path.expanduser(named), "named by MODEL_NAME"  # noqa: PTH111 (not every name is a path)
         if named.startswith(("/", "./", "../", "~")) and not model_store.is_dir(path):
-            raise ConfigurationError(f"MODEL_NAME={named!r}: there is no such directory{_who_may_not(path)}")
-        there = model_store.held(Path(path))
-        own_names = [there.repository] if there is not None and there.repository else []
+            raise ConfigurationError(f"MODEL_NAME={named!r}: no such directory{_permission_hint(path)}")
+        manifest = model_store.read_manifest(Path(path))
+        own_names = [manifest.repository] if manifest is not None and manifest.repository else []
     else:
         own_names = [named]
         revision: str | None = flags.value("revision")
         download_dir: str | None = flags.value("download_dir")
-        found = next(_found(settings, named, revision, download_dir), None)
+        found = next(_find(settings, named, revision, download_dir), None)
         if found is not None:
-            path, why = str(found[0]), f"{named}, {found[1]}"
+            path, source = str(found[0]), f"{named}, {found[1]}"
         else:
-            path = str(model_store.ours(_models(settings, download_dir), named, revision))
+            path = str(model_store.download_dir(_models_dir(settings, download_dir), named, revision))
             to_download = (named, revision)
-            why = f"{named}, which is nowhere here and is downloaded"
-    _log.info("Model %s: %s", path, why)
+            source = f"{named}, not found locally, downloading"
+    _log.info("Model %s: %s", path, source)
     names = [*served, *own_names, *_hub_id(path)] or _directory_name(path)
     return Model(path, tuple(dict.fromkeys([*names, path])), to_download)
 
 
 def guess_model_dir(settings: Settings, variables: Mapping[str, Variable]) -> Path | None:
-    """Where the model will probably be loaded from, as far as it can be told without asking vLLM's parser."""
+    """Return the directory that the model is probably loaded from, without vLLM's parser, whose import takes long."""
     named = variables.get("MODEL_NAME") or variables.get("MODEL")
-    if named is None or named.value in NOT_GIVEN:
+    if named is None or named.value in NULL_WORDS:
         return settings.baked_model_dir
     if model_store.is_dir(named.value) or not _HUB_ID.fullmatch(named.value):
         return Path(named.value).expanduser()
     revision = variables.get("MODEL_REVISION") or variables.get("REVISION")
     download_dir = variables.get("DOWNLOAD_DIR")
-    found = _found(
+    found = _find(
         settings, named.value, revision.value if revision else None, download_dir.value if download_dir else None
     )
     return next((path for path, _ in found), None)
 
 
 def enable_offline_mode(model: Model, flags: Flags) -> None:
-    """Ask the hub for nothing more, in this process and its children, if all that the worker needs is in files."""
+    """Prevent requests to the hub, in this process and its children, if the worker needs nothing else from it."""
     directory = Path(model.path)
-    if not model_store.is_dir(directory) or any(_is_elsewhere(flags.value(name)) for name in _MORE_FROM_THE_HUB):
+    if not model_store.is_dir(directory) or any(_may_be_on_hub(flags.value(name)) for name in _HUB_FLAGS):
         return
-    if flags.value("trust_remote_code") and _has_code_elsewhere(directory):
+    if flags.value("trust_remote_code") and _uses_code_of_another_repository(directory):
         return
     from huggingface_hub import constants
 
@@ -123,13 +123,13 @@ def enable_offline_mode(model: Model, flags: Flags) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def _is_elsewhere(value: Any) -> bool:
-    """Whether what a flag says may be on the hub, and not in a file or directory of this machine."""
+def _may_be_on_hub(value: Any) -> bool:
+    """Return whether a flag's value may name something on the hub instead of a file or directory."""
     return bool(value) and value not in ("auto", "vllm") and not (isinstance(value, str) and Path(value).exists())
 
 
-def _has_code_elsewhere(directory: Path) -> bool:
-    """Whether a model's configuration names code of another repository: `"AutoConfig": "org/code--module.Class"`."""
+def _uses_code_of_another_repository(directory: Path) -> bool:
+    """Return whether a model's configuration has an entry such as `"AutoConfig": "org/code--module.Class"`."""
     for file in directory.glob("*config.json"):
         try:
             document = json.loads(file.read_bytes())
@@ -140,44 +140,44 @@ def _has_code_elsewhere(directory: Path) -> bool:
     return False
 
 
-def _unnamed(settings: Settings) -> tuple[str, str, list[str]]:
-    """The model when none is named: where it is, why this one, and its own names."""
-    if (image := model_store.held(settings.baked_model_dir)) is not None:
+def _default_model(settings: Settings) -> tuple[str, str, list[str]]:
+    """Return the path, the source and the names of the model if `MODEL_NAME` is not set."""
+    if (image := model_store.read_manifest(settings.baked_model_dir)) is not None:
         names = [image.repository] if image.repository else []
-        return str(settings.baked_model_dir), f"the model in the image{_at(image)}", names
+        return str(settings.baked_model_dir), f"the model in the image{_at_commit(image)}", names
     if os.access(settings.baked_model_dir / "config.json", os.R_OK):
         raise ConfigurationError(
-            f"{settings.baked_model_dir} has no manifest, so it may not be whole: `python -m builder manifest DIR` "
-            "checks it and writes one, and MODEL_NAME serves it as it is"
+            f"{settings.baked_model_dir} has no manifest, so it may be incomplete: check it and write one with "
+            "`python -m builder manifest DIR`, or set MODEL_NAME to it to serve it unchecked"
         )
     if settings.on_platform:
         raise ConfigurationError(
-            "MODEL_NAME is not set and the image holds no model: set MODEL_NAME to a hub id or a directory"
+            "MODEL_NAME is not set and the image has no model: set MODEL_NAME to a hub id or a directory"
         )
-    return _tiny(), "the tiny model, as MODEL_NAME is not set; it knows a few answers by heart", [TINY_NAME]
+    return _make_tiny_model(), "the tiny model, as MODEL_NAME is not set; it has memorized test answers", [TINY_NAME]
 
 
-def _found(settings: Settings, name: str, revision: str | None, download_dir: str | None) -> Iterator[tuple[Path, str]]:
-    """Where the model is on this machine, and what to call that place."""
+def _find(settings: Settings, name: str, revision: str | None, download_dir: str | None) -> Iterator[tuple[Path, str]]:
+    """Yield the directories of this machine that have the model, each with a description for the log."""
     from huggingface_hub import constants
 
-    image = model_store.held(settings.baked_model_dir)
-    if image is not None and image.is_it(name, revision):
-        yield settings.baked_model_dir, f"in the image{_at(image)}"
-    platforms = settings.network_volume / "huggingface-cache" / "hub"
-    caches = [(platforms, "in the platform's cache"), (Path(constants.HF_HUB_CACHE), "in the hub's cache")]
+    image = model_store.read_manifest(settings.baked_model_dir)
+    if image is not None and image.matches(name, revision):
+        yield settings.baked_model_dir, f"in the image{_at_commit(image)}"
+    platform_cache = settings.network_volume / "huggingface-cache" / "hub"
+    caches = [(platform_cache, "in the platform's cache"), (Path(constants.HF_HUB_CACHE), "in the hub's cache")]
     if download_dir is not None:
         caches.insert(0, (Path(download_dir), "in DOWNLOAD_DIR"))
-    for cache, place in caches:
-        if (snapshot := model_store.in_cache(cache, name, revision)) is not None:
-            yield snapshot, place
-    directory = model_store.ours(_models(settings, download_dir), name, revision)
-    if (there := model_store.held(directory)) is not None and there.is_it(name, None):
-        yield directory, f"downloaded earlier{_at(there)}"
+    for cache, description in caches:
+        if (snapshot := model_store.find_in_cache(cache, name, revision)) is not None:
+            yield snapshot, description
+    directory = model_store.download_dir(_models_dir(settings, download_dir), name, revision)
+    if (downloaded := model_store.read_manifest(directory)) is not None and downloaded.matches(name, None):
+        yield directory, f"downloaded earlier{_at_commit(downloaded)}"
 
 
-def _models(settings: Settings, download_dir: str | None) -> Path:
-    """Where models are downloaded to: `DOWNLOAD_DIR`, the network volume, or where the hub's files are kept."""
+def _models_dir(settings: Settings, download_dir: str | None) -> Path:
+    """Return the directory for downloads: `DOWNLOAD_DIR`, or `models` on the network volume or in `HF_HOME`."""
     from huggingface_hub import constants
 
     if download_dir is not None:
@@ -186,37 +186,37 @@ def _models(settings: Settings, download_dir: str | None) -> Path:
     return base / "models"
 
 
-def _who_may_not(path: str) -> str:
-    """Who may not look for a directory, where that is why there seems to be none."""
+def _permission_hint(path: str) -> str:
+    """Return the end of a message about a missing directory, if it only seems missing for lack of permission."""
     try:
         Path(path).stat()
     except PermissionError:
-        return f" that user {os.getuid()}, who the worker runs as, may see"
+        return f", or none that user {os.getuid()}, which the worker runs as, may access"
     except OSError:
         pass
     return ""
 
 
-def _at(model: model_store.Held) -> str:
-    return f" at commit {model.commit}" if model.commit else ""
+def _at_commit(manifest: model_store.ManifestInfo) -> str:
+    return f" at commit {manifest.commit}" if manifest.commit else ""
 
 
 def _hub_id(path: str) -> list[str]:
-    """The hub id of a model in a directory of the hub's cache: `models--ORG--NAME/snapshots/COMMIT`."""
-    match = _CACHED.search(path)
+    """Return the hub id of a directory in a hub cache, `models--ORG--NAME/snapshots/COMMIT`; none for others."""
+    match = _CACHE_SNAPSHOT.search(path)
     return [match[1].replace("--", "/", 1)] if match else []
 
 
 def _directory_name(path: str) -> list[str]:
-    """The name of a model of which nothing is known but its directory."""
+    """Return the directory's own name, for a model without another name."""
     directory = Path(path)
     return [directory.name] if directory.name and model_store.is_dir(directory) else []
 
 
-def _tiny() -> str:
-    """Where the tiny model is; the builder makes it, once a machine, in a process of its own."""
+def _make_tiny_model() -> str:
+    """Return the directory of the tiny model, which the builder trains on first use, in a separate process."""
     command = [sys.executable, "-m", "builder", "tiny"]
-    made = subprocess.run(command, cwd=model_store.ROOT, stdout=subprocess.PIPE, check=False)
-    if made.returncode:
-        raise ConfigurationError("The tiny model could not be made (above is why); or set MODEL_NAME to another model")
-    return made.stdout.decode().strip()
+    builder = subprocess.run(command, cwd=model_store.ROOT, stdout=subprocess.PIPE, check=False)
+    if builder.returncode:
+        raise ConfigurationError("The tiny model could not be made (see the log above): set MODEL_NAME to another")
+    return builder.stdout.decode().strip()

@@ -1,7 +1,8 @@
-"""Where a model of the hub may lie on this machine, and how it gets there if it does not.
+"""Finds models of the hub on this machine, and downloads them.
 
-`python -m builder download` writes a manifest last, so a directory of ours with a manifest is whole. A cache of the
-hub's client has no such mark; there configuration, tokenizer and all shards of one set of weights have to be there.
+A directory that `python -m builder download` has filled is complete if it has a manifest, which is written last. A
+snapshot in a cache of the hub's client has none: it is complete if it has the configuration, the tokenizer and all
+shards of one set of weights.
 """
 
 from __future__ import annotations
@@ -24,33 +25,33 @@ from engine.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[2]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_MAIN = "main"
+_DEFAULT_REVISION = "main"
 _TAIL_BYTES = 4096
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What a directory holds, by its manifest: a model of the hub, or one from elsewhere."""
+class ManifestInfo:
+    """The model of a directory, from its manifest; without a repository, it is not from the hub."""
 
     repository: str | None
     revision: str | None
     commit: str | None
 
-    def is_it(self, name: str, revision: str | None) -> bool:
-        """Whether it is this model; without a revision, at any commit."""
-        same = self.repository is not None and self.repository.lower() == name.lower()
-        return same and revision in (None, self.revision, self.commit)
+    def matches(self, name: str, revision: str | None) -> bool:
+        """Return whether it is this model at this revision; None matches any."""
+        is_same = self.repository is not None and self.repository.lower() == name.lower()
+        return is_same and revision in (None, self.revision, self.commit)
 
 
 def is_dir(path: str | Path) -> bool:
-    """Whether there is a directory that this user may see."""
-    return os.path.isdir(path)  # noqa: PTH112 (`Path.is_dir` raises where the user may not look)
+    """Return whether the directory exists and this user may access it."""
+    return os.path.isdir(path)  # noqa: PTH112 (`Path.is_dir` raises PermissionError)
 
 
-def held(directory: Path) -> Held | None:
-    """What the directory holds, or None if no whole model lies there.
+def read_manifest(directory: Path) -> ManifestInfo | None:
+    """Return which model is in the directory, or None if there is no complete one.
 
     Raises:
         ConfigurationError: its manifest cannot be read.
@@ -64,16 +65,16 @@ def held(directory: Path) -> Held | None:
         return None
     try:
         manifest: dict[str, Any] = json.loads(file.read_bytes())
-        return Held(manifest["repository"], manifest["revision"], manifest["commit"])
+        return ManifestInfo(manifest["repository"], manifest["revision"], manifest["commit"])
     except (OSError, ValueError, LookupError, TypeError):
-        raise ConfigurationError(f"{file} cannot be read: build the image anew, or download the model anew") from None
+        raise ConfigurationError(f"{file} cannot be read: rebuild the image, or download the model again") from None
 
 
-def in_cache(cache: Path, name: str, revision: str | None) -> Path | None:
-    """Where a cache of the hub's client has the whole model, if it has it.
+def find_in_cache(cache: Path, name: str, revision: str | None) -> Path | None:
+    """Return the directory of the complete model in a cache of the hub's client, or None.
 
     Args:
-        cache: holds `models--ORG--NAME/snapshots/COMMIT`; names are compared without case, as platforms write theirs.
+        cache: has `models--ORG--NAME/snapshots/COMMIT`. Names are compared without case: platforms write lower case.
         name: of the repository.
         revision: branch, tag or commit.
     """
@@ -81,7 +82,7 @@ def in_cache(cache: Path, name: str, revision: str | None) -> Path | None:
     try:
         entries = sorted(cache.iterdir()) if cache.is_dir() else []
         for repository in (entry for entry in entries if entry.name.lower() == wanted):
-            for commit in _commits(repository, revision):
+            for commit in _candidate_commits(repository, revision):
                 snapshot = repository / "snapshots" / commit
                 if layout.is_complete(snapshot):
                     return snapshot
@@ -91,19 +92,19 @@ def in_cache(cache: Path, name: str, revision: str | None) -> Path | None:
 
 
 def _warn_unreadable(directory: Path, error: OSError) -> None:
-    _log.warning("%s is not looked into, as user %d may not read it: %s", directory, os.getuid(), error.strerror)
+    _log.warning("Skipping %s: user %d may not read it: %s", directory, os.getuid(), error.strerror)
 
 
-def ours(models: Path, name: str, revision: str | None) -> Path:
-    """The directory that a download of this model is for, within a directory of models."""
-    return models / name.replace("/", "--").lower() / (revision or _MAIN).replace("/", "--")
+def download_dir(models: Path, name: str, revision: str | None) -> Path:
+    """Return the directory of this model within a directory of downloaded models."""
+    return models / name.replace("/", "--").lower() / (revision or _DEFAULT_REVISION).replace("/", "--")
 
 
 def download(name: str, directory: Path, revision: str | None) -> None:
-    """Load the model into the directory, in a process of the builder; what it says is passed on.
+    """Download the model into the directory, in a process of the builder; its output goes to stderr.
 
     Raises:
-        ConfigurationError: it cannot be had; the message is the builder's.
+        ConfigurationError: the download failed; the message is the builder's.
     """
     command = [sys.executable, "-m", "builder", "download", name, str(directory)]
     if revision:
@@ -117,55 +118,54 @@ def download(name: str, directory: Path, revision: str | None) -> None:
     ) as process:
         tail = b""
         try:
-            for chunk in _chunks(process):
+            for chunk in _read_stderr(process):
                 sys.stderr.buffer.write(chunk)
                 sys.stderr.buffer.flush()
                 tail = (tail + chunk)[-_TAIL_BYTES:]
-        except BaseException:  # A signal has been sent: leaving the block waits for the process to end.
+        except BaseException:  # Such as the SystemExit of a signal: the block would wait for the process.
             process.kill()
             raise
     if process.returncode:
-        raise ConfigurationError(
-            _why(name, process.returncode, tail.decode(errors="replace")) + _who_may_not(directory)
-        )
+        reason = _failure_reason(name, process.returncode, tail.decode(errors="replace"))
+        raise ConfigurationError(reason + _permission_hint(directory))
 
 
-def _why(name: str, status: int, said: str) -> str:
-    """Why a download ended: the builder's own last words, if they are its last; progress and tracebacks are none."""
+def _failure_reason(name: str, status: int, output: str) -> str:
+    """Return why a download failed: the builder's last message, unless progress or a traceback follows it."""
     ended = f"the download of {name} ended with {status}"
     if status < 0:
         hint = ": out of memory?" if -status == signal.SIGKILL else ""
         return f"{ended} (killed by {signal.Signals(-status).name}{hint})"
-    before, marked, told = ("\n" + re.sub(r"\r+", "\n", said)).rpartition("\nbuilder: ")
-    lines = [line.strip() for line in (told or before).splitlines() if line.strip()]
-    if marked and not any(line.startswith("Traceback") for line in lines):
+    before, prefix, message = ("\n" + re.sub(r"\r+", "\n", output)).rpartition("\nbuilder: ")
+    lines = [line.strip() for line in (message or before).splitlines() if line.strip()]
+    if prefix and not any(line.startswith("Traceback") for line in lines):
         return "; ".join(lines)
     return f"{ended}: {lines[-1]}" if lines else ended
 
 
-def _who_may_not(directory: Path) -> str:
-    """What to do where the worker's user may not write to the volume."""
-    place = next(path for path in (directory, *directory.absolute().parents) if os.access(path, os.F_OK))
-    if os.access(place, os.W_OK):
+def _permission_hint(directory: Path) -> str:
+    """Return what to do if the worker's user may not write to the directory; an empty text if it may."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.access(path, os.F_OK))
+    if os.access(existing, os.W_OK):
         return ""
     return (
-        f". The worker runs as user {os.getuid()}, who may not write to {place}: build the image with WORKER=0, "
+        f". The worker runs as user {os.getuid()}, which may not write to {existing}: build the image with WORKER=0, "
         "or change the volume's owner"
     )
 
 
-def _chunks(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+def _read_stderr(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
     while process.stderr is not None and (chunk := process.stderr.read1()):  # type: ignore[attr-defined]
         yield chunk
 
 
-def _commits(repository: Path, revision: str | None) -> list[str]:
-    """What the revision may mean in this cache, the likeliest first."""
+def _candidate_commits(repository: Path, revision: str | None) -> list[str]:
+    """Return the commits that the revision may stand for in this cache."""
     if revision and _COMMIT.fullmatch(revision):
         return [revision]
-    reference = repository / "refs" / (revision or _MAIN)
+    reference = repository / "refs" / (revision or _DEFAULT_REVISION)
     if reference.is_file():
         return [reference.read_text(encoding="utf-8").strip()]
-    # A platform that fetched the model itself may have written no references; then there is one snapshot.
+    # A platform's own download may have no refs. A single snapshot is then the default revision.
     snapshots = sorted(entry.name for entry in (repository / "snapshots").glob("*"))
     return snapshots if revision is None and len(snapshots) == 1 else []

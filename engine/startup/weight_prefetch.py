@@ -1,4 +1,4 @@
-"""Reads a model's weights into the page cache while Python imports; from a cold disk both take seconds."""
+"""Reads a model's weights into the page cache during imports; from a cold disk, both take seconds."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from pathlib import Path
 
 import psutil
 
-_PIECE_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 20
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 _log = logging.getLogger(__name__)
 
 
 def start(directory: Path) -> None:
-    """Start to read the directory's weights in a thread.
+    """Start a thread that reads the directory's weights; errors are ignored.
 
-    Nothing is kept in this process, and errors are ignored. Weights that are larger than half of the available memory
-    are not read: they would evict from the cache what was just read.
+    Weights that are larger than half of the available memory are skipped: they would evict each other from the cache.
     """
     sizes: dict[Path, int] = {}
-    with contextlib.suppress(OSError):  # A directory that this user may not read
+    with contextlib.suppress(OSError):  # No permission to read the directory
         for file in sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern)):
-            with contextlib.suppress(OSError):  # A link to nothing
+            with contextlib.suppress(OSError):  # A broken link
                 sizes[file] = file.stat().st_size
     files, size_bytes = list(sizes), sum(sizes.values())
     if size_bytes < psutil.virtual_memory().available / 2:
@@ -32,8 +31,8 @@ def start(directory: Path) -> None:
 
 
 def _read(files: list[Path]) -> None:
-    # Not `posix_fadvise`: Linux limits what it reads to a fraction of a megabyte.
-    buffer = bytearray(_PIECE_BYTES)
+    # Not `posix_fadvise`: Linux limits its read-ahead to a fraction of a megabyte.
+    buffer = bytearray(_BUFFER_BYTES)
     for file in files:
         try:
             with file.open("rb", buffering=0) as opened:

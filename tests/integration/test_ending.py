@@ -128,6 +128,6 @@ def test_a_start_without_the_memory_it_needs_says_what_would_fit(tiny_model: str
         assert process.popen.wait(START_S) == 1
 
         assert process.log.splitlines()[-1] == (
-            "The worker cannot start: there is not enough memory for MAX_MODEL_LEN: set it to 384 or less"
+            "The worker cannot start: not enough memory for MAX_MODEL_LEN: set it to 384 or less"
         )
         assert "notareal" not in process.log

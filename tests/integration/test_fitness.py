@@ -90,7 +90,10 @@ def test_checks_that_hang_are_ended_with_all_that_they_started(hanging_driver: d
     )
 
     assert done.returncode == 1
-    assert b"ConfigurationError: the fitness checks of the SDK have not ended after 3 s; its last line: " in done.stderr
+    assert (
+        b"ConfigurationError: the fitness checks of the SDK have not ended after 3 s; its last log line: "
+        in done.stderr
+    )
     eventually(lambda: not alive(int((tmp_path / "pid").read_text())))
 
 

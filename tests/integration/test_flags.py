@@ -14,8 +14,8 @@ from engine.backend import vllm_args
 from engine.config import environment
 from engine.config.model import Model
 from engine.config.settings import Settings
-from engine.config.vllm_flags import NOT_OURS, Flags
-from engine.config.worker_vllm import DEPRECATED, RETIRED
+from engine.config.vllm_flags import UNSUPPORTED_FLAGS, Flags
+from engine.config.worker_vllm import DEPRECATED, REMOVED
 from engine.errors import ConfigurationError
 from engine.startup import configure
 from tests.integration.conftest import START_S
@@ -127,7 +127,7 @@ def flags_of(given: Mapping[str, str], tmp_path: Path | None = None) -> Flags:
     """The flags of an environment, in which the baked settings are in `tmp_path`."""
     baked = {"BAKED_SETTINGS_FILE": str(tmp_path / "settings.json")} if tmp_path else {}
     flags = vllm_args.flags()
-    flags.read(environment.read({**given, **baked}), [name.upper() for name in Settings.model_fields])
+    flags.load(environment.read({**given, **baked}), [name.upper() for name in Settings.model_fields])
     return flags
 
 
@@ -163,7 +163,10 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
     ({"MAX_MODEL_LEN": "lots"}, "MAX_MODEL_LEN='lots' (environment) is not allowed"),
     ({"MAX_MODEL_LEN": "25.6K"}, "Decimals are not allowed with binary suffixes like K. Did you mean to use 25.6k"),
     ({"DTYPE": "float9"}, "DTYPE='float9' (environment) is not allowed: invalid choice: 'float9' (choose from 'auto'"),
-    ({"ENFORCE_EAGER": "perhaps"}, "ENFORCE_EAGER='perhaps' (environment) is not allowed: it is `true` or `false`"),
+    (
+        {"ENFORCE_EAGER": "perhaps"},
+        "ENFORCE_EAGER='perhaps' (environment) is not allowed: it must be `true` or `false`",
+    ),
     ({"GPU_MEMORY_UTILIZATION": "most"}, "GPU_MEMORY_UTILIZATION='most' (environment) is not allowed: invalid float"),
     ({"SPECULATIVE_CONFIG": "{method: ngram"}, "SPECULATIVE_CONFIG='{method: ngram' (environment) is not allowed"),
     ({"LORA_MODULES": '[{"name": "a"'}, 'LORA_MODULES=\'[{"name": "a"\' (environment) is not allowed: it is not JSON'),
@@ -172,13 +175,19 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
         "GPU_MEMORY_UTILIZATION='95' (environment) is not allowed: it should be less than",
     ),
     ({"MAX_NUM_SEQS": "0"}, "MAX_NUM_SEQS='0' (environment) is not allowed: it should be greater than or equal to 1"),
-    ({"VLLM_EXTRA_ARGS": "--max-loras 0"}, "has '--max-loras 0', which is not allowed: it should be greater than or"),
-    ({"MAX_MODEL_LEN": "x"}, "it is a whole number, such as 8192, 8k (8000) or 8K (8192), or auto"),
+    (
+        {"VLLM_EXTRA_ARGS": "--max-loras 0"},
+        "'--max-loras 0' in VLLM_EXTRA_ARGS is not allowed: it should be greater than",
+    ),
+    ({"MAX_MODEL_LEN": "x"}, "it must be an integer, such as 8192, 8k (8000) or 8K (8192), or auto"),
     (
         {"LIMIT_MM_PER_PROMPT": "one"},
         "LIMIT_MM_PER_PROMPT='one' (environment) is not allowed: it is not JSON: Expecting",
     ),
-    ({"VLLM_EXTRA_ARGS": "--limit-mm-per-prompt image=1"}, "which is not allowed: it is not JSON: Expecting value"),
+    (
+        {"VLLM_EXTRA_ARGS": "--limit-mm-per-prompt image=1"},
+        "VLLM_EXTRA_ARGS is not allowed: it is not JSON: Expecting value",
+    ),
     ({"COMPILATION_CONFIG": '{"cudagraph_mod": 1}'}, "is not allowed: cudagraph_mod: Unexpected keyword argument"),
     ({"NUM_GPU_BLOCKS_OVERRIDE": "x"}, "NUM_GPU_BLOCKS_OVERRIDE='x' (environment) is not allowed: invalid int value"),
     ({"LORA_MODULES": "adapter"}, "LORA_MODULES='adapter' (environment) is not allowed"),
@@ -187,15 +196,15 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
     ({"MODEL_REVISION": "a", "SEED": "x"}, "SEED='x' (environment) is not allowed: invalid int value: 'x'"),
     (
         {"VLLM_EXTRA_ARGS": "--max-num-seq 3"},
-        "has '--max-num-seq', which is not a flag of vLLM: did you mean --max-num-",
+        "'--max-num-seq' in VLLM_EXTRA_ARGS is not a flag of vLLM: did you mean --max-num-",
     ),
-    ({"VLLM_EXTRA_ARGS": "--seed x"}, "VLLM_EXTRA_ARGS has '--seed x', which is not allowed: invalid int value: 'x'"),
+    ({"VLLM_EXTRA_ARGS": "--seed x"}, "'--seed x' in VLLM_EXTRA_ARGS is not allowed: invalid int value: 'x'"),
     ({"VLLM_EXTRA_ARGS": "'--seed"}, "VLLM_EXTRA_ARGS cannot be split into arguments: No closing quotation"),
-    ({"VLLM_EXTRA_ARGS": "serve --seed 1"}, "VLLM_EXTRA_ARGS has 'serve', which is not a flag of vLLM"),
+    ({"VLLM_EXTRA_ARGS": "serve --seed 1"}, "'serve' in VLLM_EXTRA_ARGS is not a flag of vLLM"),
     ({"VLLM_CONFIG_FILE": "/nowhere.yaml"}, "VLLM_CONFIG_FILE='/nowhere.yaml' cannot be read"),
     (
         {"IGNORE_PATTERNS": "[]"},
-        "IGNORE_PATTERNS='[]' (environment) is not allowed: vLLM has no way to say that the list",
+        "IGNORE_PATTERNS='[]' (environment) is not allowed: vLLM does not support an empty list",
     ),
 ]
 
@@ -267,24 +276,24 @@ def test_none_is_a_value_where_vllm_has_such_a_word() -> None:
 REFUSED: list[tuple[dict[str, str], str]] = [
     (
         {"TOOL_CALL_PARSER": "llama3json", "ENABLE_AUTO_TOOL_CHOICE": "true"},
-        "TOOL_CALL_PARSER='llama3json' (environment) is not allowed: there is no such parser. Allowed: apertus, ",
+        "TOOL_CALL_PARSER='llama3json' (environment) is not allowed: unknown parser. Allowed: apertus, ",
     ),
     (
         {"VLLM_EXTRA_ARGS": "--tool-call-parser llama3json"},
-        "VLLM_EXTRA_ARGS has '--tool-call-parser llama3json', which is not allowed: there is no such parser. Allowed: ",
+        "'--tool-call-parser llama3json' in VLLM_EXTRA_ARGS is not allowed: unknown parser. Allowed: ",
     ),
     (
         {"STRUCTURED_OUTPUTS_CONFIG": '{"reasoning_parser": "deepseek"}'},
-        'STRUCTURED_OUTPUTS_CONFIG=\'{"reasoning_parser": "deepseek"}\' (environment) is not allowed: there is no such',
+        'STRUCTURED_OUTPUTS_CONFIG=\'{"reasoning_parser": "deepseek"}\' (environment) is not allowed: unknown parser',
     ),
-    ({"REASONING_PARSER": "deepseek"}, "REASONING_PARSER='deepseek' (environment) is not allowed: there is no such"),
+    ({"REASONING_PARSER": "deepseek"}, "REASONING_PARSER='deepseek' (environment) is not allowed: unknown parser"),
     (
         {"LORA_MODULES": "a=/nowhere"},
         "LORA_MODULES='a=/nowhere' (environment) is not allowed: LoRA is not enabled: set ENABLE_LORA=true",
     ),
     (
         {"LORA_MODULES": "a=/nowhere", "ENABLE_LORA": "true"},
-        "adapter a: /nowhere has to be a directory with an adapter_config.json",
+        "adapter a: /nowhere must be a directory with an adapter_config.json",
     ),
     (
         {"DEFAULT_MM_LORAS": '{"audio": "/nowhere"}', "ENABLE_LORA": "true"},
@@ -293,7 +302,7 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     ({"CHAT_TEMPLATE": "/nowhere.jinja"}, "CHAT_TEMPLATE='/nowhere.jinja' (environment) is not allowed: The supplied"),
     (
         {"CHAT_TEMPLATE": "{% if %}"},
-        "CHAT_TEMPLATE='{% if %}' (environment) is not allowed: the template is wrong: Exp",
+        "CHAT_TEMPLATE='{% if %}' (environment) is not allowed: invalid template: Exp",
     ),
     ({"MIDDLEWARE": "no.Thing"}, "MIDDLEWARE='no.Thing' (environment) is not allowed: no.Thing cannot be imported: No"),
     (
@@ -336,7 +345,7 @@ WITH_MODEL: list[tuple[dict[str, str], str]] = [
     ),
     ({"REASONING_PARSER": "deepseek_r1"}, "REASONING_PARSER='deepseek_r1' (environment) is not allowed: DeepSeekR1"),
     ({"CPU_OFFLOAD_GB": "-1"}, "CPU_OFFLOAD_GB='-1' (environment) is not allowed: it should be greater than or equal"),
-    ({"MAX_MODEL_LEN": "100000"}, "MAX_MODEL_LEN is 100000, and the model's greatest length is 2048"),
+    ({"MAX_MODEL_LEN": "100000"}, "MAX_MODEL_LEN is 100000, but the model's maximum length is 2048"),
     (
         {"LOAD_FORMAT": "bogus"},
         "LOAD_FORMAT='bogus' (environment) is not allowed: Load format `bogus` is not",
@@ -400,7 +409,7 @@ def test_flags_that_do_not_go_together_are_vllms_to_refuse(tiny_model: str) -> N
 def test_a_misspelt_variable_is_told_with_a_suggestion(name: str, meant: str, caplog: pytest.LogCaptureFixture) -> None:
     flags_of({name: "1"})
 
-    assert caplog.messages == [f"{name} is set (environment), and there is no such setting: did you mean {meant}?"]
+    assert caplog.messages == [f"{name} is not a setting (environment): did you mean {meant}?"]
 
 
 def test_variables_that_are_not_ours_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -419,7 +428,7 @@ def test_variables_that_are_not_ours_are_left_alone(caplog: pytest.LogCaptureFix
 
     flags = flags_of(dict.fromkeys(others, "x"))
 
-    assert flags.given == {}
+    assert flags.values == {}
     assert caplog.messages == []
 
 
@@ -428,15 +437,15 @@ def test_no_variable_of_vllms_own_is_taken_for_a_misspelt_one(caplog: pytest.Log
 
     flags_of(dict.fromkeys(vllm.envs.environment_variables, "x"))
 
-    assert [message for message in caplog.messages if "there is no such setting" in message] == []
+    assert [message for message in caplog.messages if "is not a setting" in message] == []
 
 
-@pytest.mark.parametrize("name", [*RETIRED, *DEPRECATED])
+@pytest.mark.parametrize("name", [*REMOVED, *DEPRECATED])
 def test_an_old_name_is_told_with_its_successor(name: str, caplog: pytest.LogCaptureFixture) -> None:
     flags_of({name: "1"})
 
     (message,) = caplog.messages
-    assert message.startswith((f"{name} is ignored: ", f"{name} is an old name: use "))
+    assert message.startswith((f"{name} is ignored: ", f"{name} is deprecated: use "))
     if " use " in message:
         successor = message.partition(" use ")[2].split()[0].strip(":;").partition("=")[0]
         own = {name.upper() for name in Settings.model_fields}
@@ -444,9 +453,9 @@ def test_an_old_name_is_told_with_its_successor(name: str, caplog: pytest.LogCap
 
 
 def test_no_old_name_is_a_flag_of_this_vllm() -> None:
-    assert {name for name in RETIRED if name.lower() in vllm_args.flags().actions} == set()
+    assert {name for name in REMOVED if name.lower() in vllm_args.flags().actions} == set()
     assert {
-        name for name in NOT_OURS if name not in {action.dest for action in vllm_args.flags().parser._actions}
+        name for name in UNSUPPORTED_FLAGS if name not in {action.dest for action in vllm_args.flags().parser._actions}
     } == set()
 
 
@@ -469,7 +478,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
             environment |= step
         flags = flags_of(environment, tmp_path)
 
-        given = flags.given.get("max_num_seqs")
+        given = flags.values.get("max_num_seqs")
         assert (flags.value("max_num_seqs"), given and given.source) == (value, source)
     assert (flags.value("enforce_eager"), flags.value("hf_overrides")) == (True, {"rope_theta": 5})
 
@@ -497,7 +506,7 @@ def test_extra_arguments_of_the_image_give_way_to_the_environment(tmp_path: Path
     flags = flags_of({"SEED": "2"}, tmp_path)
 
     assert (flags.value("seed"), flags.value("max_num_seqs")) == (2, 1)
-    assert flags.given["max_num_seqs"].source == str(tmp_path / "settings.json")
+    assert flags.values["max_num_seqs"].source == str(tmp_path / "settings.json")
 
 
 @pytest.mark.parametrize("how", ["arguments", "file"])
@@ -529,7 +538,7 @@ def test_a_variable_of_the_image_is_overridden_by_its_other_name_in_the_environm
     ("text", "said"),
     [
         ("max-num-sequ: 2", "max-num-sequ in {} is not a flag of vLLM: did you mean --max-num-seqs?"),
-        ("- a", "VLLM_CONFIG_FILE='{}' does not hold flags and values"),
+        ("- a", "VLLM_CONFIG_FILE='{}' must be a mapping of flags to values"),
         ("a: [", "VLLM_CONFIG_FILE='{}' cannot be read"),
         ("seed: x", "seed='x' ({}) is not allowed: invalid int value"),
     ],
@@ -565,14 +574,14 @@ def test_a_secret_is_shown_in_no_error(given: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--hf-token hf_x", "--hf-token in VLLM_EXTRA_ARGS is ignored: set HF_TOKEN in its place"),
-        ("--port 80", "--port in VLLM_EXTRA_ARGS is ignored: the worker is no server"),
+        ("--hf-token hf_x", "--hf-token in VLLM_EXTRA_ARGS is ignored: set HF_TOKEN instead"),
+        ("--port 80", "--port in VLLM_EXTRA_ARGS is ignored: the worker runs no HTTP server"),
     ],
 )
 def test_what_is_not_for_the_worker_is_ignored_and_told(
     arguments: str, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert flags_of({"VLLM_EXTRA_ARGS": arguments}).given == {}
+    assert flags_of({"VLLM_EXTRA_ARGS": arguments}).values == {}
     assert caplog.messages == [said]
 
 

@@ -35,7 +35,7 @@ def test_every_choice_that_is_offered_is_one_that_vllm_takes(flags: Flags) -> No
     ]
 
     for name, value in choices:
-        flags.read({name: Variable(value, ENVIRONMENT)}, [])
+        flags.load({name: Variable(value, ENVIRONMENT)}, [])
 
     assert {"DTYPE", "TOOL_CALL_PARSER"} == {name for name, _ in choices}
     assert ("DTYPE", "bfloat16") in choices

@@ -64,7 +64,7 @@ def test_a_model_of_the_hub_is_loaded_into_the_volume_and_then_the_hub_is_left_a
     ) as process:
         assert process.popen.wait(START_S) == 0, process.log
 
-        assert f"{NAME}, which is nowhere here and is downloaded" in process.log
+        assert f"{NAME}, not found locally, downloading" in process.log
         assert f'"model": "{NAME}"' in process.log
         assert example("hello").answer in process.log
     assert (volume / "models/an-org--tiny/main/model-manifest.json").is_file()

@@ -96,7 +96,7 @@ def test_an_embedding_in_bytes_is_refused_by_the_worker_since_an_output_is_json(
 
     assert direct.status == HTTPStatus.OK
     assert queued.status == HTTPStatus.BAD_REQUEST
-    assert "not JSON or text" in queued.body["error"]["message"]
+    assert "output is JSON or text" in queued.body["error"]["message"]
 
 
 @pytest.mark.parametrize("name", CLASSIFIED)

@@ -19,7 +19,7 @@ from engine.backend.configuration import Configuration
 from engine.config import environment
 from engine.config.settings import Settings
 from engine.config.vllm_flags import Flags
-from engine.config.worker_vllm import ALIASES, RETIRED
+from engine.config.worker_vllm import ALIASES, REMOVED
 from engine.errors import ConfigurationError
 from engine.startup import configure
 
@@ -71,8 +71,8 @@ def cases(flags: Flags) -> Iterator[Case]:
         yield Case("of a wrong type", name, WRONG)
         yield from (Case(word or "empty", name, word) for word in ("None", ""))
         yield Case("misspelt", _misspelt(name), "1")
-    for name in RETIRED:
-        yield Case("retired", name, "1")
+    for name in REMOVED:
+        yield Case("removed", name, "1")
         yield Case("misspelt", _misspelt(name), "1")
 
 
@@ -121,7 +121,7 @@ def judged(case: Case, flags: Flags, model: str, caplog: pytest.LogCaptureFixtur
     except ConfigurationError as error:
         return _refusal(case, str(error), flags, model)
     said = [message for message in caplog.messages if message.startswith(f"{case.name} is ")]
-    if case.way in ("misspelt", "retired"):
+    if case.way in ("misspelt", "removed"):
         return "a line says it" if said else f"BAD: {case} is taken without a word"
     if case.way in ("None", "empty"):
         return _as_not_given(case, configuration, model)
@@ -136,7 +136,7 @@ def _refusal(case: Case, text: str, flags: Flags, model: str) -> str:
     as_own = re.fullmatch(rf"{case.name}=(.*) is not allowed\. Allowed: .+", text)
     as_flag = re.fullmatch(rf"{case.name}=(.*) \(environment\) is not allowed: .{{3,}}", text)
     names_both = case.name in text and case.value in text and "\n" not in text
-    if case.way in ("None", "empty", "misspelt", "retired"):
+    if case.way in ("None", "empty", "misspelt", "removed"):
         return f"BAD: {case}: {text}"
     if not names_both and not (as_own and "(hidden)" in text):
         return f"BAD: {case}: {text}"

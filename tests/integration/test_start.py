@@ -62,7 +62,7 @@ def test_a_model_whose_code_is_in_another_repository_is_served(hub: Hub, tiny_mo
     assert any(request.endswith("configuration_tiny.py") for request in hub.requests)
     assert "ALLOWED_ROUTES has /metrix, but vLLM's app has no such route" in log
     assert "ALLOWED_ROUTES has /metrics" not in log
-    assert log.count("is for org/another, and so not used") == 1
+    assert log.count("its settings are for org/another") == 1
 
 
 def test_a_tokenizer_that_cannot_be_had_is_named_and_not_the_model(hub: Hub, tiny_model: str, tmp_path: Path) -> None:

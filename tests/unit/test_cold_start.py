@@ -26,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_phases_add_up_to_the_whole(clock: Any) -> None:
-    start = ColdStart(begun=99.0)
+    start = ColdStart(started_at=99.0)
     for phase, seconds in (("interpreter", 0.0), ("imports", 6.0), ("app", 0.5)):
         clock.now += seconds
         start.mark(phase)
@@ -35,7 +35,7 @@ def test_phases_add_up_to_the_whole(clock: Any) -> None:
 
 
 def test_a_phase_that_is_told_again_or_after_the_end_counts_once(clock: Any) -> None:
-    start = ColdStart(begun=99.0)
+    start = ColdStart(started_at=99.0)
     for phase in ("first_take", "first_take", "first_output", "app"):
         start.mark(phase)
         clock.now += 1.0
@@ -44,7 +44,7 @@ def test_a_phase_that_is_told_again_or_after_the_end_counts_once(clock: Any) -> 
 
 
 def test_what_the_engines_processes_tell_is_taken_out_of_the_engines_phase(clock: Any) -> None:
-    start = ColdStart(begun=clock.now)
+    start = ColdStart(started_at=clock.now)
     clock.now += 10.0
     lines = "Loading weights took 2.50 seconds\nLoading weights took 3.00 seconds\nsomething else took 9 s\n"
 
@@ -56,7 +56,7 @@ def test_what_the_engines_processes_tell_is_taken_out_of_the_engines_phase(clock
 
 
 def test_the_engines_processes_cannot_take_longer_than_the_engine(clock: Any) -> None:
-    start = ColdStart(begun=clock.now)
+    start = ColdStart(started_at=clock.now)
     clock.now += 1.0
 
     start.split_engine_phase("Loading weights took 2.50 seconds\n")

@@ -17,7 +17,7 @@ from engine import health
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(health, "_BEAT_S", 0.01)
+    monkeypatch.setattr(health, "HEARTBEAT_INTERVAL_S", 0.01)
     monkeypatch.setenv("RUNPOD_POD_ID", "abc/../1")
     return tmp_path / f"vllm-serverless-{os.getuid()}" / "abc____1.alive"
 

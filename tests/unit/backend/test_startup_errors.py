@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from engine.backend import startup_errors
-from engine.config.vllm_flags import Flags, Given
+from engine.config.vllm_flags import Flags, FlagValue
 
 # Messages as vLLM 0.32, the hub's client and torch word them.
 CAUSES = {
@@ -18,7 +18,7 @@ CAUSES = {
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB": "not enough memory",
     "allocation is less than requested memory for kv (900.0 GiB)": "not enough memory",
     "User-specified max_model_len (9) is greater than the derived max_model_len (max_position_embeddings=8 or": (
-        "MAX_MODEL_LEN is 9, and the model's greatest length is 8"
+        "MAX_MODEL_LEN is 9, but the model's maximum length is 8"
     ),
     "You are trying to access a gated repo.": "org/model is gated: ask for access on its page, and set HF_TOKEN",
     "RevisionNotFoundError: 404": "no such revision: check MODEL_REVISION",
@@ -26,7 +26,7 @@ CAUSES = {
     "We couldn't connect to 'the hub' to load the files": "the hub cannot be reached, and org/model is not on this",
     "AttributeError: '_OpNamespace' '_C' object has no attribute 'x'": "is missing (on a CPU: libnuma1)",
     "OSError: [Errno 28] No space left on device": "the disk is full",
-    "org/model does not appear to have a file named config.json": "org/model is not whole",
+    "org/model does not appear to have a file named config.json": "org/model is incomplete",
 }
 
 
@@ -79,7 +79,7 @@ def test_what_the_hub_refuses_is_known_by_its_class_and_is_about_the_repository_
 ) -> None:
     """Of whatever class, the hub's client speaks of "a private or gated repo"."""
     flags = object.__new__(Flags)
-    flags.given = {"tokenizer": Given("TOKENIZER_NAME", "environment", "", (), "org/none")}
+    flags.values = {"tokenizer": FlagValue("TOKENIZER_NAME", "environment", "", (), "org/none")}
     outer = OSError("org/none is not a local folder and is not a valid model identifier listed on the hub")
     outer.__cause__ = hub_error(kind, NOT_FOUND)
     text = f"Traceback (most recent call last):\nhuggingface_hub.errors.{kind}: 404\n{NOT_FOUND}\n" if noted else ""
@@ -90,7 +90,7 @@ def test_what_the_hub_refuses_is_known_by_its_class_and_is_about_the_repository_
 @pytest.mark.parametrize("name", ["TOKENIZER", "TOKENIZER_NAME", "--tokenizer"])
 def test_a_revision_of_the_tokenizer_is_named_however_the_tokenizer_was_given(name: str) -> None:
     flags = object.__new__(Flags)
-    flags.given = {"tokenizer": Given(name, "environment", "", (), "org/none")}
+    flags.values = {"tokenizer": FlagValue(name, "environment", "", (), "org/none")}
 
     said = startup_errors.explain(hub_error("RevisionNotFoundError", NOT_FOUND), "", "/a/model", flags)
 
@@ -99,7 +99,7 @@ def test_a_revision_of_the_tokenizer_is_named_however_the_tokenizer_was_given(na
 
 def test_where_the_hub_cannot_be_reached_what_was_asked_for_is_what_a_flag_names(tmp_path: Path) -> None:
     flags = object.__new__(Flags)
-    flags.given = {"tokenizer": Given("TOKENIZER_NAME", "environment", "", (), "org/none")}
+    flags.values = {"tokenizer": FlagValue("TOKENIZER_NAME", "environment", "", (), "org/none")}
 
     said = startup_errors.explain(
         OSError("We couldn't connect to 'the hub' to load the files"), "", str(tmp_path), flags

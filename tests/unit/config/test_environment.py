@@ -43,7 +43,7 @@ def test_what_the_image_was_built_with_is_not_used_for_another_model(
     given = environment.read({**image, **own})
 
     assert set(given) == {"BAKED_SETTINGS_FILE", *own}
-    assert "is for org/Model, and so not used" in caplog.text
+    assert "its settings are for org/Model" in caplog.text
 
 
 def test_settings_of_an_image_without_a_model_are_for_every_model(tmp_path: Path) -> None:
@@ -104,7 +104,8 @@ def test_a_setting_still_has_its_former_name_where_that_is_given(
 
     assert given["DELIVERY_TIMEOUT_S"].value == effective
     assert "JOB_TIMEOUT_S" not in given
-    assert "is a former name: use DELIVERY_TIMEOUT_S" in caplog.text
+    assert "JOB_TIMEOUT_S is deprecated" in caplog.text
+    assert "use DELIVERY_TIMEOUT_S" in caplog.text
 
 
 @pytest.mark.parametrize(

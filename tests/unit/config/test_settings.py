@@ -65,11 +65,11 @@ def test_settings_of_the_image_that_are_no_json_object_stop_the_start(
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("DRAIN_TIMEOUT_S", "soon", "a number from 0"),
-        ("DELIVERY_TIMEOUT_S", "0", "a number above 0"),
+        ("DRAIN_TIMEOUT_S", "soon", "number ≥ 0"),
+        ("DELIVERY_TIMEOUT_S", "0", "number > 0"),
         ("LOG_JOB_INPUTS", "perhaps", "`true` or `false`"),
-        ("MAX_CONCURRENCY", "many", "a whole number above 0 or `auto`"),
-        ("BATCH_INTERVAL_MS", "-1", "a whole number from 0 to 10000"),
+        ("MAX_CONCURRENCY", "many", "integer ≥ 1 or `auto`"),
+        ("BATCH_INTERVAL_MS", "-1", "integer ≥ 0, ≤ 10000"),
         ("ALLOWED_ROUTES", "metrics", "such as `/metrics`, `/sleep,/wake_up`"),
     ],
 )
@@ -119,7 +119,11 @@ def test_a_secret_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("vllm_config_file", "a file"), ("baked_settings_file", "a file"), ("baked_model_dir", "a directory")],
+    [
+        ("vllm_config_file", "file path"),
+        ("baked_settings_file", "file path"),
+        ("baked_model_dir", "directory path"),
+    ],
 )
 def test_a_path_is_told_to_be_a_file_or_a_directory(name: str, told: str) -> None:
     assert allowed(name) == told

@@ -109,7 +109,7 @@ def test_what_lies_in_the_image_without_a_manifest_is_not_taken_for_a_model(mach
     machine.image.mkdir()
     (machine.image / "config.json").write_text("{}")
 
-    with pytest.raises(ConfigurationError, match="has no manifest, so it may not be whole"):
+    with pytest.raises(ConfigurationError, match="has no manifest, so it may be incomplete"):
         machine.choose()
     assert machine.choose(str(machine.image)).path == str(machine.image)
 
@@ -118,7 +118,7 @@ def test_a_manifest_that_cannot_be_read_stops_the_start(machine: Machine) -> Non
     machine.whole(machine.image)
     (machine.image / "model-manifest.json").write_text("{}")
 
-    with pytest.raises(ConfigurationError, match="cannot be read: build the image anew"):
+    with pytest.raises(ConfigurationError, match="cannot be read: rebuild the image"):
         machine.choose()
 
 
@@ -161,7 +161,7 @@ def test_a_tilde_is_the_users_directory(machine: Machine, monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(machine.home))
 
     assert machine.choose("~/a-model").path == str(directory)
-    with pytest.raises(ConfigurationError, match=r"MODEL_NAME='~/none': there is no such directory"):
+    with pytest.raises(ConfigurationError, match=r"MODEL_NAME='~/none': no such directory"):
         machine.choose("~/none")
 
 
@@ -179,7 +179,7 @@ def test_the_places_are_looked_at_in_their_order_and_the_log_says_which(
     machine.volume.mkdir()
     downloaded = machine.volume / "models" / "org--a--model" / "main"
     fillings: list[tuple[Callable[[], str], str]] = [
-        (lambda: str(downloaded), "which is nowhere here and is downloaded"),
+        (lambda: str(downloaded), "not found locally, downloading"),
         (lambda: machine.whole(downloaded), f"downloaded earlier at commit {COMMIT}"),
         (lambda: machine.cached(machine.home / "hub"), "in the hub's cache"),
         (lambda: machine.cached(machine.platforms_cache), "in the platform's cache"),
@@ -230,7 +230,7 @@ def test_a_volume_that_the_workers_user_may_not_read_is_not_looked_into(
                     parent.chmod(0o755)
             os.seteuid(65534)
         model = machine.choose(NAME)
-        with pytest.raises(ConfigurationError, match=r"no such directory that user \d+, who .* may see"):
+        with pytest.raises(ConfigurationError, match=r"no such directory, or none that user \d+, which .* may access"):
             machine.choose(named)
     finally:
         os.seteuid(user)
@@ -238,7 +238,7 @@ def test_a_volume_that_the_workers_user_may_not_read_is_not_looked_into(
             directory.chmod(0o755)
 
     assert model.to_download == (NAME, None)
-    assert f"{machine.platforms_cache} is not looked into, as user" in caplog.text
+    assert f"Skipping {machine.platforms_cache}: user" in caplog.text
 
 
 def test_a_download_ends_at_once_when_the_worker_is_told_to_stop(
@@ -455,4 +455,4 @@ def test_the_hub_is_asked_for_code_of_another_repository_if_that_is_trusted(
 def test_two_models_do_not_share_a_directory() -> None:
     names = [("a/b", None), ("a/b", "v1"), ("a/b", "refs/pr/1"), ("a", "b"), ("a--b/c", None)]
 
-    assert len({model_store.ours(Path(), name, revision) for name, revision in names}) == len(names)
+    assert len({model_store.download_dir(Path(), name, revision) for name, revision in names}) == len(names)

@@ -29,7 +29,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Counted(path) if mode == "rb" else open_file(path, mode, **options)
 
     monkeypatch.setattr(Path, "open", opened)
-    monkeypatch.setattr(weight_prefetch, "_PIECE_BYTES", 2)
+    monkeypatch.setattr(weight_prefetch, "_BUFFER_BYTES", 2)
     return read
 
 
