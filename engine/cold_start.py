@@ -22,15 +22,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-# The durations that vLLM 0.32 logs at INFO in the engine's processes, and their phases.
-_LOGGED_PHASES = (
-    (re.compile(r"Loading weights took ([\d.]+) s"), "weights"),
-    (re.compile(r"init engine \(.*\) took ([\d.]+) s"), "warm_up"),
-)
 FINAL_PHASE = "first_output"
 
 _log = logging.getLogger(__name__)
@@ -55,12 +50,14 @@ class ColdStart:
             self._phases[phase] = now - self._last
             self._last = now
 
-    def split_engine_phase(self, lines: str) -> None:
-        """Mark the end of the engine phase, and split it by the durations in the log of the engine's processes."""
+    def split_engine_phase(self, parts: Mapping[str, float]) -> None:
+        """Mark the end of the engine phase, and make some of its time phases of their own.
+
+        Args:
+            parts: their durations in seconds, by phase.
+        """
         self.mark("engine")
-        for pattern, phase in _LOGGED_PHASES:
-            # Workers load in parallel: the slowest counts.
-            seconds = max(map(float, pattern.findall(lines)), default=0.0)
+        for phase, seconds in parts.items():
             self._phases[phase] = min(seconds, self._phases["engine"])
             self._phases["engine"] -= self._phases[phase]
 

@@ -168,7 +168,7 @@ def _load_engine(configuration: Configuration) -> VLLMEngine:
     Raises:
         ConfigurationError: it does not start; the message is the reason, from whichever process knows it.
     """
-    from engine.backend import startup_errors, startup_logs, vllm_engine
+    from engine.backend import compat, startup_errors, startup_logs, vllm_engine
 
     with startup_logs.captured() as logs, _import_app_in_background(configuration.settings):
         try:
@@ -179,7 +179,7 @@ def _load_engine(configuration: Configuration) -> VLLMEngine:
             _log.debug("The engine does not start", exc_info=error)
             reason = startup_errors.explain(error, logs.errors, configuration.model.path, configuration.flags)
             raise ConfigurationError(reason) from error
-        cold_start.WORKER.split_engine_phase(logs.lines)
+        cold_start.WORKER.split_engine_phase(compat.engine_phases(logs.lines))
         compile_cache.log_usage(logs.lines)
     return engine
 

@@ -1,13 +1,14 @@
 """What this worker uses of vLLM that vLLM does not promise: versions tested, private attributes, log lines.
 
 An upgrade of vLLM may move any of it. tests/integration/test_vllm_interface.py guards the attributes, and
-tests/unit/tools the patterns of log lines. Where an attribute is missing, one log line says which optimisation is
-disabled, and the worker starts without it.
+tests/unit/backend/test_compat.py the patterns of log lines and errors, against vLLM's sources. Where an attribute is
+missing, one log line says which optimisation is disabled, and the worker starts without it.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,33 @@ from typing import Any
 from engine.backend.inline_executor import InlineExecutor
 from engine.backend.merging import MERGEABLE
 
-TESTED_VERSIONS = ("0.32.",)
+TESTED_VERSIONS = ("0.32.", "0.33.")
 UNUSED_MIDDLEWARE = {"CORSMiddleware", "PrometheusInstrumentatorMiddleware"}
+
+# Loggers of vLLM's processes that report why one could not start, and how long each step took.
+STARTUP_LOGGERS = (
+    "vllm.compilation.backends",
+    "vllm.compilation.decorators",
+    "vllm.model_executor.model_loader.default_loader",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+)
+# Log lines with the seconds that a phase of a start took.
+PHASE_LOGS = {
+    "weights": re.compile(r"Loading weights took ([\d.]+) s"),
+    "warm_up": re.compile(r"init engine \(.*\) took ([\d.]+) s"),
+}
+# Log lines when vLLM loads compiled code, fails to load it, and compiles.
+COMPILED_CODE_LOADED = re.compile(r"Directly load (?:AOT compilation|the compiled graph)")
+COMPILED_CODE_NOT_LOADED = re.compile(r"Compiling model again due to a load failure from \S+, reason: (.*)")
+COMPILED = re.compile(r"(?:Compiling a graph|saved AOT compiled function)")
+# Error messages, with the numbers that they report.
+MODEL_LEN_EXCEEDS_MEMORY = r"estimated maximum model length is (\d+)"
+NO_KV_CACHE_MEMORY = (
+    r"To serve at least one request|No available memory for the cache|leaving none for the KV cache"
+)
+NOT_ENOUGH_MEMORY = r"(?:OutOfMemoryError|out of memory|less than (?:desired|requested)[^.]*memory)"
+MODEL_LEN_EXCEEDS_MODEL = r"max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)"
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +56,23 @@ def check_version() -> None:
         _log.warning(
             "This worker was not tested with vLLM %s, only with %s", vllm.__version__, ", ".join(TESTED_VERSIONS)
         )
+
+
+def cli_args() -> Any:
+    """Return vLLM's module of command-line arguments: `launchers.cli_args` in 0.32, `common.cli_args` in 0.33."""
+    try:
+        from vllm.entrypoints.common import cli_args
+    except ImportError:
+        from vllm.entrypoints.launchers import cli_args
+    return cli_args
+
+
+def engine_phases(lines: str) -> dict[str, float]:
+    """Return the phases of the engine's start, in seconds, from the log of its processes.
+
+    Workers start in parallel: the slowest counts. A phase that was not logged took 0 s.
+    """
+    return {phase: max(map(float, found.findall(lines)), default=0.0) for phase, found in PHASE_LOGS.items()}
 
 
 @contextmanager

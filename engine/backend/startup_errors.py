@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.backend import compat
+
 if TYPE_CHECKING:
     from engine.config.vllm_flags import Flags
 
@@ -24,17 +26,17 @@ _HUB_ERRORS = {
 }
 # Patterns of messages of vLLM, transformers and torch. The first that matches is used.
 _MESSAGES: tuple[tuple[str, str], ...] = (
-    (r"estimated maximum model length is (\d+)", "not enough memory for MAX_MODEL_LEN: set it to {0} or less"),
+    (compat.MODEL_LEN_EXCEEDS_MEMORY, "not enough memory for MAX_MODEL_LEN: set it to {0} or less"),
     (
-        r"(?:To serve at least one request|No available memory for the cache)",
+        compat.NO_KV_CACHE_MEMORY,
         "not enough memory for the KV cache: set a smaller MAX_MODEL_LEN or a larger GPU_MEMORY_UTILIZATION",
     ),
     (
-        r"(?:OutOfMemoryError|out of memory|less than (?:desired|requested)[^.]*memory)",
+        compat.NOT_ENOUGH_MEMORY,
         "not enough memory: set another GPU_MEMORY_UTILIZATION, a smaller MAX_MODEL_LEN, or use a larger GPU",
     ),
     (
-        r"max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)",
+        compat.MODEL_LEN_EXCEEDS_MODEL,
         "MAX_MODEL_LEN is {0}, but the model's maximum length is {1}",
     ),
     (r"Invalid rev id", _HUB_ERRORS["RevisionNotFoundError"]),

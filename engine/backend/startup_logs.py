@@ -13,15 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from engine.backend import compat
+
 _DIRECTORY = "VLLM_SERVERLESS_STARTUP_LOGS"
-# Loggers of vLLM 0.32 that report why one of its processes could not start, and how long each step took.
-_LOGGERS = (
-    "vllm.compilation.backends",
-    "vllm.compilation.decorators",
-    "vllm.model_executor.model_loader.default_loader",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.multiproc_executor",
-)
 
 
 class StartupLogs:
@@ -57,7 +51,7 @@ def install() -> None:
     """Capture the log lines of this process, and of those that it forks, if the worker asks for it."""
     directory = os.environ.get(_DIRECTORY)
     if directory is not None:
-        for name in _LOGGERS:
+        for name in compat.STARTUP_LOGGERS:
             logging.getLogger(name).addFilter(_CaptureFilter(Path(directory)))
 
 

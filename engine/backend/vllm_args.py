@@ -47,14 +47,13 @@ def set_environment() -> None:
 def flags() -> Flags:
     """Return the flags that vLLM has, none of them set."""
     set_environment()
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not typed for --strict
         def error(self, message: str) -> NoReturn:
             raise ValueError(message)
 
-    return Flags(make_arg_parser(Parser(exit_on_error=False, allow_abbrev=False)), _check_value)
+    return Flags(compat.cli_args().make_arg_parser(Parser(exit_on_error=False, allow_abbrev=False)), _check_value)
 
 
 def parse(flags: Flags, model: Model) -> Any:
@@ -110,12 +109,10 @@ def download_adapters(flags: Flags, args: Any, model: Model) -> None:
 
 
 def _parse(flags: Flags, model: Model) -> Any:
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-
     names = ["--model", model.path, "--served-model-name", *model.names]
     # A copy, because vLLM modifies the arguments, which share the parser's default objects.
     args = copy.deepcopy(flags.parser.parse_args([*_defaults(flags), *flags.arguments(), *names]))
-    validate_parsed_serve_args(args)
+    compat.cli_args().validate_parsed_serve_args(args)
     _raise_if_any(_check_parsers(args), _check_adapters(args), _check_app(args))
     return args
 

@@ -31,7 +31,6 @@ SHUTDOWN_TIMEOUT_S = 5.0
 FIRST_STEP_FACTOR = 5
 _ENGINE_MODULES = (
     "vllm.engine.arg_utils",
-    "vllm.entrypoints.launchers.cli_args",
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
@@ -209,6 +208,7 @@ def import_engine() -> None:
     vllm_args.set_environment()
     for name in _ENGINE_MODULES:
         importlib.import_module(name)
+    compat.cli_args()
 
 
 def import_app() -> None:

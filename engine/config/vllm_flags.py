@@ -197,7 +197,7 @@ class Flags:
             return
         label = f"{name}={redacted(variable.value)!r} ({variable.source})"
         try:
-            self._set(action, name, variable.source, label, _arguments(action, variable.value))
+            self._set(action, name, variable.source, label, _arguments(action, variable.value, self._options))
         except (ValueError, argparse.ArgumentError) as error:
             errors.append(f"{label} is not allowed: {error_message(error)}")
 
@@ -278,7 +278,7 @@ def _option_name(word: str) -> str:
     return option.replace("_", "-") if option.startswith("--") else option
 
 
-def _arguments(action: argparse.Action, text: str) -> list[str]:
+def _arguments(action: argparse.Action, text: str, options: Collection[str]) -> list[str]:
     """Return a variable's text as arguments of a command line; none if the flag is not set."""
     option = action.option_strings[0]
     if text in NULL_WORDS and text not in _choices(action):
@@ -289,7 +289,7 @@ def _arguments(action: argparse.Action, text: str) -> list[str]:
         if text.lower() in TRUE:
             return [option]
         negated = "--no-" + option[2:]
-        return [negated] if negated in action.option_strings else []
+        return [negated] if negated in options else []
     if action.nargs == "+":
         # A model's name may contain spaces.
         items = _list_items(text, spaces=action.dest != "served_model_name")

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 
+from engine.backend import compat
+
 _ROOT = "VLLM_CACHE_ROOT"
-# What vLLM 0.32 logs when it loads compiled code, fails to load it, and compiles.
-_LOADED = re.compile(r"Directly load (?:AOT compilation|the compiled graph)")
-_NOT_LOADED = re.compile(r"Compiling model again due to a load failure from \S+, reason: (.*)")
-_COMPILED = re.compile(r"(?:Compiling a graph|saved AOT compiled function)")
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +31,9 @@ def log_usage(lines: str) -> None:
         lines: the log of the engine's processes.
     """
     root = os.environ.get(_ROOT) or "~/.cache/vllm"
-    if error := _NOT_LOADED.search(lines):
+    if error := compat.COMPILED_CODE_NOT_LOADED.search(lines):
         _log.warning("Compile cache %s: not used, as vLLM cannot load it: %s", root, error[1])
-    elif _COMPILED.search(lines):
+    elif compat.COMPILED.search(lines):
         _log.info("Compile cache %s: empty for this model, flags and vLLM version; the next start can use it", root)
-    elif _LOADED.search(lines):
+    elif compat.COMPILED_CODE_LOADED.search(lines):
         _log.info("Compile cache %s: used", root)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.backend import vllm_args
+from engine.backend import compat, vllm_args
 from engine.config.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,11 +64,11 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def served(model: str) -> Any:
     """The configuration that `vllm serve MODEL` makes, by the calls of its own entry point."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, "--served-model-name", "tiny"])
+    arguments = ["--model", model, "--served-model-name", "tiny"]
+    args = compat.cli_args().make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     return AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 

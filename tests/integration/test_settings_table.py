@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from engine.backend import vllm_args
+from engine.backend import compat, vllm_args
 from engine.backend.configuration import Configuration
 from engine.config import environment
 from engine.config.settings import Settings
@@ -94,7 +94,6 @@ def _is_number(action: argparse.Action) -> bool:
 def takes(name: str, value: str, flags: Flags, model: str) -> bool:
     """Whether vLLM's own server would go on to load the model with this flag."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -102,8 +101,9 @@ def takes(name: str, value: str, flags: Flags, model: str) -> bool:
     option = [action.option_strings[0], value] if action.nargs == "+" else [f"{action.option_strings[0]}={value}"]
     own = ["--model", model, "--enforce-eager", "--kv-cache-memory-bytes=1G"]
     try:
-        args = make_arg_parser(FlexibleArgumentParser(exit_on_error=False)).parse_args([*own, *option])
-        validate_parsed_serve_args(args)
+        parser = compat.cli_args().make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
+        args = parser.parse_args([*own, *option])
+        compat.cli_args().validate_parsed_serve_args(args)
         validate_api_server_args(args)
         AsyncEngineArgs.from_cli_args(args).create_engine_config()
     except (Exception, SystemExit):  # noqa: BLE001 (vLLM refuses in many ways)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from engine.backend import compat
 from engine.cold_start import ColdStart
 
 
@@ -48,9 +49,8 @@ def test_what_the_engines_processes_tell_is_taken_out_of_the_engines_phase(clock
     clock.now += 10.0
     lines = "Loading weights took 2.50 seconds\nLoading weights took 3.00 seconds\nsomething else took 9 s\n"
 
-    start.split_engine_phase(
-        lines + "init engine (profile, create kv cache, warmup model) took 4.25 s (compilation: 4 s)\n"
-    )
+    lines += "init engine (profile, create kv cache, warmup model) took 4.25 s (compilation: 4 s)\n"
+    start.split_engine_phase(compat.engine_phases(lines))
 
     assert start.document() == {"total_s": 10.0, "phases_s": {"engine": 2.75, "weights": 3.0, "warm_up": 4.25}}
 
@@ -59,7 +59,7 @@ def test_the_engines_processes_cannot_take_longer_than_the_engine(clock: Any) ->
     start = ColdStart(started_at=clock.now)
     clock.now += 1.0
 
-    start.split_engine_phase("Loading weights took 2.50 seconds\n")
+    start.split_engine_phase({"weights": 2.5, "warm_up": 0.0})
 
     assert start.document() == {"total_s": 1.0, "phases_s": {"engine": 0.0, "weights": 1.0, "warm_up": 0.0}}
 

@@ -40,12 +40,19 @@ def vllms_request_bytes(vllm: SimpleNamespace, config: Any, length: int, in_flig
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         attention_config=SimpleNamespace(hisparse_config=None),
-        cache_config=SimpleNamespace(get_resolved_kv_cache_layout=lambda: vllm.layout),
+        cache_config=SimpleNamespace(
+            get_resolved_kv_cache_layout=lambda: vllm.layout,
+            num_gpu_blocks_override=None,
+            prefix_cache_retention_interval=None,
+        ),
         speculative_config=None,
         max_in_flight_tokens=in_flight,
     )
     groups = vllm.utils.get_kv_cache_groups(vllm_config, layers)
-    return int(vllm.utils._max_memory_usage_bytes_from_groups(vllm_config, groups))
+    # Since 0.33 a platform may place the cache in its own way.
+    builder = getattr(vllm.utils, "DefaultKVCacheConfigBuilder", None)
+    placed = () if builder is None else (builder(),)
+    return int(vllm.utils._max_memory_usage_bytes_from_groups(*placed, vllm_config, groups))
 
 
 def vllms_arch(vllm: SimpleNamespace, config: Any) -> Any:
