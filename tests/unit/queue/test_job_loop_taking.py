@@ -137,7 +137,8 @@ async def test_takes_that_bring_only_a_running_job_are_slowed_down() -> None:
     harness = LoopHarness()
     takes = 0
 
-    async def redeliver(_count: int) -> list[dict[str, Any]]:
+    async def redeliver(count: int) -> list[Any]:
+        del count
         nonlocal takes
         takes += 1
         return [{"id": "1", "input": {"waits": True}}]
