@@ -1,4 +1,4 @@
-"""The scripted engine: an ASGI app that plays a script, in the place of vLLM's where a test is about something else."""
+"""A scripted ASGI app that stands in for vLLM's, for tests that need no model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from engine.backend.routes import SERVING
 
 @dataclass
 class ScriptedApp:
-    """Answers each request with `status`, `content_type` and the chunks of `body`, `pause_s` apart.
+    """Answers each request with a scripted response. Also implements `engine.jobs.pipeline.Engine`.
 
-    `requests` keeps the scope and the body of each request; `disconnects` counts the clients that left early; `left`
-    is set when one has, and `ended` when an answer has been played to its end.
-    With `fails`, it raises after the last chunk instead of ending the body.
+    Attributes:
+        body: the chunks of the response, sent `pause_s` apart.
+        fails: whether it raises after the last chunk instead of ending the body.
+        tokens: what `event_tokens` returns.
+        unknown_routes: paths that `has_route` denies.
+        failure_reason: what `failure` returns.
+        requests: scope and body of each request.
+        disconnects: number of clients that disconnected early.
+        disconnected: set when a client has disconnected early.
+        completed: set when a response has been sent to its end.
     """
 
     body: Iterable[bytes] = (b"{}",)
@@ -30,29 +37,29 @@ class ScriptedApp:
     max_model_len: int = 2048
     open_routes: frozenset[str] = SERVING
     tokens: int | None = 1
-    unknown: frozenset[str] = frozenset()
-    failed: str | None = None
+    unknown_routes: frozenset[str] = frozenset()
+    failure_reason: str | None = None
     requests: list[tuple[Message, bytes]] = field(default_factory=list)
     disconnects: int = 0
-    left: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    disconnected: asyncio.Event = field(default_factory=asyncio.Event)
+    completed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         request = await receive()
         self.requests.append((scope, request["body"]))
-        leaving = asyncio.ensure_future(receive())
-        playing = asyncio.ensure_future(self._play(send))
-        await asyncio.wait({leaving, playing}, return_when=asyncio.FIRST_COMPLETED)
-        if not playing.done():
+        disconnect = asyncio.ensure_future(receive())
+        response = asyncio.ensure_future(self._respond(send))
+        await asyncio.wait({disconnect, response}, return_when=asyncio.FIRST_COMPLETED)
+        if not response.done():
             self.disconnects += 1
-            self.left.set()
-        leaving.cancel()
-        playing.cancel()
-        await asyncio.wait({leaving, playing})
-        if not playing.cancelled():
-            playing.result()
+            self.disconnected.set()
+        disconnect.cancel()
+        response.cancel()
+        await asyncio.wait({disconnect, response})
+        if not response.cancelled():
+            response.result()
 
-    async def _play(self, send: Send) -> None:
+    async def _respond(self, send: Send) -> None:
         headers = [(b"content-type", self.content_type.encode())]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         for chunk in self.body:
@@ -61,32 +68,31 @@ class ScriptedApp:
         if self.fails:
             raise RuntimeError("the script says so")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-        self.ended.set()
+        self.completed.set()
 
     def event_tokens(self, path: str) -> int | None:
         del path
         return self.tokens
 
     def has_route(self, path: str) -> bool:
-        return path not in self.unknown
+        return path not in self.unknown_routes
 
     def failure(self) -> str | None:
-        return self.failed
+        return self.failure_reason
 
     async def app(self) -> App:
-        """Itself: it is an `engine.jobs.pipeline.Engine` too."""
         return self
 
 
 def sse(*events: dict[str, Any]) -> list[bytes]:
-    """Server-sent events, one chunk each, closed as OpenAI's streams are."""
+    """Return server-sent events, one chunk each, ending with `[DONE]` as OpenAI's streams do."""
     lines = [json.dumps(event, ensure_ascii=False) for event in events] + ["[DONE]"]
     return [f"data: {line}\n\n".encode() for line in lines]
 
 
 def chat_chunks(*texts: str) -> list[bytes]:
-    """A streamed chat answer that says these texts."""
+    """Return a streamed chat completion, one event for each text."""
     role: dict[str, Any] = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
-    said = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    content = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
     last = {"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}]}
-    return sse(role, *said, last)
+    return sse(role, *content, last)

@@ -1,20 +1,24 @@
-"""Event loops whose time jumps: what sleeps for an hour is awake at once, and who waits for nothing is found out."""
+"""Event loops in virtual time: a sleep of an hour ends at once, and a wait that can never end is an error."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import selectors
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any, ParamSpec
 from unittest import mock
 
-# A turn takes so long: where time stood still, who waits for the rest of a rounding error would wait forever.
+P = ParamSpec("P")
+
+# Time that one turn of the loop takes. If time stood still, a wait for the rest of a rounding error would never end.
 _TURN_S = 1e-6
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Where a loop would sleep, the time goes on instead."""
+    """Advances the time where a loop would sleep."""
 
     now_s = 0.0
 
@@ -30,9 +34,10 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 @contextmanager
 def runner() -> Iterator[asyncio.Runner]:
-    """An event loop in virtual time, which `time.monotonic()` tells within the block.
+    """Yield an event loop in virtual time; `time.monotonic()` returns that time within the block.
 
-    What runs on it and can never end raises a `RuntimeError`.
+    Raises:
+        RuntimeError: what runs on the loop can never end.
     """
     selector = _JumpingSelector()
     with (
@@ -40,3 +45,14 @@ def runner() -> Iterator[asyncio.Runner]:
         asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as opened,
     ):
         yield opened
+
+
+def in_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Make a test of a coroutine function; it runs on a loop in virtual time."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with runner() as opened:
+            opened.run(test(*args, **kwargs))
+
+    return run

@@ -39,9 +39,7 @@ COMPILED_CODE_NOT_LOADED = re.compile(r"Compiling model again due to a load fail
 COMPILED = re.compile(r"(?:Compiling a graph|saved AOT compiled function)")
 # Error messages, with the numbers that they report.
 MODEL_LEN_EXCEEDS_MEMORY = r"estimated maximum model length is (\d+)"
-NO_KV_CACHE_MEMORY = (
-    r"To serve at least one request|No available memory for the cache|leaving none for the KV cache"
-)
+NO_KV_CACHE_MEMORY = r"To serve at least one request|No available memory for the cache|leaving none for the KV cache"
 NOT_ENOUGH_MEMORY = r"(?:OutOfMemoryError|out of memory|less than (?:desired|requested)[^.]*memory)"
 MODEL_LEN_EXCEEDS_MODEL = r"max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)"
 

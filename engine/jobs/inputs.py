@@ -33,7 +33,8 @@ SAMPLING_FIELDS = {
     "bad_words", "best_of", "chat_template_kwargs", "early_stopping", "frequency_penalty", "ignore_eos",
     "include_stop_str_in_output", "length_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens",
     "min_p", "min_tokens", "n", "presence_penalty", "prompt_logprobs", "repetition_penalty", "response_format",
-    "seed", "skip_special_tokens", "spaces_between_special_tokens", "stop", "stop_token_ids", "structured_outputs",
+    "seed", "skip_special_tokens", "spaces_between_special_tokens", "stop", "stop_token_ids", "stream_options",
+    "structured_outputs",
     "temperature", "tool_choice", "tools", "top_k", "top_logprobs", "top_p", "truncate_prompt_tokens",
     "use_beam_search", "user",
 }  # fmt: skip
@@ -147,8 +148,7 @@ class _NativeInput(_Input):
     model: StrictStr | None = None
 
     def _post(self, path: str, field: str, value: Any, defaults: dict[str, Any]) -> _Call:
-        body = {name: part for name, part in self.sampling_params.items() if part is not None}
-        body = defaults | body
+        body = defaults | _not_null(self.sampling_params)
         for name in (field, "stream", "model"):
             if name in body:
                 raise InvalidInputError(f"sampling_params holds {name!r}, which belongs at the top level of the input")
@@ -276,7 +276,7 @@ def _normalized(value: dict[str, Any]) -> dict[str, Any]:
 
     In the top-level format, all sampling fields move to `sampling_params`, from the top level and from `extra_body`.
     """
-    given = {name: part for name, part in value.items() if part is not None and name not in BATCHING_FIELDS}
+    given = {name: part for name, part in _not_null(value).items() if name not in BATCHING_FIELDS}
     if "messages" in given:  # As in worker-vllm, they override a prompt.
         given = {name: part for name, part in given.items() if name not in ("prompt", "apply_chat_template")}
     sampling = given.get("sampling_params", {})
@@ -284,10 +284,15 @@ def _normalized(value: dict[str, Any]) -> dict[str, Any]:
         lifted = {name: part for name, part in given.items() if name in _LIFTED_FIELDS}
         extra = _extra_body(given) | _extra_body(sampling)
         given = {name: part for name, part in given.items() if name not in (*lifted, "extra_body")}
-        sampling = {name: part for name, part in (lifted | sampling | extra).items() if name != "extra_body"}
+        sampling = lifted | _not_null(sampling) | _not_null(extra)
+        sampling.pop("extra_body", None)
         if sampling:
             given["sampling_params"] = sampling
     return given
+
+
+def _not_null(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in fields.items() if part is not None}
 
 
 def _as_bool(value: Any) -> Any:

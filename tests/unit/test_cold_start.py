@@ -1,4 +1,4 @@
-"""A start is told phase by phase, and the phases add up to it."""
+"""The phases of a cold start: they add up to its total, and are logged in one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.cold_start import ColdStart
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A clock that a test sets."""
+    """Replace the monotonic clock by one that a test sets."""
 
     class Clock:
         now = 100.0
@@ -26,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Clock
 
 
-def test_phases_add_up_to_the_whole(clock: Any) -> None:
+def test_phases_add_up_to_the_total(clock: Any) -> None:
     start = ColdStart(started_at=99.0)
     for phase, seconds in (("interpreter", 0.0), ("imports", 6.0), ("app", 0.5)):
         clock.now += seconds
@@ -35,7 +35,7 @@ def test_phases_add_up_to_the_whole(clock: Any) -> None:
     assert start.document() == {"total_s": 7.5, "phases_s": {"interpreter": 1.0, "imports": 6.0, "app": 0.5}}
 
 
-def test_a_phase_that_is_told_again_or_after_the_end_counts_once(clock: Any) -> None:
+def test_a_phase_that_is_marked_again_or_after_the_end_is_ignored(clock: Any) -> None:
     start = ColdStart(started_at=99.0)
     for phase in ("first_take", "first_take", "first_output", "app"):
         start.mark(phase)
@@ -44,7 +44,7 @@ def test_a_phase_that_is_told_again_or_after_the_end_counts_once(clock: Any) -> 
     assert start.document() == {"total_s": 3.0, "phases_s": {"first_take": 1.0, "first_output": 2.0}}
 
 
-def test_what_the_engines_processes_tell_is_taken_out_of_the_engines_phase(clock: Any) -> None:
+def test_phases_that_the_engine_logs_are_split_from_the_engines_phase(clock: Any) -> None:
     start = ColdStart(started_at=clock.now)
     clock.now += 10.0
     lines = "Loading weights took 2.50 seconds\nLoading weights took 3.00 seconds\nsomething else took 9 s\n"
@@ -55,7 +55,7 @@ def test_what_the_engines_processes_tell_is_taken_out_of_the_engines_phase(clock
     assert start.document() == {"total_s": 10.0, "phases_s": {"engine": 2.75, "weights": 3.0, "warm_up": 4.25}}
 
 
-def test_the_engines_processes_cannot_take_longer_than_the_engine(clock: Any) -> None:
+def test_phases_that_the_engine_logs_are_limited_to_the_engines_phase(clock: Any) -> None:
     start = ColdStart(started_at=clock.now)
     clock.now += 1.0
 
@@ -64,7 +64,7 @@ def test_the_engines_processes_cannot_take_longer_than_the_engine(clock: Any) ->
     assert start.document() == {"total_s": 1.0, "phases_s": {"engine": 0.0, "weights": 1.0, "warm_up": 0.0}}
 
 
-def test_a_start_is_logged_in_one_line_with_json(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_phases_are_logged_as_json_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     start = ColdStart()
     start.mark("interpreter")
 
@@ -77,7 +77,7 @@ def test_a_start_is_logged_in_one_line_with_json(caplog: pytest.LogCaptureFixtur
     assert json.loads("{" + document) == start.document()
 
 
-def test_a_start_begins_with_the_process() -> None:
+def test_the_total_includes_the_start_of_the_process() -> None:
     program = (
         "import time; time.sleep(0.5); from engine.cold_start import WORKER as w; w.mark('x'); print(w.document())"
     )

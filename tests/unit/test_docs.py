@@ -1,4 +1,4 @@
-"""The documents: their links lead somewhere, their examples can be read, and the settings that they name exist."""
+"""The documents: their links resolve, their examples parse, and the settings that they name exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOCUMENTS = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("README*.md")), *sorted((R
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b|\bDTYPE\b|\bQUANTIZATION\b")
 
-# What a guide names beside the worker's settings: of the build, of the platforms, placeholders, names of their APIs.
+# Names in a guide other than the worker's settings: of the build, of the platforms and their APIs, placeholders.
 BUILD = {
     *re.findall(r"^ARG (\w+)=", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE),
     *re.findall(r"\$\{(\w+):?-", (ROOT / "docker-compose.yml").read_text(encoding="utf-8")),
@@ -56,22 +56,22 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_link_to_a_file_leads_to_it(document: Path) -> None:
+def test_every_link_to_a_file_resolves(document: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", document.read_text(encoding="utf-8")))
-    lost = []
+    broken = []
     for link in links:
         path, _, anchor = link.partition("#")
         if re.match(r"https?://", link):
             continue
         target = (document.parent / path).resolve() if path else document
         if not target.exists() or (anchor and anchor not in anchors(target)):
-            lost.append(link)
+            broken.append(link)
 
-    assert lost == []
+    assert broken == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_example_can_be_read(document: Path) -> None:
+def test_every_example_parses(document: Path) -> None:
     for text in blocks(document, "python"):
         ast.parse(text)
     for text in blocks(document, "sh"):
@@ -80,7 +80,7 @@ def test_every_example_can_be_read(document: Path) -> None:
             json.loads(body)
 
 
-def test_every_variable_of_the_deployment_guide_is_one() -> None:
+def test_every_variable_in_the_deployment_guide_exists() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`[^|]+)\|", readme, re.MULTILINE)
     flags = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
@@ -89,11 +89,11 @@ def test_every_variable_of_the_deployment_guide_is_one() -> None:
     named = set(VARIABLE.findall((ROOT / "docs/deploy.md").read_text(encoding="utf-8")))
 
     assert sorted(named - known) == []
-    assert sorted((PLATFORM | API | PLACEHOLDERS) - named) == [], "not named any more"
+    assert sorted((PLATFORM | API | PLACEHOLDERS) - named) == [], "no longer in the guide"
 
 
-def listed() -> list[str]:
-    """The commands that no test runs, each in a line of its own."""
+def commands_not_run() -> list[str]:
+    """Return the commands that no test runs, one per line."""
     lines: list[str] = []
     for step in steps():
         if step.not_run:
@@ -101,37 +101,37 @@ def listed() -> list[str]:
     return list(dict.fromkeys(line.partition("  #")[0].strip() for line in lines))
 
 
-def test_what_is_listed_as_not_run_stands_in_the_documents_and_says_why() -> None:
-    found = {(step.document, step.text.partition("\n")[0]) for step in steps() if step.not_run}
+def test_every_command_that_is_listed_as_not_run_is_in_the_documents_and_has_a_reason() -> None:
+    not_run = {(step.document, step.text.partition("\n")[0]) for step in steps() if step.not_run}
 
-    assert found == set(NOT_RUN)
+    assert not_run == set(NOT_RUN)
     assert all(NOT_RUN.values())
 
 
-def test_every_block_is_one_that_a_test_runs_or_lists() -> None:
-    """One in another language would be skipped by nobody, and run by nothing."""
+def test_every_block_is_run_or_listed_as_not_run() -> None:
+    """A block in another language would be neither."""
     assert {step.language for step in steps()} <= {"", "console", "sh", "python", "json"}
     assert {step.document for step in to_run()} == {"README.md", "api.md", "deploy.md"}
     fenced = [block for document in RUN for block in BLOCK.findall(document.read_text(encoding="utf-8"))]
     assert [(step.language, step.text) for step in steps() if step.language] == fenced
 
 
-@pytest.mark.parametrize("command", [line for line in listed() if re.search(r"\bpython3? -m ", line)])
-def test_a_command_that_is_not_run_has_flags_that_are_there(command: str) -> None:
-    """`--help` comes last: what stands before it is parsed first."""
+@pytest.mark.parametrize("command", [line for line in commands_not_run() if re.search(r"\bpython3? -m ", line)])
+def test_the_flags_of_a_command_that_is_not_run_exist(command: str) -> None:
+    """`--help` is the last argument: those before it are parsed first."""
     given = [*shlex.split(command), "--help"]
     subprocess.run([sys.executable, *given[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=60)
 
 
-@pytest.mark.parametrize("command", [line for line in listed() if line.startswith("make ")])
-def test_a_make_target_that_is_not_run_is_there(command: str) -> None:
+@pytest.mark.parametrize("command", [line for line in commands_not_run() if line.startswith("make ")])
+def test_a_make_target_that_is_not_run_exists(command: str) -> None:
     assert re.search(
         rf"^{command.removeprefix('make ')}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
     )
 
 
-@pytest.mark.parametrize("command", [line for line in listed() if re.search(r"\bdocker \w+ \S", line)])
-def test_a_docker_command_names_what_is_there(command: str) -> None:
+@pytest.mark.parametrize("command", [line for line in commands_not_run() if re.search(r"\bdocker \w+ \S", line)])
+def test_the_names_in_a_docker_command_exist(command: str) -> None:
     """Services, profiles and variables of the compose file; stages and arguments of the Dockerfile; the image's tag."""
     compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
     services = yaml.safe_load(compose)["services"]

@@ -1,4 +1,4 @@
-"""The command line without an engine, and what importing the handler costs a child process."""
+"""The command line without an engine, and the imports of the handler in a spawned process."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_a_spawned_child_does_not_pay_for_the_handlers_imports() -> None:
-    """The children of vLLM import the main module again; facts: vLLM 7.5 s, the SDK 1.9 s."""
+def test_a_spawned_process_does_not_import_the_heavy_packages() -> None:
+    """Processes that vLLM spawns import the main module again. Importing vLLM takes 7.5 s, the SDK 1.9 s."""
     loaded = run("-c", "import sys, handler; print(*sys.modules)").stdout.split()
 
     heavy = {"vllm", "torch", "transformers", "runpod", "pydantic", "fastapi", "aiohttp", "numpy"}
@@ -37,7 +37,7 @@ def test_a_spawned_child_does_not_pay_for_the_handlers_imports() -> None:
     assert heavy.isdisjoint(loaded)
 
 
-def test_a_bad_setting_stops_the_start_with_one_line() -> None:
+def test_an_invalid_setting_aborts_the_start_with_one_line() -> None:
     done = run("handler.py", MAX_CONCURRENCY="lots")
 
     assert done.returncode == 1
@@ -47,7 +47,7 @@ def test_a_bad_setting_stops_the_start_with_one_line() -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"x"'])
-def test_a_test_input_that_is_no_job_is_told_before_anything_loads(text: str) -> None:
+def test_a_malformed_test_input_is_refused_before_the_engine_loads(text: str) -> None:
     done = run("handler.py", "--test_input", text)
 
     assert done.returncode == 1
@@ -55,22 +55,22 @@ def test_a_test_input_that_is_no_job_is_told_before_anything_loads(text: str) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_worker_that_is_told_to_stop_as_it_starts_ends_without_a_word(number: signal.Signals) -> None:
+def test_a_signal_during_the_start_ends_the_worker_without_a_traceback(number: signal.Signals) -> None:
     environment = {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/job-take/$ID?x=1", "MODEL_NAME": "/nowhere"}
     with subprocess.Popen(
         [sys.executable, "handler.py"], cwd=ROOT, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
     ) as process:
         status = Path(f"/proc/{process.pid}/status")
-        # The last of its handlers is there: it has begun, and will import for seconds.
+        # Wait until its last signal handler is installed. It then imports for seconds.
         while not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> (signal.SIGTERM - 1) & 1:
             assert process.poll() is None
             time.sleep(0.01)
 
         process.send_signal(number)
 
-        _, told = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "Traceback" not in told
+    assert "Traceback" not in errors
 
 
 def test_an_unknown_option_is_an_error() -> None:
@@ -80,7 +80,7 @@ def test_an_unknown_option_is_an_error() -> None:
     assert "--tset_input" in done.stderr
 
 
-def test_on_the_platform_a_worker_without_a_model_exits_with_an_error() -> None:
+def test_without_a_model_a_worker_on_the_platform_exits_with_an_error() -> None:
     done = run(
         "handler.py",
         RUNPOD_WEBHOOK_GET_JOB="http://127.0.0.1:9/job-take/$ID?x=1",
@@ -92,7 +92,7 @@ def test_on_the_platform_a_worker_without_a_model_exits_with_an_error() -> None:
     assert "set MODEL_NAME" in done.stderr
 
 
-def test_the_job_of_test_input_json_is_one_that_is_accepted() -> None:
+def test_the_job_in_test_input_json_is_accepted() -> None:
     from engine.jobs.inputs import parse
 
     assert parse(json.loads((ROOT / "test_input.json").read_text()), 2048).path == "/v1/chat/completions"

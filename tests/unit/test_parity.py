@@ -1,4 +1,4 @@
-"""The comparison of the parity tests sees what differs, and nothing in how a stream's text was divided."""
+"""The comparison of the parity tests finds every difference except how a stream's text is divided into events."""
 
 from __future__ import annotations
 
@@ -22,68 +22,68 @@ def call(arguments: str, **more: Any) -> list[dict[str, Any]]:
     return [{"index": 0, "function": {"arguments": arguments}, **more}]
 
 
-WHOLE = [chunk(role="assistant", content=""), chunk(content="Hello"), chunk(content="", end="stop")]
+COMPLETE = [chunk(role="assistant", content=""), chunk(content="Hello"), chunk(content="", end="stop")]
 
 
 @pytest.mark.parametrize(
     "same",
     [
-        [WHOLE[0], chunk(content="Hel"), chunk(content="lo", reasoning=None), WHOLE[2]],
-        [WHOLE[0], chunk(content="Hello", end="stop")],
-        [{**event, "id": "chatcmpl-fedcba9876543210"} for event in WHOLE],
+        [COMPLETE[0], chunk(content="Hel"), chunk(content="lo", reasoning=None), COMPLETE[2]],
+        [COMPLETE[0], chunk(content="Hello", end="stop")],
+        [{**event, "id": "chatcmpl-fedcba9876543210"} for event in COMPLETE],
     ],
 )
-def test_streams_that_say_the_same_are_equal(same: list[dict[str, Any]]) -> None:
-    assert joined(stream(*same)) == joined(stream(*WHOLE))
+def test_streams_with_the_same_content_are_equal(same: list[dict[str, Any]]) -> None:
+    assert joined(stream(*same)) == joined(stream(*COMPLETE))
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        WHOLE[:2],
-        WHOLE[1:],
-        [WHOLE[0], WHOLE[2]],
-        [WHOLE[0], chunk(content="lo"), chunk(content="Hel"), WHOLE[2]],
-        [WHOLE[0], chunk(reasoning="Hello"), WHOLE[2]],
-        [*WHOLE[:2], chunk(content="", end="length")],
-        [WHOLE[0], chunk(1, content="Hello"), WHOLE[2]],
-        [*WHOLE, {"choices": [], "usage": {}}],
-        [{**event, "id": "cmpl-0123456789abcdef"} for event in WHOLE],
+        COMPLETE[:2],
+        COMPLETE[1:],
+        [COMPLETE[0], COMPLETE[2]],
+        [COMPLETE[0], chunk(content="lo"), chunk(content="Hel"), COMPLETE[2]],
+        [COMPLETE[0], chunk(reasoning="Hello"), COMPLETE[2]],
+        [*COMPLETE[:2], chunk(content="", end="length")],
+        [COMPLETE[0], chunk(1, content="Hello"), COMPLETE[2]],
+        [*COMPLETE, {"choices": [], "usage": {}}],
+        [{**event, "id": "cmpl-0123456789abcdef"} for event in COMPLETE],
     ],
 )
-def test_streams_that_say_something_else_differ(other: list[dict[str, Any]]) -> None:
-    assert joined(stream(*other)) != joined(stream(*WHOLE))
+def test_streams_with_other_content_differ(other: list[dict[str, Any]]) -> None:
+    assert joined(stream(*other)) != joined(stream(*COMPLETE))
 
 
-def test_choices_may_take_turns() -> None:
+def test_the_order_of_events_of_different_choices_does_not_matter() -> None:
     one, other = chunk(0, content="a"), chunk(1, content="b")
 
     assert joined(stream(one, other)) == joined(stream(other, one))
 
 
-def test_arguments_of_a_tool_are_joined() -> None:
+def test_arguments_of_a_tool_call_are_joined() -> None:
     parts = [chunk(tool_calls=call("", id="call_1")), chunk(tool_calls=call('{"a":')), chunk(tool_calls=call("1}"))]
 
     assert joined(stream(*parts)) == joined(stream(chunk(tool_calls=call('{"a":1}', id="call_1"))))
     assert joined(stream(*parts)) != joined(stream(*parts[:2]))
 
 
-def test_neighbours_of_typed_events_are_joined_and_unnumbered() -> None:
+def test_adjacent_typed_events_are_joined_and_their_numbers_ignored() -> None:
     parts = [{"type": "text.delta", "delta": part, "sequence_number": place} for place, part in enumerate("ab")]
-    whole = {"type": "text.delta", "delta": "ab", "sequence_number": 0}
+    joined_event = {"type": "text.delta", "delta": "ab", "sequence_number": 0}
     between = {"type": "ping", "sequence_number": 1}
 
-    assert joined(stream(*parts)) == joined(stream(whole))
-    assert joined(stream(parts[0], between, parts[1])) != joined(stream(whole, between))
+    assert joined(stream(*parts)) == joined(stream(joined_event))
+    assert joined(stream(parts[0], between, parts[1])) != joined(stream(joined_event, between))
 
 
-def test_a_stream_that_ends_within_an_event_is_none() -> None:
+def test_a_stream_that_ends_within_an_event_is_an_error() -> None:
     with pytest.raises(ValueError, match="within an event"):
         events("data: {}\n")
 
 
-def test_ids_keep_their_prefix_and_other_names_all_of_theirs() -> None:
-    made = {"id": "embd-0b9c8d7e-1234-4abc-9def-0123456789ab-u1", "created": 5, "model": "tiny"}
+def test_generated_ids_are_reduced_to_their_prefix() -> None:
+    document = {"id": "embd-0b9c8d7e-1234-4abc-9def-0123456789ab-u1", "created": 5, "model": "tiny"}
 
-    assert plain(made) == {"id": "embd-", "model": "tiny"}
+    assert plain(document) == {"id": "embd-", "model": "tiny"}
     assert plain({"id": "tiny", "call_id": "call_1"}) == {"id": "tiny", "call_id": "call_1"}

@@ -1,6 +1,6 @@
-"""The Chinese README says what the English one says: what can be compared without reading is the same.
+"""The Chinese README has the same headings, code, links, tables and lists as the English one.
 
-Of what differs, the first is told: the heading that it stands under, and what it is.
+The first difference is reported with its heading.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ CHINESE = (ROOT / "README_zh.md").read_text(encoding="utf-8")
 OTHER_LANGUAGE = {"README.md", "README_zh.md"}
 
 _BLOCK = re.compile(r"^```\w*\n.*?^```$", re.MULTILINE | re.DOTALL)
-_MADE = re.compile(r"<!-- settings -->.*?<!-- /settings -->", re.DOTALL)
+_GENERATED = re.compile(r"<!-- settings -->.*?<!-- /settings -->", re.DOTALL)
 
 
 def sections(text: str) -> list[tuple[str, str]]:
-    """Heading and what stands under it; a comment in a code block is no heading."""
+    """Return each heading and its text; a comment in a code block is not a heading."""
     parts = re.split(r"(^```\w*\n.*?^```$|^#+ [^\n]*$)", text, flags=re.MULTILINE | re.DOTALL)
     found: list[tuple[str, str]] = []
     for part in parts:
@@ -44,7 +44,7 @@ def code_blocks(section: tuple[str, str]) -> list[str]:
 
 
 def _prose(section: tuple[str, str]) -> str:
-    return _MADE.sub("", _BLOCK.sub("", section[1]))
+    return _GENERATED.sub("", _BLOCK.sub("", section[1]))
 
 
 def links(section: tuple[str, str]) -> list[str]:
@@ -54,12 +54,12 @@ def links(section: tuple[str, str]) -> list[str]:
 
 
 def code_spans(section: tuple[str, str]) -> list[str]:
-    """Variables, routes, commands, values: each that is named under the heading, however often."""
+    """Return the variables, routes, commands and values that are named under the heading, once each."""
     return sorted(set(re.findall(r"`([^`\n]+)`", _prose(section))))
 
 
 def table_rows(section: tuple[str, str]) -> list[str]:
-    """What each row of a table is about."""
+    """Return the first cell of each row."""
     cells = re.findall(r"^\| ([^|]*) \|.*$", _prose(section), re.MULTILINE)
     return [cell if cell.startswith("`") else "(heading)" for cell in cells]
 
@@ -68,29 +68,29 @@ def list_items(section: tuple[str, str]) -> list[str]:
     return re.findall(r"^(?:\d+\.|-) ", _prose(section), re.MULTILINE)
 
 
-def first_difference(english: str, chinese: str, told: Callable[[tuple[str, str]], list[str]]) -> str:
-    """Nothing, or what is first different and where."""
+def first_difference(english: str, chinese: str, read: Callable[[tuple[str, str]], list[str]]) -> str:
+    """Return a description of the first difference; an empty text if there is none."""
     for one, other in zip_longest(sections(english), sections(chinese), fillvalue=("(nothing)", "")):
-        left, right = ([item for item in told(section) if item not in OTHER_LANGUAGE] for section in (one, other))
+        left, right = ([item for item in read(section) if item not in OTHER_LANGUAGE] for section in (one, other))
         if left == right:
             continue
-        lacking = next((item for item in left if item not in right), None)
-        more = next((item for item in right if item not in left), None)
-        return f"{one[0]} / {other[0]}: README_zh.md lacks {lacking!r}, and has {more!r}: {len(left)} / {len(right)}"
+        missing = next((item for item in left if item not in right), None)
+        extra = next((item for item in right if item not in left), None)
+        return f"{one[0]} / {other[0]}: README_zh.md lacks {missing!r}, and has {extra!r}: {len(left)} / {len(right)}"
     return ""
 
 
-@pytest.mark.parametrize("told", [levels, code_blocks, links, code_spans, table_rows, list_items])
-def test_the_chinese_readme_has_what_the_english_one_has(told: Callable[[tuple[str, str]], list[str]]) -> None:
-    assert first_difference(ENGLISH, CHINESE, told) == ""
+@pytest.mark.parametrize("read", [levels, code_blocks, links, code_spans, table_rows, list_items])
+def test_the_chinese_readme_has_what_the_english_one_has(read: Callable[[tuple[str, str]], list[str]]) -> None:
+    assert first_difference(ENGLISH, CHINESE, read) == ""
 
 
-def test_both_readmes_have_the_settings_as_they_are_declared() -> None:
+def test_both_readmes_have_the_generated_table_of_settings() -> None:
     for text in (ENGLISH, CHINESE):
         assert f"<!-- settings -->\n{markdown_table()}\n<!-- /settings -->" in text, "run `make docs`"
 
 
-def test_each_readme_leads_to_the_other_at_its_top() -> None:
+def test_each_readme_links_to_the_other_at_its_top() -> None:
     assert "](README_zh.md)" in "".join(ENGLISH.splitlines()[:4])
     assert "](README.md)" in "".join(CHINESE.splitlines()[:4])
 
@@ -116,7 +116,7 @@ RIGHT = LEFT.replace("Start", "开始").replace("Variable | Meaning", "变量 | 
 
 
 @pytest.mark.parametrize(
-    ("told", "change", "difference"),
+    ("read", "change", "difference"),
     [
         (levels, ("## ", "### "), "### Start / ## 开始: README_zh.md lacks '###', and has '##': 1 / 1"),
         (levels, ("## Start", "Start"), "(nothing) / ## 开始: README_zh.md lacks '(nothing)', and has '##'"),
@@ -128,11 +128,11 @@ RIGHT = LEFT.replace("Start", "开始").replace("Variable | Meaning", "变量 | 
     ],
     ids=lambda part: getattr(part, "__name__", ""),
 )
-def test_the_first_difference_is_named(
-    told: Callable[[tuple[str, str]], list[str]], change: tuple[str, str], difference: str
+def test_the_first_difference_is_reported(
+    read: Callable[[tuple[str, str]], list[str]], change: tuple[str, str], difference: str
 ) -> None:
-    assert first_difference(LEFT, RIGHT, told) == ""
-    assert difference in first_difference(LEFT.replace(*change, 1), RIGHT, told)
+    assert first_difference(LEFT, RIGHT, read) == ""
+    assert difference in first_difference(LEFT.replace(*change, 1), RIGHT, read)
 
 
 def test_the_readmes_are_compared_section_by_section() -> None:

@@ -1,4 +1,4 @@
-"""Short requests are prepared in place, long ones in a thread."""
+"""Short requests are rendered inline, long ones in a thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def executor() -> Iterator[InlineExecutor]:
 
 
 class App:
-    """Prepares each request with the executor, as vLLM does, and writes down in which threads."""
+    """Renders each request with the executor, as vLLM does, and records in which thread."""
 
     def __init__(self, executor: InlineExecutor) -> None:
         self.threads: dict[str, int] = {}
@@ -39,36 +39,36 @@ class App:
         await send({"type": "http.response.body"})
 
 
-async def answered(app: App, path: str, body: bytes | None) -> None:
-    """Have the app answer a request."""
+async def send(app: App, path: str, body: bytes | None) -> None:
+    """Send a request to the app and read its response."""
     async with asgi.stream(app, Request("POST", path, body=body)) as response:
         await response.body()
 
 
-async def test_each_request_is_prepared_where_its_length_says(executor: InlineExecutor) -> None:
+async def test_only_short_requests_are_rendered_inline(executor: InlineExecutor) -> None:
     app = App(executor)
     bodies = {"short": bytes(SHORT_BYTES), "long": bytes(SHORT_BYTES + 1), "short again": b"", "none": None}
 
-    # In one task, so that one request's length would show in the next one.
+    # In one task, so that the length of one request could affect the next one.
     for path, body in bodies.items():
-        await answered(app, path, body)
+        await send(app, path, body)
 
-    here = threading.get_ident()
-    assert [path for path, thread in app.threads.items() if thread == here] == ["short", "short again", "none"]
+    own = threading.get_ident()
+    assert [path for path, thread in app.threads.items() if thread == own] == ["short", "short again", "none"]
     assert app.threads.keys() == bodies.keys()
 
 
-async def test_requests_side_by_side_do_not_mix_their_lengths(executor: InlineExecutor) -> None:
+async def test_concurrent_requests_do_not_affect_each_other(executor: InlineExecutor) -> None:
     app = App(executor)
     bodies = {f"{number}": bytes(1 if number % 2 else 999_999) for number in range(20)}
 
-    await asyncio.gather(*(answered(app, path, body) for path, body in bodies.items()))
+    await asyncio.gather(*(send(app, path, body) for path, body in bodies.items()))
 
-    here = threading.get_ident()
-    assert {path for path, thread in app.threads.items() if thread == here} == {str(n) for n in range(1, 20, 2)}
+    own = threading.get_ident()
+    assert {path for path, thread in app.threads.items() if thread == own} == {str(n) for n in range(1, 20, 2)}
 
 
-async def test_an_error_is_raised_where_the_result_is_asked_for(executor: InlineExecutor) -> None:
+async def test_an_inline_error_is_raised_by_the_future(executor: InlineExecutor) -> None:
     def fail() -> None:
         raise ValueError("no such template")
 
@@ -79,6 +79,6 @@ async def test_an_error_is_raised_where_the_result_is_asked_for(executor: Inline
         future.result()
 
 
-async def test_what_is_no_request_is_left_to_the_threads(executor: InlineExecutor) -> None:
+async def test_work_outside_of_a_request_runs_in_a_thread(executor: InlineExecutor) -> None:
     future = executor.submit(threading.get_ident)
     assert await asyncio.wrap_future(future) != threading.get_ident()

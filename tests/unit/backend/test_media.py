@@ -1,4 +1,4 @@
-"""Which addresses are public, and that a session connects to no other."""
+"""Media is only fetched from public addresses and from allowed hosts."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from engine.backend.media import is_public, public_session
         "ff02::1",
     ],
 )
-def test_an_address_that_is_not_everywhere_the_same_is_not_public(address: str) -> None:
+def test_private_and_special_addresses_are_not_public(address: str) -> None:
     assert not is_public(address)
 
 
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
 )
-def test_a_public_address_is_public_however_it_is_written(address: str) -> None:
+def test_a_public_address_is_public_in_any_notation(address: str) -> None:
     assert is_public(address)
 
 
 @pytest.mark.anyio
-async def test_what_one_host_may_no_other_may_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another name, and the address itself, of a host that is allowed; asked for, or by a redirect."""
-    look_up = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda _, *more, **options: look_up("127.0.0.1", *more, **options))
+async def test_the_address_of_an_allowed_host_is_refused_under_any_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requested directly or after a redirect; the address itself is another name."""
+    getaddrinfo = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda _, *more, **options: getaddrinfo("127.0.0.1", *more, **options))
 
     async def redirect(request: web.Request) -> web.Response:
         raise web.HTTPFound(request.query["to"])

@@ -1,4 +1,4 @@
-"""Which streams get larger events: those of plain text, and no other."""
+"""Only streams of plain text get events of several tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAIN: dict[str, Any] = {"model": "tiny", "messages": [], "stream": True, "max_t
         {"stop": None, "logprobs": None, "tools": [], "echo": False, "logit_bias": None},
     ],
 )
-def test_a_stream_of_plain_text_may_have_larger_events(path: str, more: dict[str, Any]) -> None:
+def test_a_stream_of_plain_text_may_be_merged(path: str, more: dict[str, Any]) -> None:
     assert merging.is_plain_text(path, PLAIN | more)
 
 
@@ -53,12 +53,12 @@ def test_a_stream_of_plain_text_may_have_larger_events(path: str, more: dict[str
     ],
     ids=json.dumps,
 )
-def test_any_other_stays_as_vllm_makes_it(more: dict[str, Any]) -> None:
+def test_any_other_stream_is_not_merged(more: dict[str, Any]) -> None:
     assert not merging.is_plain_text(CHAT, PLAIN | more)
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/tokenize"])
-def test_routes_whose_streams_have_events_of_many_kinds_stay_as_they_are(path: str) -> None:
+def test_streams_of_other_routes_are_not_merged(path: str) -> None:
     assert not merging.is_plain_text(path, PLAIN)
 
 
@@ -73,7 +73,7 @@ def test_routes_whose_streams_have_events_of_many_kinds_stay_as_they_are(path: s
         (1, {"openai_input": PLAIN}, None),
     ],
 )
-async def test_a_request_asks_vllm_for_it_by_vllms_own_field(
+async def test_a_mergeable_request_sets_stream_interval(
     tokens: int, value: dict[str, Any], interval: int | None
 ) -> None:
     app = ScriptedApp(chat_chunks("a"), content_type="text/event-stream", tokens=tokens)
@@ -93,43 +93,43 @@ async def test_a_request_asks_vllm_for_it_by_vllms_own_field(
         (7, {"openai_input": PLAIN | {"stream": False}}, False),
     ],
 )
-async def test_what_answers_a_request_knows_whether_its_tokens_may_be_merged(
+async def test_the_context_of_a_request_says_whether_its_tokens_may_be_merged(
     tokens: int | None, value: dict[str, Any], *, mergeable: bool
 ) -> None:
-    known: list[bool] = []
+    observed: list[bool] = []
 
-    class Asking(ScriptedApp):
+    class RecordingApp(ScriptedApp):
         async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-            known.append(merging.MERGEABLE.get())
+            observed.append(merging.MERGEABLE.get())
             await super().__call__(scope, receive, send)
 
-    app = Asking(chat_chunks("a"), content_type="text/event-stream", tokens=tokens)
+    app = RecordingApp(chat_chunks("a"), content_type="text/event-stream", tokens=tokens)
 
     _ = [output async for output in pipeline.run({"id": "1", "input": value}, app)]
 
-    assert known == [mergeable]
+    assert observed == [mergeable]
     assert not merging.MERGEABLE.get()
 
 
-def server(*, parses_chats: bool = False, user_set_interval: bool = False) -> VLLMEngine:
-    made = object.__new__(VLLMEngine)  # Its constructor would load vLLM.
-    made._parses_chats, made._stream_interval_is_set, made._min_interval_s = parses_chats, user_set_interval, 0.02
-    made.statistics = Statistics()
-    made.statistics.on_scheduler_stats(0, 64, 0, 0.1)
-    made.statistics.engines[0].step_s = 0.01
-    return made
+def engine_with(*, parses_chats: bool = False, user_set_interval: bool = False) -> VLLMEngine:
+    engine = object.__new__(VLLMEngine)  # Its constructor would load vLLM.
+    engine._parses_chats, engine._stream_interval_is_set, engine._min_interval_s = parses_chats, user_set_interval, 0.02
+    engine.statistics = Statistics()
+    engine.statistics.on_scheduler_stats(0, 64, 0, 0.1)
+    engine.statistics.engines[0].step_s = 0.01
+    return engine
 
 
-def test_the_busier_the_engine_the_larger_its_events() -> None:
+def test_events_have_more_tokens_when_more_streams_run() -> None:
     assert (
-        server().event_tokens(CHAT) == server().event_tokens(COMPLETIONS) == 40
+        engine_with().event_tokens(CHAT) == engine_with().event_tokens(COMPLETIONS) == 40
     )  # 64 streams, 160 deliveries a second
 
 
-def test_chats_that_a_parser_looks_at_stay_as_vllm_makes_them() -> None:
-    assert server(parses_chats=True).event_tokens(CHAT) is None
-    assert server(parses_chats=True).event_tokens(COMPLETIONS) == 40
+def test_chats_that_a_parser_reads_are_not_merged() -> None:
+    assert engine_with(parses_chats=True).event_tokens(CHAT) is None
+    assert engine_with(parses_chats=True).event_tokens(COMPLETIONS) == 40
 
 
-def test_an_interval_that_the_user_has_set_stands() -> None:
-    assert server(user_set_interval=True).event_tokens(COMPLETIONS) == 1
+def test_a_stream_interval_that_the_user_has_set_is_kept() -> None:
+    assert engine_with(user_set_interval=True).event_tokens(COMPLETIONS) == 1

@@ -1,4 +1,4 @@
-"""A start that fails says why, in one line that a person can act on."""
+"""A failed start is explained in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from engine.backend import startup_errors
 from engine.config.vllm_flags import Flags, FlagValue
 
-# Messages as vLLM 0.32, the hub's client and torch word them.
-CAUSES = {
+# Messages of vLLM 0.32, the hub's client and torch, and what their explanations contain.
+EXPLANATIONS = {
     "Based on the available memory, the estimated maximum model length is 384. Try": "set it to 384 or less",
     "No available memory for the cache blocks.": "a smaller MAX_MODEL_LEN or a larger GPU_MEMORY_UTILIZATION",
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB": "not enough memory",
@@ -30,21 +30,23 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize("message", CAUSES)
-def test_a_cause_that_is_known_is_told_with_what_to_do(message: str) -> None:
-    told = startup_errors.explain(RuntimeError(message), "", "org/model")
+@pytest.mark.parametrize("message", EXPLANATIONS)
+def test_a_known_cause_is_explained(message: str) -> None:
+    explanation = startup_errors.explain(RuntimeError(message), "", "org/model")
 
-    assert CAUSES[message] in told
-    assert "\n" not in told
+    assert EXPLANATIONS[message] in explanation
+    assert "\n" not in explanation
 
 
-@pytest.mark.parametrize("message", CAUSES)
-def test_what_the_engines_process_noted_comes_before_what_the_worker_was_told(message: str) -> None:
-    noted = f"EngineCore failed to start.\nTraceback (most recent call last):\nValueError: {message}\n"
+@pytest.mark.parametrize("message", EXPLANATIONS)
+def test_the_log_of_the_engines_process_takes_precedence_over_the_workers_exception(message: str) -> None:
+    log = f"EngineCore failed to start.\nTraceback (most recent call last):\nValueError: {message}\n"
 
-    told = startup_errors.explain(RuntimeError("Engine core initialization failed. See above."), noted, "org/model")
+    explanation = startup_errors.explain(
+        RuntimeError("Engine core initialization failed. See above."), log, "org/model"
+    )
 
-    assert CAUSES[message] in told
+    assert EXPLANATIONS[message] in explanation
 
 
 NOT_FOUND = """Repository Not Found for url: https://hub.example/org/none/resolve/main/tokenizer_config.json.
@@ -60,7 +62,7 @@ def hub_error(kind: str, message: str) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "expected_message"),
     [
         (
             "RepositoryNotFoundError",
@@ -73,58 +75,59 @@ def hub_error(kind: str, message: str) -> Exception:
         ("RevisionNotFoundError", "org/none has no such revision: check TOKENIZER_REVISION"),
     ],
 )
-@pytest.mark.parametrize("noted", [True, False])
-def test_what_the_hub_refuses_is_known_by_its_class_and_is_about_the_repository_that_was_asked_for(
-    kind: str, said: str, noted: bool
+@pytest.mark.parametrize("logged", [True, False])
+def test_an_error_of_the_hub_is_recognized_by_its_class_and_names_the_requested_repository(
+    kind: str, expected_message: str, logged: bool
 ) -> None:
-    """Of whatever class, the hub's client speaks of "a private or gated repo"."""
+    """The message of each class mentions "a private or gated repo"."""
     flags = object.__new__(Flags)
     flags.values = {"tokenizer": FlagValue("TOKENIZER_NAME", "environment", "", (), "org/none")}
     outer = OSError("org/none is not a local folder and is not a valid model identifier listed on the hub")
     outer.__cause__ = hub_error(kind, NOT_FOUND)
-    text = f"Traceback (most recent call last):\nhuggingface_hub.errors.{kind}: 404\n{NOT_FOUND}\n" if noted else ""
+    text = f"Traceback (most recent call last):\nhuggingface_hub.errors.{kind}: 404\n{NOT_FOUND}\n" if logged else ""
 
-    assert startup_errors.explain(RuntimeError("see above") if noted else outer, text, "/a/model", flags) == said
+    error = RuntimeError("see above") if logged else outer
+    assert startup_errors.explain(error, text, "/a/model", flags) == expected_message
 
 
 @pytest.mark.parametrize("name", ["TOKENIZER", "TOKENIZER_NAME", "--tokenizer"])
-def test_a_revision_of_the_tokenizer_is_named_however_the_tokenizer_was_given(name: str) -> None:
+def test_the_tokenizers_revision_is_named_whichever_variable_set_the_tokenizer(name: str) -> None:
     flags = object.__new__(Flags)
     flags.values = {"tokenizer": FlagValue(name, "environment", "", (), "org/none")}
 
-    said = startup_errors.explain(hub_error("RevisionNotFoundError", NOT_FOUND), "", "/a/model", flags)
+    explanation = startup_errors.explain(hub_error("RevisionNotFoundError", NOT_FOUND), "", "/a/model", flags)
 
-    assert said == "org/none has no such revision: check TOKENIZER_REVISION"
+    assert explanation == "org/none has no such revision: check TOKENIZER_REVISION"
 
 
-def test_where_the_hub_cannot_be_reached_what_was_asked_for_is_what_a_flag_names(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported_with_the_repository_that_a_flag_names(tmp_path: Path) -> None:
     flags = object.__new__(Flags)
     flags.values = {"tokenizer": FlagValue("TOKENIZER_NAME", "environment", "", (), "org/none")}
 
-    said = startup_errors.explain(
+    explanation = startup_errors.explain(
         OSError("We couldn't connect to 'the hub' to load the files"), "", str(tmp_path), flags
     )
 
-    assert said == "the hub cannot be reached, and org/none is not on this machine (see TOKENIZER_NAME)"
+    assert explanation == "the hub cannot be reached, and org/none is not on this machine (see TOKENIZER_NAME)"
 
 
-def test_code_that_a_models_configuration_names_is_not_the_model(tmp_path: Path) -> None:
+def test_a_missing_repository_of_code_is_reported_as_named_by_the_models_config(tmp_path: Path) -> None:
     error = hub_error(
         "RepositoryNotFoundError", "Not found for url: http://hub/org/code/resolve/main/configuration.py."
     )
 
-    said = startup_errors.explain(error, "", str(tmp_path))
+    explanation = startup_errors.explain(error, "", str(tmp_path))
 
-    assert said.startswith("there is no model org/code: check the model's config.json, which names it")
-
-
-def test_a_cause_that_is_not_known_is_told_in_the_words_of_the_first_error() -> None:
-    noted = "failed\nTraceback:\n  x()\nKeyError: 'lm_head'\nException: WorkerProc initialization failed\n"
-
-    assert startup_errors.explain(RuntimeError("see above"), noted, "org/model") == "KeyError: 'lm_head'"
+    assert explanation.startswith("there is no model org/code: check the model's config.json, which names it")
 
 
-def test_what_pydantic_adds_is_left_out() -> None:
+def test_an_unknown_cause_is_the_text_of_the_first_error() -> None:
+    log = "failed\nTraceback:\n  x()\nKeyError: 'lm_head'\nException: WorkerProc initialization failed\n"
+
+    assert startup_errors.explain(RuntimeError("see above"), log, "org/model") == "KeyError: 'lm_head'"
+
+
+def test_pydantics_additions_are_removed() -> None:
     error = ValueError(
         "1 validation error for ModelConfig\n  Value error, Unknown method: x [type=value_error, a=b]\n  .."
     )
@@ -132,7 +135,7 @@ def test_what_pydantic_adds_is_left_out() -> None:
     assert startup_errors.explain(error, "", "org/model") == "Unknown method: x"
 
 
-def test_a_full_disk_is_known_by_its_number() -> None:
+def test_a_full_disk_is_recognized_by_errno() -> None:
     wrapped = RuntimeError("download failed")
     wrapped.__cause__ = OSError(errno.ENOSPC, "voll")
 

@@ -1,4 +1,4 @@
-"""What the engine's processes log reaches the worker, though vLLM sets up its logging in its own way."""
+"""Log lines of the engine's processes reach the worker, although vLLM configures its own logging."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import os
 from engine.backend import startup_errors, startup_logs
 
 
-def test_errors_are_noted_though_vllm_sets_up_its_logging_after_us() -> None:
-    with startup_logs.captured() as noted:
+def test_errors_are_captured_although_vllm_configures_its_logging_later() -> None:
+    with startup_logs.captured() as captured:
         logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "loggers": {"vllm": {}}})
         logger = logging.getLogger("vllm.v1.engine.core")
         logger.warning("loading took %.2f seconds", 1.5)
@@ -20,10 +20,12 @@ def test_errors_are_noted_though_vllm_sets_up_its_logging_after_us() -> None:
         except ValueError:
             logger.exception("EngineCore failed to start.")
 
-        assert "ValueError: the reason" in noted.errors
-        assert noted.lines == "loading took 1.50 seconds\n"
-        assert startup_errors.explain(RuntimeError("see above"), noted.errors, "org/model") == "ValueError: the reason"
-    assert noted.errors == noted.lines == ""
+        assert "ValueError: the reason" in captured.errors
+        assert captured.lines == "loading took 1.50 seconds\n"
+        assert (
+            startup_errors.explain(RuntimeError("see above"), captured.errors, "org/model") == "ValueError: the reason"
+        )
+    assert captured.errors == captured.lines == ""
     assert startup_logs._DIRECTORY not in os.environ
 
 
@@ -32,16 +34,16 @@ def _child() -> None:
     logging.getLogger("vllm.v1.engine.core").error("from a child")
 
 
-def test_a_process_that_is_spawned_takes_notes_too() -> None:
-    with startup_logs.captured() as noted:
+def test_a_spawned_process_is_captured() -> None:
+    with startup_logs.captured() as captured:
         process = multiprocessing.get_context("spawn").Process(target=_child)
         process.start()
         process.join(60)
 
-        assert noted.errors == "from a child\n"
+        assert captured.errors == "from a child\n"
 
 
-def test_without_a_worker_that_reads_them_nothing_is_noted() -> None:
+def test_nothing_is_captured_outside_of_a_start() -> None:
     before = list(logging.getLogger("vllm.v1.engine.core").filters)
 
     startup_logs.install()

@@ -1,4 +1,4 @@
-"""What the engine says of itself: kept apart by engine, and never added up from what vLLM may not tell."""
+"""Statistics of the engine: kept per engine core, and correct even if vLLM does not report an event."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CACHE_TOKENS = 4096
 
 
 def engine_with(*tokens: int) -> SimpleNamespace:
-    """VLLM's engine, as far as it knows what its requests have been answered."""
+    """Return an engine whose requests have so far generated these numbers of tokens."""
     states = {
         str(number): SimpleNamespace(stats=SimpleNamespace(num_generation_tokens=one))
         for number, one in enumerate(tokens)
@@ -24,10 +24,10 @@ def engine_with(*tokens: int) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("cancelled", [0, 5, 20, 100])
-def test_cancelled_requests_do_not_make_room_for_more(cancelled: int) -> None:
-    """VLLM reports no end of them, and the engine is never idle: a long request runs beside them."""
-    young = engine_with(*[0] * 8)
-    statistics = Statistics(lambda: compat.output_tokens(young))
+def test_cancelled_requests_do_not_add_slots(cancelled: int) -> None:
+    """VLLM does not report their end, and the engine is never idle: a long request runs at the same time."""
+    engine = engine_with(*[0] * 8)
+    statistics = Statistics(lambda: compat.output_tokens(engine))
     statistics.avg_prompt_tokens, statistics.avg_output_tokens = 50.0, 400.0
     for _ in range(cancelled):
         statistics.generation_tokens += 200
@@ -39,7 +39,7 @@ def test_cancelled_requests_do_not_make_room_for_more(cancelled: int) -> None:
     assert Admission(statistics, 256, CACHE_TOKENS, 2048).available_slots(8) == 6
 
 
-def test_what_running_requests_have_been_answered_is_asked_of_the_engine() -> None:
+def test_output_tokens_of_running_requests_are_read_from_the_engine() -> None:
     engine = engine_with(10, 20, 0)
     statistics = Statistics(lambda: compat.output_tokens(engine))
     statistics.on_scheduler_stats(0, 3, 0, 0.1)
@@ -59,7 +59,7 @@ def test_an_idle_engine_does_not_hide_a_full_one() -> None:
     assert Admission(statistics, 256, 2 * 100_000, 8192).available_slots(61) == 0
 
 
-def test_the_slowest_of_the_engines_says_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_time_is_that_of_the_slowest_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("engine.backend.statistics.time.monotonic", lambda: now)
     statistics = Statistics()
@@ -75,14 +75,14 @@ def test_the_slowest_of_the_engines_says_what_a_step_takes(monkeypatch: pytest.M
     assert statistics.stepped_at == now
 
 
-def test_before_its_first_step_an_engine_has_made_none() -> None:
+def test_statistics_are_zero_before_the_first_step() -> None:
     statistics = Statistics()
 
     assert (statistics.running, statistics.waiting, statistics.kv_cache_usage) == (0, 0, 0.0)
     assert (statistics.stepped_at, statistics.step_s, statistics.avg_running_output_tokens) == (0.0, 0.0, 0.0)
 
 
-def test_ends_that_nobody_asks_for_do_not_gather() -> None:
+def test_unread_entries_of_finished_requests_are_limited() -> None:
     statistics = Statistics()
     for number in range(MAX_FINISHED_ENTRIES + 10):
         statistics.on_finished(str(number), 1, 1)
@@ -90,16 +90,16 @@ def test_ends_that_nobody_asks_for_do_not_gather() -> None:
     assert len(statistics.finished) == MAX_FINISHED_ENTRIES
 
 
-def test_the_tokens_of_a_job_are_those_of_its_own_requests() -> None:
-    """Not those of a job whose id begins, or ends, like its own."""
+def test_the_token_counts_of_a_job_are_those_of_its_own_requests() -> None:
+    """Requests of a job whose id contains its own are not counted."""
     engine = object.__new__(VLLMEngine)  # Its constructor would load the engine.
     engine.statistics = Statistics()
     for tokens, request_id in enumerate(
         ["chatcmpl-job-1-0a1b2c3d", "cmpl-job-1-0-0a1b2c3d", "cmpl-job-1-1-0a1b2c3d", "cmpl-job-11-0-0a1b2c3d",
-         "chatcmpl-ajob-1-0a1b2c3d", "job-1"]
+         "chatcmpl-ajob-1-0a1b2c3d", "job-1", "chatcmpl-job-1_0"]
     ):  # fmt: skip
         engine.statistics.on_finished(request_id, 10, tokens)
 
-    assert engine.pop_token_counts("job-1") == (40, 0 + 1 + 2 + 5)
+    assert engine.pop_token_counts("job-1") == (50, 0 + 1 + 2 + 5 + 6)
     assert engine.pop_token_counts("job-1") is None
     assert engine.pop_token_counts("job-11") == (10, 3)

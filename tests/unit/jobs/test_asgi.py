@@ -1,4 +1,4 @@
-"""A job is one ASGI call: what goes in, what comes out, and what leaving early does."""
+"""In-process ASGI calls: the request, the response, and what an early disconnect does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 POST = Request("POST", "/v1/chat/completions", "beta=true", b'{"a":1}')
 
 
-async def test_the_app_gets_the_request_and_the_caller_the_answer() -> None:
+async def test_the_app_receives_the_request_and_the_caller_the_response() -> None:
     app = ScriptedApp(body=[b'{"b":', b"2}"], status=201)
 
     async with asgi.stream(app, POST, "job-1") as response:
@@ -34,7 +34,7 @@ async def test_the_app_gets_the_request_and_the_caller_the_answer() -> None:
     assert app.disconnects == 0
 
 
-async def test_a_request_id_that_is_no_header_is_left_out() -> None:
+async def test_a_job_id_that_is_not_a_valid_header_is_not_sent() -> None:
     app = ScriptedApp()
 
     async with asgi.stream(app, POST, "job\r\nhost: elsewhere"):
@@ -43,7 +43,7 @@ async def test_a_request_id_that_is_no_header_is_left_out() -> None:
     assert b"x-request-id" not in dict(app.requests[0][0]["headers"])
 
 
-async def test_what_gathers_while_the_caller_is_busy_is_one_chunk() -> None:
+async def test_chunks_that_arrive_while_the_caller_is_busy_are_joined() -> None:
     app = ScriptedApp(body=[b"a", b"b", b"c", b"d"])
 
     async with asgi.stream(app, POST) as response:
@@ -53,7 +53,7 @@ async def test_what_gathers_while_the_caller_is_busy_is_one_chunk() -> None:
     assert chunks == [b"abcd"]
 
 
-async def test_leaving_early_is_a_disconnect_and_leaves_no_task() -> None:
+async def test_leaving_the_block_early_disconnects_and_leaves_no_task() -> None:
     before = asyncio.all_tasks()
     app = ScriptedApp(body=[b"x"] * 1000, pause_s=0.01)
 
@@ -65,7 +65,7 @@ async def test_leaving_early_is_a_disconnect_and_leaves_no_task() -> None:
     assert asyncio.all_tasks() == before
 
 
-async def test_a_cancelled_caller_is_a_disconnect_and_leaves_no_task() -> None:
+async def test_cancelling_the_caller_disconnects_and_leaves_no_task() -> None:
     before = asyncio.all_tasks()
     app = ScriptedApp(body=[b"x"] * 1000, pause_s=0.01)
 
@@ -83,11 +83,11 @@ async def test_a_cancelled_caller_is_a_disconnect_and_leaves_no_task() -> None:
     assert asyncio.all_tasks() == before
 
 
-async def test_an_app_that_does_not_listen_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_app_that_ignores_the_disconnect_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asgi, "DISCONNECT_GRACE_S", 0.01)
     cancelled = asyncio.Event()
 
-    async def deaf(scope: Message, receive: Receive, send: Send) -> None:
+    async def ignore_disconnect(scope: Message, receive: Receive, send: Send) -> None:
         del scope, receive
         await send({"type": "http.response.start", "status": 200, "headers": []})
         try:
@@ -95,19 +95,19 @@ async def test_an_app_that_does_not_listen_is_cancelled(monkeypatch: pytest.Monk
         finally:
             cancelled.set()
 
-    async with asgi.stream(deaf, POST):
+    async with asgi.stream(ignore_disconnect, POST):
         pass
 
     assert cancelled.is_set()
 
 
-async def test_what_is_sent_to_a_caller_that_has_left_is_dropped_without_an_error(
+async def test_messages_after_a_disconnect_are_dropped_without_an_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An error would leave the generators behind vLLM's answer open, and the request running in the engine."""
+    """An error would leave vLLM's generators open, and the request running in the engine."""
     sent = []
 
-    async def talker(scope: Message, receive: Receive, send: Send) -> None:
+    async def send_after_disconnect(scope: Message, receive: Receive, send: Send) -> None:
         del scope
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -116,14 +116,14 @@ async def test_what_is_sent_to_a_caller_that_has_left_is_dropped_without_an_erro
             await send({"type": "http.response.body", "body": b"x", "more_body": True})
             sent.append(number)
 
-    async with asgi.stream(talker, POST):
+    async with asgi.stream(send_after_disconnect, POST):
         pass
 
     assert sent == [0, 1, 2]
     assert caplog.messages == []
 
 
-async def test_an_app_that_fails_before_its_answer_is_an_engine_error(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_app_that_raises_before_its_response_is_an_engine_error(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(*_: object) -> None:
         raise RuntimeError("out of cheese")
 
@@ -134,7 +134,7 @@ async def test_an_app_that_fails_before_its_answer_is_an_engine_error(caplog: py
     assert "out of cheese" in caplog.text
 
 
-async def test_an_app_that_fails_amid_its_answer_gives_what_it_had_and_then_an_error() -> None:
+async def test_an_app_that_raises_during_its_response_is_an_error_after_its_chunks() -> None:
     app = ScriptedApp(body=[b"half"], fails=True)
 
     async def consume() -> None:
@@ -147,8 +147,8 @@ async def test_an_app_that_fails_amid_its_answer_gives_what_it_had_and_then_an_e
         await consume()
 
 
-def _app_of_many_lifespans(begun: list[int], ended: list[int]) -> FastAPI:
-    """An app whose routers have lifespans of their own, as vLLM's."""
+def _app_with_many_lifespans(begun: list[int], ended: list[int]) -> FastAPI:
+    """Return an app whose routers have their own lifespans, as vLLM's have."""
 
     def lifespan(number: int) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
         @asynccontextmanager
@@ -168,14 +168,14 @@ def _app_of_many_lifespans(begun: list[int], ended: list[int]) -> FastAPI:
     return app
 
 
-def test_lifespans_end_with_the_loop_from_the_inside_out() -> None:
+def test_lifespans_end_with_the_event_loop_in_reverse_order() -> None:
     begun: list[int] = []
     ended: list[int] = []
     errors: list[str] = []
 
     async def run() -> asyncio.Task[None]:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["message"]))
-        return await app.run_lifespan(_app_of_many_lifespans(begun, ended))
+        return await app.run_lifespan(_app_with_many_lifespans(begun, ended))
 
     asyncio.run(run())
 
@@ -184,7 +184,7 @@ def test_lifespans_end_with_the_loop_from_the_inside_out() -> None:
     assert errors == []
 
 
-async def test_a_lifespan_that_does_not_start_is_an_error() -> None:
+async def test_a_lifespan_that_fails_to_start_is_an_error() -> None:
     @asynccontextmanager
     async def broken(_app: FastAPI) -> AsyncIterator[None]:
         raise ValueError("no start")

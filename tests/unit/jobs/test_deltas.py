@@ -1,4 +1,4 @@
-"""Streams of top-level jobs: events in, dicts with the new text out."""
+"""Streams of top-level jobs: batches of events become dicts with the new text."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ def batch(*chunks: list[bytes]) -> str:
     return b"".join(b"".join(part) for part in chunks).decode()
 
 
-def test_the_texts_of_a_batch_become_one() -> None:
+def test_the_texts_of_a_batch_are_joined() -> None:
     assert list(deltas.from_events(batch(chat_chunks("漢", "字")))) == [
         {"index": 0, "text": "漢字", "finish_reason": "stop"}
     ]
 
 
-def test_line_separators_within_a_text_do_not_end_its_event() -> None:
+def test_line_separators_in_a_text_do_not_end_its_event() -> None:
     text = "a\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r\nb"
 
     assert next(deltas.from_events(batch(chat_chunks(text))))["text"] == text
 
 
-def test_completions_have_their_text_too() -> None:
+def test_a_completion_event_becomes_a_dict_with_its_text() -> None:
     events = sse({"choices": [{"index": 0, "text": "a", "finish_reason": None}]})
 
     assert list(deltas.from_events(batch(events))) == [{"index": 0, "text": "a", "finish_reason": None}]
 
 
-def test_each_choice_has_a_dict_of_its_own_in_order() -> None:
+def test_each_choice_has_its_own_dict_in_order_of_index() -> None:
     events = sse(*({"choices": [{"index": index, "text": str(index)}]} for index in (1, 0, 1)))
 
     assert [(delta["index"], delta["text"]) for delta in deltas.from_events(batch(events))] == [(0, "0"), (1, "11")]
 
 
-def test_usage_comes_with_the_last_dict() -> None:
+def test_usage_is_in_the_last_dict() -> None:
     events = sse({"choices": [{"index": 0, "text": "a"}]}, {"choices": [], "usage": {"completion_tokens": 1}})
 
     assert list(deltas.from_events(batch(events)))[-1]["usage"] == {"completion_tokens": 1}
 
 
-def test_usage_alone_still_comes() -> None:
+def test_usage_without_text_has_a_dict() -> None:
     events = sse({"choices": [], "usage": {"completion_tokens": 1}})
 
     assert list(deltas.from_events(batch(events))) == [
@@ -55,7 +55,7 @@ def test_usage_alone_still_comes() -> None:
     ]
 
 
-def test_a_batch_without_news_gives_nothing() -> None:
+def test_a_batch_without_text_has_no_dict() -> None:
     role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
 
     assert list(deltas.from_events(batch(sse(role)))) == []
@@ -92,7 +92,7 @@ def test_reasoning_and_tool_calls_are_kept() -> None:
     ],
     ids=["chat", "completion"],
 )
-def test_logprobs_of_a_batch_are_one_object_of_openais(first: Any, second: Any, joined: Any) -> None:
+def test_logprobs_of_a_batch_are_joined_in_openais_format(first: Any, second: Any, joined: Any) -> None:
     choices = [{"index": 0, "delta": {"content": "x"}, "logprobs": one} for one in (first, None, second)]
 
     (delta,) = deltas.from_events(batch(sse(*({"choices": [choice]} for choice in choices))))
@@ -100,7 +100,7 @@ def test_logprobs_of_a_batch_are_one_object_of_openais(first: Any, second: Any, 
     assert delta["logprobs"] == joined
 
 
-def test_token_ids_and_why_it_stopped_are_passed_on() -> None:
+def test_token_ids_and_the_stop_reason_are_kept() -> None:
     first = {"index": 0, "text": "a", "token_ids": [1], "stop_reason": None}
     second = {"index": 0, "text": "b", "token_ids": [2, 3], "stop_reason": 0, "finish_reason": "stop"}
 
@@ -109,15 +109,15 @@ def test_token_ids_and_why_it_stopped_are_passed_on() -> None:
     assert delta == {"index": 0, "text": "ab", "finish_reason": "stop", "token_ids": [1, 2, 3], "stop_reason": 0}
 
 
-def test_what_came_before_an_error_event_is_given_first() -> None:
-    found = deltas.from_events(batch(sse({"choices": [{"index": 0, "text": "a"}]}, {"error": {"message": "no"}})))
+def test_the_text_before_an_error_event_is_yielded_first() -> None:
+    parsed = deltas.from_events(batch(sse({"choices": [{"index": 0, "text": "a"}]}, {"error": {"message": "no"}})))
 
-    assert next(found)["text"] == "a"
+    assert next(parsed)["text"] == "a"
     with pytest.raises(EngineResponseError):
-        next(found)
+        next(parsed)
 
 
-def test_an_error_event_ends_the_job_with_the_engines_own_error() -> None:
+def test_an_error_event_is_raised_with_vllms_error_body() -> None:
     error = {"error": {"message": "no", "type": "BadRequestError", "param": None, "code": 400}}
 
     with pytest.raises(EngineResponseError) as caught:
@@ -126,11 +126,11 @@ def test_an_error_event_ends_the_job_with_the_engines_own_error() -> None:
     assert caught.value.document() == {**error, "status": 400, "retryable": False}
 
 
-def test_comments_that_keep_a_connection_alive_are_no_events() -> None:
+def test_keep_alive_comments_are_not_events() -> None:
     assert list(deltas.events(": keep-alive\n\ndata: [DONE]\n\n")) == []
 
 
-def test_a_response_that_failed_without_a_reason_has_an_error_that_says_so() -> None:
+def test_a_failed_response_without_a_reason_has_an_error() -> None:
     failed = deltas.error_in('event: response.failed\ndata: {"type": "response.failed", "response": {}}\n\n')
 
     assert failed is not None
@@ -150,7 +150,7 @@ LARGE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("large", LARGE.values(), ids=LARGE)
-def test_a_delta_above_the_cap_comes_in_pieces_that_joined_are_the_delta(large: dict[str, Any]) -> None:
+def test_a_dict_above_the_output_limit_is_split_without_loss(large: dict[str, Any]) -> None:
     delta: Any = {"index": 2, "text": "", "finish_reason": "stop", "stop_reason": "x", "usage": {"t": 1}, **large}
 
     parts: list[Any] = list(deltas.split(delta, MAX_OUTPUT_BYTES))
@@ -169,7 +169,14 @@ def test_a_delta_above_the_cap_comes_in_pieces_that_joined_are_the_delta(large: 
     assert [part for part in parts if "usage" in part or "stop_reason" in part] == parts[-1:]
 
 
-def test_what_cannot_be_cut_stays_as_it_is() -> None:
+def test_a_single_large_logprob_is_not_split() -> None:
     delta: Any = {"index": 0, "text": "", "finish_reason": None, "logprobs": {"content": [{"token": "x" * 2_000_000}]}}
 
     assert list(deltas.split(delta, MAX_OUTPUT_BYTES)) == [delta]
+
+
+def test_a_token_is_not_taken_for_a_tool_call() -> None:
+    logprobs = {"tokens": ["function"], "top_logprobs": [{"function": -0.1}], "token_logprobs": [-0.1]}
+    delta: Any = {"index": 1, "text": "", "finish_reason": "stop", "logprobs": logprobs}
+
+    assert list(deltas.split(delta, 50)) == [delta]

@@ -1,4 +1,4 @@
-"""Batches are whole: whatever the chunks, the outputs joined are the stream, in valid text, under the cap."""
+"""Batches of events: in whatever chunks a stream arrives, its outputs are complete events within the size limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.backend.stream_interval import MAX_DELIVERIES_PER_S, interval_s, int
 from engine.errors import InternalError
 from engine.jobs.event_batcher import EventBatcher
 
-# Text that is awkward to cut and to escape: characters of one to four bytes, joiners, controls, both line endings.
+# Text that is hard to split and to escape: characters of one to four bytes, joiners, controls, both line endings.
 AWKWARD = st.text(
     st.sampled_from('aé漢😀👩\u200d\r\n"\\\x00\x1f\x7f\u2028:') | st.characters(exclude_categories=["Cs"])
 )
@@ -23,7 +23,7 @@ EVENTS = st.lists(st.tuples(LINES, st.sampled_from(ENDS)).map("".join))
 
 @st.composite
 def split_streams(draw: st.DrawFn, text: st.SearchStrategy[str]) -> list[bytes]:
-    """A stream as bytes, cut anywhere, empty chunks included."""
+    """Draw a stream as bytes, split anywhere, empty chunks included."""
     data = draw(text).encode()
     cuts = sorted(draw(st.lists(st.integers(0, len(data)), max_size=20)))
     return [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
@@ -36,17 +36,17 @@ def outputs_of(chunks: list[bytes], max_bytes: int = 1_000_000) -> list[str]:
 
 @given(split_streams(AWKWARD | EVENTS.map("".join)))
 @example([b"data: \xe6\xbc", b"\xa2\n", b"\n"])
-def test_outputs_joined_are_the_stream(chunks: list[bytes]) -> None:
+def test_the_outputs_together_are_the_stream(chunks: list[bytes]) -> None:
     assert "".join(outputs_of(chunks)).encode() == b"".join(chunks)
 
 
 @given(split_streams(EVENTS.map("".join)))
-def test_every_output_ends_with_an_event(chunks: list[bytes]) -> None:
+def test_every_output_ends_at_the_end_of_an_event(chunks: list[bytes]) -> None:
     assert all(output.endswith(ENDS) for output in outputs_of(chunks))
 
 
 @given(split_streams(AWKWARD | EVENTS.map("".join)), st.integers(20, 200))
-def test_every_output_is_under_the_cap_as_it_is_posted(chunks: list[bytes], max_bytes: int) -> None:
+def test_every_output_is_within_the_limit_as_it_is_posted(chunks: list[bytes], max_bytes: int) -> None:
     outputs = outputs_of(chunks, max_bytes)
 
     posted = [json.dumps({"output": output}, ensure_ascii=False).encode() for output in outputs]
@@ -55,7 +55,7 @@ def test_every_output_is_under_the_cap_as_it_is_posted(chunks: list[bytes], max_
 
 
 @given(EVENTS.filter(bool), st.integers(40, 400))
-def test_only_an_event_above_the_cap_alone_is_cut(events: list[str], max_bytes: int) -> None:
+def test_only_an_event_above_the_limit_is_split(events: list[str], max_bytes: int) -> None:
     room = max_bytes - len('{"output": ""}')
     small = [event for event in events if len(json.dumps(event, ensure_ascii=False).encode()) - 2 <= room]
 
@@ -65,7 +65,7 @@ def test_only_an_event_above_the_cap_alone_is_cut(events: list[str], max_bytes: 
 
 
 @given(EVENTS.filter(bool))
-def test_an_event_leaves_with_the_chunk_that_ends_it(events: list[str]) -> None:
+def test_an_event_is_returned_with_its_last_byte(events: list[str]) -> None:
     batcher = EventBatcher()
     for event in events:
         assert batcher.feed(event.encode()[:-1]) == []
@@ -73,16 +73,16 @@ def test_an_event_leaves_with_the_chunk_that_ends_it(events: list[str]) -> None:
 
 
 @given(split_streams(EVENTS.map("".join)), st.sampled_from([b"\xff", b"\xe6\xbc", b"\xed\xa0\x80"]))
-def test_a_stream_that_is_not_utf8_is_an_error_after_its_whole_events(chunks: list[bytes], garbage: bytes) -> None:
+def test_invalid_utf8_is_an_error_after_the_complete_events(chunks: list[bytes], garbage: bytes) -> None:
     batcher = EventBatcher()
-    whole = "".join(output for chunk in chunks for output in batcher.feed(chunk))
+    complete = "".join(output for chunk in chunks for output in batcher.feed(chunk))
 
-    assert whole.encode() == b"".join(chunks)
+    assert complete.encode() == b"".join(chunks)
     with pytest.raises(InternalError, match="not UTF-8"):
         batcher.feed(b"data: " + garbage + b"\n\n")
 
 
-def test_an_event_of_many_megabytes_comes_out_in_pieces_that_lose_nothing() -> None:
+def test_an_event_of_many_megabytes_is_split_without_loss() -> None:
     event = "data: " + '漢"\n\x01' * 500_000 + "\n\n"
 
     outputs = outputs_of([event.encode()])
@@ -91,31 +91,31 @@ def test_an_event_of_many_megabytes_comes_out_in_pieces_that_lose_nothing() -> N
     assert all(len(json.dumps({"output": output}, ensure_ascii=False).encode()) <= 1_000_000 for output in outputs)
 
 
-def test_a_cap_without_room_for_a_character_is_refused() -> None:
+def test_a_limit_too_small_for_one_character_is_refused() -> None:
     with pytest.raises(ValueError, match="no room"):
         EventBatcher(15)
 
 
-def test_a_few_streams_are_delivered_as_often_as_is_set() -> None:
+def test_few_streams_are_delivered_at_the_set_interval() -> None:
     assert interval_s(0.02, 1) == interval_s(0.02, 3) == 0.02
 
 
-def test_many_streams_share_what_deliveries_may_cost() -> None:
+def test_many_streams_share_the_maximum_delivery_rate() -> None:
     for streams in (5, 64, 256):
         assert streams / interval_s(0.02, streams) == pytest.approx(MAX_DELIVERIES_PER_S)
 
 
-def test_a_few_streams_have_an_event_for_each_token() -> None:
+def test_few_streams_have_one_event_per_token() -> None:
     assert interval_tokens(0.02, 3, 0.004) == 1
 
 
-def test_before_the_engine_has_made_a_step_each_token_is_an_event() -> None:
+def test_before_the_engines_first_step_streams_have_one_event_per_token() -> None:
     assert interval_tokens(0.02, 64, 0.0) == 1
 
 
-def test_many_streams_have_an_event_for_each_output() -> None:
+def test_many_streams_have_one_event_per_output() -> None:
     for streams, step_s in ((5, 0.01), (24, 0.009), (64, 0.02), (256, 0.5)):
         tokens = interval_tokens(0.02, streams, step_s)
 
-        # No later than a token after the next output is due, so that each event leaves at once.
+        # At most one step after the next output is due, so that each event is delivered at once.
         assert interval_s(0.02, streams) <= tokens * step_s < interval_s(0.02, streams) + step_s

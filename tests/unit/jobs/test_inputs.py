@@ -1,4 +1,4 @@
-"""Which job inputs are accepted, and what each of them asks of vLLM."""
+"""Which job inputs are accepted, and which request to vLLM each becomes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def body_of(value: Any) -> dict[str, Any]:
     return document
 
 
-def test_an_openai_input_is_posted_to_its_route_as_it_is() -> None:
+def test_an_openai_input_is_posted_unchanged_to_its_route() -> None:
     sent = {"messages": MESSAGES, "x": [1.5, None, True]}
 
     request = request_of({"openai_route": "/v1/chat/completions", "openai_input": sent})
@@ -48,13 +48,13 @@ def test_an_empty_openai_input_is_still_a_post() -> None:
     assert request_of({"openai_route": "/v1/completions", "openai_input": {}}).method == "POST"
 
 
-def test_a_query_is_kept_apart_from_the_path() -> None:
+def test_a_query_is_separated_from_the_path() -> None:
     request = request_of({"openai_route": "/v1/messages?beta=true", "openai_input": {}})
 
     assert (request.path, request.query) == ("/v1/messages", "beta=true")
 
 
-def test_messages_at_the_top_level_are_a_chat() -> None:
+def test_top_level_messages_are_a_chat() -> None:
     request = request_of({"messages": MESSAGES, "sampling_params": {"temperature": 0}, "model": "m"})
 
     assert (request.path, request.native) == ("/v1/chat/completions", True)
@@ -66,20 +66,20 @@ def test_messages_at_the_top_level_are_a_chat() -> None:
     }
 
 
-def test_a_prompt_at_the_top_level_has_no_limit_of_sixteen_tokens() -> None:
+def test_max_tokens_of_a_top_level_prompt_defaults_to_the_context_and_not_to_sixteen() -> None:
     assert body_of({"prompt": "x"})["max_tokens"] == 2048
     assert body_of({"prompt": "x", "sampling_params": {"max_tokens": 5}})["max_tokens"] == 5
     assert body_of({"prompt": "x", "sampling_params": {"max_tokens": None}})["max_tokens"] == 2048
     assert body_of({"prompt": "x", "sampling_params": {"max_tokens": 0}})["max_tokens"] == 0
 
 
-def test_a_streamed_top_level_job_asks_for_usage_unless_it_says_otherwise() -> None:
-    asked = {"include_usage": False}
+def test_a_streamed_top_level_job_includes_usage_by_default() -> None:
+    without_usage = {"include_usage": False}
 
     assert body_of({"prompt": "x", "stream": True})["stream_options"] == {"include_usage": True}
-    assert body_of({"prompt": "x", "stream": True, "sampling_params": {"stream_options": asked}})[
+    assert body_of({"prompt": "x", "stream": True, "sampling_params": {"stream_options": without_usage}})[
         "stream_options"
-    ] == asked  # fmt: skip
+    ] == without_usage  # fmt: skip
 
 
 NOT_ROUTES = [
@@ -91,13 +91,13 @@ NOT_ROUTES = [
 
 
 @pytest.mark.parametrize("route", NOT_ROUTES)
-def test_what_is_no_path_is_no_route(route: str) -> None:
+def test_a_route_that_is_not_a_plain_path_is_refused(route: str) -> None:
     with pytest.raises(InvalidInputError, match="not a route"):
         request_of({"openai_route": route})
 
 
 @given(st.text(alphabet=st.sampled_from("/.?#@:%\\v1amodels \n"), max_size=30))
-def test_a_route_that_is_accepted_is_a_plain_path(route: str) -> None:
+def test_every_accepted_route_is_a_plain_path(route: str) -> None:
     try:
         path = request_of({"openai_route": route}).path
     except JobError:
@@ -108,7 +108,7 @@ def test_a_route_that_is_accepted_is_a_plain_path(route: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "says"),
+    ("value", "expected_message"),
     [
         (None, "must be a JSON object"),
         ("text", "must be a JSON object"),
@@ -135,6 +135,8 @@ def test_a_route_that_is_accepted_is_a_plain_path(route: str) -> None:
         ),
         ({"openai_input": {"extra_body": "guided_json"}}, "extra_body must be a JSON object"),
         ({"prompt": "x", "extra_body": [1]}, "extra_body must be a JSON object"),
+        ({"prompt": "x", "extra_body": {"prompt": "y"}}, "'prompt', which belongs at the top level"),
+        ({"prompt": "x", "extra_body": {"stream": True}}, "'stream', which belongs at the top level"),
         (
             {"openai_route": "/v1/messages", "openai_input": {"guided_json": {}}},
             "/v1/messages has no structured outputs, so guided_json",
@@ -150,20 +152,20 @@ def test_a_route_that_is_accepted_is_a_plain_path(route: str) -> None:
         ({"prompt": "x", "sampling_params": {"temperature": {1, 2}}}, "cannot be written as JSON"),
     ],
 )
-def test_any_other_input_says_what_is_wrong(value: Any, says: str) -> None:
+def test_an_invalid_input_is_an_error_that_says_what_is_wrong(value: Any, expected_message: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         request_of(value)
 
-    assert says in str(caught.value)
+    assert expected_message in str(caught.value)
     json.loads(caught.value.output()["error"].encode())
 
 
-def test_a_job_without_an_input_says_so() -> None:
+def test_a_job_without_an_input_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="must be a JSON object"):
         parse({"id": "1"}, 2048)
 
 
-def test_an_input_that_is_nested_too_deeply_says_so() -> None:
+def test_an_input_that_is_nested_too_deeply_is_refused() -> None:
     value: list[Any] = []
     for _ in range(200_000):
         value = [value]
@@ -189,11 +191,11 @@ def test_an_openai_input_without_a_route_is_a_chat() -> None:
         ({"route": "/v1/models", "method": None, "body": None}, "GET", None),
     ],
 )
-def test_a_job_in_worker_vllms_words_is_the_same_call(value: dict[str, Any], method: str, body: bytes | None) -> None:
+def test_the_input_format_of_worker_vllm_is_accepted(value: dict[str, Any], method: str, body: bytes | None) -> None:
     assert request_of(value) == Request(method, value["route"], body=body)
 
 
-def test_a_prompt_can_ask_for_the_chat_template() -> None:
+def test_a_prompt_with_apply_chat_template_is_a_chat() -> None:
     body = body_of({"prompt": "Hello!", "apply_chat_template": True, "sampling_params": {"max_tokens": 5}})
 
     assert body == {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5, "stream": False}
@@ -210,11 +212,11 @@ def test_a_prompt_can_ask_for_the_chat_template() -> None:
     ],
     ids=lambda value: next(iter(value)),
 )
-def test_a_field_that_said_how_to_batch_is_ignored_and_told(value: dict[str, Any], field: str) -> None:
-    asked = request_of({**value, field: 3})
+def test_a_batching_field_is_ignored_with_a_warning(value: dict[str, Any], field: str) -> None:
+    request = request_of({**value, field: 3})
 
-    assert replace(asked, warnings=()) == request_of(value)
-    assert asked.warnings == (f"{field}: ignored, as BATCH_INTERVAL_MS of the worker sets the size of batches",)
+    assert replace(request, warnings=()) == request_of(value)
+    assert request.warnings == (f"{field}: ignored, as BATCH_INTERVAL_MS of the worker sets the size of batches",)
 
 
 CLOSED = ["/metrics", "/sleep", "/wake_up", "/v1/load_lora_adapter", "/start_profile", "/abort_requests", "/docs",
@@ -223,7 +225,7 @@ CLOSED = ["/metrics", "/sleep", "/wake_up", "/v1/load_lora_adapter", "/start_pro
 
 
 @pytest.mark.parametrize("route", CLOSED)
-def test_administration_is_closed_until_a_setting_opens_it(route: str) -> None:
+def test_administrative_routes_are_refused_unless_a_setting_allows_them(route: str) -> None:
     job = {"id": "1", "input": {"openai_route": route, "openai_input": {}}}
 
     with pytest.raises(RouteNotAllowedError, match=r"jobs may not call .*\. Allowed: .*ALLOWED_ROUTES"):
@@ -231,7 +233,7 @@ def test_administration_is_closed_until_a_setting_opens_it(route: str) -> None:
     assert parse(job, 2048, SERVING | {route}).path == route
 
 
-# Each piece is how somebody might try to write a route that is closed as something else.
+# Pieces of attempts to write a closed route in another way.
 PIECES = st.sampled_from(
     [*CLOSED, *sorted(SERVING), "/", "//", ".", "..", "/..", "/./", "%2e", "%2E%2E", "%2f", "%00", "?", "?x=/metrics",
      "#", ";", "\\", "@host", "http://host", "https:", ":8000", " ", "\t", "\n", "METRICS", "Sleep", "V1", "\u2025",
@@ -240,8 +242,8 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=5).map("".join) | st.text(max_size=30), st.sampled_from(["openai_route", "route"]))
-def test_no_spelling_reaches_a_closed_route(route: str, field: str) -> None:
-    """What is called is a route of the list, letter by letter: nothing is left for vLLM's router to make out."""
+def test_no_spelling_of_a_route_reaches_a_closed_one(route: str, field: str) -> None:
+    """An accepted route equals an allowed one letter by letter: vLLM's router has nothing to normalize."""
     for more in ({}, {"openai_input": {}} if field == "openai_route" else {"body": {"a": 1}}):
         try:
             request = request_of({field: route, **more})
@@ -261,21 +263,24 @@ def test_no_spelling_reaches_a_closed_route(route: str, field: str) -> None:
         ({"messages": MESSAGES, "apply_chat_template": False}, "apply_chat_template"),
         ({"messages": MESSAGES, "apply_chat_template": True}, None),
         ({"prompt": "x", "best_of": 2}, "best_of"),
+        ({"prompt": "x", "batch_size": None}, None),
+        ({"messages": MESSAGES, "apply_chat_template": "false"}, "apply_chat_template"),
+        ({"prompt": "x", "guided_json": {}, "guided_decoding_backend": "x"}, "guided_decoding_backend"),
         ({"prompt": "x", "sampling_params": {"best_of": None}}, None),
         ({"openai_input": {"messages": MESSAGES, "early_stopping": True}}, "early_stopping"),
         ({"openai_route": "/tokenize", "openai_input": {"prompt": "x", "best_of": 1}}, None),
     ],
     ids=json.dumps,
 )
-def test_what_is_ignored_is_told(value: dict[str, Any], ignored: str | None) -> None:
+def test_ignored_fields_are_named_in_warnings(value: dict[str, Any], ignored: str | None) -> None:
     assert [warning.partition(":")[0] for warning in request_of(value).warnings] == ([ignored] if ignored else [])
 
 
-def test_a_slash_at_the_end_is_left_out_as_vllm_redirects() -> None:
+def test_a_trailing_slash_is_dropped() -> None:
     assert request_of({"openai_route": "/v1/models/?a=b"}) == Request("GET", "/v1/models", "a=b")
 
 
-def test_a_route_that_vllm_does_not_have_is_not_found_and_one_that_it_has_is_closed() -> None:
+def test_a_closed_route_is_not_found_if_vllm_does_not_have_it_and_otherwise_not_allowed() -> None:
     job = {"input": {"openai_route": "/v1/models/tiny"}}
 
     with pytest.raises(UnknownRouteError, match="vLLM has no route /v1/models/tiny"):
@@ -294,6 +299,32 @@ def test_a_route_that_vllm_does_not_have_is_not_found_and_one_that_it_has_is_clo
         ({"messages": MESSAGES, "prompt": None}, {"messages": MESSAGES}),
         ({"prompt": "x", "sampling_params": {"stream": None, "model": None, "prompt": None}}, {"prompt": "x"}),
         ({"prompt": "x", "stream": "true"}, {"prompt": "x", "stream": True}),
+        (
+            {"openai_input": {"messages": MESSAGES, "stream": "true"}},
+            {"openai_input": {"messages": MESSAGES, "stream": True}},
+        ),
+        (
+            {"prompt": "x", "max_completion_tokens": 5},
+            {"prompt": "x", "sampling_params": {"max_tokens": 5, "max_completion_tokens": 5}},
+        ),
+        (
+            {"prompt": "x", "temperature": 0, "sampling_params": {"temperature": None}},
+            {"prompt": "x", "temperature": 0},
+        ),
+        ({"prompt": "x", "sampling_params": {"ignore_eos": None, "n": None}}, {"prompt": "x"}),
+        (
+            {"prompt": "x", "extra_body": {"top_k": 5}, "sampling_params": {"extra_body": {"min_p": 0.1}}},
+            {"prompt": "x", "top_k": 5, "min_p": 0.1},
+        ),
+        (
+            {"prompt": "x", "extra_body": {"top_k": 5}, "sampling_params": {"extra_body": None}},
+            {"prompt": "x", "top_k": 5},
+        ),
+        (
+            {"prompt": "x", "stream": True, "extra_body": {"stream_options": {"continuous_usage_stats": True}}},
+            {"prompt": "x", "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        ),
+        ({"prompt": "x", "extra_body": {"max_tokens": None}}, {"prompt": "x"}),
         ({"messages": MESSAGES, "stream": "False"}, {"messages": MESSAGES}),
         ({"prompt": "x", "apply_chat_template": "1"}, {"prompt": "x", "apply_chat_template": True}),
         ({"openai_input": {"messages": MESSAGES, "extra_body": None}}, {"openai_input": {"messages": MESSAGES}}),
@@ -330,8 +361,8 @@ def test_a_route_that_vllm_does_not_have_is_not_found_and_one_that_it_has_is_clo
     ],
     ids=json.dumps,
 )
-def test_what_users_of_other_workers_send_means_the_same(value: dict[str, Any], same_as: dict[str, Any]) -> None:
-    found, expected = request_of(value), request_of(same_as)
+def test_inputs_for_other_workers_become_the_same_request(value: dict[str, Any], same_as: dict[str, Any]) -> None:
+    request, expected = request_of(value), request_of(same_as)
 
-    assert json.loads(found.body or b"null") == json.loads(expected.body or b"null")
-    assert replace(found, body=None, warnings=()) == replace(expected, body=None)
+    assert json.loads(request.body or b"null") == json.loads(expected.body or b"null")
+    assert replace(request, body=None, warnings=()) == replace(expected, body=None)

@@ -1,4 +1,4 @@
-"""Whatever the input of a job, it ends with an answer or with an error that a client can parse."""
+"""With any input, a job ends with an answer or with an error that a client can parse."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ROUTES = st.sampled_from(["/v1/models", "/v1/chat/completions", "/v1/../x", "//a
 INPUTS: st.SearchStrategy[Any] = JSON | st.dictionaries(
     st.sampled_from(FIELDS), JSON | ROUTES | st.just({}) | st.just([{}]), max_size=4
 )
-APP_KINDS = st.sampled_from(["json", "stream", "refusal", "broken", "empty"])
+APP_KINDS = st.sampled_from(["json", "stream", "error", "broken", "empty"])
 
 
 def app_of(kind: str) -> ScriptedApp:
     match kind:
         case "stream":
             return ScriptedApp(body=chat_chunks("a", "漢"), content_type="text/event-stream")
-        case "refusal":
+        case "error":
             return ScriptedApp(body=[b'{"error": {"message": "no", "type": "x", "code": 400}}'], status=400)
         case "broken":
             return ScriptedApp(body=[b'{"a":'], fails=True)
@@ -42,19 +42,19 @@ def app_of(kind: str) -> ScriptedApp:
 
 @settings(max_examples=5000, deadline=None)
 @given(INPUTS, APP_KINDS, st.booleans())
-def test_whatever_the_input_a_job_ends_with_an_answer_or_a_parseable_error(value: Any, kind: str, has_id: bool) -> None:
+def test_a_job_with_any_input_ends_with_an_answer_or_a_parseable_error(value: Any, kind: str, has_id: bool) -> None:
     job = {"id": "1", "input": value} if has_id else {"input": value}
 
-    async def outputs() -> list[Any]:
+    async def run() -> list[Any]:
         async with asyncio.timeout(10):
             return [output async for output in pipeline.run(job, app_of(kind))]
 
-    said = asyncio.run(outputs())
+    outputs = asyncio.run(run())
 
-    assert said
-    assert not math.isnan(len(json.dumps(said)))
-    if isinstance(said[-1], dict) and "error" in said[-1]:
-        document = json.loads(said[-1]["error"])
+    assert outputs
+    assert not math.isnan(len(json.dumps(outputs)))
+    if isinstance(outputs[-1], dict) and "error" in outputs[-1]:
+        document = json.loads(outputs[-1]["error"])
         assert document["error"]["message"]
         assert isinstance(document["status"], int)
         assert isinstance(document["retryable"], bool)

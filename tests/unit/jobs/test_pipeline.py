@@ -1,4 +1,4 @@
-"""A job from its input to its last output, on the scripted engine."""
+"""A job from its input to its last output, with a scripted app instead of vLLM's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.scripted import ScriptedApp, chat_chunks, sse
 
 pytestmark = pytest.mark.anyio
 CHAT = {"openai_route": "/v1/chat/completions", "openai_input": {"messages": [], "stream": True}}
-NATIVE = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+TOP_LEVEL = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
 IGNORED = "batch_size: ignored, as BATCH_INTERVAL_MS of the worker sets the size of batches"
-REFUSAL = {"error": {"message": "漢: no such model", "type": "NotFoundError", "param": "model", "code": 404}}
+ERROR_BODY = {"error": {"message": "漢: no such model", "type": "NotFoundError", "param": "model", "code": 404}}
 
 
 async def outputs_of(app: ScriptedApp, value: Any) -> list[Any]:
@@ -25,14 +25,14 @@ async def outputs_of(app: ScriptedApp, value: Any) -> list[Any]:
 
 
 def error_of(outputs: list[Any]) -> dict[str, Any]:
-    """The error that ends the job, read as a client of the SDK reads it."""
+    """Return the error that ends the job, parsed as a client parses it."""
     assert list(outputs[-1]) == ["error"]
     document = json.loads(str(outputs[-1]["error"]))
     assert isinstance(document, dict)
     return document
 
 
-async def test_a_streamed_openai_job_yields_the_engines_events_as_text() -> None:
+async def test_a_streamed_openai_job_yields_vllms_events_as_text() -> None:
     chunks = chat_chunks("漢", "😀")
 
     outputs = await outputs_of(ScriptedApp(body=chunks, content_type="text/event-stream; charset=utf-8"), CHAT)
@@ -41,7 +41,7 @@ async def test_a_streamed_openai_job_yields_the_engines_events_as_text() -> None
     assert all(output.endswith("\n\n") for output in outputs)
 
 
-async def test_characters_cut_by_the_engines_chunks_arrive_whole() -> None:
+async def test_characters_that_are_split_over_chunks_arrive_complete() -> None:
     data = b"".join(chat_chunks("漢字😀"))
 
     outputs = await outputs_of(
@@ -54,13 +54,13 @@ async def test_characters_cut_by_the_engines_chunks_arrive_whole() -> None:
 async def test_a_streamed_top_level_job_yields_dicts_with_the_new_text() -> None:
     app = ScriptedApp(body=chat_chunks("a", "b", "c"), content_type="text/event-stream", pause_s=0.001)
 
-    outputs = await outputs_of(app, NATIVE)
+    outputs = await outputs_of(app, TOP_LEVEL)
 
     assert "".join(output["text"] for output in outputs) == "abc"
     assert outputs[-1]["finish_reason"] == "stop"
 
 
-async def test_what_is_not_streamed_is_yielded_once_as_json() -> None:
+async def test_a_response_that_is_not_streamed_is_one_output_of_json() -> None:
     answer = {"choices": [{"message": {"content": "漢"}}], "usage": {"n": 1.25}}
     body = json.dumps(answer, ensure_ascii=False).encode()
 
@@ -71,37 +71,37 @@ async def test_what_is_not_streamed_is_yielded_once_as_json() -> None:
     ("content_type", "body", "output"),
     [("application/json", b"", ""), ("text/plain; charset=utf-8", "é".encode(), "é"), ("application/json", b"[]", [])],
 )
-async def test_other_bodies_are_outputs_too(content_type: str, body: bytes, output: Any) -> None:
+async def test_empty_and_plain_text_responses_are_outputs(content_type: str, body: bytes, output: Any) -> None:
     assert await outputs_of(ScriptedApp(body=[body], content_type=content_type), CHAT) == [output]
 
 
-async def test_a_body_that_no_output_can_hold_is_an_error_that_says_so() -> None:
+async def test_a_binary_response_is_an_error_that_names_its_type() -> None:
     app = ScriptedApp(body=[b"RIFF\xff"], content_type="audio/wav")
 
     assert "audio/wav" in error_of(await outputs_of(app, CHAT))["error"]["message"]
 
 
-async def test_a_refusal_keeps_its_status_type_code_and_message() -> None:
-    app = ScriptedApp(body=[json.dumps(REFUSAL).encode()], status=404)
+async def test_an_error_response_keeps_its_status_type_code_and_message() -> None:
+    app = ScriptedApp(body=[json.dumps(ERROR_BODY).encode()], status=404)
 
-    assert error_of(await outputs_of(app, CHAT)) == {**REFUSAL, "status": 404, "retryable": False}
+    assert error_of(await outputs_of(app, CHAT)) == {**ERROR_BODY, "status": 404, "retryable": False}
 
 
-async def test_a_status_without_a_name_is_passed_on() -> None:
+async def test_an_unknown_status_is_passed_on() -> None:
     document = error_of(await outputs_of(ScriptedApp(body=[b""], status=499), CHAT))
 
     assert (document["status"], document["error"]["type"]) == (499, "Status 499")
 
 
-async def test_an_answer_with_an_error_in_it_is_an_answer() -> None:
-    """VLLM's responses have the field, and so may documents of other routes."""
+async def test_a_successful_response_with_an_error_field_is_an_output() -> None:
+    """VLLM's responses have this field, and those of other routes may."""
     answer = {"object": "response", "status": "incomplete", "error": {"code": "x", "message": "cut"}}
 
     assert await outputs_of(ScriptedApp(body=[json.dumps(answer).encode()]), CHAT) == [answer]
 
 
 @pytest.mark.parametrize("body", [b"Bad gateway", b"[]", b'"x"', b"", b'{"detail":"No"}', b"{}"])
-async def test_a_refusal_without_an_error_body_gets_one(body: bytes) -> None:
+async def test_an_error_response_without_an_error_body_gets_one(body: bytes) -> None:
     document = error_of(await outputs_of(ScriptedApp(body=[body], status=502, content_type="text/plain"), CHAT))
 
     assert document["status"] == document["error"]["code"] == 502
@@ -109,7 +109,7 @@ async def test_a_refusal_without_an_error_body_gets_one(body: bytes) -> None:
     assert document["retryable"] is True
 
 
-async def test_an_input_that_is_not_accepted_does_not_reach_the_engine() -> None:
+async def test_an_invalid_input_does_not_reach_the_engine() -> None:
     app = ScriptedApp()
 
     document = error_of(await outputs_of(app, {"text": "hi"}))
@@ -118,7 +118,7 @@ async def test_an_input_that_is_not_accepted_does_not_reach_the_engine() -> None
     assert app.requests == []
 
 
-async def test_an_engine_that_breaks_off_ends_the_job_as_retryable_and_keeps_what_came() -> None:
+async def test_a_response_that_breaks_off_fails_the_job_as_retryable_and_keeps_its_outputs() -> None:
     chunks = chat_chunks("a")[:2]
     app = ScriptedApp(body=chunks, content_type="text/event-stream", fails=True)
 
@@ -128,7 +128,7 @@ async def test_an_engine_that_breaks_off_ends_the_job_as_retryable_and_keeps_wha
     assert error_of(outputs)["retryable"] is True
 
 
-async def test_an_engine_that_cannot_be_had_ends_the_job_with_a_readable_error() -> None:
+async def test_an_engine_that_raises_fails_the_job_with_an_error_without_details() -> None:
     class Broken(ScriptedApp):
         async def app(self) -> App:
             raise RuntimeError("secret detail")
@@ -140,28 +140,28 @@ async def test_an_engine_that_cannot_be_had_ends_the_job_with_a_readable_error()
 
 
 async def test_an_error_event_in_a_top_level_stream_fails_the_job() -> None:
-    app = ScriptedApp(body=[*chat_chunks("a")[:2], *sse(REFUSAL)], content_type="text/event-stream", pause_s=0.001)
+    app = ScriptedApp(body=[*chat_chunks("a")[:2], *sse(ERROR_BODY)], content_type="text/event-stream", pause_s=0.001)
 
-    outputs = await outputs_of(app, NATIVE)
+    outputs = await outputs_of(app, TOP_LEVEL)
 
     assert outputs[0]["text"] == "a"
-    assert error_of(outputs)["error"] == REFUSAL["error"]
+    assert error_of(outputs)["error"] == ERROR_BODY["error"]
 
 
-async def test_the_engine_has_let_go_when_the_error_is_yielded() -> None:
-    """The SDK asks for nothing more after an error, and does not close the generator."""
+async def test_the_request_has_ended_when_the_error_is_yielded() -> None:
+    """The SDK does not resume or close the generator after an error."""
     app = ScriptedApp(
-        body=[*chat_chunks("a")[:2], *sse(REFUSAL), b"x" * 9], content_type="text/event-stream", pause_s=0.01
+        body=[*chat_chunks("a")[:2], *sse(ERROR_BODY), b"x" * 9], content_type="text/event-stream", pause_s=0.01
     )
     before = asyncio.all_tasks()
 
-    async for output in pipeline.run({"id": "1", "input": NATIVE}, app):
+    async for output in pipeline.run({"id": "1", "input": TOP_LEVEL}, app):
         if "error" in output:
             assert asyncio.all_tasks() == before
             assert app.disconnects == 1
 
 
-async def test_a_consumer_that_goes_away_is_a_disconnect() -> None:
+async def test_closing_the_generator_disconnects_from_vllm() -> None:
     app = ScriptedApp(body=chat_chunks(*"abcdefgh"), content_type="text/event-stream", pause_s=0.01)
     outputs = pipeline.run({"id": "1", "input": CHAT}, app)
 
@@ -171,10 +171,10 @@ async def test_a_consumer_that_goes_away_is_a_disconnect() -> None:
     assert app.disconnects == 1
 
 
-async def test_a_consumer_that_is_cancelled_while_it_delivers_is_a_disconnect() -> None:
-    """The stock loop does not close the generator then; here it is even kept."""
+async def test_cancelling_the_consumer_during_a_delivery_disconnects_from_vllm() -> None:
+    """The SDK's own loop does not close the generator then; here a reference to it remains."""
     app = ScriptedApp(body=chat_chunks(*"abcdefgh"), content_type="text/event-stream", pause_s=0.01)
-    kept = []
+    generators = []
     delivering = asyncio.Event()
 
     async def handler() -> AsyncGenerator[Any, None]:
@@ -184,8 +184,8 @@ async def test_a_consumer_that_is_cancelled_while_it_delivers_is_a_disconnect() 
                 yield output
 
     async def consume() -> None:
-        kept.append(handler())
-        async for _ in kept[0]:
+        generators.append(handler())
+        async for _ in generators[0]:
             delivering.set()
             await asyncio.Event().wait()
 
@@ -194,22 +194,22 @@ async def test_a_consumer_that_is_cancelled_while_it_delivers_is_a_disconnect() 
     consumer.cancel()
     await asyncio.wait({consumer})
     async with asyncio.timeout(10):
-        await app.left.wait()
-    await kept[0].aclose()
+        await app.disconnected.wait()
+    await generators[0].aclose()
 
 
-async def test_a_slow_consumer_gets_what_has_gathered_in_one_output() -> None:
+async def test_a_slow_consumer_gets_all_buffered_events_in_one_output() -> None:
     app = ScriptedApp(body=chat_chunks(*"abcdefgh"), content_type="text/event-stream", pause_s=0.001)
     outputs = []
 
     async for output in pipeline.run({"id": "1", "input": CHAT}, app):
         outputs.append(output)
-        await app.ended.wait()
+        await app.completed.wait()
 
     assert len(outputs) == 2
 
 
-async def test_batches_keep_their_interval_but_the_first_and_the_end_do_not_wait() -> None:
+async def test_the_first_and_the_last_output_do_not_wait_for_the_batch_interval() -> None:
     body = chat_chunks(*"abcdefgh")
     app = ScriptedApp(body=body, content_type="text/event-stream", pause_s=0.001, batch_interval_s=60)
 
@@ -236,7 +236,7 @@ RESPONSES_ERROR = {"code": "server_error", "message": "the engine stumbled"}
         ),
     ],
 )
-async def test_a_stream_that_ends_in_an_error_event_is_a_failed_job_and_its_client_sees_the_error_once(
+async def test_an_error_event_at_the_end_of_a_stream_fails_the_job_and_appears_once(
     route: str, ends_with: list[dict[str, Any]], error: dict[str, Any]
 ) -> None:
     first = {"type": "response.created", "response": {"error": None}, "text": 'he said "error"'}
@@ -250,23 +250,23 @@ async def test_a_stream_that_ends_in_an_error_event_is_a_failed_job_and_its_clie
 
 
 @pytest.mark.parametrize(("status", "retryable"), [(400, False), (429, True), (500, False), (501, False), (503, True)])
-async def test_another_try_is_offered_only_where_it_can_help(status: int, retryable: bool) -> None:
+async def test_only_errors_that_may_pass_are_retryable(status: int, retryable: bool) -> None:
     app = ScriptedApp(body=[json.dumps(ERROR).encode()], status=status)
 
     assert error_of(await outputs_of(app, CHAT))["retryable"] is retryable
 
 
-async def test_a_large_event_of_a_top_level_job_comes_whole() -> None:
+async def test_a_large_event_between_others_of_a_top_level_job_is_complete() -> None:
     """As with `echo` and log-probabilities of a long prompt."""
     text = "x" * 2_500_000
     app = ScriptedApp(body=chat_chunks("a", text, "b"), content_type="text/event-stream", pause_s=0.01)
 
-    outputs = await outputs_of(app, NATIVE)
+    outputs = await outputs_of(app, TOP_LEVEL)
 
     assert "".join(output["text"] for output in outputs) == f"a{text}b"
 
 
-async def test_an_answer_to_a_top_level_job_has_what_langchain_reads_beside_vllms() -> None:
+async def test_a_top_level_answer_has_the_fields_that_langchain_reads_in_addition_to_vllms() -> None:
     answer = {
         "choices": [
             {"index": 0, "message": {"content": "hi"}},
@@ -277,15 +277,15 @@ async def test_an_answer_to_a_top_level_job_has_what_langchain_reads_beside_vllm
     }
     app = ScriptedApp(body=[json.dumps(answer).encode()])
 
-    (native,) = await outputs_of(app, {"prompt": "x"})
+    (top_level,) = await outputs_of(app, {"prompt": "x"})
     (openai,) = await outputs_of(app, {"openai_input": {"messages": []}})
 
-    assert [choice.pop("tokens") for choice in native["choices"]] == [["hi"], ["ho"], [""]]
-    assert (native["usage"].pop("input"), native["usage"].pop("output")) == (3, 2)
-    assert native == openai == answer
+    assert [choice.pop("tokens") for choice in top_level["choices"]] == [["hi"], ["ho"], [""]]
+    assert (top_level["usage"].pop("input"), top_level["usage"].pop("output")) == (3, 2)
+    assert top_level == openai == answer
 
 
-async def test_what_was_ignored_of_a_top_level_job_stands_in_its_answer() -> None:
+async def test_ignored_fields_of_a_top_level_job_are_warnings_in_its_answer() -> None:
     app = ScriptedApp(body=[b'{"choices": []}'])
 
     (answer,) = await outputs_of(app, {"prompt": "x", "batch_size": 5})
@@ -293,8 +293,8 @@ async def test_what_was_ignored_of_a_top_level_job_stands_in_its_answer() -> Non
     assert answer == {"choices": [], "warnings": [IGNORED]}
 
 
-@pytest.mark.parametrize("value", [{"prompt": "x"}, {"openai_input": {"messages": []}}], ids=["native", "openai"])
-async def test_what_was_ignored_of_any_job_is_logged_with_its_id(
+@pytest.mark.parametrize("value", [{"prompt": "x"}, {"openai_input": {"messages": []}}], ids=["top level", "openai"])
+async def test_ignored_fields_of_any_job_are_logged_with_its_id(
     value: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     await outputs_of(ScriptedApp(), {**value, "batch_size": 5})
@@ -302,19 +302,27 @@ async def test_what_was_ignored_of_any_job_is_logged_with_its_id(
     assert caplog.messages == [f"Job job-1: {IGNORED}"]
 
 
-async def test_an_event_above_the_cap_of_a_top_level_stream_comes_in_pieces() -> None:
+async def test_what_was_ignored_of_a_stream_is_in_its_first_dict() -> None:
+    app = ScriptedApp(body=chat_chunks("a", "b"), content_type="text/event-stream", pause_s=0.01)
+
+    outputs = await outputs_of(app, {**TOP_LEVEL, "batch_size": 5})
+
+    assert [output.get("warnings") for output in outputs] == [[IGNORED], *[None] * (len(outputs) - 1)]
+
+
+async def test_an_event_above_the_output_limit_of_a_top_level_stream_is_split() -> None:
     text = "x" * 2_500_000
     app = ScriptedApp(body=chat_chunks(text), content_type="text/event-stream")
 
-    outputs = await outputs_of(app, NATIVE)
+    outputs = await outputs_of(app, TOP_LEVEL)
 
     assert len(outputs) > 2
     assert max(len(json.dumps({"output": output})) for output in outputs) <= 1_000_000
     assert "".join(output["text"] for output in outputs) == text
 
 
-async def test_a_route_that_vllm_does_not_have_is_not_found() -> None:
-    app = ScriptedApp(unknown=frozenset({"/v1/v1/chat/completions"}))
+async def test_a_route_that_vllm_does_not_have_is_an_error_404() -> None:
+    app = ScriptedApp(unknown_routes=frozenset({"/v1/v1/chat/completions"}))
 
     document = error_of(await outputs_of(app, {"openai_route": "/v1/v1/chat/completions"}))
 

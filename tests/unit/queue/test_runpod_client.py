@@ -1,4 +1,4 @@
-"""The platform's protocol over real connections on this machine: what is let go, what is refused, what is told."""
+"""The RunPod client over real connections: cancelled polls, refused deliveries, and what errors show."""
 
 from __future__ import annotations
 
@@ -24,30 +24,33 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def platform_at(
+async def client_of(
     answer: Answer, monkeypatch: pytest.MonkeyPatch, tls: Path | None = None
 ) -> AsyncIterator[RunPodClient]:
-    """A platform whose every call gets this answer; `tls` is where its certificate is."""
+    """Yield a client of a platform that answers every call so; `tls` is the directory of its certificate."""
     from runpod.serverless.modules import rp_job
 
     app = web.Application()
     app.router.add_route("*", "/{any:.*}", answer)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    served = client = None
+    server_tls = client_tls = None
     if tls is not None:
-        served, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=tls / "cert.pem")
-        served.load_cert_chain(tls / "cert.pem", tls / "key.pem")
-    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=served)
+        server_tls, client_tls = (
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+            ssl.create_default_context(cafile=tls / "cert.pem"),
+        )
+        server_tls.load_cert_chain(tls / "cert.pem", tls / "key.pem")
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server_tls)
     await site.start()
     url = f"http{'s' if tls else ''}://127.0.0.1:{runner.addresses[0][1]}"
     monkeypatch.setattr(rp_job, "JOB_GET_URL", f"{url}/job-take/worker?key=secret")
     try:
-        async with RunPodClient() as platform:
-            platform._urls = {kind: f"{url}/{kind.value}/$ID?key=secret" for kind in PostKind}
-            if client is not None:
-                platform._connector._ssl = client
-            yield platform
+        async with RunPodClient() as client:
+            client._urls = {kind: f"{url}/{kind.value}/$ID?key=secret" for kind in PostKind}
+            if client_tls is not None:
+                client._connector._ssl = client_tls
+            yield client
     finally:
         await runner.cleanup()
 
@@ -63,37 +66,37 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def anyio_backend() -> tuple[str, dict[str, object]]:
-    """As the worker runs."""
+    """Run the tests on uvloop, as the worker does."""
     return "asyncio", {"loop_factory": uvloop.new_event_loop}
 
 
-async def test_a_gateways_page_in_another_encoding_is_an_answer_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_page_that_is_not_utf8_is_quoted_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async def page(_: web.Request) -> web.Response:
         return web.Response(status=502, body="<p>Störung</p>".encode("latin-1"), content_type="text/html")
 
-    async with platform_at(page, monkeypatch) as platform:
+    async with client_of(page, monkeypatch) as client:
         with pytest.raises(DeliveryError, match=r"status 502: <p>St.rung</p>"):
-            await platform.post(PostKind.RESULT, "1", b"{}")
+            await client.post(PostKind.RESULT, "1", b"{}")
 
 
-async def test_a_refusal_says_its_status_and_no_more_of_its_page_than_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_refusal_has_the_status_and_a_short_message(monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(_: web.Request) -> web.Response:
         return web.Response(status=413, text="漢" * 1000)
 
-    async with platform_at(refuse, monkeypatch) as platform:
+    async with client_of(refuse, monkeypatch) as client:
         with pytest.raises(RefusedDeliveryError) as refusal:
-            await platform.post(PostKind.OUTPUT, "1", b"{}")
+            await client.post(PostKind.OUTPUT, "1", b"{}")
     assert refusal.value.status == 413
     assert len(str(refusal.value)) < 100
 
 
-async def test_a_delivery_that_fails_is_told_without_its_url(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_delivery_is_reported_without_its_url(monkeypatch: pytest.MonkeyPatch) -> None:
     async def around(request: web.Request) -> web.Response:
         raise web.HTTPFound(str(request.url))
 
-    async with platform_at(around, monkeypatch) as platform:
+    async with client_of(around, monkeypatch) as client:
         with pytest.raises(DeliveryError, match="TooManyRedirects") as failure:
-            await platform.post(PostKind.RESULT, "1", b"{}")
+            await client.post(PostKind.RESULT, "1", b"{}")
     assert "secret" not in str(failure.value)
 
 
@@ -102,7 +105,7 @@ def tls(request: pytest.FixtureRequest, certificate: Path) -> Path | None:
     return certificate if request.param == "https" else None
 
 
-async def test_a_job_that_is_on_its_way_as_its_take_is_let_go_arrives(
+async def test_a_job_that_is_on_its_way_when_polling_stops_arrives(
     tls: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = asyncio.Event()
@@ -114,16 +117,16 @@ async def test_a_job_that_is_on_its_way_as_its_take_is_let_go_arrives(
         sent.set()
         return answer
 
-    async with platform_at(give, monkeypatch, tls) as platform:
-        take = asyncio.create_task(platform.take(1))
+    async with client_of(give, monkeypatch, tls) as client:
+        take = asyncio.create_task(client.take(1))
         await sent.wait()
         assert not take.done()
-        platform.stop_polling()
+        client.stop_polling()
 
         assert await take == [{"id": "1", "input": {}}]
 
 
-async def test_a_take_that_is_let_go_ends_as_soon_as_the_platform_sees_that_nobody_asks(
+async def test_a_take_ends_as_soon_as_the_platform_notices_that_polling_stopped(
     tls: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asyncio.Event()
@@ -133,34 +136,19 @@ async def test_a_take_that_is_let_go_ends_as_soon_as_the_platform_sees_that_nobo
         await asyncio.Event().wait()
         raise AssertionError
 
-    async with platform_at(hold, monkeypatch, tls) as platform:
-        take = asyncio.create_task(platform.take(1))
+    async with client_of(hold, monkeypatch, tls) as client:
+        take = asyncio.create_task(client.take(1))
         await asked.wait()
         begun = time.monotonic()
-        platform.stop_polling()
+        client.stop_polling()
 
         with pytest.raises(aiohttp.ClientConnectionError):
             await asyncio.wait_for(take, 10)
         assert time.monotonic() - begun < POLL_CANCEL_GRACE_S
 
 
-def test_the_sdk_that_is_installed_has_what_our_loop_needs() -> None:
+def test_the_installed_sdk_has_the_interface_that_the_job_loop_needs() -> None:
     assert missing_interface() is None
-
-
-def take_apart(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    from runpod.serverless.modules import rp_job, rp_scale, worker_state
-
-    if change == "a call is gone":
-        monkeypatch.delattr(rp_job, "get_stop_signals")
-    elif change == "a call wants more":
-        monkeypatch.setattr(rp_job, "get_job", more_arguments)
-    elif change == "a call is no coroutine":
-        monkeypatch.setattr(rp_job, "get_stop_signals", list)
-    elif change == "the record of jobs has other methods":
-        monkeypatch.delattr(worker_state.JobsProgress, "remove")
-    else:
-        monkeypatch.delattr(rp_scale, "JobScaler")
 
 
 async def more_arguments(session: object, count: int, region: str) -> None:
@@ -168,22 +156,28 @@ async def more_arguments(session: object, count: int, region: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("name", "replacement", "expected_message"),
     [
-        ("a call is gone", "get_stop_signals"),
-        ("a call wants more", "region"),
-        ("a call is no coroutine", "coroutines"),
-        ("the record of jobs has other methods", "remove"),
-        ("the loop has another name", "JobScaler"),
+        ("rp_job.get_stop_signals", None, "get_stop_signals"),
+        ("rp_job.get_job", more_arguments, "region"),
+        ("rp_job.get_stop_signals", list, "coroutines"),
+        ("worker_state.JobsProgress.remove", None, "remove"),
+        ("rp_scale.JobScaler", None, "JobScaler"),
     ],
 )
-def test_what_an_sdk_lacks_is_told(change: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_apart(monkeypatch, change)
+def test_a_missing_or_different_part_of_the_sdk_is_named(
+    name: str, replacement: object, expected_message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"runpod.serverless.modules.{name}"
+    if replacement is None:
+        monkeypatch.delattr(path)
+    else:
+        monkeypatch.setattr(path, replacement)
 
-    assert told in str(missing_interface())
+    assert expected_message in str(missing_interface())
 
 
-def test_an_sdk_of_another_version_with_the_same_interface_keeps_our_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_the_sdk_with_the_same_interface_runs_our_job_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     import runpod
     from runpod.serverless.modules import rp_scale
 

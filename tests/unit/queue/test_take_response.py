@@ -1,4 +1,4 @@
-"""Takes: whatever stands in one, each job in it that can be read is run, and one that cannot be ends with an error."""
+"""Responses to a take: each job that can be read runs; one that cannot be read fails with an error if it has an id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from engine.queue.protocol import PostKind
 from engine.queue.runpod_client import RunPodClient
 from engine.queue.take_response import jobs_in
 from tests.scripted import ScriptedApp
-from tests.unit.queue.test_admission import Load
+from tests.unit.queue.fakes import FakeLoad
 
 GOOD = b'{"id":"good","input":{"prompt":"hi"}}'
 LIMIT = 256
@@ -59,7 +59,7 @@ def nested(depth: int, closes: bool = True) -> bytes:
         (b'[{"id":"half","input":"\\ud83d"},%b]' % GOOD, [{"id": "half", "input": "\ud83d"}, json.loads(GOOD)]),
     ],
 )
-def test_what_stands_in_a_take(body: bytes, found: list[Any]) -> None:
+def test_the_jobs_of_a_response_are_found_even_if_others_are_malformed(body: bytes, found: list[Any]) -> None:
     got = found_in(body)
 
     for one in got:
@@ -68,18 +68,18 @@ def test_what_stands_in_a_take(body: bytes, found: list[Any]) -> None:
     assert got == found
 
 
-def test_a_job_that_is_too_deep_says_so_and_what_is_no_json_says_where() -> None:
+def test_a_job_that_is_too_deep_or_not_json_has_an_input_that_says_so() -> None:
     deep, broken = found_in(b'[{"id":"1","input":%b},{"id":"2","input":01}]' % nested(3000))
 
     assert deep["input"] == "the job is nested too deeply"
     assert broken["input"].startswith("the job is not JSON in UTF-8")
 
 
-class Site:
-    """A platform on this machine that gives the next of its `takes` to a worker, over HTTP, through the SDK."""
+class LocalPlatform:
+    """A platform over HTTP, and a worker on it through the SDK. A take gets the next of `take_bodies`."""
 
     def __init__(self) -> None:
-        self.takes: asyncio.Queue[bytes] = asyncio.Queue()
+        self.take_bodies: asyncio.Queue[bytes] = asyncio.Queue()
         self.results: dict[str, dict[str, Any]] = {}
         self.has_result = asyncio.Event()
         self.stack = AsyncExitStack()
@@ -98,19 +98,19 @@ class Site:
 
         self.stack.callback(setattr, rp_job, "JOB_GET_URL", rp_job.JOB_GET_URL)
         rp_job.JOB_GET_URL = f"{url}/job-take/worker?x=1"
-        platform = await self.stack.enter_async_context(RunPodClient())
-        platform._urls = {kind: f"{url}/{kind.value}/$ID?x=1" for kind in PostKind}
+        client = await self.stack.enter_async_context(RunPodClient())
+        client._urls = {kind: f"{url}/{kind.value}/$ID?x=1" for kind in PostKind}
         engine = ScriptedApp(body=[b'{"answer": true}'])
-        self.loop = JobLoop(platform, lambda job: pipeline.run(job, engine), Admission(Load(), LIMIT, 10**9))
+        self.loop = JobLoop(client, lambda job: pipeline.run(job, engine), Admission(FakeLoad(), LIMIT, 10**9))
         self.running = asyncio.create_task(self.loop.run())
 
-    async def end(self) -> None:
+    async def stop(self) -> None:
         self.loop.stop()
         assert await self.running == 0
         await self.stack.aclose()
 
     async def take(self, _: web.Request) -> web.Response:
-        return web.Response(body=await self.takes.get(), content_type="application/json")
+        return web.Response(body=await self.take_bodies.get(), content_type="application/json")
 
     async def post(self, request: web.Request) -> web.Response:
         if request.match_info["kind"] == "result":
@@ -119,9 +119,9 @@ class Site:
         return web.Response()
 
     async def results_of(self, body: bytes, job_ids: set[str]) -> dict[str, dict[str, Any]]:
-        """The results of these jobs of a take."""
+        """Answer a take with this body; return the results of its jobs."""
         self.results.clear()
-        self.takes.put_nowait(body)
+        self.take_bodies.put_nowait(body)
         async with asyncio.timeout(10):
             while not job_ids <= self.results.keys():
                 self.has_result.clear()
@@ -130,18 +130,18 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[tuple[asyncio.Runner, Site]]:
+def platform() -> Iterator[tuple[asyncio.Runner, LocalPlatform]]:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, pytest.MonkeyPatch.context() as patch:
-        # Takes that bring nothing follow one another without a pause.
+        # Takes that bring no job follow one another without a pause.
         patch.setattr(backoff, "_MAX_ERROR_WAIT_S", 0.0)
         patch.setattr(backoff, "_MAX_IDLE_WAIT_S", 0.0)
-        site = Site()
-        runner.run(site.start())
-        yield runner, site
-        runner.run(site.end())
+        platform = LocalPlatform()
+        runner.run(platform.start())
+        yield runner, platform
+        runner.run(platform.stop())
 
 
-# No example has the ids of another: what is given out again while it runs is not run twice.
+# Each example has its own ids: a job that is redelivered while it runs does not run twice.
 EXAMPLE = itertools.count()
 IDS = st.sampled_from([f"job-EXAMPLE-{number}" for number in range(9)])
 JSON = st.recursive(
@@ -152,7 +152,7 @@ JSON = st.recursive(
 TEXTS = JSON.map(lambda value: json.dumps(value).encode())
 DEEP = st.builds(nested, st.sampled_from([90, 900, 980, 1100, 3000, 20_000]))
 WELL_FORMED = st.builds(
-    lambda job_id, said: (job_id, b'{"id":%b,"input":{"prompt":%b}}' % (enc(job_id), enc(said))),
+    lambda job_id, said: (job_id, b'{"id":%b,"input":{"prompt":%b}}' % (quote(job_id), quote(said))),
     IDS,
     st.text(min_size=1),
 )
@@ -168,12 +168,12 @@ ENTRIES = st.lists(WELL_FORMED | ILL_FORMED.map(lambda text: (None, text)), max_
 SHAPES = st.sampled_from(["list", "list", "list", "one", "cut", "cut within a string"])
 
 
-def enc(text: str) -> bytes:
+def quote(text: str) -> bytes:
     return json.dumps(text).encode()
 
 
 def body_of(shape: str, entries: list[tuple[str | None, bytes]]) -> tuple[bytes, list[tuple[str | None, bytes]]]:
-    """The whole answer to a take, and those of the entries that are complete in it."""
+    """Return the response to a take, and the entries that are complete in it."""
     texts = b",".join(text for _, text in entries)
     match shape:
         case "one":
@@ -189,30 +189,30 @@ def body_of(shape: str, entries: list[tuple[str | None, bytes]]) -> tuple[bytes,
 @pytest.mark.timeout(480)
 @settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "500")), deadline=None)
 @given(SHAPES, ENTRIES)
-def test_whatever_stands_in_a_take_each_well_formed_job_in_it_ends_with_its_answer(
-    site: tuple[asyncio.Runner, Site], shape: str, entries: list[tuple[str | None, bytes]]
+def test_each_well_formed_job_of_any_response_completes(
+    platform: tuple[asyncio.Runner, LocalPlatform], shape: str, entries: list[tuple[str | None, bytes]]
 ) -> None:
-    runner, platform = site
+    runner, local = platform
     example = str(next(EXAMPLE))
     body, complete = body_of(shape, entries)
     body = body.replace(b"EXAMPLE", example.encode())
     ids = {job_id.replace("EXAMPLE", example) for job_id, _ in complete if job_id is not None}
 
-    results = runner.run(platform.results_of(body, ids))
+    results = runner.run(local.results_of(body, ids))
 
     assert {job_id: results[job_id] for job_id in ids} == {job_id: {"output": [{"answer": True}]} for job_id in ids}
 
 
 @pytest.mark.parametrize("deep", [1100, 3000, 200_000])
-def test_one_job_that_is_nested_too_deeply_ends_with_an_error_and_the_others_with_their_answer(
-    site: tuple[asyncio.Runner, Site], deep: int
+def test_a_job_that_is_nested_too_deeply_fails_and_the_others_complete(
+    platform: tuple[asyncio.Runner, LocalPlatform], deep: int
 ) -> None:
-    runner, platform = site
+    runner, local = platform
     others = [b'{"id":"other-%d","input":{"prompt":"hi"}}' % number for number in range(5)]
     evil = b'{"id":"evil","input":{"prompt":"x","sampling_params":{"a":%b}}}' % nested(deep)
     body = b"[%b]" % b",".join([*others[:3], evil, *others[3:]])
 
-    results = runner.run(platform.results_of(body, {"evil", *(f"other-{number}" for number in range(5))}))
+    results = runner.run(local.results_of(body, {"evil", *(f"other-{number}" for number in range(5))}))
 
     assert [results[f"other-{number}"] for number in range(5)] == [{"output": [{"answer": True}]}] * 5
     error = json.loads(results["evil"]["error"])

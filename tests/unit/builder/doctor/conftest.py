@@ -52,13 +52,17 @@ def vllm() -> SimpleNamespace:
         from vllm.config.model import _get_and_verify_max_len
         from vllm.transformers_utils import model_arch_config_convertor as convertors
         from vllm.v1 import kv_cache_interface as specs
-        from vllm.v1.core import kv_cache_utils
         from vllm.v1.kv_cache_layout import KVCacheLayout
+
+        try:
+            from vllm.v1.core import kv_cache_planning as planning
+        except ImportError:  # vLLM before 0.33
+            from vllm.v1.core import kv_cache_utils as planning
     return SimpleNamespace(
         CacheConfig=CacheConfig,
         max_len=_get_and_verify_max_len,
         convertors=convertors,
         specs=specs,
-        utils=kv_cache_utils,
+        utils=planning,
         layout=KVCacheLayout.LBNHC,
     )
