@@ -125,7 +125,8 @@ SERVED: list[tuple[dict[str, str], str, Any]] = [
 
 def flags_of(given: Mapping[str, str], tmp_path: Path | None = None) -> Flags:
     """The flags of an environment, in which the baked settings are in `tmp_path`."""
-    baked = {"BAKED_SETTINGS_FILE": str(tmp_path / "settings.json")} if tmp_path else {}
+    file = tmp_path / "settings.json" if tmp_path else None
+    baked = {"BAKED_SETTINGS_FILE": str(file)} if file is not None and file.exists() else {}
     flags = vllm_args.flags()
     flags.load(environment.read({**given, **baked}), [name.upper() for name in Settings.model_fields])
     return flags
