@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from builder.tiny_model.corpus import example
+from tests.emulator_queue import EmulatorQueue, emulator_queue
 from tests.integration.conftest import START_S
-from tests.job_queue import JobQueue, serving
 from tests.processes import VLLM_ENVIRONMENT, Process, running
 
 ENDLESS = {"prompt": "January,", "sampling_params": {"max_tokens": 1900, "ignore_eos": True}, "stream": True}
@@ -22,13 +22,15 @@ GOOD = {"messages": example("ok").messages, "sampling_params": {"temperature": 0
 
 
 @pytest.fixture
-def queue() -> Iterator[JobQueue]:
-    with serving() as own:
+def queue() -> Iterator[EmulatorQueue]:
+    with emulator_queue() as own:
         yield own
 
 
 @pytest.fixture
-def own_worker(queue: JobQueue, tiny_model: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Process]:
+def own_worker(
+    queue: EmulatorQueue, tiny_model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Process]:
     """A worker that a test may end; its parameter, if there is one, is more of its environment.
 
     A busy machine can keep an engine waiting for seconds: a stall is soon one only where a test is about it.
@@ -46,7 +48,7 @@ def engine_core(process: Process) -> psutil.Process:
 
 
 def test_a_dead_engine_ends_all_jobs_as_retryable_and_the_worker_with_them(
-    queue: JobQueue, own_worker: Process, capsys: pytest.CaptureFixture[str]
+    queue: EmulatorQueue, own_worker: Process, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = [queue.submit(ENDLESS) for _ in range(20)]
     for job in jobs:
@@ -71,7 +73,7 @@ def test_a_dead_engine_ends_all_jobs_as_retryable_and_the_worker_with_them(
 
 
 @pytest.mark.parametrize("own_worker", [{"ENGINE_STALL_TIMEOUT_S": "4"}], indirect=True)
-def test_an_engine_that_hangs_is_a_dead_one(queue: JobQueue, own_worker: Process) -> None:
+def test_an_engine_that_hangs_is_a_dead_one(queue: EmulatorQueue, own_worker: Process) -> None:
     jobs = [queue.submit(ENDLESS) for _ in range(3)]
     for job in jobs:
         job.first_output()
@@ -91,7 +93,7 @@ def test_an_engine_that_hangs_is_a_dead_one(queue: JobQueue, own_worker: Process
 
 
 def test_a_worker_that_is_told_to_stop_lets_short_jobs_end_and_long_ones_be_retried(
-    queue: JobQueue, own_worker: Process
+    queue: EmulatorQueue, own_worker: Process
 ) -> None:
     # 1900 steps of a full engine, and 45: the one has more than the drain grants by far, the other needs a part of it.
     long = queue.submit({**ENDLESS, "sampling_params": {**ENDLESS["sampling_params"], "n": 64}})  # type: ignore[dict-item]
@@ -112,7 +114,7 @@ def test_a_worker_that_is_told_to_stop_lets_short_jobs_end_and_long_ones_be_retr
     assert alive == []
 
 
-def test_a_jobs_start_and_end_are_a_line_of_the_log_each(worker: Process, job_queue: JobQueue) -> None:
+def test_a_jobs_start_and_end_are_a_line_of_the_log_each(worker: Process, job_queue: EmulatorQueue) -> None:
     job = job_queue.run({**GOOD, "stream": True})
     worker.wait_for(lambda: worker.log.count(f'"job": "{job.id}"') == 2)  # the second comes after the result
 

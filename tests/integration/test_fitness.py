@@ -16,9 +16,9 @@ import pytest
 from builder.tiny_model.corpus import example
 from engine.startup.fitness import SWITCHES
 from tests import online
+from tests.emulator_queue import EmulatorQueue
 from tests.integration.conftest import START_S
 from tests.integration.emulator.conftest import REPOSITORY, alive, eventually, site_with
-from tests.job_queue import JobQueue
 from tests.processes import ROOT, VLLM_ENVIRONMENT, running
 
 ON = dict.fromkeys(SWITCHES, "false")
@@ -28,7 +28,7 @@ LIMITED = "from engine.startup.fitness import Checks\nwith Checks(timeout_s=3) a
 
 
 def test_a_worker_on_a_bad_machine_ends_with_the_reason_before_the_engine_is_loaded(
-    job_queue: JobQueue, tiny_model: str, tmp_path: Path
+    job_queue: EmulatorQueue, tiny_model: str, tmp_path: Path
 ) -> None:
     environment = {**VLLM_ENVIRONMENT, **job_queue.environment, "MODEL_NAME": tiny_model, **BAD}
     with running(["handler.py"], environment, tmp_path / "log") as process:
@@ -51,7 +51,7 @@ def test_the_platform_is_told_of_a_bad_machine() -> None:
         assert any("Fitness check failed: _memory_check" in line for line in worker["log"])
 
 
-@pytest.mark.skipif(not online.possible(), reason="this machine gives its users no network namespaces")
+@pytest.mark.skipif(not online.is_available(), reason="this machine gives its users no network namespaces")
 def test_a_good_machine_is_checked_once_and_not_in_the_process_that_serves(tiny_model: str, tmp_path: Path) -> None:
     run = online.command("tests.integration.fit_worker", tiny_model, str(tmp_path / "log"))
 
@@ -95,7 +95,7 @@ def test_checks_that_hang_are_ended_with_all_that_they_started(hanging_driver: d
 
 
 def test_a_worker_that_is_told_to_stop_as_it_is_checked_ends_at_once(
-    job_queue: JobQueue, hanging_driver: dict[str, str], tmp_path: Path
+    job_queue: EmulatorQueue, hanging_driver: dict[str, str], tmp_path: Path
 ) -> None:
     environment = {**job_queue.environment, "MODEL_NAME": "/nowhere", **hanging_driver}
     with running(["handler.py"], environment, tmp_path / "log") as process:

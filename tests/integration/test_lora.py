@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from builder.tiny_model.corpus import example
+from tests.emulator_queue import EmulatorQueue, emulator_queue
 from tests.integration.conftest import START_S
-from tests.job_queue import JobQueue, serving
 from tests.processes import VLLM_ENVIRONMENT, Process, running
 
 RANK = 8
@@ -46,8 +46,8 @@ def write_adapter(folder: Path, model: Path, seed: int, base: str | None = None)
 
 
 @pytest.fixture(scope="module")
-def queue() -> Iterator[JobQueue]:
-    with serving() as own:
+def queue() -> Iterator[EmulatorQueue]:
+    with emulator_queue() as own:
         yield own
 
 
@@ -57,7 +57,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lora_worker(queue: JobQueue, tiny_model: str, adapters: Path) -> Iterator[Process]:
+def lora_worker(queue: EmulatorQueue, tiny_model: str, adapters: Path) -> Iterator[Process]:
     folder = adapters
     write_adapter(folder / "named-at-start", Path(tiny_model), 1)
     write_adapter(folder / "on-demand" / "named-by-a-job", Path(tiny_model), 2)
@@ -79,7 +79,7 @@ def lora_worker(queue: JobQueue, tiny_model: str, adapters: Path) -> Iterator[Pr
         yield process
 
 
-def chat(queue: JobQueue, model: str) -> dict[str, Any]:
+def chat(queue: EmulatorQueue, model: str) -> dict[str, Any]:
     asked = {"model": model, "messages": example("ok").messages, "temperature": 0, "max_tokens": 20}
     (answer,) = queue.run({"openai_route": "/v1/chat/completions", "openai_input": asked}).wait()
     said: dict[str, Any] = answer
@@ -87,7 +87,7 @@ def chat(queue: JobQueue, model: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("lora_worker")
-def test_each_adapter_is_a_model_with_answers_of_its_own(queue: JobQueue) -> None:
+def test_each_adapter_is_a_model_with_answers_of_its_own(queue: EmulatorQueue) -> None:
     names = ("tiny", "named-at-start", "named-by-a-job", "of-a-hub-id")
     answers = {name: chat(queue, name) for name in names}
 
@@ -103,7 +103,7 @@ def test_each_adapter_is_a_model_with_answers_of_its_own(queue: JobQueue) -> Non
 @pytest.mark.parametrize(
     "name", ["named-nowhere", "of-another-model", "../elsewhere", "x/../../elsewhere", "{}/elsewhere"]
 )
-def test_an_adapter_that_is_nowhere_or_elsewhere_is_not_found(name: str, queue: JobQueue, adapters: Path) -> None:
+def test_an_adapter_that_is_nowhere_or_elsewhere_is_not_found(name: str, queue: EmulatorQueue, adapters: Path) -> None:
     asked = {"model": name.format(adapters), "messages": example("ok").messages}
 
     error = queue.run({"openai_route": "/v1/chat/completions", "openai_input": asked}).error()
@@ -112,7 +112,7 @@ def test_an_adapter_that_is_nowhere_or_elsewhere_is_not_found(name: str, queue: 
 
 
 @pytest.mark.usefixtures("lora_worker")
-def test_the_route_that_loads_adapters_stays_closed(queue: JobQueue) -> None:
+def test_the_route_that_loads_adapters_stays_closed(queue: EmulatorQueue) -> None:
     asked = {"lora_name": "x", "lora_path": "/x"}
 
     error = queue.run({"openai_route": "/v1/load_lora_adapter", "openai_input": asked}).error()

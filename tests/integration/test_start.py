@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests import model_hub
-from tests.job_queue import JobQueue
+from tests.emulator_queue import EmulatorQueue
 from tests.model_hub import Fault, Hub, Repository
 from tests.processes import VLLM_ENVIRONMENT, running
 
@@ -93,7 +93,7 @@ def test_an_adapter_that_cannot_be_had_is_named_before_the_engine_is_loaded(
 
 @pytest.mark.parametrize("where", ["on this machine", "on the platform"])
 def test_an_app_that_vllm_cannot_make_ends_the_start_with_a_line(
-    where: str, job_queue: JobQueue, tiny_model: str, tmp_path: Path
+    where: str, job_queue: EmulatorQueue, tiny_model: str, tmp_path: Path
 ) -> None:
     """It is made last, once the engine is loaded: the platform would start the worker again and again."""
     queue = job_queue.environment if where == "on the platform" else {}

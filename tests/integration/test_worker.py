@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from builder.tiny_model.corpus import CORPUS, example
-from tests.job_queue import JobQueue
+from tests.emulator_queue import EmulatorQueue
 from tests.processes import Process
 
 pytestmark = pytest.mark.usefixtures("worker")
@@ -22,7 +22,7 @@ ENDLESS = {"n": CHOICES, "temperature": 1, "max_tokens": MAX_TOKENS, "ignore_eos
 GOOD = {"messages": example("ok").messages, "sampling_params": GREEDY}
 
 
-def metric(job_queue: JobQueue, name: str, label: str = "") -> float:
+def metric(job_queue: EmulatorQueue, name: str, label: str = "") -> float:
     """One of vLLM's own figures, from the engine's `/metrics`."""
     (text,) = job_queue.run({"openai_route": "/metrics"}).wait()
     found = re.search(rf"^vllm:{name}{{.*{label}.*}} (\S+)$", text, re.MULTILINE)
@@ -32,7 +32,7 @@ def metric(job_queue: JobQueue, name: str, label: str = "") -> float:
 
 
 @pytest.mark.parametrize("known", CORPUS, ids=lambda known: known.name)
-def test_a_top_level_job_streams_the_answer_that_the_model_knows(known: Any, job_queue: JobQueue) -> None:
+def test_a_top_level_job_streams_the_answer_that_the_model_knows(known: Any, job_queue: EmulatorQueue) -> None:
     asked = {"prompt": known.prompt} if known.prompt is not None else {"messages": known.messages}
 
     outputs = job_queue.run({**asked, "sampling_params": GREEDY, "stream": True}).wait()
@@ -42,7 +42,7 @@ def test_a_top_level_job_streams_the_answer_that_the_model_knows(known: Any, job
     assert outputs[-1]["usage"]["completion_tokens"] > 0
 
 
-def test_many_jobs_at_once_get_each_their_own_answer(job_queue: JobQueue) -> None:
+def test_many_jobs_at_once_get_each_their_own_answer(job_queue: EmulatorQueue) -> None:
     chats = [known for known in CORPUS if known.prompt is None]
     jobs = [
         job_queue.submit({"messages": known.messages, "sampling_params": GREEDY, "stream": True}) for known in chats
@@ -53,7 +53,7 @@ def test_many_jobs_at_once_get_each_their_own_answer(job_queue: JobQueue) -> Non
     assert said == [known.answer for known in chats]
 
 
-def test_an_unstreamed_top_level_prompt_runs_to_its_end(job_queue: JobQueue) -> None:
+def test_an_unstreamed_top_level_prompt_runs_to_its_end(job_queue: EmulatorQueue) -> None:
     known = example("raw-months")
 
     (output,) = job_queue.run({"prompt": known.prompt, "sampling_params": GREEDY}).wait()
@@ -76,7 +76,7 @@ def test_an_unstreamed_top_level_prompt_runs_to_its_end(job_queue: JobQueue) -> 
     ],
     ids=["chat", "completion"],
 )
-def test_the_native_forms_logprobs_are_openais_streamed_or_not(asked: dict[str, Any], job_queue: JobQueue) -> None:
+def test_the_native_forms_logprobs_are_openais_streamed_or_not(asked: dict[str, Any], job_queue: EmulatorQueue) -> None:
     (whole,) = job_queue.run(asked).wait()
     deltas = job_queue.run({**asked, "stream": True, "batch_size": 5}).wait()
 
@@ -90,20 +90,22 @@ def test_the_native_forms_logprobs_are_openais_streamed_or_not(asked: dict[str, 
     assert deltas[-1]["warnings"] == ["batch_size: ignored, as the worker sets the size of batches"]
 
 
-def test_a_job_without_a_model_name_is_answered_by_the_model_that_is_served(job_queue: JobQueue) -> None:
+def test_a_job_without_a_model_name_is_answered_by_the_model_that_is_served(job_queue: EmulatorQueue) -> None:
     (output,) = job_queue.run({"openai_route": "/v1/chat/completions", "openai_input": GOOD["messages"] and {
         "messages": GOOD["messages"], **GREEDY}}).wait()  # fmt: skip
 
     assert (output["model"], output["choices"][0]["message"]["content"]) == ("tiny", "OK")
 
 
-def test_the_model_answers_to_its_directory_too_and_says_its_first_name(job_queue: JobQueue, tiny_model: str) -> None:
+def test_the_model_answers_to_its_directory_too_and_says_its_first_name(
+    job_queue: EmulatorQueue, tiny_model: str
+) -> None:
     (answer,) = job_queue.run({**GOOD, "model": tiny_model}).wait()
 
     assert answer["model"] == "tiny"
 
 
-def test_the_models_and_the_error_for_another_name_show_names_and_no_directory(job_queue: JobQueue) -> None:
+def test_the_models_and_the_error_for_another_name_show_names_and_no_directory(job_queue: EmulatorQueue) -> None:
     (models,) = job_queue.run({"openai_route": "/v1/models"}).wait()
     error = job_queue.run({**GOOD, "model": "gpt-5"}).error()
 
@@ -111,13 +113,13 @@ def test_the_models_and_the_error_for_another_name_show_names_and_no_directory(j
     assert error["error"]["message"] == "The model `gpt-5` does not exist. Valid aliases: tiny."
 
 
-def test_the_status_of_a_streamed_job_holds_the_whole_answer(job_queue: JobQueue) -> None:
+def test_the_status_of_a_streamed_job_holds_the_whole_answer(job_queue: EmulatorQueue) -> None:
     job = job_queue.run({**GOOD, "stream": True})
 
     assert job.status()["output"] == job.wait()
 
 
-def test_jobs_that_are_cancelled_one_by_one_under_load_run_on_nowhere(job_queue: JobQueue) -> None:
+def test_jobs_that_are_cancelled_one_by_one_under_load_run_on_nowhere(job_queue: EmulatorQueue) -> None:
     """Each is broken off at another point of its way; one that ran on would do so to its greatest length."""
 
     def ran_to_the_end() -> float:
@@ -138,7 +140,7 @@ def test_jobs_that_are_cancelled_one_by_one_under_load_run_on_nowhere(job_queue:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_job_that_is_stopped_is_aborted_in_the_engine(stream: bool, job_queue: JobQueue) -> None:
+def test_a_job_that_is_stopped_is_aborted_in_the_engine(stream: bool, job_queue: EmulatorQueue) -> None:
     tokens = metric(job_queue, "generation_tokens_total")
     job = job_queue.submit({"prompt": "January,", "sampling_params": ENDLESS, "stream": stream})
     eventually(lambda: metric(job_queue, "num_requests_running") == CHOICES)
@@ -194,7 +196,7 @@ BAD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_input_gets_a_parseable_error_and_the_next_job_its_answer(name: str, job_queue: JobQueue) -> None:
+def test_a_bad_input_gets_a_parseable_error_and_the_next_job_its_answer(name: str, job_queue: EmulatorQueue) -> None:
     error = job_queue.run(BAD[name]).error()
 
     assert 400 <= error["status"] < 500
@@ -205,7 +207,7 @@ def test_a_bad_input_gets_a_parseable_error_and_the_next_job_its_answer(name: st
     assert answer["choices"][0]["message"]["content"] == "OK"
 
 
-def test_no_request_and_no_secret_is_to_be_seen(worker: Process, job_queue: JobQueue) -> None:
+def test_no_request_and_no_secret_is_to_be_seen(worker: Process, job_queue: EmulatorQueue) -> None:
     """Not in the log, nor on a command line, nor in what jobs are answered, whether they succeed or fail."""
     words = [{"role": "user", "content": "the-clients-own-words"}]
     jobs = [job_queue.run({"messages": words, "stream": stream}) for stream in (True, False)]
