@@ -1,7 +1,7 @@
-"""What comes out of the queue is what vLLM's own server answers, status and body, but for ids and times.
+"""Answers from the queue equal those of vLLM's own server, in status and body, except for ids and times.
 
-A stream is compared event by event, adjacent parts of one text joined, because vLLM itself joins what it has when its
-client is slower than the engine. Streams of one token leave nothing to join and are compared as they are.
+Streams are compared event by event, after adjacent parts of one text are joined: vLLM joins them itself when its client
+is slower than the engine. Streams of one token have nothing to join, and are compared unchanged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ AT_ONCE = {**BOTH_WAYS, **AT_ONCE_ONLY}
 
 
 def _usage(case: Case) -> dict[str, Any]:
-    """Asked for where it has to be asked for."""
+    """Return the option that requests usage, for the routes that need it."""
     return USAGE if case.route.endswith("/completions") else {}
 
 
@@ -53,7 +53,7 @@ def parity(job_queue: EmulatorQueue, vllm_server: httpx.Client) -> ParityClient:
 
 
 @pytest.mark.parametrize("name", AT_ONCE)
-def test_an_answer_is_what_vllm_answers(name: str, parity: ParityClient) -> None:
+def test_an_answer_equals_vllms(name: str, parity: ParityClient) -> None:
     queued, direct = parity.pair(AT_ONCE[name])
 
     assert direct.status == queued.status == HTTPStatus.OK
@@ -61,7 +61,7 @@ def test_an_answer_is_what_vllm_answers(name: str, parity: ParityClient) -> None
 
 
 @pytest.mark.parametrize("name", STREAMED)
-def test_a_stream_is_what_vllm_streams(name: str, parity: ParityClient) -> None:
+def test_a_stream_equals_vllms(name: str, parity: ParityClient) -> None:
     queued, direct = parity.pair(STREAMED[name], joined)
 
     assert direct.status == queued.status == HTTPStatus.OK
@@ -69,7 +69,7 @@ def test_a_stream_is_what_vllm_streams(name: str, parity: ParityClient) -> None:
 
 
 @pytest.mark.parametrize("name", OF_ONE_TOKEN)
-def test_a_stream_of_one_token_has_the_very_events_of_vllm(name: str, parity: ParityClient) -> None:
+def test_a_stream_of_one_token_has_exactly_vllms_events(name: str, parity: ParityClient) -> None:
     queued, direct = parity.pair(OF_ONE_TOKEN[name], events)
 
     assert events(queued.body) == events(direct.body)
@@ -77,7 +77,7 @@ def test_a_stream_of_one_token_has_the_very_events_of_vllm(name: str, parity: Pa
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_is_vllms_own(name: str, parity: ParityClient) -> None:
+def test_an_error_response_equals_vllms(name: str, parity: ParityClient) -> None:
     queued, direct = parity.queued(REFUSED[name]), parity.direct(REFUSED[name])
 
     assert queued == direct
@@ -86,7 +86,7 @@ def test_a_refusal_is_vllms_own(name: str, parity: ParityClient) -> None:
 
 
 @pytest.mark.parametrize("name", BARE_REFUSALS)
-def test_a_refusal_without_an_error_body_is_put_into_one(name: str, parity: ParityClient) -> None:
+def test_an_error_response_without_an_error_body_gets_one(name: str, parity: ParityClient) -> None:
     queued, direct = parity.queued(BARE_REFUSALS[name]), parity.direct(BARE_REFUSALS[name])
 
     assert queued.status == direct.status
@@ -94,7 +94,7 @@ def test_a_refusal_without_an_error_body_is_put_into_one(name: str, parity: Pari
 
 
 @pytest.mark.parametrize("name", ["tools, auto and called", "tools, required", "tools, named"])
-def test_the_cases_with_tools_call_one(name: str, parity: ParityClient) -> None:
+def test_the_cases_with_tools_contain_a_tool_call(name: str, parity: ParityClient) -> None:
     (choice,) = parity.queued(BOTH_WAYS[name]).body["choices"]
 
     (call,) = choice["message"]["tool_calls"]
@@ -103,14 +103,14 @@ def test_the_cases_with_tools_call_one(name: str, parity: ParityClient) -> None:
     assert json.loads(call["function"]["arguments"]) in [{}, *allowed]
 
 
-def test_the_case_with_reasoning_reasons(parity: ParityClient) -> None:
+def test_the_case_with_reasoning_contains_reasoning(parity: ParityClient) -> None:
     (choice,) = parity.queued(BOTH_WAYS["reasoning"]).body["choices"]
 
     assert choice["message"]["reasoning"].strip() == "the sky scatters."
     assert choice["message"]["content"].strip() in ("blue.", "blue!")
 
 
-def test_every_route_that_a_job_may_call_is_compared() -> None:
+def test_every_allowed_route_is_compared() -> None:
     tables = (AT_ONCE, STREAMED, EMBEDDED, CLASSIFIED)
     compared = {case.route for table in tables for case in table.values()}
 
@@ -118,8 +118,8 @@ def test_every_route_that_a_job_may_call_is_compared() -> None:
     assert not compared & NOT_COMPARED.keys()
 
 
-def test_the_first_batch_comes_before_the_answer_has_ended(job_queue: EmulatorQueue) -> None:
-    # Half a minute of work, whose first batch comes long before its end on a busy machine too.
+def test_the_first_batch_arrives_before_the_answer_is_complete(job_queue: EmulatorQueue) -> None:
+    # Half a minute of work: the first batch arrives long before its end, even on a busy machine.
     case = chat("long-story", n=24, temperature=1, max_tokens=1900, ignore_eos=True).streamed()
 
     job = job_queue.submit({"openai_route": case.route, "openai_input": case.body})

@@ -1,4 +1,4 @@
-"""More than one worker process of the engine: tensor parallelism, with the real engine on two cores."""
+"""Tensor parallelism: a real engine with two worker processes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ END_S = 60.0
 
 
 def on_two_cores(queue: EmulatorQueue, model: str, **flags: str) -> dict[str, str]:
-    """The environment of a worker whose engine has two workers: vLLM binds each to cores, and has to be told which."""
+    """Return the environment of a worker whose engine has two worker processes, each bound to a core."""
     first, *_, last = sorted(os.sched_getaffinity(0)) * 2
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{last}"}
     return {**VLLM_ENVIRONMENT, **queue.environment, "MODEL_NAME": model, **binding, **flags}
 
 
-def test_a_worker_with_tensor_parallelism_imports_once_answers_and_leaves_no_process_when_killed(
+def test_a_worker_with_tensor_parallelism_imports_once_and_leaves_no_process_after_sigkill(
     tiny_model: str, tmp_path: Path
 ) -> None:
     with emulator_queue() as queue:

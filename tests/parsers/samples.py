@@ -107,10 +107,10 @@ VOCABULARY = 28_032
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer, and what the request says beside it.
+    """An answer, and additional fields of its request.
 
     Attributes:
-        answer: its text; numbers among the texts are tokens as they are.
+        answer: its text, or a list of texts and token ids.
         request: fields of the request.
     """
 
