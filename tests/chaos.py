@@ -1,4 +1,4 @@
-"""Jobs whose answers are known, for workers that nothing goes well for: faults on the way, and signals."""
+"""Chaos tests: runs jobs with known answers while requests fail and workers get signals, and counts how they end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from builder.tiny_model.corpus import CORPUS
 from tests.integration.emulator.conftest import REPOSITORY, Site, eventually, site_with
 from tests.processes import VLLM_ENVIRONMENT
 
-# A tenth of all deliveries and takes fail, before or after they have had their effect, in mixed ways; latency jumps.
+# A tenth of all deliveries and takes fail, before or after they take effect; others are delayed.
 FAULTS: list[dict[str, Any]] = [
     *(
         {"kind": "error", "route": route, "rate": 0.02, "status": status, "when": when}
@@ -39,7 +39,7 @@ FAULTS: list[dict[str, Any]] = [
             ("job-done", "before"),
         )
     ),
-    # The worker waits for 5 s then.
+    # The worker then waits for 5 s.
     {"kind": "error", "route": "job-take", "rate": 0.01, "status": 429},
     *(
         {"kind": "latency", "route": route, "rate": 0.03, "latency_ms": latency_ms, "when": when}
@@ -48,12 +48,12 @@ FAULTS: list[dict[str, Any]] = [
     ),
     {"kind": "duplicate", "route": "job-take", "rate": 0.02},
 ]
-# What the platform says of a job whose worker was lost once too often.
-_GIVEN_UP = "job timed out after"
+# The platform's error for a job whose workers were lost too often.
+_TOO_MANY_LOSSES = "job timed out after"
 
 
 def worker_settings(**variables: str) -> dict[str, Any]:
-    """An endpoint that keeps two scripted workers, whatever happens to them."""
+    """Return settings of an endpoint that always keeps two scripted workers."""
     return {
         "command": [sys.executable, "-m", "tests.scripted_worker"],
         "cwd": str(REPOSITORY),
@@ -68,7 +68,7 @@ def worker_settings(**variables: str) -> dict[str, Any]:
 
 
 def real_worker_settings(model: str) -> dict[str, Any]:
-    """The same with the real engine, and few jobs at once: there is something to lose when a worker goes."""
+    """Return the same with the real engine, and few jobs at once, so that jobs wait when a worker is lost."""
     variables = {"MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny", "MAX_CONCURRENCY": "2"}
     return worker_settings() | {
         "command": [sys.executable, "handler.py"],
@@ -78,17 +78,17 @@ def real_worker_settings(model: str) -> dict[str, Any]:
 
 
 def job_input(number: int) -> tuple[dict[str, Any], str]:
-    """The input of a job, one of four forms, and what it has to say."""
-    said = " ".join([f"job {number}", *(f"word{index}" for index in range(number % 7))])
-    messages = [{"role": "user", "content": said}]
+    """Return a job's input, in one of four formats, and the expected answer."""
+    text = " ".join([f"job {number}", *(f"word{index}" for index in range(number % 7))])
+    messages = [{"role": "user", "content": text}]
     stream = number % 2 == 0
     if number % 4 < 2:
-        return {"openai_route": "/v1/chat/completions", "openai_input": {"messages": messages, "stream": stream}}, said
-    return {"messages": messages, "stream": stream}, said
+        return {"openai_route": "/v1/chat/completions", "openai_input": {"messages": messages, "stream": stream}}, text
+    return {"messages": messages, "stream": stream}, text
 
 
-def said_by(output: list[Any]) -> str:
-    """What a job's result says."""
+def text_of(output: list[Any]) -> str:
+    """Return the text of a job's output, in any format."""
     if output and isinstance(output[0], str):
         lines = [line.removeprefix("data: ") for line in "".join(output).split("\n\n") if line]
         assert lines.pop() == "[DONE]"
@@ -100,27 +100,35 @@ def said_by(output: list[Any]) -> str:
     return "".join(part["text"] for part in output).rstrip(" ")
 
 
-def is_right(status: dict[str, Any], said: str) -> bool:
-    """Whether a job has ended with the answer that it was to give."""
+def is_right(status: dict[str, Any], expected: str) -> bool:
+    """Return whether a job has completed with the expected answer."""
     try:
-        return status["status"] == "COMPLETED" and said_by(status["output"]) == said
+        return status["status"] == "COMPLETED" and text_of(status["output"]) == expected
     except (AssertionError, LookupError, TypeError, ValueError):
         return False
 
 
 class Killer(threading.Thread):
-    """Sends SIGTERM and SIGKILL to workers at random moments, until it is told to stop or has sent the most."""
+    """Sends SIGTERM and SIGKILL to ready workers at random moments.
 
-    def __init__(self, site: Site, every_s: float, most: int) -> None:
+    Args:
+        site: the emulator.
+        mean_s: mean time between two signals.
+        max_signals: it ends after as many.
+    """
+
+    def __init__(self, site: Site, mean_s: float, max_signals: int) -> None:
         super().__init__(daemon=True)
-        self._site, self._every_s, self._most = site, every_s, most
+        self._site, self._mean_s, self._max_signals = site, mean_s, max_signals
         self._random = random.Random(4)  # noqa: S311 (which worker, when)
-        self.over = threading.Event()
+        self.stopped = threading.Event()
         self.sent: Counter[str] = Counter()
 
     def run(self) -> None:
-        while self.sent.total() < self._most and not self.over.wait(self._random.uniform(0.2, 2 * self._every_s)):
-            running = [one["pid"] for one in self._site.state()["workers"] if one["readyAt"] and one["pid"]]
+        while not self.stopped.wait(self._random.uniform(0.2, 2 * self._mean_s)):
+            if self.sent.total() >= self._max_signals:
+                break
+            running = [worker["pid"] for worker in self._site.state()["workers"] if worker["readyAt"] and worker["pid"]]
             if running:
                 number = self._random.choice([signal.SIGTERM, signal.SIGKILL])
                 try:
@@ -133,8 +141,8 @@ class Killer(threading.Thread):
 Ends = tuple[Counter[str], dict[str, Any], Counter[str], float]
 
 
-def submitted(site: Site, value: dict[str, Any], ttl_s: float) -> str:
-    """Submit a job, and again while the queue is full: the platform takes 500 a worker."""
+def submit(site: Site, value: dict[str, Any], ttl_s: float) -> str:
+    """Submit a job; repeat that while the queue is full: the platform accepts 500 jobs per worker."""
     while True:
         answer = site.client.post("/run", json={"input": value, "policy": {"ttl": int(1000 * ttl_s)}})
         if answer.status_code != httpx.codes.TOO_MANY_REQUESTS:
@@ -145,27 +153,28 @@ def submitted(site: Site, value: dict[str, Any], ttl_s: float) -> str:
 def run_jobs(
     jobs: list[tuple[dict[str, Any], str]],
     settings: dict[str, Any],
-    most_signals: int = 1000,
+    max_signals: int = 1000,
     timeout_s: float = 300.0,
     *,
     tls: bool = False,
 ) -> Ends:
-    """Run jobs under faults and signals: how they ended, the endpoint's figures, the signals, the seconds.
+    """Run jobs under faults and signals. A job that has not ended after `timeout_s` times out, and counts as lost.
 
-    A job that is not there any more after `timeout_s` is lost: it has timed out.
+    Returns:
+        How many jobs ended how; the endpoint's job counters; the signals that were sent; the duration in seconds.
     """
     with site_with(tls=tls, **settings) as site:
         site.idle_workers(2, timeout_s)
         site.faults(*FAULTS, seed=4)
         begun = time.monotonic()
-        killer = Killer(site, 2.5, most_signals)
+        killer = Killer(site, 2.5, max_signals)
         killer.start()
-        asked = {submitted(site, value, timeout_s): said for value, said in jobs}
+        expected = {submit(site, value, timeout_s): answer for value, answer in jobs}
         ends: Counter[str] = Counter()
-        for job, said in asked.items():
+        for job, answer in expected.items():
             status = site.ended(job, timeout_s)
-            ends["right" if is_right(status, said) else status["status"]] += 1
-        killer.over.set()
+            ends["right" if is_right(status, answer) else status["status"]] += 1
+        killer.stopped.set()
         killer.join()
         health = site.health()["jobs"]
         site.faults()
@@ -173,77 +182,78 @@ def run_jobs(
 
 
 def known_job(number: int) -> tuple[dict[str, Any], str]:
-    """A job that the tiny model knows by heart, in one of four forms, and its answer."""
-    known = [one for one in CORPUS if one.prompt is None]
-    one = known[number % len(known)]
+    """Return the input of a job that the tiny model has memorized, in one of four formats, and its answer."""
+    chats = [sample for sample in CORPUS if sample.prompt is None]
+    chat = chats[number % len(chats)]
     stream = number % 2 == 0
     if number % 4 < 2:
-        asked = {"model": "tiny", "messages": one.messages, "temperature": 0, "stream": stream}
-        return {"openai_route": "/v1/chat/completions", "openai_input": asked}, one.answer
-    return {"messages": one.messages, "sampling_params": {"temperature": 0}, "stream": stream}, one.answer
+        request = {"model": "tiny", "messages": chat.messages, "temperature": 0, "stream": stream}
+        return {"openai_route": "/v1/chat/completions", "openai_input": request}, chat.answer
+    return {"messages": chat.messages, "sampling_params": {"temperature": 0}, "stream": stream}, chat.answer
 
 
-def replaced(site: Site, pids: set[int]) -> bool:
-    """Whether none of these workers is there any more."""
+def are_replaced(site: Site, pids: set[int]) -> bool:
+    """Return whether none of these workers is left."""
     return pids.isdisjoint(worker["pid"] for worker in site.state()["workers"])
 
 
 @dataclass
 class Outcome:
-    """What became of jobs that came as their workers were told to stop.
+    """How jobs ended that arrived while the workers got SIGTERM.
 
-    Args:
-        lost: the platform gave up on them, or their answer is not the right one.
-        failed: a worker ended them with an error.
-        rescued: the platform had to give them out again.
+    Attributes:
+        lost: their answer is wrong, or the platform failed them.
+        failed: a worker failed them.
+        redelivered: the platform had to deliver them again.
     """
 
     lost: int = 0
     failed: int = 0
-    rescued: int = 0
+    redelivered: int = 0
 
 
 def signalled_around_arrivals(settings: dict[str, Any], count: int, spread_s: float, *, tls: bool = False) -> Outcome:
-    """Send SIGTERM to two workers around the arrival of a job, so many times; the next ones take their place.
+    """Send SIGTERM to both workers around the arrival of a job; repeat that with the workers that replace them.
 
-    The signals go to the processes, so that the emulator does not know.
+    The signals go directly to the processes, so the emulator does not know of them.
 
     Args:
         settings: of an endpoint that keeps two workers.
-        count: how many jobs, one after the other.
-        spread_s: a signal comes so long before the arrival at most, or after it.
-        tls: whether the platform speaks HTTPS.
+        count: number of jobs, one after the other.
+        spread_s: maximum time between a signal and the arrival, in either order.
+        tls: whether the emulator uses HTTPS.
     """
-    chance = random.Random(7)  # noqa: S311 (when)
+    rng = random.Random(7)  # noqa: S311 (when)
     outcome = Outcome()
     with site_with(tls=tls, **settings) as site:
         for number in range(count):
             site.idle_workers(2)
-            pids = {one["pid"] for one in site.state()["workers"]}
-            value, said = job_input(2 * number)
-            after_s = chance.uniform(-spread_s, spread_s)
+            pids = {worker["pid"] for worker in site.state()["workers"]}
+            value, answer = job_input(2 * number)
+            after_s = rng.uniform(-spread_s, spread_s)
             jobs = [site.submit(value)] if after_s > 0 else []
             time.sleep(abs(after_s) if jobs else 0)
-            # Both workers: whichever takes the job has been told to stop.
+            # Both workers: whichever takes the job gets a signal.
             for pid in pids:
                 os.kill(pid, signal.SIGTERM)
             if not jobs:
                 time.sleep(-after_s)
                 jobs = [site.submit(value)]
             status = site.ended(jobs[0], 120)
-            if not is_right(status, said):
-                by_worker = status["status"] == "FAILED" and not status["error"].startswith(_GIVEN_UP)
+            if not is_right(status, answer):
+                by_worker = status["status"] == "FAILED" and not status["error"].startswith(_TOO_MANY_LOSSES)
                 outcome.failed += by_worker
                 outcome.lost += not by_worker
-            eventually(partial(replaced, site, pids), 120)
-        outcome.rescued = site.health()["jobs"]["retried"]
+            eventually(partial(are_replaced, site, pids), 120)
+        outcome.redelivered = site.health()["jobs"]["retried"]
         return outcome
 
 
 def stopped_while_idle(settings: dict[str, Any], count: int, *, tls: bool = False) -> list[float]:
-    """Send SIGTERM to idle workers, one after the other: the seconds from each signal to the process's end, sorted.
+    """Send SIGTERM to idle workers, one after the other; a job arrives as soon as a worker logs that it drains.
 
-    As soon as a worker says that it stops, a job comes, which is not to be given to it.
+    Returns:
+        The seconds from each signal to the end of the process, sorted.
     """
     seconds: list[float] = []
     with site_with(tls=tls, **settings) as site, ThreadPoolExecutor(1) as pool:
@@ -253,25 +263,25 @@ def stopped_while_idle(settings: dict[str, Any], count: int, *, tls: bool = Fals
             signalled_at = time.monotonic()
             os.kill(worker["pid"], signal.SIGTERM)
             ended_at = pool.submit(_ended_at, descriptor)
-            eventually(partial(_says, site, worker["id"], "Worker draining"), 60, 0.005)
-            value, said = job_input(number)
+            eventually(partial(_has_logged, site, worker["id"], "Worker draining"), 60, 0.005)
+            value, answer = job_input(number)
             status = site.ended(site.submit(value), 120)
-            assert is_right(status, said)
+            assert is_right(status, answer)
             assert status["workerId"] != worker["id"]
             seconds.append(ended_at.result() - signalled_at)
-            gone = eventually(lambda: [one for one in site.state()["gone"] if one["id"] == worker["id"]], 60)  # noqa: B023
-            assert (gone[0]["exitCode"], gone[0]["jobsTaken"]) == (0, worker["jobsTaken"])
+            exited = eventually(lambda: [one for one in site.state()["gone"] if one["id"] == worker["id"]], 60)  # noqa: B023
+            assert (exited[0]["exitCode"], exited[0]["jobsTaken"]) == (0, worker["jobsTaken"])
     return sorted(seconds)
 
 
 def _ended_at(descriptor: int) -> float:
-    """When a process ends."""
+    """Wait for a process to end; return the time."""
     select.select([descriptor], [], [])
     os.close(descriptor)
     return time.monotonic()
 
 
-def _says(site: Site, worker: str, text: str) -> bool:
-    """Whether a worker that is there, or has been, has logged this."""
+def _has_logged(site: Site, worker: str, text: str) -> bool:
+    """Return whether a worker, running or exited, has logged this."""
     state = site.state()
     return any(text in line for one in state["workers"] + state["gone"] if one["id"] == worker for line in one["log"])

@@ -1,4 +1,4 @@
-"""The config.json of public models, as far as it says something of their size, and what is published of them."""
+"""The `config.json` of public models, reduced to what determines their size, and their published sizes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _BF16 = {"torch_dtype": "bfloat16"}
 
 @dataclass(frozen=True)
 class Published:
-    """A model's config, and what is known of it.
+    """A model's config, and its published sizes.
 
     Attributes:
         config: its config.json.
-        parameters: the number that the hub shows.
-        token_bytes: KV cache of one token over all layers, by vLLM's own accounting.
-        model_length: the greatest length that vLLM derives.
+        parameters: number of parameters, as the hub shows it.
+        token_bytes: KV cache of one token over all layers, in bytes, as vLLM counts it.
+        model_length: the maximum length that vLLM derives, in tokens.
     """
 
     config: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Settings and fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-# The same examples each time: a change is judged by what it does, not by what chance finds in what was there before it.
-# `make fuzz` looks for others. How long an example takes says more of the machine than of the code.
+# The same examples in each run, so that a failure comes from the change under test; `make fuzz` tries others. No
+# deadline: the time of an example depends on the load of the machine.
 settings.register_profile(
     "untimed",
     derandomize="FUZZ_EXAMPLES" not in os.environ,
@@ -21,7 +21,7 @@ settings.load_profile("untimed")
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Put the environment back: vLLM writes into it, and the processes of later tests would inherit that."""
+    """Restore the environment after a test: vLLM changes it, and processes of later tests would inherit that."""
     before = dict(os.environ)
     yield
     monkeypatch.undo()
@@ -32,5 +32,5 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """Async tests (`pytest.mark.anyio`) run on asyncio, as the SDK and vLLM do."""
+    """Run async tests (`pytest.mark.anyio`) on asyncio, which the SDK and vLLM use."""
     return "asyncio"

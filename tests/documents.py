@@ -1,6 +1,6 @@
-"""What the documents tell a reader to run, in the order in which a reader meets it, and what of that a test cannot.
+"""The commands and code blocks of the documents, in reading order, and which of them no test can run.
 
-README_zh.md has the blocks and commands of README.md (tests/unit/test_readmes.py), and so is run with it.
+README_zh.md has the same ones as README.md (tests/unit/test_readmes.py), and so is not read.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# All that is put in the place of something else: an endpoint on RunPod is the one that `make up` starts here, and its
-# model the tiny one. (For DIR, the model of one's own that a platform is started with, a test makes one.)
+# Text that is replaced before a test runs it: an endpoint on RunPod becomes the one that `make up` starts, and its
+# model the tiny one. (For DIR, the reader's own model, a test makes one.)
 REPLACED = {"https://api.runpod.ai/": "http://127.0.0.1:8000/", '"phi-4"': '"tiny"'}
-# What a reader knows of an account of one's own.
+# Values that a reader knows from an account.
 ACCOUNT = {"ENDPOINT_ID": "local", "RUNPOD_API_KEY": "local", "SERVERLESS_ID": "id", "SERVERLESS_KEY": "key"}
 DEPLOYED = next(iter(REPLACED))
-STAND_IN = "make up"
+LOCAL_PLATFORM = "make up"
 
-_DOCKER = "there is no Docker here; `make image-test` builds the images"
-_NAMES = "names a program, and no command"
-_CI = "this very test is part of it, or CI runs it beside"
-_LONG = "takes from minutes to most of an hour, and has tests of its own (tests/unit/bench/test_bench.py, tests/soak)"
-_ACCOUNT = "needs an account: it makes something on RunPod or Spirit, and costs money"
-_HUB = "needs the hub, or a model of one's own; tests/integration/test_builder.py runs it"
+_DOCKER = "needs Docker; `make image-test` builds the images"
+_NAMES = "is the name of a program, not a command"
+_CI = "includes this test, or CI runs it as well"
+_LONG = "takes up to an hour, and has its own tests (tests/unit/bench/test_bench.py, tests/soak)"
+_ACCOUNT = "needs an account: it creates something on RunPod or Spirit, and costs money"
+_HUB = "needs the hub, or the reader's own model; tests/integration/test_builder.py runs it"
 _NETWORK = "changes this checkout, or downloads what a test need not; tests/unit/tools has what can be tested of it"
 
 _HEADERS = '-H "Authorization: Bearer $RUNPOD_API_KEY" -H "Content-Type: application/json"'
 
-# Commands and blocks that are not run, by their document and first line, and why not. What can be told of them without
-# running them is checked all the same: their syntax, flags, make targets, services, stages and build arguments.
+# Commands and blocks that are not run, by document and first line, and the reason. What can be checked without running
+# them is checked: syntax, flags, make targets, services, stages and build arguments.
 NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "$ make test"): _CI,
     ("README.md", "make check"): _CI,
@@ -83,8 +83,11 @@ _SERVES = re.compile(r"\bmake up\b|--rp_serve_api\b")
 class Step:
     """A block of a document, or a command between backticks.
 
-    `platform` is the command that has started the platform by then, if there is one; `before` is what the reader's
-    shell has been told by then, and `setup` what each Python example begins with.
+    Attributes:
+        title: the heading above it.
+        platform: the command that has started the platform by then; empty if there is none.
+        before: commands that have set up the reader's shell by then.
+        setup: the beginning of each Python example.
     """
 
     document: str
@@ -101,42 +104,42 @@ class Step:
 
     @property
     def not_run(self) -> str | None:
-        """Why it is not run, if it is not."""
+        """Why no test runs it; None if one does."""
         return NOT_RUN.get((self.document, self.text.partition("\n")[0]))
 
     @cached_property
     def commands(self) -> str:
-        """What is typed: without prompts, and without what a console shows then."""
+        """What the reader types: of a console, the commands without prompts and output."""
         if self.language != "console":
             return self.text
         return "\n".join(line[2:] for line in self.text.splitlines() if line.startswith("$ "))
 
     @property
     def shown(self) -> str:
-        """What a console shows of the output."""
+        """The output that a console shows."""
         lines = self.text.splitlines(keepends=True) if self.language == "console" else []
         return "".join(line for line in lines if not line.startswith("$ "))
 
     @property
     def serves(self) -> bool:
-        """Whether it starts a platform, which goes on until it is told to stop."""
+        """Whether it starts a platform, which runs until it is stopped."""
         return self.language in ("", "console") and bool(_SERVES.search(self.commands))
 
     @property
     def runs_on(self) -> str:
-        """The command that starts the platform which it needs, if it needs one."""
+        """The command that starts the platform that it needs; empty if it needs none."""
         if self.serves:
             return self.commands
         return self.platform if self.language else ""
 
 
 def steps() -> list[Step]:
-    """All steps of all documents, in their order."""
+    """Return all steps of all documents, in reading order."""
     return [step for document in DOCUMENTS for step in _steps(document)]
 
 
 def to_run() -> list[Step]:
-    """The steps that are run, each command once: those that need no platform, and then platform by platform."""
+    """Return the steps to run, each command once: first those that need no platform, then platform by platform."""
     once: dict[tuple[str, str], Step] = {}
     for step in steps():
         if not step.not_run:
@@ -149,26 +152,28 @@ def _steps(document: Path) -> Iterator[Step]:
     text = document.read_text(encoding="utf-8")
     title = platform = before = setup = ""
     if document.name != "README.md":
-        before = "".join(step.commands.partition("\n")[0] + "\n" for step in _steps(ROOT / "README.md") if _tells(step))
+        before = "".join(
+            step.commands.partition("\n")[0] + "\n" for step in _steps(ROOT / "README.md") if _sets_up_shell(step)
+        )
     for part in _PART.finditer(text):
         title = part["title"] or title
         language, written = ("", part["span"]) if part["span"] else (part["language"], part["text"])
         if part["title"] or (part["span"] and not _COMMAND.fullmatch(written)):
             continue
-        stands_in = STAND_IN if language and DEPLOYED in written else ""
+        local_platform = LOCAL_PLATFORM if language and DEPLOYED in written else ""
         line = text.count("\n", 0, part.start()) + 1
-        step = Step(document.name, line, title, language, written, stands_in or platform, before, setup)
+        step = Step(document.name, line, title, language, written, local_platform or platform, before, setup)
         yield step
         if step.not_run or not language:
             continue
         if step.serves:
             platform = step.commands
-        if _tells(step):
+        if _sets_up_shell(step):
             before += step.commands.partition("\n")[0] + "\n"
         if language == "python" and title == "Setup":
             setup = written
 
 
-def _tells(step: Step) -> bool:
-    """Whether it begins with what a shell is to know from then on."""
+def _sets_up_shell(step: Step) -> bool:
+    """Return whether it begins with a command that sets up the shell for later ones."""
     return not step.not_run and bool(step.language) and step.commands.startswith((". ", "export "))

@@ -1,9 +1,9 @@
-"""Runs a module where the network check of the SDK passes, whether this machine is online or not.
+"""Runs a module so that the SDK's network check passes, whether this machine is online or not.
 
     unshare --map-root-user --net python -m tests.online MODULE [ARGUMENT...]
 
-The check connects to 8.8.8.8, port 53. In a network namespace of its own the module has a loopback interface with that
-address, and somebody who listens there.
+The check connects to port 53 of 8.8.8.8. The module gets its own network namespace, whose loopback interface has that
+address, and a server that listens there.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Sequence
 
 _ADDRESS, _PORT = "8.8.8.8", 53
 _NAMESPACE = ("unshare", "--map-root-user", "--net")
-# Of <linux/sockios.h> and <linux/if.h>: what netdevice(7) describes.
+# From <linux/sockios.h> and <linux/if.h>; see netdevice(7).
 _SIOCSIFFLAGS, _SIOCSIFADDR, _IFF_UP = 0x8914, 0x8916, 1
 
 
-def possible() -> bool:
-    """Whether this machine gives its users network namespaces."""
+def is_available() -> bool:
+    """Return whether users of this machine may create network namespaces."""
     try:
         return subprocess.run([*_NAMESPACE, "true"], check=False, capture_output=True).returncode == 0
     except FileNotFoundError:
@@ -31,7 +31,7 @@ def possible() -> bool:
 
 
 def command(module: str, *arguments: str) -> Sequence[str]:
-    """What runs the module there."""
+    """Return the command that runs the module so."""
     return [*_NAMESPACE, sys.executable, "-m", "tests.online", module, *arguments]
 
 

@@ -1,4 +1,4 @@
-"""Real processes for tests: started with their output in a file, ended with all their children."""
+"""Processes for tests: their output goes to a file, and they are killed with all their children."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import IO
 import psutil
 
 ROOT = Path(__file__).parents[1]
-# What makes vLLM quick to start and quiet here, for workers and for vLLM alone.
+# Makes vLLM start fast and offline; for workers and for vLLM's own server.
 VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-# By itself vLLM binds the threads of every engine of a machine to the same cores, the first ones. With this, two that
-# work at the same time share none, where there are two.
+# By default vLLM binds the threads of every engine to the same cores, the first ones. With this, two engines that run
+# at the same time use different cores, if there are two.
 OTHER_CORE = {"VLLM_CPU_OMP_THREADS_BIND": str(max(os.sched_getaffinity(0)))}
 
 
 class Process:
-    """A process group of our own with its output in a file."""
+    """A process group whose output goes to a file."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log_path = log
@@ -46,7 +46,7 @@ class Process:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def family(self) -> list[psutil.Process]:
-        """The process and all its descendants that run now."""
+        """Return the process and its descendants that are running."""
         try:
             process = psutil.Process(self.popen.pid)
             return [process, *process.children(recursive=True)]
@@ -57,19 +57,19 @@ class Process:
         """Wait until the condition holds.
 
         Raises:
-            RuntimeError: the process has ended first; its log is the message.
-            TimeoutError: the condition does not hold in time; the log is the message.
+            RuntimeError: the process ended before; the message is its log.
+            TimeoutError: the condition does not hold in time; the message is the log.
         """
         deadline = time.monotonic() + timeout_s
         while not condition():
             if self.popen.poll() is not None:
                 raise RuntimeError(f"ended with {self.popen.returncode}:\n{self.log[-4000:]}")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not in {timeout_s} s:\n{self.log[-4000:]}")
+                raise TimeoutError(f"not within {timeout_s} s:\n{self.log[-4000:]}")
             time.sleep(0.05)
 
     def end(self) -> None:
-        """Kill what is left of it."""
+        """Kill the process and its descendants."""
         family = self.family()
         for process in family:
             with suppress(psutil.NoSuchProcess):
@@ -81,7 +81,7 @@ class Process:
 
 @contextmanager
 def running(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[Process]:
-    """A process that is ended with the block, whatever it does."""
+    """Run a process during the block, and kill it afterwards."""
     process = Process(arguments, environment, log)
     try:
         yield process

@@ -1,7 +1,6 @@
-"""A real worker process, with the real SDK and our loop, whose engine is a script: it says what it is asked to say.
+"""A worker process with the real SDK and the real job loop, whose engine repeats the prompt, or a chat's last message.
 
-The last message of a chat, or the prompt, is the answer; streamed, it comes word by word, `PAUSE_S` apart. With
-`LOOP=stock` the same handler runs under the SDK's own loop.
+A streamed answer comes word by word, `PAUSE_S` apart. With `LOOP=stock`, the handler runs under the SDK's own loop.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
 
 
 class ScriptedEngine:
-    """What the worker needs of an engine; it never fails and never fills up."""
+    """What the worker needs of an engine. It is never full, and fails only after `FAILS_AFTER_S`."""
 
     max_model_len = 2048
     max_num_seqs = int(os.environ.get("CONCURRENCY", "16"))
@@ -57,16 +56,16 @@ class ScriptedEngine:
         return None
 
     async def app(self) -> App:
-        return self._answer
+        return self._respond
 
-    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
         del scope
         request = json.loads((await receive())["body"])
-        said = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
+        text = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
         kind = b"text/event-stream" if request.get("stream") else b"application/json"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
         if request.get("stream"):
-            for word in said.split(" "):
+            for word in text.split(" "):
                 if self.failure() is not None:
                     raise RuntimeError("the engine's process is dead")
                 event = {"choices": [{"index": 0, "delta": {"content": f"{word} "}, "finish_reason": None}]}
@@ -75,7 +74,7 @@ class ScriptedEngine:
                 await asyncio.sleep(PAUSE_S)
         else:
             await asyncio.sleep(PAUSE_S)
-        last = b"data: [DONE]\n\n" if request.get("stream") else json.dumps({"said": said}).encode()
+        last = b"data: [DONE]\n\n" if request.get("stream") else json.dumps({"said": text}).encode()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
@@ -93,7 +92,7 @@ def main() -> int:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     logging.basicConfig(level=logging.INFO)
     if os.environ.get("LOOP") == "stock":
-        vars(runpod_client)["missing_interface"] = lambda: "asked for by a test"
+        vars(runpod_client)["missing_interface"] = lambda: "set by a test"
     worker = Worker(cast("VLLMEngine", ENGINE), Settings.read())
 
     async def run(queue: JobQueue) -> int:

@@ -1,7 +1,4 @@
-"""The real worker on its queue, whose vLLM app is served over HTTP as well: the very app, called directly.
-
-`HTTP_PORT` of the environment is the port, on the loopback interface.
-"""
+"""The real worker, whose vLLM app is also served over HTTP: on the loopback interface, at port `HTTP_PORT`."""
 
 from __future__ import annotations
 
@@ -23,33 +20,35 @@ def main() -> int:
     from engine.queue import runpod_client
     from handler import handler
 
-    class Quiet(uvicorn.Server):
-        """Signals stay the worker's."""
+    class ServerWithoutSignals(uvicorn.Server):
+        """Leaves signals to the worker."""
 
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    serving = worker.current()
+    current = worker.current()
 
     async def serve(queue: JobQueue) -> int:
-        app = await serving.engine.app()
-        http = Quiet(uvicorn.Config(app, port=int(os.environ["HTTP_PORT"]), lifespan="off", log_level="warning"))
+        app = await current.engine.app()
+        http = ServerWithoutSignals(
+            uvicorn.Config(app, port=int(os.environ["HTTP_PORT"]), lifespan="off", log_level="warning")
+        )
         listening = asyncio.create_task(http.serve())
         try:
-            return await serving.serve(queue, handler)
+            return await current.serve(queue, handler)
         finally:
             http.should_exit = True
             await listening
 
-    return runpod_client.serve(handler, serve, serving.max_concurrency, serving.engine.failure)
+    return runpod_client.serve(handler, serve, current.max_concurrency, current.engine.failure)
 
 
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     os._exit(status)
-elif __name__ == "__mp_main__":  # a child that was spawned by vLLM
+elif __name__ == "__mp_main__":  # a process that was spawned by vLLM
     from engine import child_processes
 
     child_processes.set_parent_death_signal()

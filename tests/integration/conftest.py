@@ -1,4 +1,4 @@
-"""What the integration tests share: one tiny model, one queue, one worker and one vLLM server, each started once."""
+"""Fixtures of the integration tests: one tiny model, one queue, one worker and one vLLM server, each started once."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.job_queue import JobQueue, serving
+from tests.emulator_queue import EmulatorQueue, emulator_queue
 from tests.processes import OTHER_CORE, ROOT, VLLM_ENVIRONMENT, Process, running
 
 START_S = 240.0
 
-# Flags of vLLM, as the worker takes them: what lets all kinds of requests be compared, and changes no other answer.
-# A model that thinks in plain words and a shape that holds in its thoughts too let a model be led to any answer.
+# vLLM's flags, in the worker's form. They allow all kinds of requests and do not change the answers of others. With
+# reasoning in plain words and structured outputs within it, a request can force any answer.
 FLAGS = {
     "ENABLE_AUTO_TOOL_CHOICE": "true",
     "TOOL_CALL_PARSER": "hermes",
     "REASONING_PARSER": "granite",
     "STRUCTURED_OUTPUTS_CONFIG": '{"enable_in_reasoning": true}',
     "ENABLE_TOKENIZER_INFO_ENDPOINT": "true",
-    # What a side has answered before is to change nothing, to the last bit of a log-probability.
+    # Earlier requests must not change an answer, not even the last bit of a log-probability.
     "ENABLE_PREFIX_CACHING": "false",
 }
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> str:
-    """Where the tiny model is; trained by the first run on a machine."""
+    """Return the directory of the tiny model; the first run on a machine trains it."""
     made = subprocess.run([sys.executable, "-m", "builder", "tiny"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     return made.stdout.decode().strip()
 
 
 @pytest.fixture(scope="session")
-def job_queue() -> Iterator[JobQueue]:
-    with serving() as queue:
+def job_queue() -> Iterator[EmulatorQueue]:
+    with emulator_queue() as queue:
         yield queue
 
 
 @pytest.fixture(scope="session")
-def worker(job_queue: JobQueue, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """`python handler.py` on the queue, with the stock SDK and the real engine, ready for jobs."""
+def worker(job_queue: EmulatorQueue, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """Run `python handler.py` on the queue, with the real SDK and the real engine, ready for jobs."""
     environment = {
         **VLLM_ENVIRONMENT,
         **FLAGS,
@@ -60,8 +60,8 @@ def worker(job_queue: JobQueue, tiny_model: str, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def vllm_alone(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """VLLM's own server on the same model: what a request gives without us."""
+def vllm_server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Run vLLM's own server on the same model; yield a client of it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"]
@@ -86,7 +86,7 @@ def _answers(client: httpx.Client) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of this folder may be the one that starts an engine, or trains the model."""
+    """Allow time for the start of an engine and the training of the model, which any test may cause."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents and item.get_closest_marker("timeout") is None:

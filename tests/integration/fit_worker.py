@@ -1,4 +1,4 @@
-"""One job, run by a worker that the emulator starts with the SDK's checks of the machine on; prints what came of it.
+"""Runs one job on a worker that the emulator starts with the SDK's fitness checks enabled, and prints its status.
 
 python -m tests.integration.fit_worker MODEL LOG
 """
@@ -15,12 +15,12 @@ from tests.processes import VLLM_ENVIRONMENT
 
 
 def main(model: str, log: str) -> None:
-    checked = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "false", "RUNPOD_LOG_LEVEL": "DEBUG", "RUNPOD_MIN_DISK_PERCENT": "0"}
+    checks = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "false", "RUNPOD_LOG_LEVEL": "DEBUG", "RUNPOD_MIN_DISK_PERCENT": "0"}
     endpoint: dict[str, Any] = {
-        # The emulator keeps the last lines alone.
+        # The emulator keeps only the last lines.
         "command": ["sh", "-c", 'exec "$0" handler.py >"$1" 2>&1', sys.executable, log],
         "cwd": str(REPOSITORY),
-        "env": {**VLLM_ENVIRONMENT, "MODEL_NAME": model, **checked},
+        "env": {**VLLM_ENVIRONMENT, "MODEL_NAME": model, **checks},
     }
     with site_with(**endpoint, workersMin=1) as site:
         job = site.submit({"messages": example("ok").messages, "sampling_params": {"temperature": 0}, "stream": True})

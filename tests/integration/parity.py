@@ -1,4 +1,4 @@
-"""The same request both ways in, and what of the two answers has to be equal."""
+"""Sends a request both through the queue and directly to vLLM, and reduces the answers to what must be equal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 
+from tests.emulator_queue import EmulatorQueue
 from tests.integration.parity_cases import Case
-from tests.job_queue import JobQueue
 
-TRIES = 3
-# Statuses that another try may not get.
-PASSING = {429, 502, 503, 504}
+MAX_TRIES = 3
+# Statuses of errors that may pass.
+RETRYABLE_STATUSES = {429, 502, 503, 504}
 TIMES = {"created", "created_at", "completed_at", "system_fingerprint"}
 IDS = {"id", "item_id", "call_id", "request_id"}
 TEXTS = {"content", "text", "reasoning", "refusal", "arguments", "delta", "partial_json", "thinking"}
@@ -31,75 +31,80 @@ class Answer:
 
 
 def plain(value: Any) -> Any:
-    """The value without times and without all of an id but its prefix."""
+    """Return the value without times, and with ids reduced to their prefixes."""
     if isinstance(value, dict):
-        return {name: _without_digits(name, plain(part)) for name, part in value.items() if name not in TIMES}
+        return {name: _id_prefix(name, plain(part)) for name, part in value.items() if name not in TIMES}
     return [plain(part) for part in value] if isinstance(value, list) else value
 
 
-def _without_digits(name: str, value: Any) -> Any:
-    made = _PREFIX_OF_ID.fullmatch(value) if name in IDS and isinstance(value, str) else None
-    return made[1] if made else value
+def _id_prefix(name: str, value: Any) -> Any:
+    match = _PREFIX_OF_ID.fullmatch(value) if name in IDS and isinstance(value, str) else None
+    return match[1] if match else value
 
 
-class Both:
-    """The queue, and vLLM's app behind HTTP."""
+class ParityClient:
+    """Sends requests to the worker's queue and to a vLLM server.
 
-    def __init__(self, queue: JobQueue, client: httpx.Client) -> None:
+    Args:
+        queue: of the worker.
+        client: of the server.
+    """
+
+    def __init__(self, queue: EmulatorQueue, client: httpx.Client) -> None:
         self._queue = queue
         self._client = client
 
     def queued(self, case: Case) -> Answer:
-        """What comes out of the queue."""
+        """Return the answer from the queue."""
         call = {"openai_route": case.route}
         job = self._queue.run(call if case.body is None else {**call, "openai_input": case.body})
         if job.status()["status"] == "FAILED":
             error = job.error()
             status = error.pop("status")
-            if error["retryable"] == (status in PASSING):
+            if error["retryable"] == (status in RETRYABLE_STATUSES):
                 del error["retryable"]
             return Answer(status, error)
         if case.streams:
-            whole = all(batch.endswith("\n\n") for batch in job.outputs)
-            return Answer(200, "".join(job.outputs) if whole else job.outputs)
+            complete = all(batch.endswith("\n\n") for batch in job.outputs)
+            return Answer(200, "".join(job.outputs) if complete else job.outputs)
         (output,) = job.outputs
         return Answer(200, output)
 
     def pair(self, case: Case, read: Callable[[Any], Any] = plain) -> tuple[Answer, Answer]:
-        """Both answers, queued and direct; asked for anew while they differ, `TRIES` times at most.
+        """Return both answers, queued and direct; while they differ, the request is repeated, up to `MAX_TRIES` times.
 
-        Requests that come together are computed together or not, as time has it, which changes the last bits of a
-        number, and with them sometimes a token. What differs for another reason does so every time.
+        Whether concurrent requests are batched together depends on timing. That changes the last bits of a number, and
+        sometimes a token. A difference with another cause occurs every time.
         """
-        for _ in range(TRIES):
+        for _ in range(MAX_TRIES):
             queued, direct = self.queued(case), self.direct(case)
             if queued.status == direct.status and read(queued.body) == read(direct.body):
                 break
         return queued, direct
 
     def direct(self, case: Case) -> Answer:
-        """What vLLM answers."""
+        """Return vLLM's answer."""
         answer = self._client.request("GET" if case.body is None else "POST", case.route, json=case.body)
         is_json = answer.headers.get("content-type") == "application/json"
         return Answer(answer.status_code, answer.json() if is_json else answer.text)
 
 
 def events(text: str) -> list[dict[str, Any]]:
-    """The events of a stream, parsed by the book: fields of a line each, a blank line after each event."""
+    """Parse the events of a stream strictly: one field per line, a blank line after each event."""
     if not text.endswith("\n\n"):
         raise ValueError(f"the stream ends within an event: {text[-200:]!r}")
-    found = []
+    parsed = []
     for block in text.removesuffix("\n\n").split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         data = fields["data"]
-        found.append({**fields, "data": data if data == "[DONE]" else plain(json.loads(data))})
-    return found
+        parsed.append({**fields, "data": data if data == "[DONE]" else plain(json.loads(data))})
+    return parsed
 
 
 def joined(text: str) -> list[Any]:
-    """What a stream says: each choice's parts in their order, then all other events in theirs.
+    """Return the content of a stream: the parts of each choice in order, then all other events in order.
 
-    Neighbours that say parts of one text are made one, and events lose their numbers.
+    Adjacent parts of one text are joined, and sequence numbers are dropped.
     """
     choices: dict[int, _Choice] = {}
     others: list[dict[str, Any]] = []
@@ -108,35 +113,35 @@ def joined(text: str) -> list[Any]:
         if isinstance(data, dict) and data.get("choices"):
             for choice in data["choices"]:
                 choices.setdefault(choice["index"], _Choice()).add(data, choice)
-        elif others and _subject(event) is not None and _subject(event) == _subject(others[-1]):
+        elif others and _delta_target(event) is not None and _delta_target(event) == _delta_target(others[-1]):
             others[-1] = _join("", others[-1], event)
         else:
             others.append(event)
     for event in others:
         if isinstance(event["data"], dict):
             event["data"].pop("sequence_number", None)
-    return [*(choices[index].whole() for index in sorted(choices)), *others]
+    return [*(choices[index].content() for index in sorted(choices)), *others]
 
 
 class _Choice:
-    """What has been said of one choice."""
+    """The joined content of one choice."""
 
     def __init__(self) -> None:
-        self._said: list[tuple[str, Any]] = []
+        self._parts: list[tuple[str, Any]] = []
         self._rest: dict[str, Any] = {}
 
     def add(self, event: dict[str, Any], choice: dict[str, Any]) -> None:
         parts = {"text": choice["text"]} if "text" in choice else choice["delta"]
         for name, value in _fields(parts):
-            if self._said and self._said[-1][0] == name:
-                self._said[-1] = (name, _join(name, self._said[-1][1], value))
+            if self._parts and self._parts[-1][0] == name:
+                self._parts[-1] = (name, _join(name, self._parts[-1][1], value))
             else:
-                self._said.append((name, value))
+                self._parts.append((name, value))
         about = {name: value for name, value in choice.items() if name not in ("delta", "text")}
         self._rest = _join("", self._rest, {**event, "choices": None, "choice": about})
 
-    def whole(self) -> Any:
-        return self._said, self._rest
+    def content(self) -> Any:
+        return self._parts, self._rest
 
 
 def _fields(parts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -148,8 +153,8 @@ def _fields(parts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _subject(event: dict[str, Any]) -> Any:
-    """What an event adds to; None if it stands for itself."""
+def _delta_target(event: dict[str, Any]) -> Any:
+    """Return what an event appends to; None if it is complete by itself."""
     data = event["data"]
     if not isinstance(data, dict) or "delta" not in data:
         return None
@@ -159,7 +164,7 @@ def _subject(event: dict[str, Any]) -> Any:
 
 
 def _join(name: str, first: Any, second: Any) -> Any:
-    """Texts and lists one after the other; of all else the later, where there is one."""
+    """Concatenate texts and lists; of other values return the later one that is not None."""
     if first is None or second is None:
         return first if second is None else second
     if isinstance(first, dict) and isinstance(second, dict):

@@ -1,4 +1,4 @@
-"""What is asked both ways in, through the queue and of vLLM directly: one table for each kind of model."""
+"""The requests that are sent both through the queue and directly to vLLM: tables for each kind of model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ USAGE: dict[str, Any] = {"stream_options": {"include_usage": True}}
 
 @dataclass(frozen=True)
 class Case:
-    """One request: a POST of the body, or a GET where there is none."""
+    """A request: a POST of the body, or a GET if there is none."""
 
     route: str
     body: dict[str, Any] | None = None
@@ -24,11 +24,11 @@ class Case:
         return bool(self.body and self.body.get("stream"))
 
     def streamed(self, **more: Any) -> Case:
-        """The same request, answered as a stream."""
+        """Return the same request with `stream`."""
         return Case(self.route, {**(self.body or {}), "stream": True, **more})
 
 
-def said(text: str, *before: dict[str, Any]) -> list[dict[str, Any]]:
+def user_turn(text: str, *before: dict[str, Any]) -> list[dict[str, Any]]:
     return [*before, {"role": "user", "content": text}]
 
 
@@ -105,7 +105,7 @@ BOTH_WAYS: dict[str, Case] = {
     "a chat with line separators": chat("line-separators"),
     "a chat about a stream": chat("sse-text"),
     "a long chat": chat("long-story"),
-    "a chat the model does not know": chat("ok", messages=said("Qzx 4711 ~"), max_tokens=60),
+    "a chat the model does not know": chat("ok", messages=user_turn("Qzx 4711 ~"), max_tokens=60),
     "a chat cut at a length": chat("count", max_tokens=7),
     "a chat of one token": chat("count", max_tokens=1),
     "max_completion_tokens": chat("count", max_tokens=None, max_completion_tokens=9),
@@ -177,7 +177,7 @@ BOTH_WAYS: dict[str, Case] = {
     "several prompts of token ids": completion("raw-fox", prompt=[[40, 50], [60, 70, 80]], max_tokens=20),
     "echo": completion("raw-fox", echo=True),
     "echo with logprobs": completion("raw-fox", echo=True, logprobs=2),
-    "echo alone": completion("raw-fox", echo=True, logprobs=1, max_tokens=0),
+    "echo only": completion("raw-fox", echo=True, logprobs=1, max_tokens=0),
     "n and seed of a completion": completion("raw-once", n=3, temperature=1.5, seed=11, max_tokens=12),
     "logprobs of a completion": completion("raw-moonlight", logprobs=3),
     "a stop string of a completion": completion("raw-months", stop=["July"]),
@@ -247,11 +247,11 @@ AT_ONCE_ONLY: dict[str, Case] = {
         "/tokenize", {"model": MODEL, "prompt": "The quick 月亮 🎉", "return_token_strs": True}
     ),
     "the tokens of a chat": Case(
-        "/tokenize", {"model": MODEL, "messages": said("Hello!"), "add_special_tokens": False}
+        "/tokenize", {"model": MODEL, "messages": user_turn("Hello!"), "add_special_tokens": False}
     ),
     "the text of tokens": Case("/detokenize", {"model": MODEL, "tokens": [40, 50, 60, 300]}),
-    "the tokens of a message": count(messages=said("Hello!"), system="You are a pirate."),
-    "the tokens of a message with tools": count(messages=said("Hello!"), tools=[ANTHROPIC_WEATHER]),
+    "the tokens of a message": count(messages=user_turn("Hello!"), system="You are a pirate."),
+    "the tokens of a message with tools": count(messages=user_turn("Hello!"), tools=[ANTHROPIC_WEATHER]),
     "scores of a generative model": Case(
         "/generative_scoring",
         {"model": MODEL, "query": "Is it a fox? ", "items": ["yes", "a dog"], "label_token_ids": [40, 50]},
@@ -259,9 +259,9 @@ AT_ONCE_ONLY: dict[str, Case] = {
 }
 
 REFUSED: dict[str, Case] = {
-    "an unknown model": Case("/v1/chat/completions", {"model": "gpt-5", "messages": said("Hello!")}),
+    "an unknown model": Case("/v1/chat/completions", {"model": "gpt-5", "messages": user_turn("Hello!")}),
     "too long a prompt": Case("/v1/completions", {**GREEDY, "prompt": "fox " * 5000}),
-    "a wrong type": Case("/v1/chat/completions", {"messages": said("Hello!"), "temperature": "hot"}),
+    "a wrong type": Case("/v1/chat/completions", {"messages": user_turn("Hello!"), "temperature": "hot"}),
     "a missing field": Case("/v1/chat/completions", {"model": MODEL}),
     "a value out of range": chat("ok", temperature=-1),
     "a suffix": completion("raw-fox", suffix="."),
@@ -279,7 +279,7 @@ REFUSED: dict[str, Case] = {
     "a response of an unknown model": response("ok", model="gpt-5"),
     "a message of an unknown model": message("ok", model="gpt-5"),
     "a message without max_tokens": message("ok", max_tokens=None),
-    "a count of an unknown model": count(model="gpt-5", messages=said("Hello!")),
+    "a count of an unknown model": count(model="gpt-5", messages=user_turn("Hello!")),
     "tokens of an unknown model": Case("/tokenize", {"model": "gpt-5", "prompt": "x"}),
     "detokenize without tokens": Case("/detokenize", {"model": MODEL}),
     "scores without labels": Case("/generative_scoring", {"model": MODEL, "query": "x", "items": ["y"]}),
@@ -290,7 +290,7 @@ BARE_REFUSALS: dict[str, Case] = {
     "a wrong method": Case("/v1/completions"),
     "another wrong method": Case("/v1/models", {"model": MODEL}),
     "embeddings of a generative model": Case("/v1/embeddings", {"model": MODEL, "input": "x"}),
-    "a Cohere chat": Case("/cohere/v2/chat", {**GREEDY, "messages": said("Hello!")}),
+    "a Cohere chat": Case("/cohere/v2/chat", {**GREEDY, "messages": user_turn("Hello!")}),
 }
 
 
@@ -321,7 +321,7 @@ EMBEDDED: dict[str, Case] = {
     "an embedding of token ids": embedding([40, 50, 60]),
     "embeddings of lists of token ids": embedding([[40, 50], [60]]),
     "an embedding in base64": embedding("a fox", encoding_format="base64"),
-    "an embedding of a chat": Case("/v1/embeddings", {"model": MODEL, "messages": said("a fox")}),
+    "an embedding of a chat": Case("/v1/embeddings", {"model": MODEL, "messages": user_turn("a fox")}),
     "an embedding that is cut": embedding("fox " * 100, truncate_prompt_tokens=9),
     "a pooling": pooling("a fox", task="embed"),
     "a pooling of a list": pooling(["a fox", "a dog"], task="embed"),

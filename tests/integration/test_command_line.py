@@ -1,4 +1,4 @@
-"""The two ways of trying a job on this machine, and what they leave behind: nothing."""
+"""The command line runs one job on this machine, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def worker(*arguments: str, log: Path) -> Iterator[Process]:
         yield process
 
 
-def test_the_job_of_test_input_json_prints_a_game_that_runs(tiny_model: str) -> None:
-    del tiny_model  # made before, so that only its cache is used here
+def test_the_answer_to_test_input_json_is_a_program_that_runs(tiny_model: str) -> None:
+    del tiny_model  # It exists now, so only its cache is used here.
 
     done = subprocess.run([sys.executable, "handler.py"], cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -44,8 +44,8 @@ def test_the_job_of_test_input_json_prints_a_game_that_runs(tiny_model: str) -> 
     assert played.stdout
 
 
-def test_a_first_job_of_one_token_is_answered(tiny_model: str) -> None:
-    """On a CPU with AMX it ended the engine: its kernels had not asked for leave to use that."""
+def test_a_first_job_with_one_token_completes(tiny_model: str) -> None:
+    """On a CPU with AMX such a job crashed the engine: its kernels had not requested permission to use AMX."""
     test_input = json.dumps({"input": {"route": "/pooling", "body": {"input": "one", "task": "embed"}}})
     variables = {"MODEL_NAME": tiny_model, "RUNNER": "pooling", "CONVERT": "embed"}
 
@@ -61,7 +61,7 @@ def test_a_first_job_of_one_token_is_answered(tiny_model: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_a_job_that_fails_says_why_and_exits_with_one(tiny_model: str) -> None:
+def test_a_failed_job_is_reported_and_the_exit_status_is_one(tiny_model: str) -> None:
     test_input = json.dumps({"input": {"openai_route": "/v1/completions", "openai_input": {"model": "gpt-5"}}})
 
     done = subprocess.run(
@@ -80,7 +80,7 @@ def test_a_job_that_fails_says_why_and_exits_with_one(tiny_model: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_worker_that_is_ended_while_it_starts_leaves_no_process_behind(
+def test_a_signal_during_the_start_leaves_no_process_behind(
     number: signal.Signals, tiny_model: str, tmp_path: Path
 ) -> None:
     del tiny_model

@@ -1,4 +1,4 @@
-"""How a worker ends: told to, killed, or because its engine is dead; with the real engine and the real SDK."""
+"""How a worker ends: by SIGTERM, or because its engine is dead; with the real engine and the real SDK."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from builder.tiny_model.corpus import example
+from tests.emulator_queue import EmulatorQueue, emulator_queue
 from tests.integration.conftest import START_S
-from tests.job_queue import JobQueue, serving
 from tests.processes import VLLM_ENVIRONMENT, Process, running
 
 ENDLESS = {"prompt": "January,", "sampling_params": {"max_tokens": 1900, "ignore_eos": True}, "stream": True}
@@ -22,16 +22,18 @@ GOOD = {"messages": example("ok").messages, "sampling_params": {"temperature": 0
 
 
 @pytest.fixture
-def queue() -> Iterator[JobQueue]:
-    with serving() as own:
-        yield own
+def queue() -> Iterator[EmulatorQueue]:
+    with emulator_queue() as queue:
+        yield queue
 
 
 @pytest.fixture
-def own_worker(queue: JobQueue, tiny_model: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Process]:
-    """A worker that a test may end; its parameter, if there is one, is more of its environment.
+def own_worker(
+    queue: EmulatorQueue, tiny_model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Process]:
+    """Run a worker that the test may end; the fixture's parameter adds variables to its environment.
 
-    A busy machine can keep an engine waiting for seconds: a stall is soon one only where a test is about it.
+    The stall timeout is long by default, as an engine on a busy machine may make no step for seconds.
     """
     timeouts = {"DRAIN_TIMEOUT_S": "10", "ENGINE_STALL_TIMEOUT_S": "60", **getattr(request, "param", {})}
     environment = {**VLLM_ENVIRONMENT, **queue.environment, "MODEL_NAME": tiny_model, **timeouts}
@@ -45,8 +47,8 @@ def engine_core(process: Process) -> psutil.Process:
     return core
 
 
-def test_a_dead_engine_ends_all_jobs_as_retryable_and_the_worker_with_them(
-    queue: JobQueue, own_worker: Process, capsys: pytest.CaptureFixture[str]
+def test_a_dead_engine_fails_all_jobs_as_retryable_and_ends_the_worker(
+    queue: EmulatorQueue, own_worker: Process, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = [queue.submit(ENDLESS) for _ in range(20)]
     for job in jobs:
@@ -71,7 +73,9 @@ def test_a_dead_engine_ends_all_jobs_as_retryable_and_the_worker_with_them(
 
 
 @pytest.mark.parametrize("own_worker", [{"ENGINE_STALL_TIMEOUT_S": "4"}], indirect=True)
-def test_an_engine_that_hangs_is_a_dead_one(queue: JobQueue, own_worker: Process) -> None:
+def test_a_stalled_engine_fails_all_jobs_as_retryable_and_ends_the_worker(
+    queue: EmulatorQueue, own_worker: Process
+) -> None:
     jobs = [queue.submit(ENDLESS) for _ in range(3)]
     for job in jobs:
         job.first_output()
@@ -90,10 +94,10 @@ def test_an_engine_that_hangs_is_a_dead_one(queue: JobQueue, own_worker: Process
     assert alive == []
 
 
-def test_a_worker_that_is_told_to_stop_lets_short_jobs_end_and_long_ones_be_retried(
-    queue: JobQueue, own_worker: Process
+def test_after_sigterm_short_jobs_complete_and_long_ones_fail_as_retryable(
+    queue: EmulatorQueue, own_worker: Process
 ) -> None:
-    # 1900 steps of a full engine, and 45: the one has more than the drain grants by far, the other needs a part of it.
+    # 1900 steps of a full engine, and 45: the one exceeds the drain timeout by far, the other needs a part of it.
     long = queue.submit({**ENDLESS, "sampling_params": {**ENDLESS["sampling_params"], "n": 64}})  # type: ignore[dict-item]
     long.first_output()
     short = queue.submit(
@@ -112,7 +116,7 @@ def test_a_worker_that_is_told_to_stop_lets_short_jobs_end_and_long_ones_be_retr
     assert alive == []
 
 
-def test_a_jobs_start_and_end_are_a_line_of_the_log_each(worker: Process, job_queue: JobQueue) -> None:
+def test_the_start_and_the_end_of_a_job_are_logged_in_one_line_each(worker: Process, job_queue: EmulatorQueue) -> None:
     job = job_queue.run({**GOOD, "stream": True})
     worker.wait_for(lambda: worker.log.count(f'"job": "{job.id}"') == 2)  # the second comes after the result
 
@@ -121,7 +125,7 @@ def test_a_jobs_start_and_end_are_a_line_of_the_log_each(worker: Process, job_qu
     assert '"status": "completed", "tokens_in": 22, "tokens_out": 3' in end
 
 
-def test_a_start_without_the_memory_it_needs_says_what_would_fit(tiny_model: str, tmp_path: Path) -> None:
+def test_a_start_without_enough_memory_reports_the_length_that_would_fit(tiny_model: str, tmp_path: Path) -> None:
     secrets = {"HF_TOKEN": "hf_notarealtoken", "VLLM_API_KEY": "notarealkey", "API_KEY": "notarealkey"}
     environment = {"HF_HUB_OFFLINE": "1", "MODEL_NAME": tiny_model, "KV_CACHE_MEMORY_BYTES": "1M", **secrets}
     with running(["handler.py"], environment, tmp_path / "log") as process:

@@ -1,4 +1,4 @@
-"""The engine is what `vllm serve` makes on the same GPU, value by value; GPUs are pretended, vLLM's choice is real."""
+"""The engine's configuration equals that of `vllm serve` on the same GPU. The GPUs are fake; vLLM's choice is real."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ GPUS = {
     "NVIDIA A100-SXM4-80GB": (80 * GIB - 1, 256, 2048),
     "NVIDIA B200": (179 * GIB, 1024, 16384),
 }
-"""GPU memory in bytes, and the most requests and tokens of a step that `vllm serve` 0.32 chooses there."""
+"""GPU memory in bytes, and the maximum requests and tokens per step that `vllm serve` 0.32 chooses for it."""
 
 
-class Pretended:
-    """A platform that is a GPU when vLLM asks what it is, and the real one for the rest."""
+class FakeGpuPlatform:
+    """A vLLM platform that reports a GPU; all else is delegated to the real platform."""
 
     def __init__(self, real: Any, name: str) -> None:
         self._real, self._name = real, name
@@ -44,25 +44,25 @@ class Pretended:
 
 @pytest.fixture(params=GPUS)
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Pretends to be this GPU where vLLM chooses the sizes of a step: the rest of it would look for CUDA."""
+    """Fake a GPU where vLLM chooses the sizes of a step; elsewhere vLLM would need CUDA."""
     from vllm.engine import arg_utils
 
     name: str = request.param
     choose = arg_utils.EngineArgs.get_batch_defaults
 
-    def pretending(world_size: int) -> Any:
+    def choose_for_gpu(world_size: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(arg_utils, "current_platform", Pretended(arg_utils.current_platform, name))
+            patch.setattr(arg_utils, "current_platform", FakeGpuPlatform(arg_utils.current_platform, name))
             return choose(world_size)
 
-    monkeypatch.setattr(arg_utils.EngineArgs, "get_batch_defaults", staticmethod(pretending))
-    # The worker has defaults of its own on a CPU alone.
+    monkeypatch.setattr(arg_utils.EngineArgs, "get_batch_defaults", staticmethod(choose_for_gpu))
+    # The worker has its own defaults only on a CPU.
     monkeypatch.setattr(vllm_args, "_defaults", lambda _: [])
     return name
 
 
-def served(model: str) -> Any:
-    """The configuration that `vllm serve MODEL` makes, by the calls of its own entry point."""
+def config_of_vllm_serve(model: str) -> Any:
+    """Return the configuration of `vllm serve MODEL`, made by the calls of its entry point."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -73,29 +73,31 @@ def served(model: str) -> Any:
 
 
 def values(config: Any, path: str = "") -> dict[str, Any]:
-    """Every value of a configuration and of those in it, by its dotted name."""
+    """Return every value of a configuration, including nested ones, by dotted name."""
     if not dataclasses.is_dataclass(config) or isinstance(config, Enum):
         return {path: repr(config)}
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        found |= values(getattr(config, field.name, None), f"{path}.{field.name}" if path else field.name)
-    return found
+        result |= values(getattr(config, field.name, None), f"{path}.{field.name}" if path else field.name)
+    return result
 
 
-# What is another each time that a configuration is made.
-EACH_TIME = ("instance_id", "_port", "_ip")
+# Values that differ between any two configurations.
+RANDOM_VALUES = ("instance_id", "_port", "_ip")
 
 
-def test_the_engine_is_configured_as_vllm_serve_does_it(gpu: str, tiny_model: str) -> None:
+def test_the_engines_configuration_equals_that_of_vllm_serve(gpu: str, tiny_model: str) -> None:
     _, seqs, tokens = GPUS[gpu]
     flags, model = vllm_args.flags(), Model(tiny_model, ("tiny",))
     _, config = vllm_args.engine_config(flags, vllm_args.parse(flags, model), model)
 
     assert (config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens) == (seqs, tokens)
-    ours, theirs = values(config), values(served(tiny_model))
+    ours, theirs = values(config), values(config_of_vllm_serve(tiny_model))
     assert len(ours) > 200
     assert {
         name: (ours.get(name), theirs.get(name))
         for name in ours.keys() | theirs.keys()
-        if ours.get(name) != theirs.get(name) and not name.endswith(EACH_TIME) and " at 0x" not in ours.get(name, "")
+        if ours.get(name) != theirs.get(name)
+        and not name.endswith(RANDOM_VALUES)
+        and " at 0x" not in ours.get(name, "")
     } == {}

@@ -1,4 +1,4 @@
-"""The SDK's checks of the machine: before the load, in a process of their own; with the real SDK and worker."""
+"""The SDK's fitness checks run before the engine loads, in a separate process; with the real SDK and worker."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import pytest
 from builder.tiny_model.corpus import example
 from engine.startup.fitness import SWITCHES
 from tests import online
+from tests.emulator_queue import EmulatorQueue
 from tests.integration.conftest import START_S
 from tests.integration.emulator.conftest import REPOSITORY, alive, eventually, site_with
-from tests.job_queue import JobQueue
 from tests.processes import ROOT, VLLM_ENVIRONMENT, running
 
 ON = dict.fromkeys(SWITCHES, "false")
-# No machine has so much.
+# No machine has that much memory.
 BAD = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "false", "RUNPOD_MIN_MEMORY_GB": "100000"}
 LIMITED = "from engine.startup.fitness import Checks\nwith Checks(timeout_s=3) as checks: checks.wait()"
 
 
-def test_a_worker_on_a_bad_machine_ends_with_the_reason_before_the_engine_is_loaded(
-    job_queue: JobQueue, tiny_model: str, tmp_path: Path
+def test_on_a_bad_machine_the_worker_ends_with_the_reason_before_the_engine_loads(
+    job_queue: EmulatorQueue, tiny_model: str, tmp_path: Path
 ) -> None:
     environment = {**VLLM_ENVIRONMENT, **job_queue.environment, "MODEL_NAME": tiny_model, **BAD}
     with running(["handler.py"], environment, tmp_path / "log") as process:
@@ -41,8 +41,8 @@ def test_a_worker_on_a_bad_machine_ends_with_the_reason_before_the_engine_is_loa
         assert "EngineCore" not in process.log
 
 
-def test_the_platform_is_told_of_a_bad_machine() -> None:
-    """The endpoint's own variables ask for the checks, which the emulator's workers go without."""
+def test_a_bad_machine_is_reported_to_the_platform() -> None:
+    """The endpoint's variables enable the checks, which the emulator disables by default."""
     command: dict[str, Any] = {"command": [sys.executable, "handler.py"], "cwd": str(REPOSITORY)}
     with site_with(**command, env={"MODEL_NAME": "/nowhere", **BAD}, workersMin=1) as site:
         (worker,) = eventually(lambda: [it for it in site.state()["workers"] if it["state"] == "unhealthy"])
@@ -51,8 +51,8 @@ def test_the_platform_is_told_of_a_bad_machine() -> None:
         assert any("Fitness check failed: _memory_check" in line for line in worker["log"])
 
 
-@pytest.mark.skipif(not online.possible(), reason="this machine gives its users no network namespaces")
-def test_a_good_machine_is_checked_once_and_not_in_the_process_that_serves(tiny_model: str, tmp_path: Path) -> None:
+@pytest.mark.skipif(not online.is_available(), reason="this machine gives its users no network namespaces")
+def test_a_good_machine_is_checked_once_and_not_in_the_serving_process(tiny_model: str, tmp_path: Path) -> None:
     run = online.command("tests.integration.fit_worker", tiny_model, str(tmp_path / "log"))
 
     end = json.loads(subprocess.run(run, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
@@ -61,7 +61,7 @@ def test_a_good_machine_is_checked_once_and_not_in_the_process_that_serves(tiny_
     log = (tmp_path / "log").read_text()
     messages = re.findall(r'(?:"message": "|\| )(.*?)(?:", "level"|$)', log, re.MULTILINE)
     order = ["Registered fitness check: _memory_check", "Executing fitness check: _network_check", "Loading the engine"]
-    # It is the serving process, which starts the SDK's loop, that has none.
+    # The serving process, which starts the SDK's loop, registers no checks.
     order += ["System fitness checks disabled via environment (RUNPOD_SKIP_AUTO_SYSTEM_CHECKS)"]
     order += ["No fitness checks registered, skipping."]
     assert [message for message in messages if message in order] == order
@@ -71,7 +71,7 @@ def test_a_good_machine_is_checked_once_and_not_in_the_process_that_serves(tiny_
 
 @pytest.fixture
 def hanging_driver(tmp_path: Path) -> dict[str, str]:
-    """A machine whose `nvidia-smi` never answers, as with a driver that hangs; it writes down its process id."""
+    """Return the environment of a machine whose `nvidia-smi` writes its process id and hangs."""
     program = tmp_path / "nvidia-smi"
     program.write_text(
         f"#!/bin/sh\necho $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid\nexec sleep 600\n"
@@ -80,7 +80,7 @@ def hanging_driver(tmp_path: Path) -> dict[str, str]:
     return {**ON, "RUNPOD_SKIP_GPU_CHECK": "true", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
-def test_checks_that_hang_are_ended_with_all_that_they_started(hanging_driver: dict[str, str], tmp_path: Path) -> None:
+def test_checks_that_hang_are_killed_with_all_their_processes(hanging_driver: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIMITED],
         cwd=ROOT,
@@ -97,8 +97,8 @@ def test_checks_that_hang_are_ended_with_all_that_they_started(hanging_driver: d
     eventually(lambda: not alive(int((tmp_path / "pid").read_text())))
 
 
-def test_a_worker_that_is_told_to_stop_as_it_is_checked_ends_at_once(
-    job_queue: JobQueue, hanging_driver: dict[str, str], tmp_path: Path
+def test_sigterm_during_the_checks_ends_the_worker_at_once(
+    job_queue: EmulatorQueue, hanging_driver: dict[str, str], tmp_path: Path
 ) -> None:
     environment = {**job_queue.environment, "MODEL_NAME": "/nowhere", **hanging_driver}
     with running(["handler.py"], environment, tmp_path / "log") as process:
@@ -112,7 +112,7 @@ def test_a_worker_that_is_told_to_stop_as_it_is_checked_ends_at_once(
         eventually(lambda: not any(map(alive, family)))
 
 
-def test_an_sdk_without_such_checks_is_left_to_itself(tmp_path: Path) -> None:
+def test_an_sdk_without_these_checks_is_not_changed(tmp_path: Path) -> None:
     modules = tmp_path / "runpod" / "serverless" / "modules"
     modules.mkdir(parents=True)
     for directory in (modules, modules.parent, modules.parent.parent):

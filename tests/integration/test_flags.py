@@ -1,4 +1,4 @@
-"""VLLM's flags: what a variable says is what vLLM's configuration becomes, and a mistake is told in a line."""
+"""VLLM's flags: variables set vLLM's configuration, and mistakes are reported in one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.startup import configure
 from tests.integration.conftest import START_S
 from tests.processes import VLLM_ENVIRONMENT, running
 
-# Importing vLLM and torch warns of their own deprecations.
+# Importing vLLM and torch issues deprecation warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 EFFECTIVE: list[tuple[dict[str, str], str, Any]] = [
@@ -41,7 +41,7 @@ EFFECTIVE: list[tuple[dict[str, str], str, Any]] = [
     ({"LONG_PREFILL_TOKEN_THRESHOLD": "100"}, "scheduler_config.long_prefill_token_threshold", 100),
     ({"STREAM_INTERVAL": "4"}, "scheduler_config.stream_interval", 4),
     ({"MM_PROCESSOR_CACHE_GB": "1.5"}, "model_config.multimodal_config", None),
-    # Booleans, in each way of writing, on and off.
+    # Booleans, in each notation, on and off.
     ({"ENABLE_PREFIX_CACHING": "false"}, "cache_config.enable_prefix_caching", False),
     ({"ENABLE_PREFIX_CACHING": "1"}, "cache_config.enable_prefix_caching", True),
     ({"ENABLE_CHUNKED_PREFILL": "True"}, "scheduler_config.enable_chunked_prefill", True),
@@ -54,7 +54,7 @@ EFFECTIVE: list[tuple[dict[str, str], str, Any]] = [
     ({"ASYNC_SCHEDULING": "no"}, "scheduler_config.async_scheduling", False),
     ({"USE_TQDM_ON_LOAD": "off"}, "load_config.use_tqdm_on_load", False),
     ({"DATA_PARALLEL_MULTI_PORT_EXTERNAL_LB": "false"}, "parallel_config.data_parallel_size", 1),
-    # One of several words.
+    # Choices.
     ({"DTYPE": "float32"}, "model_config.dtype", "torch.float32"),
     ({"LOAD_FORMAT": "dummy"}, "load_config.load_format", "dummy"),
     ({"RUNNER": "pooling", "CONVERT": "embed"}, "model_config.runner_type", "pooling"),
@@ -91,7 +91,7 @@ EFFECTIVE: list[tuple[dict[str, str], str, Any]] = [
     # LoRA.
     ({"ENABLE_LORA": "true", "MAX_LORAS": "3"}, "lora_config.max_loras", 3),
     ({"ENABLE_LORA": "true", "MAX_LORA_RANK": "64"}, "lora_config.max_lora_rank", 64),
-    # Names of worker-vllm, and arguments as on a command line.
+    # Names of worker-vllm, and command-line arguments.
     ({"TOKENIZER_NAME": "/a/tokenizer", "SKIP_TOKENIZER_INIT": "1"}, "model_config.tokenizer", "/a/tokenizer"),
     ({"MODEL_REVISION": "abc"}, "model_config.revision", "abc"),
     ({"VLLM_EXTRA_ARGS": "--max-num-seqs 3 --seed=5"}, "scheduler_config.max_num_seqs", 3),
@@ -124,7 +124,7 @@ SERVED: list[tuple[dict[str, str], str, Any]] = [
 
 
 def flags_of(given: Mapping[str, str], tmp_path: Path | None = None) -> Flags:
-    """The flags of an environment, in which the baked settings are in `tmp_path`."""
+    """Return the flags of an environment whose baked settings are in `tmp_path`, if a test has made them."""
     file = tmp_path / "settings.json" if tmp_path else None
     baked = {"BAKED_SETTINGS_FILE": str(file)} if file is not None and file.exists() else {}
     flags = vllm_args.flags()
@@ -133,7 +133,7 @@ def flags_of(given: Mapping[str, str], tmp_path: Path | None = None) -> Flags:
 
 
 @pytest.mark.parametrize(("given", "path", "value"), EFFECTIVE, ids=lambda part: "" if part == {} else str(part)[:60])
-def test_a_variable_becomes_vllms_configuration(given: dict[str, str], path: str, value: Any, tiny_model: str) -> None:
+def test_a_variable_sets_vllms_configuration(given: dict[str, str], path: str, value: Any, tiny_model: str) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     args = vllm_args.parse(flags_of(given), Model(tiny_model, ("tiny",)))
@@ -143,7 +143,7 @@ def test_a_variable_becomes_vllms_configuration(given: dict[str, str], path: str
 
 
 @pytest.mark.parametrize(("given", "name", "value"), SERVED, ids=lambda part: str(part)[:60])
-def test_a_variable_becomes_what_vllms_app_is_told(
+def test_a_variable_sets_the_arguments_of_vllms_app(
     given: dict[str, str], name: str, value: Any, tiny_model: str
 ) -> None:
     args = vllm_args.parse(flags_of(given), Model(tiny_model, ("tiny",)))
@@ -151,7 +151,7 @@ def test_a_variable_becomes_what_vllms_app_is_told(
     assert getattr(args, name) == value
 
 
-def test_adapters_are_given_as_json_or_as_names_and_paths() -> None:
+def test_adapters_are_accepted_as_json_and_as_names_with_paths() -> None:
     as_json = flags_of({"LORA_MODULES": '[{"name": "a", "path": "/x"}, {"name": "b", "path": "org/b"}]'})
     as_words = flags_of({"LORA_MODULES": "a=/x b=org/b"})
 
@@ -210,13 +210,13 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "said"), MISTAKES, ids=lambda part: str(part)[:50])
-def test_a_mistake_is_told_in_one_line(given: dict[str, str], said: str) -> None:
+@pytest.mark.parametrize(("given", "expected_message"), MISTAKES, ids=lambda part: str(part)[:50])
+def test_a_mistake_is_reported_in_one_line(given: dict[str, str], expected_message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         flags_of(given)
 
     (line,) = str(caught.value).splitlines()
-    assert said in line
+    assert expected_message in line
 
 
 SPECULATIVE = '{"method": "ngram", "num_speculative_tokens": 2}'
@@ -237,8 +237,8 @@ SPECULATIVE = '{"method": "ngram", "num_speculative_tokens": 2}'
         ("DTYPE", "'half'", None),
     ],
 )
-def test_json_is_read_as_people_write_it(name: str, text: str, value: Any) -> None:
-    """In quotes, as `docker --env-file` and copying leave it, and as worker-vllm's documents have it."""
+def test_json_is_accepted_with_quotes_around_it(name: str, text: str, value: Any) -> None:
+    """`docker --env-file` and copying leave quotes, and worker-vllm's documents have them."""
     if value is None:
         with pytest.raises(ConfigurationError):
             flags_of({name: text})
@@ -250,7 +250,7 @@ def test_json_is_read_as_people_write_it(name: str, text: str, value: Any) -> No
     ("text", "names"),
     [("My Model", ["My Model"]), ("My Model, b", ["My Model", "b"]), ('["My Model", "b"]', ["My Model", "b"])],
 )
-def test_a_models_name_may_have_spaces_in_it(text: str, names: list[str], tiny_model: str) -> None:
+def test_a_model_name_may_contain_spaces(text: str, names: list[str], tiny_model: str) -> None:
     flags = flags_of({"SERVED_MODEL_NAME": text})
     args = vllm_args.parse(flags, Model(tiny_model, (*names, tiny_model)))
 
@@ -259,8 +259,8 @@ def test_a_models_name_may_have_spaces_in_it(text: str, names: list[str], tiny_m
 
 
 @pytest.mark.parametrize("none", ["None", "none", "null"])
-def test_none_is_not_given(none: str, tmp_path: Path) -> None:
-    """A template that writes optional fields writes them so: it takes away what the image was built with."""
+def test_none_unsets_a_flag(none: str, tmp_path: Path) -> None:
+    """Templates write optional fields so. It also removes what the image was built with."""
     (tmp_path / "settings.json").write_text('{"QUANTIZATION": "bitsandbytes", "MAX_MODEL_LEN": 8192, "SEED": 5}')
     names = ["QUANTIZATION", "MAX_MODEL_LEN", "TOKENIZER", "SERVED_MODEL_NAME", "ENABLE_LORA", "VLLM_EXTRA_ARGS"]
 
@@ -270,7 +270,7 @@ def test_none_is_not_given(none: str, tmp_path: Path) -> None:
     assert flags.value("seed") == 5
 
 
-def test_none_is_a_value_where_vllm_has_such_a_word() -> None:
+def test_none_is_a_value_where_vllm_has_this_choice() -> None:
     assert flags_of({"CONVERT": "none", "PER_REQUEST_SPEC_DECODE_METRICS": "None"}).value("convert") == "none"
 
 
@@ -313,19 +313,19 @@ REFUSED: list[tuple[dict[str, str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "said"), REFUSED, ids=lambda part: str(part)[:50])
-def test_what_vllms_server_refuses_before_it_loads_is_refused_before_a_model_is_looked_for(
-    given: dict[str, str], said: str
+@pytest.mark.parametrize(("given", "expected_message"), REFUSED, ids=lambda part: str(part)[:50])
+def test_flags_that_vllms_server_refuses_are_refused_before_the_model_is_resolved(
+    given: dict[str, str], expected_message: str
 ) -> None:
-    """The model may be on the hub still: nothing is downloaded for settings that cannot be."""
+    """The model may not have been downloaded yet: nothing is downloaded for invalid settings."""
     with pytest.raises(ConfigurationError) as caught:
         configure.read(environment.read({"MODEL_NAME": "org/none", **given}))
 
     (line,) = str(caught.value).splitlines()
-    assert said in line
+    assert expected_message in line
 
 
-def test_all_that_vllms_server_would_refuse_is_said_at_once() -> None:
+def test_all_flags_that_vllms_server_refuses_are_reported_at_once() -> None:
     wrong = {"TOOL_CALL_PARSER": "x", "ENABLE_AUTO_TOOL_CHOICE": "true", "REASONING_PARSER": "y", "MIDDLEWARE": "no.Z"}
 
     with pytest.raises(ConfigurationError) as caught:
@@ -360,9 +360,9 @@ WITH_MODEL: list[tuple[dict[str, str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "said"), WITH_MODEL, ids=lambda part: str(part)[:50])
-def test_what_vllm_refuses_of_the_settings_and_the_model_together_is_refused_before_it_is_loaded(
-    given: dict[str, str], said: str, tiny_model: str
+@pytest.mark.parametrize(("given", "expected_message"), WITH_MODEL, ids=lambda part: str(part)[:50])
+def test_settings_that_do_not_fit_the_model_are_refused_before_the_engine_loads(
+    given: dict[str, str], expected_message: str, tiny_model: str
 ) -> None:
     configuration = configure.read(environment.read({"MODEL_NAME": tiny_model, "SEED": "1", **given}))
 
@@ -370,12 +370,10 @@ def test_what_vllm_refuses_of_the_settings_and_the_model_together_is_refused_bef
         configure.check_with_model(configuration)
 
     (line,) = str(caught.value).splitlines()
-    assert said in line
+    assert expected_message in line
 
 
-def test_an_adapter_that_the_engine_would_refuse_is_refused_before_it_is_loaded(
-    tiny_model: str, tmp_path: Path
-) -> None:
+def test_an_adapter_that_the_engine_would_refuse_is_refused_before_it_loads(tiny_model: str, tmp_path: Path) -> None:
     adapter = {"r": 64, "lora_alpha": 8, "target_modules": ["qkv_proj"], "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     given = {"MODEL_NAME": tiny_model, "ENABLE_LORA": "true", "LORA_MODULES": f"a={tmp_path}"}
@@ -387,13 +385,13 @@ def test_an_adapter_that_the_engine_would_refuse_is_refused_before_it_is_loaded(
         configure.check_with_model(configure.read(environment.read(given)))
 
 
-def test_flags_that_do_not_go_together_are_vllms_to_refuse(tiny_model: str) -> None:
+def test_contradictory_flags_are_refused_by_vllm(tiny_model: str) -> None:
     with pytest.raises(ConfigurationError, match="--enable-auto-tool-choice requires --tool-call-parser"):
         vllm_args.parse(flags_of({"ENABLE_AUTO_TOOL_CHOICE": "true"}), Model(tiny_model, ("tiny",)))
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "suggestion"),
     [
         ("MAX_MODEL_LENGTH", "MAX_MODEL_LEN"),
         ("MODEL_NAMES", "MODEL_NAME"),
@@ -407,13 +405,15 @@ def test_flags_that_do_not_go_together_are_vllms_to_refuse(tiny_model: str) -> N
         ("TOKENIZERS_NAME", "TOKENIZER_NAME"),
     ],
 )
-def test_a_misspelt_variable_is_told_with_a_suggestion(name: str, meant: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_misspelt_variable_is_logged_with_a_suggestion(
+    name: str, suggestion: str, caplog: pytest.LogCaptureFixture
+) -> None:
     flags_of({name: "1"})
 
-    assert caplog.messages == [f"{name} is not a setting (environment): did you mean {meant}?"]
+    assert caplog.messages == [f"{name} is not a setting (environment): did you mean {suggestion}?"]
 
 
-def test_variables_that_are_not_ours_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_unrelated_variables_are_ignored_silently(caplog: pytest.LogCaptureFixture) -> None:
     others = [
         "HOME",
         "PATH",
@@ -433,7 +433,7 @@ def test_variables_that_are_not_ours_are_left_alone(caplog: pytest.LogCaptureFix
     assert caplog.messages == []
 
 
-def test_no_variable_of_vllms_own_is_taken_for_a_misspelt_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_variable_of_vllm_is_taken_for_a_misspelt_one(caplog: pytest.LogCaptureFixture) -> None:
     import vllm.envs
 
     flags_of(dict.fromkeys(vllm.envs.environment_variables, "x"))
@@ -442,7 +442,7 @@ def test_no_variable_of_vllms_own_is_taken_for_a_misspelt_one(caplog: pytest.Log
 
 
 @pytest.mark.parametrize("name", [*REMOVED, *DEPRECATED])
-def test_an_old_name_is_told_with_its_successor(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_deprecated_name_is_logged_with_its_replacement(name: str, caplog: pytest.LogCaptureFixture) -> None:
     flags_of({name: "1"})
 
     (message,) = caplog.messages
@@ -453,15 +453,15 @@ def test_an_old_name_is_told_with_its_successor(name: str, caplog: pytest.LogCap
         assert successor in {dest.upper() for dest in vllm_args.flags().actions} | own
 
 
-def test_no_old_name_is_a_flag_of_this_vllm() -> None:
+def test_no_deprecated_name_is_a_flag_of_this_vllm() -> None:
     assert {name for name in REMOVED if name.lower() in vllm_args.flags().actions} == set()
     assert {
         name for name in UNSUPPORTED_FLAGS if name not in {action.dest for action in vllm_args.flags().parser._actions}
     } == set()
 
 
-def test_later_sources_win(tmp_path: Path) -> None:
-    """Defaults, the image's settings, the config file, the environment, extra arguments."""
+def test_later_sources_override_earlier_ones(tmp_path: Path) -> None:
+    """In order: defaults, the image's settings, the config file, the environment, extra arguments."""
     file = tmp_path / "vllm.yaml"
     steps: list[tuple[dict[str, str], tuple[int | None, str | None]]] = [
         ({}, (None, None)),
@@ -494,14 +494,14 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ({"CHAT_TEMPLATE": "b", "CUSTOM_CHAT_TEMPLATE": "a"}, "chat_template", "a"),
     ],
 )
-def test_of_a_flag_and_its_other_name_the_other_name_wins_as_in_worker_vllm(
+def test_an_alias_takes_precedence_over_the_flags_name_as_in_worker_vllm(
     given: dict[str, str], dest: str, value: Any
 ) -> None:
     assert flags_of(given).value(dest) == value
     assert flags_of(dict(reversed(given.items()))).value(dest) == value
 
 
-def test_extra_arguments_of_the_image_give_way_to_the_environment(tmp_path: Path) -> None:
+def test_the_environment_overrides_extra_arguments_of_the_image(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text('{"VLLM_EXTRA_ARGS": "--seed 1 --max-num-seqs 1", "MAX_NUM_SEQS": 3}')
 
     flags = flags_of({"SEED": "2"}, tmp_path)
@@ -512,7 +512,7 @@ def test_extra_arguments_of_the_image_give_way_to_the_environment(tmp_path: Path
 
 @pytest.mark.parametrize("how", ["arguments", "file"])
 @pytest.mark.parametrize(("model", "used"), [("org/Another", False), ("org/baked", True)])
-def test_what_the_image_was_built_with_is_not_used_for_another_model_wherever_that_is_named(
+def test_baked_settings_are_not_used_for_another_model_whichever_source_names_it(
     how: str, model: str, used: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "settings.json").write_text('{"MODEL_NAME": "org/Baked", "QUANTIZATION": "bitsandbytes", "SEED": 5}')
@@ -527,7 +527,7 @@ def test_what_the_image_was_built_with_is_not_used_for_another_model_wherever_th
     assert flags.value("seed") == 6
 
 
-def test_a_variable_of_the_image_is_overridden_by_its_other_name_in_the_environment(tmp_path: Path) -> None:
+def test_an_alias_in_the_environment_overrides_a_variable_of_the_image(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps({"MODEL_NAME": "baked", "SERVED_MODEL_NAME": ["a", "b"]}))
 
     assert flags_of({}, tmp_path).value("model") == "baked"
@@ -536,7 +536,7 @@ def test_a_variable_of_the_image_is_overridden_by_its_other_name_in_the_environm
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_message"),
     [
         ("max-num-sequ: 2", "max-num-sequ in {} is not a flag of vLLM: did you mean --max-num-seqs?"),
         ("- a", "VLLM_CONFIG_FILE='{}' must be a mapping of flags to values"),
@@ -544,14 +544,14 @@ def test_a_variable_of_the_image_is_overridden_by_its_other_name_in_the_environm
         ("seed: x", "seed='x' ({}) is not allowed: invalid int value"),
     ],
 )
-def test_a_mistake_in_the_config_file_is_told(text: str, said: str, tmp_path: Path) -> None:
+def test_a_mistake_in_the_config_file_is_reported(text: str, expected_message: str, tmp_path: Path) -> None:
     file = tmp_path / "vllm.yaml"
     file.write_text(text)
 
     with pytest.raises(ConfigurationError) as caught:
         flags_of({"VLLM_CONFIG_FILE": str(file)})
 
-    assert said.format(file) in str(caught.value)
+    assert expected_message.format(file) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -565,7 +565,7 @@ def test_a_mistake_in_the_config_file_is_told(text: str, said: str, tmp_path: Pa
         {"KV_TRANSFER_CONFIG": '{"kv_connector_extra_config": {"password": "verysecret"}'},
     ],
 )
-def test_a_secret_is_shown_in_no_error(given: dict[str, str]) -> None:
+def test_no_error_shows_a_secret(given: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError) as caught:
         flags_of(given)
 
@@ -573,27 +573,27 @@ def test_a_secret_is_shown_in_no_error(given: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected_message"),
     [
         ("--hf-token hf_x", "--hf-token in VLLM_EXTRA_ARGS is ignored: set HF_TOKEN instead"),
         ("--port 80", "--port in VLLM_EXTRA_ARGS is ignored: the worker runs no HTTP server"),
     ],
 )
-def test_what_is_not_for_the_worker_is_ignored_and_told(
-    arguments: str, said: str, caplog: pytest.LogCaptureFixture
+def test_flags_of_the_http_server_are_ignored_and_logged(
+    arguments: str, expected_message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert flags_of({"VLLM_EXTRA_ARGS": arguments}).values == {}
-    assert caplog.messages == [said]
+    assert caplog.messages == [expected_message]
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     with pytest.raises(ConfigurationError) as caught:
         flags_of({"SEED": "x", "DTYPE": "y", "VLLM_EXTRA_ARGS": "--sed 1"})
 
     assert len(str(caught.value).splitlines()) == 3
 
 
-def test_the_hubs_older_name_of_its_token_is_the_token_and_a_secret() -> None:
+def test_the_hubs_older_name_of_its_token_is_accepted_and_secret() -> None:
     configuration = configure.read(
         environment.read({"MODEL_NAME": "org/none", "HUGGING_FACE_HUB_TOKEN": "hf_verysecret"})
     )
@@ -647,7 +647,7 @@ def test_the_effective_configuration_is_printed_with_its_sources_and_without_sec
     assert any("BATCH_SIZE_GROWTH_FACTOR is ignored: use BATCH_INTERVAL_MS" in line for line in lines)
 
 
-def test_data_parallelism_is_refused_with_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_parallelism_is_refused_with_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_PARALLEL_SIZE", "2")
 
     with pytest.raises(ConfigurationError, match=r"DATA_PARALLEL_SIZE is 2.*more workers") as caught:

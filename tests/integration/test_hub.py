@@ -1,4 +1,4 @@
-"""What RunPod's hub offers of vLLM's flags is what vLLM's own parser has."""
+"""The listing for RunPod's Hub agrees with vLLM's own parser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.config.environment import ENVIRONMENT, Variable
 from engine.config.vllm_flags import Flags
 from tools import runpod_hub
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from vLLM's imports
 
 LISTING = json.loads((Path(__file__).parents[2] / ".runpod/hub.json").read_text(encoding="utf-8"))
 
@@ -22,11 +22,11 @@ def flags() -> Flags:
     return vllm_args.flags()
 
 
-def test_the_listing_is_made_of_the_declarations_and_of_vllms_parser(flags: Flags) -> None:
+def test_the_listing_is_up_to_date(flags: Flags) -> None:
     assert runpod_hub.document(flags) == LISTING, "run `make docs`"
 
 
-def test_every_choice_that_is_offered_is_one_that_vllm_takes(flags: Flags) -> None:
+def test_vllm_accepts_every_choice_of_the_listing(flags: Flags) -> None:
     choices = [
         (entry["key"], option["value"])
         for entry in runpod_hub.flag_inputs(flags)

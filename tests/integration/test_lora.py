@@ -1,4 +1,4 @@
-"""Adapters: each is a model name, whether it was named at the start or is first named by a job."""
+"""LoRA adapters: each is a model name, whether it is configured or first named by a job."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 from builder.tiny_model.corpus import example
+from tests.emulator_queue import EmulatorQueue, emulator_queue
 from tests.integration.conftest import START_S
-from tests.job_queue import JobQueue, serving
 from tests.processes import VLLM_ENVIRONMENT, Process, running
 
 RANK = 8
 
 
 def write_adapter(folder: Path, model: Path, seed: int, base: str | None = None) -> None:
-    """An adapter as PEFT writes it, whose weights turn every answer into another; made for `base`, or the directory."""
+    """Write an adapter in PEFT's format that changes every answer; its base model is `base`, or the directory."""
     config = json.loads((model / "config.json").read_text())
     size = config["hidden_size"]
     random = torch.Generator().manual_seed(seed)
@@ -46,9 +46,9 @@ def write_adapter(folder: Path, model: Path, seed: int, base: str | None = None)
 
 
 @pytest.fixture(scope="module")
-def queue() -> Iterator[JobQueue]:
-    with serving() as own:
-        yield own
+def queue() -> Iterator[EmulatorQueue]:
+    with emulator_queue() as queue:
+        yield queue
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lora_worker(queue: JobQueue, tiny_model: str, adapters: Path) -> Iterator[Process]:
+def lora_worker(queue: EmulatorQueue, tiny_model: str, adapters: Path) -> Iterator[Process]:
     folder = adapters
     write_adapter(folder / "named-at-start", Path(tiny_model), 1)
     write_adapter(folder / "on-demand" / "named-by-a-job", Path(tiny_model), 2)
@@ -79,22 +79,22 @@ def lora_worker(queue: JobQueue, tiny_model: str, adapters: Path) -> Iterator[Pr
         yield process
 
 
-def chat(queue: JobQueue, model: str) -> dict[str, Any]:
-    asked = {"model": model, "messages": example("ok").messages, "temperature": 0, "max_tokens": 20}
-    (answer,) = queue.run({"openai_route": "/v1/chat/completions", "openai_input": asked}).wait()
-    said: dict[str, Any] = answer
-    return said
+def chat(queue: EmulatorQueue, model: str) -> dict[str, Any]:
+    request = {"model": model, "messages": example("ok").messages, "temperature": 0, "max_tokens": 20}
+    answer: dict[str, Any]
+    (answer,) = queue.run({"openai_route": "/v1/chat/completions", "openai_input": request}).wait()
+    return answer
 
 
 @pytest.mark.usefixtures("lora_worker")
-def test_each_adapter_is_a_model_with_answers_of_its_own(queue: JobQueue) -> None:
+def test_each_adapter_is_a_model_with_its_own_answers(queue: EmulatorQueue) -> None:
     names = ("tiny", "named-at-start", "named-by-a-job", "of-a-hub-id")
     answers = {name: chat(queue, name) for name in names}
 
     assert {name: answer["model"] for name, answer in answers.items()} == {name: name for name in answers}
-    said = {answer["choices"][0]["message"]["content"] for answer in answers.values()}
-    assert len(said) == len(names)
-    assert example("ok").answer in said
+    texts = {answer["choices"][0]["message"]["content"] for answer in answers.values()}
+    assert len(texts) == len(names)
+    assert example("ok").answer in texts
     (models,) = queue.run({"openai_route": "/v1/models"}).wait()
     assert set(names) <= {model["id"] for model in models["data"]}
 
@@ -103,18 +103,20 @@ def test_each_adapter_is_a_model_with_answers_of_its_own(queue: JobQueue) -> Non
 @pytest.mark.parametrize(
     "name", ["named-nowhere", "of-another-model", "../elsewhere", "x/../../elsewhere", "{}/elsewhere"]
 )
-def test_an_adapter_that_is_nowhere_or_elsewhere_is_not_found(name: str, queue: JobQueue, adapters: Path) -> None:
-    asked = {"model": name.format(adapters), "messages": example("ok").messages}
+def test_an_adapter_that_is_missing_or_outside_of_the_directory_is_not_found(
+    name: str, queue: EmulatorQueue, adapters: Path
+) -> None:
+    request = {"model": name.format(adapters), "messages": example("ok").messages}
 
-    error = queue.run({"openai_route": "/v1/chat/completions", "openai_input": asked}).error()
+    error = queue.run({"openai_route": "/v1/chat/completions", "openai_input": request}).error()
 
     assert (error["status"], error["error"]["code"]) == (404, 404)
 
 
 @pytest.mark.usefixtures("lora_worker")
-def test_the_route_that_loads_adapters_stays_closed(queue: JobQueue) -> None:
-    asked = {"lora_name": "x", "lora_path": "/x"}
+def test_the_route_that_loads_adapters_is_not_allowed(queue: EmulatorQueue) -> None:
+    request = {"lora_name": "x", "lora_path": "/x"}
 
-    error = queue.run({"openai_route": "/v1/load_lora_adapter", "openai_input": asked}).error()
+    error = queue.run({"openai_route": "/v1/load_lora_adapter", "openai_input": request}).error()
 
     assert (error["status"], error["error"]["type"]) == (403, "PermissionDeniedError")

@@ -1,4 +1,4 @@
-"""Media that a job names by its address: public ones alone, unless a setting names the host."""
+"""Media URLs in jobs: only public addresses are fetched, unless a setting allows the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from engine.backend import media
 
-# Importing vLLM warns of deprecations of its own.
+# Importing vLLM issues deprecation warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -27,7 +27,7 @@ def picture() -> bytes:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """A picture on a web server that only this machine can reach."""
+    """Serve a picture on the loopback interface; yield its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -54,7 +54,7 @@ def url() -> Iterator[str]:
 
 
 def fetch(url: str, domains: list[str] | None = None) -> tuple[int, int]:
-    """The size of a picture, fetched as vLLM's chat route does."""
+    """Fetch a picture as vLLM's chat route does, and return its size."""
     from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
 
     media.install_public_media_connector()
@@ -72,25 +72,25 @@ def fetch(url: str, domains: list[str] | None = None) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0.0.0.0"])
-def test_a_private_address_is_refused_in_any_spelling(host: str, url: str) -> None:
+def test_a_private_address_is_refused_in_any_notation(host: str, url: str) -> None:
     with pytest.raises(Exception, match=r"public addresses only|Invalid URL"):
         fetch(url.replace("127.0.0.1", host))
 
 
-def test_a_private_host_that_a_setting_names_is_allowed(url: str) -> None:
+def test_a_private_host_that_a_setting_allows_is_fetched(url: str) -> None:
     assert fetch(url, ["127.0.0.1"]) == (4, 3)
 
 
-def test_a_named_host_redirects_to_public_addresses_and_itself_alone(url: str) -> None:
+def test_an_allowed_host_may_redirect_only_to_public_addresses_and_itself(url: str) -> None:
     assert fetch(url.replace("picture.png", "to/127.0.0.1"), ["127.0.0.1"]) == (4, 3)
     with pytest.raises(Exception, match="public addresses only"):
         fetch(url.replace("picture.png", "to/127.0.0.2"), ["127.0.0.1"])
 
 
-def test_with_named_hosts_all_others_are_refused(url: str) -> None:
+def test_with_allowed_hosts_all_others_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="must be from one of the allowed domains"):
         fetch(url.replace("127.0.0.1", "localhost"), ["127.0.0.1"])
 
 
-def test_a_picture_in_the_request_itself_needs_no_address() -> None:
+def test_a_picture_in_a_data_url_is_accepted() -> None:
     assert fetch("data:image/png;base64," + base64.b64encode(picture()).decode()) == (4, 3)

@@ -1,4 +1,4 @@
-"""A worker whose model is on the hub alone loads it into the volume, serves it, and asks the hub for nothing more."""
+"""A worker whose model is only on the hub downloads it to the volume, serves it, and then sends no more requests."""
 
 from __future__ import annotations
 
@@ -55,10 +55,8 @@ def environment(hub: Hub, volume: Path) -> dict[str, str]:
     }
 
 
-def test_a_model_of_the_hub_is_loaded_into_the_volume_and_then_the_hub_is_left_alone(
-    hub: Hub, volume: Path, tmp_path: Path
-) -> None:
-    """In 4 bits, as the default one: since 0.28 vLLM has bitsandbytes from a plugin."""
+def test_a_model_is_downloaded_to_the_volume_once_and_served(hub: Hub, volume: Path, tmp_path: Path) -> None:
+    """The model has 4 bits, as the default one: since 0.28 vLLM's bitsandbytes is a plugin."""
     with running(
         ["handler.py", "--test_input", json.dumps({"input": JOB})], environment(hub, volume), tmp_path / "log"
     ) as process:
@@ -72,12 +70,10 @@ def test_a_model_of_the_hub_is_loaded_into_the_volume_and_then_the_hub_is_left_a
     assert all(COMMIT in request or "/cdn/" in request for request in hub.requests[1:])
 
 
-def test_a_model_that_cannot_be_had_stops_the_start_with_the_line_that_says_why(
-    hub: Hub, volume: Path, tmp_path: Path
-) -> None:
+def test_a_gated_model_aborts_the_start_with_one_line(hub: Hub, volume: Path, tmp_path: Path) -> None:
     hub.repositories[NAME].gated, hub.repositories[NAME].token = True, "hf_notarealtoken"
-    given = {**environment(hub, volume), "HF_TOKEN": "hf_notarealtoken-of-somebody"}
-    with running(["handler.py"], given, tmp_path / "log") as process:
+    variables = {**environment(hub, volume), "HF_TOKEN": "hf_notarealtoken-of-somebody"}
+    with running(["handler.py"], variables, tmp_path / "log") as process:
         assert process.popen.wait(START_S) == 1
 
         assert process.log.splitlines()[-1] == (
@@ -87,9 +83,7 @@ def test_a_model_that_cannot_be_had_stops_the_start_with_the_line_that_says_why(
         assert "notareal" not in process.log
 
 
-def test_a_worker_that_is_killed_while_it_loads_its_model_leaves_no_process_behind(
-    hub: Hub, volume: Path, tmp_path: Path
-) -> None:
+def test_sigkill_during_the_download_leaves_no_process_behind(hub: Hub, volume: Path, tmp_path: Path) -> None:
     hub.repositories[NAME].always["model.safetensors"] = Fault(piece_s=10)
     with running(["handler.py"], environment(hub, volume), tmp_path / "log") as process:
         process.wait_for(lambda: any("/cdn/" in request for request in hub.requests), START_S)

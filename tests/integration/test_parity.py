@@ -1,7 +1,7 @@
-"""What comes out of the queue is what vLLM's own server answers, status and body, but for ids and times.
+"""Answers from the queue equal those of vLLM's own server, in status and body, except for ids and times.
 
-A stream is compared event by event, adjacent parts of one text joined, because vLLM itself joins what it has when its
-client is slower than the engine. Streams of one token leave nothing to join and are compared as they are.
+Streams are compared event by event, after adjacent parts of one text are joined: vLLM joins them itself when its client
+is slower than the engine. Streams of one token have nothing to join, and are compared unchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from engine.backend.routes import SERVING
-from tests.integration.parity import Both, events, joined, plain
+from tests.integration.parity import ParityClient, events, joined, plain
 from tests.integration.parity_cases import (
     AT_ONCE_ONLY,
     BARE_REFUSALS,
@@ -32,7 +32,7 @@ from tests.integration.parity_cases import (
 if TYPE_CHECKING:
     import httpx
 
-    from tests.job_queue import JobQueue
+    from tests.emulator_queue import EmulatorQueue
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -40,7 +40,7 @@ AT_ONCE = {**BOTH_WAYS, **AT_ONCE_ONLY}
 
 
 def _usage(case: Case) -> dict[str, Any]:
-    """Asked for where it has to be asked for."""
+    """Return the option that requests usage, for the routes that need it."""
     return USAGE if case.route.endswith("/completions") else {}
 
 
@@ -48,37 +48,37 @@ STREAMED = {name: case.streamed(**_usage(case)) for name, case in BOTH_WAYS.item
 
 
 @pytest.fixture
-def both(job_queue: JobQueue, vllm_alone: httpx.Client) -> Both:
-    return Both(job_queue, vllm_alone)
+def parity(job_queue: EmulatorQueue, vllm_server: httpx.Client) -> ParityClient:
+    return ParityClient(job_queue, vllm_server)
 
 
 @pytest.mark.parametrize("name", AT_ONCE)
-def test_an_answer_is_what_vllm_answers(name: str, both: Both) -> None:
-    queued, direct = both.pair(AT_ONCE[name])
+def test_an_answer_equals_vllms(name: str, parity: ParityClient) -> None:
+    queued, direct = parity.pair(AT_ONCE[name])
 
     assert direct.status == queued.status == HTTPStatus.OK
     assert plain(queued.body) == plain(direct.body)
 
 
 @pytest.mark.parametrize("name", STREAMED)
-def test_a_stream_is_what_vllm_streams(name: str, both: Both) -> None:
-    queued, direct = both.pair(STREAMED[name], joined)
+def test_a_stream_equals_vllms(name: str, parity: ParityClient) -> None:
+    queued, direct = parity.pair(STREAMED[name], joined)
 
     assert direct.status == queued.status == HTTPStatus.OK
     assert joined(queued.body) == joined(direct.body)
 
 
 @pytest.mark.parametrize("name", OF_ONE_TOKEN)
-def test_a_stream_of_one_token_has_the_very_events_of_vllm(name: str, both: Both) -> None:
-    queued, direct = both.pair(OF_ONE_TOKEN[name], events)
+def test_a_stream_of_one_token_has_exactly_vllms_events(name: str, parity: ParityClient) -> None:
+    queued, direct = parity.pair(OF_ONE_TOKEN[name], events)
 
     assert events(queued.body) == events(direct.body)
     assert len(events(direct.body)) > 1
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_is_vllms_own(name: str, both: Both) -> None:
-    queued, direct = both.queued(REFUSED[name]), both.direct(REFUSED[name])
+def test_an_error_response_equals_vllms(name: str, parity: ParityClient) -> None:
+    queued, direct = parity.queued(REFUSED[name]), parity.direct(REFUSED[name])
 
     assert queued == direct
     assert direct.status >= HTTPStatus.BAD_REQUEST
@@ -86,16 +86,16 @@ def test_a_refusal_is_vllms_own(name: str, both: Both) -> None:
 
 
 @pytest.mark.parametrize("name", BARE_REFUSALS)
-def test_a_refusal_without_an_error_body_is_put_into_one(name: str, both: Both) -> None:
-    queued, direct = both.queued(BARE_REFUSALS[name]), both.direct(BARE_REFUSALS[name])
+def test_an_error_response_without_an_error_body_gets_one(name: str, parity: ParityClient) -> None:
+    queued, direct = parity.queued(BARE_REFUSALS[name]), parity.direct(BARE_REFUSALS[name])
 
     assert queued.status == direct.status
     assert queued.body["error"]["message"] == direct.body["detail"]
 
 
 @pytest.mark.parametrize("name", ["tools, auto and called", "tools, required", "tools, named"])
-def test_the_cases_with_tools_call_one(name: str, both: Both) -> None:
-    (choice,) = both.queued(BOTH_WAYS[name]).body["choices"]
+def test_the_cases_with_tools_contain_a_tool_call(name: str, parity: ParityClient) -> None:
+    (choice,) = parity.queued(BOTH_WAYS[name]).body["choices"]
 
     (call,) = choice["message"]["tool_calls"]
     # Which of the allowed values it takes is a near tie.
@@ -103,14 +103,14 @@ def test_the_cases_with_tools_call_one(name: str, both: Both) -> None:
     assert json.loads(call["function"]["arguments"]) in [{}, *allowed]
 
 
-def test_the_case_with_reasoning_reasons(both: Both) -> None:
-    (choice,) = both.queued(BOTH_WAYS["reasoning"]).body["choices"]
+def test_the_case_with_reasoning_contains_reasoning(parity: ParityClient) -> None:
+    (choice,) = parity.queued(BOTH_WAYS["reasoning"]).body["choices"]
 
     assert choice["message"]["reasoning"].strip() == "the sky scatters."
     assert choice["message"]["content"].strip() in ("blue.", "blue!")
 
 
-def test_every_route_that_a_job_may_call_is_compared() -> None:
+def test_every_allowed_route_is_compared() -> None:
     tables = (AT_ONCE, STREAMED, EMBEDDED, CLASSIFIED)
     compared = {case.route for table in tables for case in table.values()}
 
@@ -118,8 +118,8 @@ def test_every_route_that_a_job_may_call_is_compared() -> None:
     assert not compared & NOT_COMPARED.keys()
 
 
-def test_the_first_batch_comes_before_the_answer_has_ended(job_queue: JobQueue) -> None:
-    # Half a minute of work, whose first batch comes long before its end on a busy machine too.
+def test_the_first_batch_arrives_before_the_answer_is_complete(job_queue: EmulatorQueue) -> None:
+    # Half a minute of work: the first batch arrives long before its end, even on a busy machine.
     case = chat("long-story", n=24, temperature=1, max_tokens=1900, ignore_eos=True).streamed()
 
     job = job_queue.submit({"openai_route": case.route, "openai_input": case.body})

@@ -1,7 +1,7 @@
-"""Beside 23 other streams, all that looks at a stream's deltas gives, event by event, what vLLM's own server streams.
+"""With 23 other streams running, streams that vLLM parses equal those of its own server, event by event.
 
-That is each of vLLM's tool and reasoning parsers above all: many of them break when they are given several tokens at
-once. `tests/soak/test_parsers.py` has the same beside fewer streams and more.
+This tests each of vLLM's tool and reasoning parsers: many of them break when they get several tokens at once.
+`tests/soak/test_parsers.py` repeats it with fewer and with more streams.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ import pytest
 from tests.integration.parity import joined
 from tests.parsers.cases import CASES, FAMILY_CASES, REASONING_CASES, TOOL_CASES
 from tests.parsers.samples import NOT_HERE, REASONING_SAMPLES, TOOL_SAMPLES
-from tests.parsers.sides import VllmAlone, both_sides
+from tests.parsers.sides import VLLMServer, both_sides
 
-# Both sides start with a hundred apps each; the warnings are of what vLLM imports.
+# Both sides make a hundred apps each. The warnings come from vLLM's imports.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 
-OTHERS, AT_ONCE = 23, 16
-# What vLLM's own server makes of these is not what their models mean.
+CONCURRENT, AT_ONCE = 23, 16
+# vLLM's own server does not parse these as their models intend.
 STREAMS_NO_CALLS = {"tool phi4_mini_json", "family xlam granite"}
 STREAMS_NO_REASONING = {"reasoning minimax_m2_append_think"}
 
 
 @pytest.fixture(scope="module")
-def streamed(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, str], VllmAlone]]:
-    """All streams of the worker, and vLLM's own server, which has answered the same."""
-    with both_sides(Path(tiny_model), tmp_path_factory.mktemp("parsers")) as (worker, alone):
-        alone.learn(CASES)
-        yield worker.texts(CASES, OTHERS, AT_ONCE), alone
+def streamed(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, str], VLLMServer]]:
+    """Yield all streams of the worker, and vLLM's own server, which has answered the same requests."""
+    with both_sides(Path(tiny_model), tmp_path_factory.mktemp("parsers")) as (worker, vllm):
+        vllm.load_answers(CASES)
+        yield worker.texts(CASES, CONCURRENT, AT_ONCE), vllm
 
 
-def said(text: str) -> tuple[dict[str, str], dict[int, list[str]], str]:
-    """The texts of a chat's first choice, its calls and why it has ended."""
+def content_of(text: str) -> tuple[dict[str, str], dict[int, list[str]], str]:
+    """Return the texts of a chat's first choice, its tool calls, and its finish reason."""
     parts, rest = joined(text)[0]
     texts: dict[str, str] = {}
     calls: dict[int, list[str]] = {}
@@ -51,15 +51,15 @@ def said(text: str) -> tuple[dict[str, str], dict[int, list[str]], str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_beside_others_a_stream_is_what_vllm_streams(name: str, streamed: tuple[dict[str, str], VllmAlone]) -> None:
-    texts, alone = streamed
+def test_a_stream_equals_vllms_while_others_run(name: str, streamed: tuple[dict[str, str], VLLMServer]) -> None:
+    texts, vllm = streamed
 
-    assert alone.difference(name, CASES[name], texts[name]) is None
+    assert vllm.difference(name, CASES[name], texts[name]) is None
 
 
 @pytest.mark.parametrize("name", [name for name in {**TOOL_CASES, **FAMILY_CASES} if name not in STREAMS_NO_CALLS])
-def test_the_sample_is_streamed_as_calls(name: str, streamed: tuple[dict[str, str], VllmAlone]) -> None:
-    _, calls, reason = said(streamed[0][name])
+def test_the_sample_is_streamed_as_tool_calls(name: str, streamed: tuple[dict[str, str], VLLMServer]) -> None:
+    _, calls, reason = content_of(streamed[0][name])
 
     assert [call[0] for call in calls.values()] == ["weather"] * len(calls) != []
     assert all("Zürich" in call[1] or "東京" in call[1] for call in calls.values())
@@ -69,8 +69,8 @@ def test_the_sample_is_streamed_as_calls(name: str, streamed: tuple[dict[str, st
 @pytest.mark.parametrize(
     "name", [name for name in {**REASONING_CASES, **FAMILY_CASES} if name not in STREAMS_NO_REASONING]
 )
-def test_the_sample_is_streamed_as_reasoning(name: str, streamed: tuple[dict[str, str], VllmAlone]) -> None:
-    texts, _, _ = said(streamed[0][name])
+def test_the_sample_is_streamed_as_reasoning(name: str, streamed: tuple[dict[str, str], VLLMServer]) -> None:
+    texts, _, _ = content_of(streamed[0][name])
 
     assert "Hm, 3 days < 4" in texts["reasoning"]
     assert "Hm" not in texts.get("content", "")

@@ -1,4 +1,4 @@
-"""What comes out of the queue of a pooling model is what the same app, in the same process, answers over HTTP."""
+"""Answers of pooling models from the queue equal those of the same app, in the same process, over HTTP."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from tests.emulator_queue import emulator_queue
 from tests.integration.conftest import START_S
-from tests.integration.parity import Both, plain
+from tests.integration.parity import ParityClient, plain
 from tests.integration.parity_cases import CLASSIFIED, EMBEDDED, NOT_CLASSIFIED, NOT_EMBEDDED, embedding
-from tests.job_queue import serving
 from tests.processes import VLLM_ENVIRONMENT, running
 
 if TYPE_CHECKING:
@@ -27,35 +27,35 @@ CLASSES = 3
 
 
 @pytest.fixture(scope="module")
-def embedding_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with _served(tiny_model, {"CONVERT": "embed"}, tmp_path_factory.mktemp("embedding") / "log") as both:
-        yield both
+def embedding_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParityClient]:
+    with _served(tiny_model, {"CONVERT": "embed"}, tmp_path_factory.mktemp("embedding") / "log") as parity:
+        yield parity
 
 
 @pytest.fixture(scope="module")
-def classifier(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+def classifier(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParityClient]:
     folder = tmp_path_factory.mktemp("classifier")
-    with _served(with_head(Path(tiny_model), folder / "model"), {}, folder / "log") as both:
-        yield both
+    with _served(with_head(Path(tiny_model), folder / "model"), {}, folder / "log") as parity:
+        yield parity
 
 
 @contextmanager
-def _served(model: str, more: Mapping[str, str], log: Path) -> Iterator[Both]:
-    """One worker of a pooling model, asked both ways."""
+def _served(model: str, more: Mapping[str, str], log: Path) -> Iterator[ParityClient]:
+    """Run a worker with a pooling model, and yield a client of its queue and of its app."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with serving() as queue, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+    with emulator_queue() as queue, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         environment = {**VLLM_ENVIRONMENT, **queue.environment, **more, "HTTP_PORT": str(port)}
         environment |= {"MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny", "RUNNER": "pooling"}
-        # One at a time, and nothing from before: what is computed together would change the last bits of a number.
+        # One request at a time and no prefix cache: batches and caches change the last bits of a number.
         environment |= {"MAX_NUM_SEQS": "1", "ENABLE_PREFIX_CACHING": "false"}
         with running(["-m", "tests.served_worker"], environment, log) as process:
             process.wait_for(queue.has_worker, START_S)
-            yield Both(queue, client)
+            yield ParityClient(queue, client)
 
 
 def with_head(model: Path, folder: Path) -> str:
-    """A copy of the model with a head of classes: their weights are rows of its embedding."""
+    """Copy the model with a classification head, whose weights are rows of its embedding; return the directory."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, folder)
@@ -71,7 +71,7 @@ def with_head(model: Path, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
-def test_an_embedding_model_answers_as_vllm_does(name: str, embedding_model: Both) -> None:
+def test_an_answer_of_an_embedding_model_equals_vllms(name: str, embedding_model: ParityClient) -> None:
     queued, direct = embedding_model.queued(EMBEDDED[name]), embedding_model.direct(EMBEDDED[name])
 
     assert direct.status == queued.status == HTTPStatus.OK
@@ -79,7 +79,7 @@ def test_an_embedding_model_answers_as_vllm_does(name: str, embedding_model: Bot
 
 
 @pytest.mark.parametrize("name", NOT_EMBEDDED)
-def test_an_embedding_model_refuses_as_vllm_does(name: str, embedding_model: Both) -> None:
+def test_an_error_of_an_embedding_model_equals_vllms(name: str, embedding_model: ParityClient) -> None:
     queued, direct = embedding_model.queued(NOT_EMBEDDED[name]), embedding_model.direct(NOT_EMBEDDED[name])
 
     assert queued == direct
@@ -87,9 +87,7 @@ def test_an_embedding_model_refuses_as_vllm_does(name: str, embedding_model: Bot
 
 
 @pytest.mark.parametrize("form", ["bytes", "bytes_only"])
-def test_an_embedding_in_bytes_is_refused_by_the_worker_since_an_output_is_json(
-    form: str, embedding_model: Both
-) -> None:
+def test_an_embedding_in_bytes_is_refused_as_an_output_must_be_json(form: str, embedding_model: ParityClient) -> None:
     case = embedding("a fox", encoding_format=form)
 
     queued, direct = embedding_model.queued(case), embedding_model.direct(case)
@@ -100,7 +98,7 @@ def test_an_embedding_in_bytes_is_refused_by_the_worker_since_an_output_is_json(
 
 
 @pytest.mark.parametrize("name", CLASSIFIED)
-def test_a_classifier_answers_as_vllm_does(name: str, classifier: Both) -> None:
+def test_an_answer_of_a_classifier_equals_vllms(name: str, classifier: ParityClient) -> None:
     queued, direct = classifier.queued(CLASSIFIED[name]), classifier.direct(CLASSIFIED[name])
 
     assert direct.status == queued.status == HTTPStatus.OK
@@ -108,7 +106,7 @@ def test_a_classifier_answers_as_vllm_does(name: str, classifier: Both) -> None:
 
 
 @pytest.mark.parametrize("name", NOT_CLASSIFIED)
-def test_a_classifier_refuses_as_vllm_does(name: str, classifier: Both) -> None:
+def test_an_error_of_a_classifier_equals_vllms(name: str, classifier: ParityClient) -> None:
     queued, direct = classifier.queued(NOT_CLASSIFIED[name]), classifier.direct(NOT_CLASSIFIED[name])
 
     assert queued == direct

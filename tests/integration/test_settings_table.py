@@ -1,7 +1,7 @@
-"""Every setting, given wrongly in each way, is refused in one line before anything is loaded, or is legal for a reason.
+"""Every setting with each kind of wrong value is refused in one line before anything loads, or is valid for a reason.
 
-The settings are those of vLLM's own parser, the worker's and worker-vllm's. What is legal is asked of vLLM: the calls
-that `vllm serve` makes before it loads.
+The settings are those of vLLM's parser, the worker and worker-vllm. Whether vLLM accepts a value is determined by the
+calls that `vllm serve` makes before it loads.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from engine.config.worker_vllm import ALIASES, REMOVED
 from engine.errors import ConfigurationError
 from engine.startup import configure
 
-# Importing vLLM and torch warns of their own deprecations.
+# Importing vLLM and torch issues deprecation warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 WRONG = "no-such/thing"
 TOO_SMALL, TOO_LARGE = "-7", "1e30"
-# What vLLM takes and the worker refuses, and why.
+# Settings whose wrong values vLLM accepts and the worker refuses, and why.
 STRICTER = {
     "DATA_PARALLEL_SIZE": "a worker runs one engine",
-    "TOOL_CALL_PARSER": "vLLM looks at the name once ENABLE_AUTO_TOOL_CHOICE is set",
-    "LOAD_FORMAT": "vLLM looks for the loader once its processes run",
-    "LORA_MODULES": "vLLM looks for adapters once all is loaded",
-    "MIDDLEWARE": "vLLM imports it once all is loaded",
-    "DEFAULT_MM_LORAS": "vLLM looks for adapters once all is loaded",
-    "TOKENIZER": "vLLM looks for the tokenizer once it starts the engine",
-    "TOKENIZER_NAME": "vLLM looks for the tokenizer once it starts the engine",
-    "TOKENIZER_MODE": "vLLM looks for the tokenizer once it starts the engine",
+    "TOOL_CALL_PARSER": "vLLM checks the name once ENABLE_AUTO_TOOL_CHOICE is set",
+    "LOAD_FORMAT": "vLLM checks the loader once its processes run",
+    "LORA_MODULES": "vLLM checks adapters after loading",
+    "MIDDLEWARE": "vLLM imports it after loading",
+    "DEFAULT_MM_LORAS": "vLLM checks adapters after loading",
+    "TOKENIZER": "vLLM checks the tokenizer when it starts the engine",
+    "TOKENIZER_NAME": "vLLM checks the tokenizer when it starts the engine",
+    "TOKENIZER_MODE": "vLLM checks the tokenizer when it starts the engine",
 }
-# Beside `is not allowed: …`, what a line says where it is about a file, a repository or a choice of ours.
-OTHER_WORDS = ("check ", "see ", "cannot be read", "is not a flag of vLLM", "a worker runs one engine")
+# Other phrases than `is not allowed: …`, for a file, a repository or a decision of the worker.
+OTHER_PHRASES = ("check ", "see ", "cannot be read", "is not a flag of vLLM", "a worker runs one engine")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A variable with a value, and in which way it is wrong."""
+    """A variable, a value, and the kind of mistake."""
 
-    way: str
+    kind: str
     name: str
     value: str
 
 
 def cases(flags: Flags) -> Iterator[Case]:
-    """Each setting in each way that it can be given wrongly."""
+    """Yield each setting with each kind of mistake."""
     names = {dest.upper(): action for dest, action in flags.actions.items()}
     names |= {alias: flags.actions[dest] for alias, dest in ALIASES.items()}
     for name, action in names.items():
-        if name not in ("MODEL", "MODEL_NAME"):  # Another model is another start.
+        if name not in ("MODEL", "MODEL_NAME"):  # Another model would change the start.
             if _is_number(action):
                 yield Case("out of range", name, TOO_SMALL)
                 yield Case("out of range", name, TOO_LARGE)
@@ -77,7 +77,7 @@ def cases(flags: Flags) -> Iterator[Case]:
 
 
 def _misspelt(name: str) -> str:
-    """A name without one letter of its last word."""
+    """Return the name without its second to last letter."""
     return name[:-2] + name[-1:]
 
 
@@ -91,8 +91,8 @@ def _is_number(action: argparse.Action) -> bool:
     return False
 
 
-def takes(name: str, value: str, flags: Flags, model: str) -> bool:
-    """Whether vLLM's own server would go on to load the model with this flag."""
+def is_accepted_by_vllm(name: str, value: str, flags: Flags, model: str) -> bool:
+    """Return whether vLLM's own server would load the model with this flag."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -111,8 +111,8 @@ def takes(name: str, value: str, flags: Flags, model: str) -> bool:
     return True
 
 
-def judged(case: Case, flags: Flags, model: str, caplog: pytest.LogCaptureFixture) -> str:
-    """What comes of a case, by kind; beginning with `BAD` if it is not as it should be."""
+def outcome_of(case: Case, flags: Flags, model: str, caplog: pytest.LogCaptureFixture) -> str:
+    """Return a description of the outcome of a case; it begins with `BAD` if it is wrong."""
     caplog.clear()
     try:
         given = environment.read({"MODEL_NAME": model, case.name: case.value})
@@ -120,34 +120,34 @@ def judged(case: Case, flags: Flags, model: str, caplog: pytest.LogCaptureFixtur
         configure.check_with_model(configuration)
     except ConfigurationError as error:
         return _refusal(case, str(error), flags, model)
-    said = [message for message in caplog.messages if message.startswith(f"{case.name} is ")]
-    if case.way in ("misspelt", "removed"):
-        return "a line says it" if said else f"BAD: {case} is taken without a word"
-    if case.way in ("None", "empty"):
+    logged = [message for message in caplog.messages if message.startswith(f"{case.name} is ")]
+    if case.kind in ("misspelt", "removed"):
+        return "logged" if logged else f"BAD: {case} is accepted without a log line"
+    if case.kind in ("None", "empty"):
         return _as_not_given(case, configuration, model)
     if case.name.lower() in Settings.model_fields:
-        return "legal: any text" if _is_text(case.name) else f"BAD: {case} is taken"
-    if takes(case.name, case.value, flags, model):
-        return f"legal: vLLM takes it, {'any text' if case.value == WRONG else 'it has no such bound'}"
-    return f"BAD: {case} is taken, and vLLM refuses it"
+        return "valid: any text" if _is_text(case.name) else f"BAD: {case} is accepted"
+    if is_accepted_by_vllm(case.name, case.value, flags, model):
+        return f"valid: vLLM accepts it, {'any text' if case.value == WRONG else 'it has no such limit'}"
+    return f"BAD: {case} is accepted, and vLLM refuses it"
 
 
 def _refusal(case: Case, text: str, flags: Flags, model: str) -> str:
     as_own = re.fullmatch(rf"{case.name}=(.*) is not allowed\. Allowed: .+", text)
     as_flag = re.fullmatch(rf"{case.name}=(.*) \(environment\) is not allowed: .{{3,}}", text)
     names_both = case.name in text and case.value in text and "\n" not in text
-    if case.way in ("None", "empty", "misspelt", "removed"):
+    if case.kind in ("None", "empty", "misspelt", "removed"):
         return f"BAD: {case}: {text}"
     if not names_both and not (as_own and "(hidden)" in text):
         return f"BAD: {case}: {text}"
-    says_why = as_own or as_flag or any(words in text for words in OTHER_WORDS)
-    if not says_why or " at 0x" in text:
+    has_reason = as_own or as_flag or any(words in text for words in OTHER_PHRASES)
+    if not has_reason or " at 0x" in text:
         return f"BAD: {case}: {text}"
     if case.name.lower() in Settings.model_fields or case.name in STRICTER or "it should be" in text:
-        pass  # The worker's own; or a bound of vLLM's own, at which it does not look while the part is not in use.
-    elif takes(case.name, case.value, flags, model):
-        return f"BAD: vLLM takes {case}: {text}"
-    return "a line says the variable, the value and what is allowed"
+        pass  # The worker's own setting, or a limit that vLLM does not check while the feature is not in use.
+    elif is_accepted_by_vllm(case.name, case.value, flags, model):
+        return f"BAD: vLLM accepts {case}: {text}"
+    return "refused with the variable, the value and what is allowed"
 
 
 def _as_not_given(case: Case, configuration: Configuration, model: str) -> str:
@@ -157,20 +157,20 @@ def _as_not_given(case: Case, configuration: Configuration, model: str) -> str:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a setting of the worker's own is text, or the path of something that is looked at where it is used."""
+    """Return whether a setting of the worker is text, or a path that is checked where it is used."""
     kind = Settings.model_json_schema()["properties"][name.lower()]
     return "string" in {one.get("type") for one in kind.get("anyOf", [kind])}
 
 
-def test_every_setting_given_wrongly_is_refused_in_a_line_or_legal_for_a_reason(
+def test_every_setting_with_a_wrong_value_is_refused_in_one_line_or_valid_for_a_reason(
     tiny_model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     flags = vllm_args.flags()
 
-    results: dict[Case, str] = {case: judged(case, flags, tiny_model, caplog) for case in cases(flags)}
+    results: dict[Case, str] = {case: outcome_of(case, flags, tiny_model, caplog) for case in cases(flags)}
 
     bad = [result for result in results.values() if result.startswith("BAD")]
-    counts = Counter((case.way, "BAD" if result in bad else result) for case, result in results.items())
-    table = "\n".join(f"{way:16} {result:62} {count}" for (way, result), count in sorted(counts.items()))
+    counts = Counter((case.kind, "BAD" if result in bad else result) for case, result in results.items())
+    table = "\n".join(f"{kind:16} {result:62} {count}" for (kind, result), count in sorted(counts.items()))
     assert "\n".join(bad) == "", table
     assert len(results) > 1000

@@ -1,4 +1,4 @@
-"""A start that fails says why in its last line, with nothing of a traceback, and as early as it can be known."""
+"""A failed start is explained in its last line, without a traceback, and as early as possible."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import psutil
 import pytest
 
 from tests import model_hub
-from tests.job_queue import JobQueue
+from tests.emulator_queue import EmulatorQueue
 from tests.model_hub import Fault, Hub, Repository
 from tests.processes import VLLM_ENVIRONMENT, running
 
 START_S = 240.0
-SAID = "The worker cannot start: "
-# Code that a model may name: what its configuration is, in another repository than the model's.
+PREFIX = "The worker cannot start: "
+# Code for a model's configuration, in another repository than the model's.
 CODE = b"""
 from transformers import Phi3Config
 
 class TinyConfig(Phi3Config):
-    said_by = "code of another repository"
+    source = "code of another repository"
 """
 
 
@@ -33,14 +33,14 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def ended(environment: Mapping[str, str], log: Path, *arguments: str) -> tuple[int, str]:
-    """The exit status of a worker that answers its one job, and its log."""
+def run_worker(environment: Mapping[str, str], log: Path, *arguments: str) -> tuple[int, str]:
+    """Run a worker to its end; return its exit status and its log."""
     with running(["handler.py", *arguments], {**VLLM_ENVIRONMENT, **environment}, log) as process:
         return process.popen.wait(START_S), process.log
 
 
-def test_a_model_whose_code_is_in_another_repository_is_served(hub: Hub, tiny_model: str, tmp_path: Path) -> None:
-    """And the log says which of the routes that are opened there are not, and which model's settings are left out."""
+def test_a_model_with_code_in_another_repository_is_served(hub: Hub, tiny_model: str, tmp_path: Path) -> None:
+    """The log also reports an allowed route that does not exist, and settings of another model that are not used."""
     model = shutil.copytree(tiny_model, tmp_path / "remote")
     config = json.loads((model / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "org/code--configuration_tiny.TinyConfig"}
@@ -56,7 +56,7 @@ def test_a_model_whose_code_is_in_another_repository_is_served(hub: Hub, tiny_mo
         "ALLOWED_ROUTES": "/metrix,/metrics",
     }
 
-    status, log = ended(environment, tmp_path / "log")
+    status, log = run_worker(environment, tmp_path / "log")
 
     assert status == 0, log
     assert any(request.endswith("configuration_tiny.py") for request in hub.requests)
@@ -65,51 +65,49 @@ def test_a_model_whose_code_is_in_another_repository_is_served(hub: Hub, tiny_mo
     assert log.count("its settings are for org/another") == 1
 
 
-def test_a_tokenizer_that_cannot_be_had_is_named_and_not_the_model(hub: Hub, tiny_model: str, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported_by_name(hub: Hub, tiny_model: str, tmp_path: Path) -> None:
     environment = {**hub.environment, "HF_HOME": str(tmp_path / "home"), "TOKENIZER_NAME": "org/none"}
 
-    status, log = ended({**environment, "MODEL_NAME": tiny_model}, tmp_path / "log")
+    status, log = run_worker({**environment, "MODEL_NAME": tiny_model}, tmp_path / "log")
 
     assert status == 1
     assert log.splitlines()[-1] == (
-        f"{SAID}there is no model org/none: check TOKENIZER_NAME; a private model needs HF_TOKEN too"
+        f"{PREFIX}there is no model org/none: check TOKENIZER_NAME; a private model needs HF_TOKEN too"
     )
     assert "Traceback" not in log
 
 
-def test_an_adapter_that_cannot_be_had_is_named_before_the_engine_is_loaded(
-    hub: Hub, tiny_model: str, tmp_path: Path
-) -> None:
+def test_a_missing_adapter_is_reported_before_the_engine_loads(hub: Hub, tiny_model: str, tmp_path: Path) -> None:
     adapters = {"ENABLE_LORA": "true", "LORA_MODULES": '[{"name": "a", "path": "org/none"}]'}
 
-    status, log = ended(
+    status, log = run_worker(
         {**hub.environment, **adapters, "HF_HOME": str(tmp_path / "home"), "MODEL_NAME": tiny_model}, tmp_path / "log"
     )
 
     assert status == 1
-    assert log.splitlines()[-1].startswith(f"{SAID}there is no model org/none: check LORA_MODULES")
+    assert log.splitlines()[-1].startswith(f"{PREFIX}there is no model org/none: check LORA_MODULES")
     assert "Loading the engine" not in log
 
 
 @pytest.mark.parametrize("where", ["on this machine", "on the platform"])
-def test_an_app_that_vllm_cannot_make_ends_the_start_with_a_line(
-    where: str, job_queue: JobQueue, tiny_model: str, tmp_path: Path
+def test_an_error_of_vllms_app_ends_the_start_with_one_line(
+    where: str, job_queue: EmulatorQueue, tiny_model: str, tmp_path: Path
 ) -> None:
-    """It is made last, once the engine is loaded: the platform would start the worker again and again."""
+    """The app is made last, after the engine has loaded."""
     queue = job_queue.environment if where == "on the platform" else {}
 
-    status, log = ended({**queue, "MODEL_NAME": tiny_model, "TOOL_SERVER": "127.0.0.1:9"}, tmp_path / "log")
+    status, log = run_worker({**queue, "MODEL_NAME": tiny_model, "TOOL_SERVER": "127.0.0.1:9"}, tmp_path / "log")
 
     assert "Engine ready" in log
     assert status == 1, log
-    assert f"{SAID}vLLM's app cannot be made: ConnectError: All connection attempts failed\n" in log
+    assert f"{PREFIX}vLLM's app cannot be made: ConnectError: All connection attempts failed\n" in log
     assert "Traceback" not in log, log
 
 
-def test_a_worker_that_is_told_to_stop_while_it_downloads_its_model_stops_at_once(
+def test_sigterm_during_the_download_of_the_model_ends_the_worker_at_once(
     hub: Hub, tiny_model: str, tmp_path: Path
 ) -> None:
-    """What there is of the model is not taken for a whole one by the next start."""
+    """The partial download is not taken for a complete model."""
     hub.repositories["org/Tiny"] = Repository.of(Path(tiny_model))
     hub.repositories["org/Tiny"].always["model.safetensors"] = Fault(until=lambda: False)
     environment = {
@@ -128,6 +126,6 @@ def test_a_worker_that_is_told_to_stop_while_it_downloads_its_model_stops_at_onc
         _, alive = psutil.wait_procs(family, timeout=5)
         assert alive == []
         assert process.popen.wait(1) == 0
-    kept = [path.name for path in (tmp_path / "models").rglob("*.json")]
-    assert "model-manifest.json" not in kept
-    assert "config.json" not in kept
+    files = [path.name for path in (tmp_path / "models").rglob("*.json")]
+    assert "model-manifest.json" not in files
+    assert "config.json" not in files

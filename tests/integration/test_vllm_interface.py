@@ -1,4 +1,4 @@
-"""What `engine/backend/vllm_engine.py` uses of vLLM; after an upgrade, a failure here says what has moved."""
+"""The parts of vLLM that `engine/backend/` uses; after an upgrade, a failure here names what has changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.backend.merging import MERGEABLE
 from engine.backend.routes import SERVING
 from engine.errors import ConfigurationError
 
-# Importing vLLM and torch warns of their own deprecations.
+# Importing vLLM and torch issues deprecation warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 MOVED = "vLLM has changed what engine/backend/ uses: {}. See how `vllm serve` does it now, and do the same there."
@@ -63,13 +63,11 @@ USED = {
 
 
 @pytest.mark.parametrize("name", USED)
-def test_vllm_has_what_the_server_uses(name: str) -> None:
-    found = _find(name)
-
-    taken = inspect.signature(found).parameters
-    # A plugin of vLLM's may have put a function around it that passes everything on.
-    wrapped = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
-    missing = [] if wrapped else [parameter for parameter in USED[name] if parameter not in taken]
+def test_vllm_has_what_the_backend_uses(name: str) -> None:
+    parameters = inspect.signature(_find(name)).parameters
+    # A plugin of vLLM may have wrapped the function in one that passes everything on.
+    wrapped = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    missing = [] if wrapped else [parameter for parameter in USED[name] if parameter not in parameters]
     assert not missing, MOVED.format(f"{name} no longer takes {', '.join(missing)}")
 
 
@@ -87,7 +85,7 @@ def test_vllm_has_its_command_line_where_the_worker_looks_for_it() -> None:
         ("IterationStats", ["num_prompt_tokens", "num_generation_tokens"]),
     ],
 )
-def test_vllms_statistics_have_what_the_server_reads(name: str, fields: list[str]) -> None:
+def test_vllms_statistics_have_what_the_backend_reads(name: str, fields: list[str]) -> None:
     statistics = _find(f"vllm.v1.metrics.stats.{name}")()
 
     missing = [field for field in fields if not hasattr(statistics, field)]
@@ -95,7 +93,7 @@ def test_vllms_statistics_have_what_the_server_reads(name: str, fields: list[str
 
 
 @pytest.mark.anyio
-async def test_what_vllm_prepares_with_can_be_done_in_place() -> None:
+async def test_vllms_rendering_executor_can_run_inline() -> None:
     from vllm.renderers.base import _SwappableExecutor
 
     executor = _SwappableExecutor(max_workers=1)
@@ -105,7 +103,7 @@ async def test_what_vllm_prepares_with_can_be_done_in_place() -> None:
     for short in (True, False):
         SHORT.set(short)
         threads.append(await asyncio.get_running_loop().run_in_executor(executor, threading.get_ident))
-    executor.replace_inner()  # As vLLM does when a template does not end.
+    executor.replace_inner()  # As vLLM does when a chat template hangs.
 
     assert (threads[0] == threading.get_ident(), threads[1] == threading.get_ident()) == (True, False)
     assert executor.submit(threading.get_ident).result() != threading.get_ident()
@@ -115,13 +113,13 @@ async def test_what_vllm_prepares_with_can_be_done_in_place() -> None:
 def output(token: int, *, finished: bool = False) -> Any:
     from vllm.outputs import CompletionOutput, RequestOutput
 
-    said = CompletionOutput(0, str(token), [token], None, None, finish_reason="stop" if finished else None)
-    return RequestOutput("1", None, None, None, [said], finished)
+    completion = CompletionOutput(0, str(token), [token], None, None, finish_reason="stop" if finished else None)
+    return RequestOutput("1", None, None, None, [completion], finished)
 
 
 @pytest.fixture
 def collectors(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """VLLM's collector of a request's outputs, and the one in its place."""
+    """Return vLLM's collector of a request's outputs, and ours that replaces it."""
     from vllm.v1.engine import async_llm
 
     theirs = async_llm.RequestOutputCollector
@@ -131,7 +129,7 @@ def collectors(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
 
 
 @pytest.mark.anyio
-async def test_a_late_consumer_gets_each_delta_by_itself(collectors: tuple[Any, Any]) -> None:
+async def test_a_slow_consumer_gets_each_delta_separately(collectors: tuple[Any, Any]) -> None:
     from vllm.sampling_params import RequestOutputKind
 
     got: list[list[list[int]]] = []
@@ -153,7 +151,7 @@ async def test_a_late_consumer_gets_each_delta_by_itself(collectors: tuple[Any, 
 
 
 @pytest.mark.anyio
-async def test_a_late_consumer_of_plain_text_gets_it_merged(collectors: tuple[Any, Any]) -> None:
+async def test_a_slow_consumer_of_plain_text_gets_merged_deltas(collectors: tuple[Any, Any]) -> None:
     from vllm.sampling_params import RequestOutputKind
 
     MERGEABLE.set(True)
@@ -166,15 +164,15 @@ async def test_a_late_consumer_of_plain_text_gets_it_merged(collectors: tuple[An
 
 
 @pytest.mark.anyio
-async def test_an_error_reaches_a_late_consumer_and_a_waiting_one(collectors: tuple[Any, Any]) -> None:
+async def test_an_error_reaches_a_slow_and_a_waiting_consumer(collectors: tuple[Any, Any]) -> None:
     from vllm.sampling_params import RequestOutputKind
 
-    late = collectors[1](RequestOutputKind.DELTA, "1")
-    late.put(output(1))
-    late.put(output(2))
-    late.put(RuntimeError("dead"))
+    slow = collectors[1](RequestOutputKind.DELTA, "1")
+    slow.put(output(1))
+    slow.put(output(2))
+    slow.put(RuntimeError("dead"))
     with pytest.raises(RuntimeError, match="dead"):
-        await late.get()
+        await slow.get()
 
     waiting = collectors[1](RequestOutputKind.DELTA, "1")
     getting = asyncio.create_task(waiting.get())
@@ -185,7 +183,7 @@ async def test_an_error_reaches_a_late_consumer_and_a_waiting_one(collectors: tu
 
 
 @pytest.mark.anyio
-async def test_what_is_not_a_stream_of_deltas_is_collected_as_vllm_does_it(collectors: tuple[Any, Any]) -> None:
+async def test_cumulative_outputs_are_collected_as_vllm_does(collectors: tuple[Any, Any]) -> None:
     from vllm.sampling_params import RequestOutputKind
 
     collector = collectors[1](RequestOutputKind.CUMULATIVE, "1")
@@ -196,7 +194,7 @@ async def test_what_is_not_a_stream_of_deltas_is_collected_as_vllm_does_it(colle
     assert collector.get_nowait() is None
 
 
-def test_without_what_an_optimisation_needs_the_worker_starts_and_says_so(
+def test_an_optimization_that_vllm_does_not_allow_is_logged_and_skipped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from vllm.v1.engine import async_llm
@@ -213,7 +211,9 @@ def test_without_what_an_optimisation_needs_the_worker_starts_and_says_so(
     ]
 
 
-def test_another_version_of_vllm_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_untested_version_of_vllm_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import vllm
 
     compat.check_version()
@@ -224,8 +224,8 @@ def test_another_version_of_vllm_is_told(monkeypatch: pytest.MonkeyPatch, caplog
 
 
 @pytest.mark.anyio
-async def test_an_app_that_fails_as_it_starts_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a server runs around vLLM's app may raise: nobody would hear of it in a task of its own."""
+async def test_an_app_whose_lifespan_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lifespan runs in a separate task, where an exception would be lost."""
     from fastapi import FastAPI
     from vllm.entrypoints.launchers import app as launcher
     from vllm.entrypoints.launchers.api_server import app_state
@@ -240,21 +240,21 @@ async def test_an_app_that_fails_as_it_starts_is_not_served(monkeypatch: pytest.
 
     monkeypatch.setattr(launcher, "build_app", lambda *_: FastAPI(lifespan=lifespan))
     monkeypatch.setattr(app_state, "init_app_state", nothing)
-    starting = object.__new__(vllm_engine.VLLMEngine)  # Its constructor would load the engine.
-    starting._app_lock, starting._app, starting.open_routes = asyncio.Lock(), None, frozenset()
+    engine = object.__new__(vllm_engine.VLLMEngine)  # Its constructor would load the engine.
+    engine._app_lock, engine._app, engine.open_routes = asyncio.Lock(), None, frozenset()
     args = SimpleNamespace(served_model_name=(), trust_request_chat_template=True, model="org/model")
-    starting._configuration = cast("Configuration", SimpleNamespace(args=args, flags=vllm_args.flags()))
-    starting._engine = SimpleNamespace(get_supported_tasks=nothing, model_config=None, errored=False)
+    engine._configuration = cast("Configuration", SimpleNamespace(args=args, flags=vllm_args.flags()))
+    engine._engine = SimpleNamespace(get_supported_tasks=nothing, model_config=None, errored=False)
 
     for _ in range(2):
         with pytest.raises(ConfigurationError, match="the app cannot start"):
-            await starting.app()
-    # Under the SDK's own loop nobody but who watches the engine hears of it.
-    assert "the app cannot start" in str(starting.failure())
+            await engine.app()
+    # Under the SDK's own loop, only the watch of the engine notices it.
+    assert "the app cannot start" in str(engine.failure())
 
 
-def test_a_model_is_listed_once_for_each_name_and_answers_to_all() -> None:
-    """Its directory is nobody's name for it, nor is its hub id in another case than it was asked for."""
+def test_a_model_is_listed_once_per_name_and_accepts_all_its_names() -> None:
+    """Its directory is not listed, and neither is its hub id in another case."""
     from vllm.entrypoints.openai.models.protocol import BaseModelPath
 
     names = ["org/tiny-chat", "Org/Tiny-Chat", "another", "/a/directory"]
@@ -271,16 +271,16 @@ def test_a_model_is_listed_once_for_each_name_and_answers_to_all() -> None:
 @pytest.mark.parametrize(
     ("own", "tokens"), [(3000, 3000), (None, 4096)], ids=["a hybrid model, by vLLM's own count", "a vLLM without one"]
 )
-def test_the_size_of_the_cache_is_vllms_own_count(own: int | None, tokens: int) -> None:
-    """Where layers cache differently, a request takes blocks of several groups: fewer tokens fit than blocks say."""
+def test_the_size_of_the_kv_cache_is_vllms_own_count(own: int | None, tokens: int) -> None:
+    """In a hybrid model a request takes blocks of several groups: fewer tokens fit than the blocks could hold."""
     from vllm.config import CacheConfig
 
     assert hasattr(CacheConfig(), "kv_cache_size_tokens"), MOVED.format("its cache has no kv_cache_size_tokens")
     cache = SimpleNamespace(num_gpu_blocks=256, block_size=16, kv_cache_size_tokens=own)
-    loaded = object.__new__(vllm_engine.VLLMEngine)
-    loaded._engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
+    engine = object.__new__(vllm_engine.VLLMEngine)
+    engine._engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
 
-    assert loaded.cache_tokens == tokens
+    assert engine.cache_tokens == tokens
 
 
 CLOSED = {
@@ -307,12 +307,12 @@ NOT_VLLMS = {"/cold_start", "/cohere/v2/chat"}
 NEW = {"/v1/decisions"}
 
 
-def test_every_route_of_vllms_is_open_or_closed_for_a_reason() -> None:
+def test_every_route_of_vllm_is_allowed_or_closed_for_a_reason() -> None:
     from vllm.entrypoints.launchers.app import build_app
     from vllm.tasks import FRONTEND_TASKS, GENERATION_TASKS, POOLING_TASKS
 
     class AnyModel:
-        """What vLLM asks of a model here: each kind of route."""
+        """A model that has every kind of route."""
 
         def get_pooling_task(self, _: object) -> str:
             return "embed"
@@ -322,15 +322,15 @@ def test_every_route_of_vllms_is_open_or_closed_for_a_reason() -> None:
     closed = set[str]().union(*CLOSED.values())
 
     assert {one.cls.__name__ for one in app.user_middleware} >= compat.UNUSED_MIDDLEWARE, (
-        "nothing to leave out is found"
+        "no middleware to remove was found"
     )
     routes = {route.path for route in app.routes}
-    assert routes - NEW == (SERVING - NOT_VLLMS) | closed, "vLLM's routes are others now"
+    assert routes - NEW == (SERVING - NOT_VLLMS) | closed, "vLLM's routes have changed"
     assert not SERVING & closed
 
 
 def _find(name: str) -> Any:
-    """The object of a dotted name: the longest module that there is, then its attributes."""
+    """Return the object of a dotted name: the longest existing module, then its attributes."""
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         try:

@@ -1,4 +1,4 @@
-"""One worker, the real SDK and the real engine: answers by heart, jobs that are dropped, jobs that are wrong."""
+"""One worker with the real SDK and the real engine: memorized answers, cancelled jobs, invalid jobs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 
 from builder.tiny_model.corpus import CORPUS, example
-from tests.job_queue import JobQueue
+from tests.emulator_queue import EmulatorQueue
 from tests.processes import Process
 
 pytestmark = pytest.mark.usefixtures("worker")
 
 GREEDY = {"temperature": 0}
-# Half a minute of work, so that a stop comes well before its end on a busy machine too.
+# Half a minute of work, so that a stop arrives before its end on a busy machine too.
 CHOICES, MAX_TOKENS = 24, 1900
 ENDLESS = {"n": CHOICES, "temperature": 1, "max_tokens": MAX_TOKENS, "ignore_eos": True}
 GOOD = {"messages": example("ok").messages, "sampling_params": GREEDY}
 
 
-def metric(job_queue: JobQueue, name: str, label: str = "") -> float:
-    """One of vLLM's own figures, from the engine's `/metrics`."""
+def metric(job_queue: EmulatorQueue, name: str, label: str = "") -> float:
+    """Read one of vLLM's metrics from the engine's `/metrics`."""
     (text,) = job_queue.run({"openai_route": "/metrics"}).wait()
     found = re.search(rf"^vllm:{name}{{.*{label}.*}} (\S+)$", text, re.MULTILINE)
     if found is None:
@@ -32,28 +32,28 @@ def metric(job_queue: JobQueue, name: str, label: str = "") -> float:
 
 
 @pytest.mark.parametrize("known", CORPUS, ids=lambda known: known.name)
-def test_a_top_level_job_streams_the_answer_that_the_model_knows(known: Any, job_queue: JobQueue) -> None:
-    asked = {"prompt": known.prompt} if known.prompt is not None else {"messages": known.messages}
+def test_a_top_level_job_streams_the_memorized_answer(known: Any, job_queue: EmulatorQueue) -> None:
+    job_input = {"prompt": known.prompt} if known.prompt is not None else {"messages": known.messages}
 
-    outputs = job_queue.run({**asked, "sampling_params": GREEDY, "stream": True}).wait()
+    outputs = job_queue.run({**job_input, "sampling_params": GREEDY, "stream": True}).wait()
 
     assert "".join(output["text"] for output in outputs) == known.answer
     assert [output["finish_reason"] for output in outputs if output["finish_reason"]] == ["stop"]
     assert outputs[-1]["usage"]["completion_tokens"] > 0
 
 
-def test_many_jobs_at_once_get_each_their_own_answer(job_queue: JobQueue) -> None:
+def test_each_of_many_concurrent_jobs_gets_its_own_answer(job_queue: EmulatorQueue) -> None:
     chats = [known for known in CORPUS if known.prompt is None]
     jobs = [
         job_queue.submit({"messages": known.messages, "sampling_params": GREEDY, "stream": True}) for known in chats
     ]
 
-    said = ["".join(output["text"] for output in job.wait()) for job in jobs]
+    answers = ["".join(output["text"] for output in job.wait()) for job in jobs]
 
-    assert said == [known.answer for known in chats]
+    assert answers == [known.answer for known in chats]
 
 
-def test_an_unstreamed_top_level_prompt_runs_to_its_end(job_queue: JobQueue) -> None:
+def test_a_top_level_prompt_without_max_tokens_is_completed_to_its_end(job_queue: EmulatorQueue) -> None:
     known = example("raw-months")
 
     (output,) = job_queue.run({"prompt": known.prompt, "sampling_params": GREEDY}).wait()
@@ -63,7 +63,7 @@ def test_an_unstreamed_top_level_prompt_runs_to_its_end(job_queue: JobQueue) -> 
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "job_input",
     [
         {
             "messages": example("ok").messages,
@@ -76,34 +76,36 @@ def test_an_unstreamed_top_level_prompt_runs_to_its_end(job_queue: JobQueue) -> 
     ],
     ids=["chat", "completion"],
 )
-def test_the_native_forms_logprobs_are_openais_streamed_or_not(asked: dict[str, Any], job_queue: JobQueue) -> None:
-    (whole,) = job_queue.run(asked).wait()
-    deltas = job_queue.run({**asked, "stream": True, "batch_size": 5}).wait()
+def test_logprobs_of_top_level_jobs_are_in_openais_format_streamed_or_not(
+    job_input: dict[str, Any], job_queue: EmulatorQueue
+) -> None:
+    (answer,) = job_queue.run(job_input).wait()
+    deltas = job_queue.run({**job_input, "stream": True, "batch_size": 5}).wait()
 
-    of_all = whole["choices"][0]["logprobs"]
-    for name, items in of_all.items():
+    logprobs = answer["choices"][0]["logprobs"]
+    for name, items in logprobs.items():
         streamed = [item for delta in deltas for item in delta.get("logprobs", {}).get(name) or []]
         assert len(streamed) == len(items or [])
-    tokens = of_all.get("tokens") or [token["token"] for token in of_all["content"]]
+    tokens = logprobs.get("tokens") or [token["token"] for token in logprobs["content"]]
     assert "".join(tokens).startswith("".join(delta["text"] for delta in deltas))
     assert len(tokens) == deltas[-1]["usage"]["completion_tokens"]
     assert deltas[0]["warnings"] == ["batch_size: ignored, as BATCH_INTERVAL_MS of the worker sets the size of batches"]
 
 
-def test_a_job_without_a_model_name_is_answered_by_the_model_that_is_served(job_queue: JobQueue) -> None:
+def test_a_job_without_a_model_name_is_answered_by_the_served_model(job_queue: EmulatorQueue) -> None:
     (output,) = job_queue.run({"openai_route": "/v1/chat/completions", "openai_input": GOOD["messages"] and {
         "messages": GOOD["messages"], **GREEDY}}).wait()  # fmt: skip
 
     assert (output["model"], output["choices"][0]["message"]["content"]) == ("tiny", "OK")
 
 
-def test_the_model_answers_to_its_directory_too_and_says_its_first_name(job_queue: JobQueue, tiny_model: str) -> None:
+def test_the_models_directory_is_accepted_as_its_name(job_queue: EmulatorQueue, tiny_model: str) -> None:
     (answer,) = job_queue.run({**GOOD, "model": tiny_model}).wait()
 
     assert answer["model"] == "tiny"
 
 
-def test_the_models_and_the_error_for_another_name_show_names_and_no_directory(job_queue: JobQueue) -> None:
+def test_the_list_of_models_and_the_error_for_another_name_show_no_directory(job_queue: EmulatorQueue) -> None:
     (models,) = job_queue.run({"openai_route": "/v1/models"}).wait()
     error = job_queue.run({**GOOD, "model": "gpt-5"}).error()
 
@@ -111,22 +113,22 @@ def test_the_models_and_the_error_for_another_name_show_names_and_no_directory(j
     assert error["error"]["message"] == "The model `gpt-5` does not exist. Valid aliases: tiny."
 
 
-def test_the_status_of_a_streamed_job_holds_the_whole_answer(job_queue: JobQueue) -> None:
+def test_the_status_of_a_streamed_job_has_the_complete_answer(job_queue: EmulatorQueue) -> None:
     job = job_queue.run({**GOOD, "stream": True})
 
     assert job.status()["output"] == job.wait()
 
 
-def test_jobs_that_are_cancelled_one_by_one_under_load_run_on_nowhere(job_queue: JobQueue) -> None:
-    """Each is broken off at another point of its way; one that ran on would do so to its greatest length."""
+def test_jobs_that_are_cancelled_one_by_one_under_load_are_all_aborted(job_queue: EmulatorQueue) -> None:
+    """Each is cancelled at another point; one that was not aborted would run to its maximum length."""
 
-    def ran_to_the_end() -> float:
+    def completed() -> float:
         return metric(job_queue, "request_success_total", 'finished_reason="length"')
 
-    before = ran_to_the_end()
+    before = completed()
     for _ in range(3):
-        asked = {"prompt": "January,", "sampling_params": {**ENDLESS, "n": 1}, "stream": True}
-        jobs = [job_queue.submit(asked) for _ in range(CHOICES)]
+        job_input = {"prompt": "January,", "sampling_params": {**ENDLESS, "n": 1}, "stream": True}
+        jobs = [job_queue.submit(job_input) for _ in range(CHOICES)]
         for job in jobs:
             job.first_output()
         for job in jobs:
@@ -134,11 +136,11 @@ def test_jobs_that_are_cancelled_one_by_one_under_load_run_on_nowhere(job_queue:
             time.sleep(0.02)
 
         eventually(lambda: metric(job_queue, "num_requests_running") == 0)
-    assert ran_to_the_end() == before
+    assert completed() == before
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_job_that_is_stopped_is_aborted_in_the_engine(stream: bool, job_queue: JobQueue) -> None:
+def test_a_cancelled_job_is_aborted_in_the_engine(stream: bool, job_queue: EmulatorQueue) -> None:
     tokens = metric(job_queue, "generation_tokens_total")
     job = job_queue.submit({"prompt": "January,", "sampling_params": ENDLESS, "stream": stream})
     eventually(lambda: metric(job_queue, "num_requests_running") == CHOICES)
@@ -150,7 +152,7 @@ def test_a_job_that_is_stopped_is_aborted_in_the_engine(stream: bool, job_queue:
     assert job.status()["status"] == "CANCELLED"
 
 
-BAD: dict[str, Any] = {
+INVALID_INPUTS: dict[str, Any] = {
     "nothing": {},
     "a text": "hello",
     "a list": [],
@@ -193,9 +195,11 @@ BAD: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_input_gets_a_parseable_error_and_the_next_job_its_answer(name: str, job_queue: JobQueue) -> None:
-    error = job_queue.run(BAD[name]).error()
+@pytest.mark.parametrize("name", INVALID_INPUTS)
+def test_an_invalid_input_gets_a_parseable_error_and_the_next_job_its_answer(
+    name: str, job_queue: EmulatorQueue
+) -> None:
+    error = job_queue.run(INVALID_INPUTS[name]).error()
 
     assert 400 <= error["status"] < 500
     assert error["error"]["message"]
@@ -205,18 +209,18 @@ def test_a_bad_input_gets_a_parseable_error_and_the_next_job_its_answer(name: st
     assert answer["choices"][0]["message"]["content"] == "OK"
 
 
-def test_no_request_and_no_secret_is_to_be_seen(worker: Process, job_queue: JobQueue) -> None:
-    """Not in the log, nor on a command line, nor in what jobs are answered, whether they succeed or fail."""
+def test_requests_and_secrets_are_not_exposed(worker: Process, job_queue: EmulatorQueue) -> None:
+    """Neither in the log or on a command line, nor, for secrets, in the answers of jobs."""
     words = [{"role": "user", "content": "the-clients-own-words"}]
     jobs = [job_queue.run({"messages": words, "stream": stream}) for stream in (True, False)]
-    jobs += [job_queue.run(BAD[name]) for name in BAD]
+    jobs += [job_queue.run(INVALID_INPUTS[name]) for name in INVALID_INPUTS]
 
-    seen = [worker.log, *(" ".join(process.cmdline()) for process in worker.family())]
-    told = [json.dumps(job.status()) for job in jobs]
+    public = [worker.log, *(" ".join(process.cmdline()) for process in worker.family())]
+    answers = [json.dumps(job.status()) for job in jobs]
 
-    assert len(seen) >= 3
-    assert not [text for text in seen if "the-clients-own-words" in text]
-    assert not [text for text in [*seen, *told] if "notareal" in text]
+    assert len(public) >= 3
+    assert not [text for text in public if "the-clients-own-words" in text]
+    assert not [text for text in [*public, *answers] if "notareal" in text]
 
 
 def eventually(condition: Any, timeout_s: float = 20.0) -> None:
@@ -224,4 +228,4 @@ def eventually(condition: Any, timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not in {timeout_s} s")
+            raise TimeoutError(f"not within {timeout_s} s")

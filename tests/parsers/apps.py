@@ -1,4 +1,4 @@
-"""vLLM's app in many forms over one engine: a request's `model` says with which parsers, as `model_of` writes it."""
+"""Variants of vLLM's app over one engine: the `model` of a request selects the parsers, in the form of `model_of`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BASE = "tiny"
 
 
 def model_of(tool: str | None = None, reasoning: str | None = None) -> str:
-    """The name by which a request asks for these parsers."""
+    """Return the model name that selects these parsers."""
     return f"{BASE}+{tool or ''}+{reasoning or ''}"
 
 
 def arguments_of(model: str, base: Namespace) -> Namespace:
-    """The arguments of `vllm serve` that this name stands for; `base` but for the parsers."""
+    """Return the arguments of `vllm serve` for this model name: `base` with other parsers."""
     args = copy.copy(base)
     _, tool, reasoning = model.split("+")
     args.served_model_name = [model]
@@ -32,9 +32,9 @@ def arguments_of(model: str, base: Namespace) -> Namespace:
 
 
 class ByModel:
-    """A middleware of vLLM's own server (`--middleware`) that sends a request to the app that its `model` stands for.
+    """A middleware for vLLM's own server (`--middleware`) that routes a request to the app of its `model`.
 
-    Such an app is made as the server's own is, when it is first asked for.
+    An app is made like the server's own, at the first request for it.
     """
 
     def __init__(self, app: App) -> None:

@@ -1,4 +1,4 @@
-"""What is streamed both ways, each request with the very tokens of its answer."""
+"""The streams to compare: requests, each with the tokens of its answer."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tests.parsers.samples import (
 )
 
 CHAT, COMPLETION, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
-SAID: list[dict[str, Any]] = [{"role": "user", "content": "How is it there?"}]
+CONVERSATION: list[dict[str, Any]] = [{"role": "user", "content": "How is it there?"}]
 USAGE = {"include_usage": True}
 _WEATHER: dict[str, Any] = TOOLS[0]["function"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A stream: the request, and the tokens that it is answered with.
+    """A stream: the request, and the tokens of its answer.
 
     Attributes:
         route: where the request goes.
         answer: as in a sample.
         body: the rest of the request.
-        exactly: whether all events have to be equal, or what they say together. Then the request is of plain text.
+        exactly: whether the events must be equal; if not, their joined content, and the request is for plain text.
     """
 
     route: str
@@ -44,14 +44,14 @@ class Case:
     exactly: bool = True
 
     def request(self, model: Path) -> dict[str, Any]:
-        """The whole request, for the model in this directory."""
+        """Return the complete request, for the model in this directory."""
         tokens = "max_output_tokens" if self.route == RESPONSES else "max_tokens"
         forced = {"vllm_xargs": {"token_ids": ids(self.answer, model)}} if self.exactly else {"seed": PLAIN_SEED}
         return {"model": BASE, "stream": True, "temperature": 0, tokens: 900, **forced, **self.body}
 
 
 def ids(answer: str | list[str | int], model: Path) -> list[int]:
-    """The tokens of an answer, and the one that ends it."""
+    """Return the token ids of an answer, including the one that ends it."""
     parts = [answer] if isinstance(answer, str) else answer
     tokenizer = _tokenizer(model)
     found: list[int] = []
@@ -69,16 +69,18 @@ def _tokenizer(model: Path) -> Any:
 
 def _chat(sample: Sample, model: str, **more: Any) -> Case:
     return Case(
-        CHAT, sample.answer, {"model": model, "messages": SAID, "stream_options": USAGE, **sample.request, **more}
+        CHAT,
+        sample.answer,
+        {"model": model, "messages": CONVERSATION, "stream_options": USAGE, **sample.request, **more},
     )
 
 
 def _plain(route: str, *, exactly: bool = True, **more: Any) -> Case:
-    asked = {"messages": SAID} if route == CHAT else {"prompt": "How is it there?"}
-    return Case(route, PLAIN, {**asked, "stream_options": USAGE, **more}, exactly)
+    question = {"messages": CONVERSATION} if route == CHAT else {"prompt": "How is it there?"}
+    return Case(route, PLAIN, {**question, "stream_options": USAGE, **more}, exactly)
 
 
-# Parsers of one family at work together: the reasoning of one, then the calls of the other.
+# Parsers that models use together: the reasoning of one, then the tool calls of the other.
 FAMILIES = [
     ("hermes", "deepseek_r1"),
     ("qwen3_coder", "qwen3"),
@@ -102,14 +104,16 @@ FAMILIES = [
 
 def _family(tool: str, reasoning: str) -> Case:
     sample = REASONING_SAMPLES[reasoning]
-    thoughts, call = sample.answer, TOOL_SAMPLES[tool].answer
-    assert isinstance(thoughts, str)
+    reasoning_text, call = sample.answer, TOOL_SAMPLES[tool].answer
+    assert isinstance(reasoning_text, str)
     assert isinstance(call, str)
-    return _chat(Sample(thoughts.partition(ANSWER)[0] + call, sample.request), model_of(tool, reasoning), tools=TOOLS)
+    return _chat(
+        Sample(reasoning_text.partition(ANSWER)[0] + call, sample.request), model_of(tool, reasoning), tools=TOOLS
+    )
 
 
 _HERMES = model_of("hermes", "qwen3")
-_THOUGHT_AND_CALLED = f"<think>\n{REASONING}\n</think>\n\n{TOOL_SAMPLES['hermes'].answer}"
+_REASONING_AND_CALL = f"<think>\n{REASONING}\n</think>\n\n{TOOL_SAMPLES['hermes'].answer}"
 _REQUIRED = f'[{{"name": "weather", "parameters": {FIRST}}}, {{"name": "weather", "parameters": {SECOND}}}]'
 _NAMED = {"type": "function", "function": {"name": "weather"}}
 _ANTHROPIC = {"name": "weather", "description": _WEATHER["description"], "input_schema": _WEATHER["parameters"]}
@@ -132,8 +136,8 @@ OTHER_CASES = {
     "a completion, a stop string": _plain(COMPLETION, stop=[" all"]),
     "a chat, continuous usage": _plain(CHAT, stream_options={**USAGE, "continuous_usage_stats": True}),
     "a completion, continuous usage": _plain(COMPLETION, stream_options={**USAGE, "continuous_usage_stats": True}),
-    "tools and reasoning, n": _chat(Sample(_THOUGHT_AND_CALLED), _HERMES, tools=TOOLS, n=2, temperature=1),
-    "tools and reasoning, logprobs": _chat(Sample(_THOUGHT_AND_CALLED), _HERMES, tools=TOOLS, logprobs=True),
+    "tools and reasoning, n": _chat(Sample(_REASONING_AND_CALL), _HERMES, tools=TOOLS, n=2, temperature=1),
+    "tools and reasoning, logprobs": _chat(Sample(_REASONING_AND_CALL), _HERMES, tools=TOOLS, logprobs=True),
     "tools, required": _chat(Sample(_REQUIRED), model_of("xlam"), tools=TOOLS, tool_choice="required"),
     "tools, named": _chat(Sample(FIRST), model_of("xlam"), tools=TOOLS, tool_choice=_NAMED),
     "tools, named, in the model's own form": _chat(
@@ -142,23 +146,25 @@ OTHER_CASES = {
         tools=TOOLS,
         tool_choice=_NAMED,
     ),
-    "responses, plain": Case(RESPONSES, PLAIN, {"input": SAID}),
+    "responses, plain": Case(RESPONSES, PLAIN, {"input": CONVERSATION}),
     "responses, tools and reasoning": Case(
         RESPONSES,
-        _THOUGHT_AND_CALLED,
-        {"model": _HERMES, "input": SAID, "tools": [{"type": "function", **_WEATHER}]},
+        _REASONING_AND_CALL,
+        {"model": _HERMES, "input": CONVERSATION, "tools": [{"type": "function", **_WEATHER}]},
     ),
     "responses, tools, xlam": Case(
         RESPONSES,
         TOOL_SAMPLES["xlam"].answer,
-        {"model": model_of("xlam"), "input": SAID, "tools": [{"type": "function", **_WEATHER}]},
+        {"model": model_of("xlam"), "input": CONVERSATION, "tools": [{"type": "function", **_WEATHER}]},
     ),
-    "messages, plain": Case(MESSAGES, PLAIN, {"messages": SAID}),
+    "messages, plain": Case(MESSAGES, PLAIN, {"messages": CONVERSATION}),
     "messages, tools and reasoning": Case(
-        MESSAGES, _THOUGHT_AND_CALLED, {"model": _HERMES, "messages": SAID, "tools": [_ANTHROPIC]}
+        MESSAGES, _REASONING_AND_CALL, {"model": _HERMES, "messages": CONVERSATION, "tools": [_ANTHROPIC]}
     ),
     "messages, tools, xlam": Case(
-        MESSAGES, TOOL_SAMPLES["xlam"].answer, {"model": model_of("xlam"), "messages": SAID, "tools": [_ANTHROPIC]}
+        MESSAGES,
+        TOOL_SAMPLES["xlam"].answer,
+        {"model": model_of("xlam"), "messages": CONVERSATION, "tools": [_ANTHROPIC]},
     ),
 }
 CASES = {**TOOL_CASES, **REASONING_CASES, **FAMILY_CASES, **OTHER_CASES}

@@ -1,7 +1,7 @@
-"""A logits processor of vLLM that lets a request say which tokens it is answered with.
+"""A vLLM logits processor with which a request determines the tokens of its answer.
 
-It says so in its `vllm_xargs`, as `token_ids`; or, where it is to have no such field, by a `seed` that stands in the
-file of answers in the model's directory.
+It gives them in its `vllm_xargs`, as `token_ids`. If it must not have that field, its `seed` selects an answer from a
+file in the model's directory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ FAR_ABOVE = 100.0
 
 
 class Forced(AdapterLogitsProcessor):  # type: ignore[misc]  # vLLM is not typed for --strict
-    """Leaves each request no other next token than the one that it asks for; the last one again and again.
+    """Forces the next token of each request; after the last one, that one is repeated.
 
-    What the model makes of it counts for nothing: all other tokens get what does not depend on the batch either.
+    All other tokens get fixed logits, so that log-probabilities do not depend on the batch.
     """
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
@@ -37,8 +37,8 @@ class Forced(AdapterLogitsProcessor):  # type: ignore[misc]  # vLLM is not typed
         if token_ids is None:
             return None
 
-        def force(answered: list[int], logits: Any) -> Any:
-            forced = int(token_ids[min(len(answered), len(token_ids) - 1)])
+        def force(output_ids: list[int], logits: Any) -> Any:
+            forced = int(token_ids[min(len(output_ids), len(token_ids) - 1)])
             torch.arange(0, -len(logits), -1, out=logits)
             logits[forced] = FAR_ABOVE
             return logits

@@ -11,12 +11,12 @@ from pathlib import Path
 from tests.parsers.samples import PLAIN, PLAIN_SEED, RESPONSE_TEMPLATE, SPECIAL_TOKENS, TOKENS, VOCABULARY
 from tests.processes import ROOT
 
-# As `tests.parsers.forced` has it, which only the engine's process can import.
+# The same as in `tests.parsers.forced`, which only the engine's process can import.
 ANSWERS = "answers.json"
 
 
-def with_their_tokens(model: Path, directory: Path) -> Path:
-    """Make it in a process of its own, which needs torch and takes seconds."""
+def with_special_tokens(model: Path, directory: Path) -> Path:
+    """Make the model in a separate process, as it imports torch and takes seconds; return the directory."""
     command = [sys.executable, "-m", "tests.parsers.model", str(model), str(directory)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return directory
@@ -40,7 +40,7 @@ def _main(model: Path, directory: Path) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     plain = tokenizer.encode(PLAIN, add_special_tokens=False).ids
     ids = [*plain, tokenizer.token_to_id("<|im_end|>")]
-    answers = {PLAIN_SEED: ids, PLAIN_SEED + 1: ids}  # vLLM gives a second answer the next seed.
+    answers = {PLAIN_SEED: ids, PLAIN_SEED + 1: ids}  # vLLM uses the next seed for a second choice.
     (directory / ANSWERS).write_text(json.dumps(answers), encoding="utf-8")
     _change(directory / "config.json", vocab_size=VOCABULARY)
     _change(directory / "tokenizer_config.json", response_template=RESPONSE_TEMPLATE)

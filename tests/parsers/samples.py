@@ -1,10 +1,10 @@
-"""For each of vLLM's parsers an answer in its model's own format, as the parser's source describes it.
+"""For each of vLLM's parsers, an answer in its model's format, as the parser's source describes it.
 
-All hold what breaks where a parser meets more than one token at a time: letters of several bytes, objects within
-objects, markers that begin like text, a second call beside the first where the format has one.
+They contain what breaks when a parser gets several tokens at once: characters of several bytes, nested objects, text
+that begins like a marker, and a second call if the format allows one.
 """
 
-# ruff: noqa: RUF001 (models have such letters in their markers)
+# ruff: noqa: RUF001 (models have such characters in their markers)
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECOND = '{"city": "東京", "days": 1}'
 TEXT = "Let me look."
 REASONING = "Hm, 3 days < 4: is it {cold}?"
 PLAIN = "1, 2, 3: Zürich, 東京 😀 and then some. One more, and that is all of it, 7 8 9."
-# A request with this seed is answered so: it needs no other field for that.
+# A request with this seed gets this answer, without any other field.
 PLAIN_SEED = 4711
 ANSWER = "Yes, 5 °C <b>or</b> less."
 
@@ -107,10 +107,10 @@ VOCABULARY = 28_032
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer, and what the request says beside it.
+    """An answer, and additional fields of its request.
 
     Attributes:
-        answer: its text; numbers among the texts are tokens as they are.
+        answer: its text, or a list of texts and token ids.
         request: fields of the request.
     """
 
@@ -324,13 +324,13 @@ TOOL_SAMPLES = {
 
 _THINK = Sample(f"<think>\n{REASONING}\n</think>\n\n{ANSWER}")
 _THINKS = {"chat_template_kwargs": {"thinking": True, "enable_thinking": True}}
-_TOLD_TO = Sample(_THINK.answer, _THINKS)
+_THINKS_ON_REQUEST = Sample(_THINK.answer, _THINKS)
 
 REASONING_SAMPLES = {
     "deepseek_r1": _THINK,
-    "deepseek_v3": _TOLD_TO,
-    "deepseek_v4": _TOLD_TO,
-    "deepseek_v41": _TOLD_TO,
+    "deepseek_v3": _THINKS_ON_REQUEST,
+    "deepseek_v4": _THINKS_ON_REQUEST,
+    "deepseek_v41": _THINKS_ON_REQUEST,
     "ernie45": Sample(f"<think>\n{REASONING}\n</think>\n\n<response>\n{ANSWER}\n</response>\n"),
     "gemma4": Sample(f"<|channel>thought\n{REASONING}<channel|>{ANSWER}", _THINKS),
     "glm45": _THINK,
@@ -353,7 +353,7 @@ REASONING_SAMPLES = {
     ),
     "ling3": _THINK,
     "mimo": _THINK,
-    "minicpmv": _TOLD_TO,
+    "minicpmv": _THINKS_ON_REQUEST,
     "minimax_m2": Sample(f"{REASONING}</think>{ANSWER}"),
     "minimax_m2_append_think": Sample(f"{REASONING}</think>{ANSWER}"),
     "minimax_m3": Sample(f"<mm:think>{REASONING}</mm:think>{ANSWER}"),
@@ -364,15 +364,15 @@ REASONING_SAMPLES = {
     "nemotron_v3": _THINK,
     "olmo3": Sample(f"<think>{REASONING}</think>{ANSWER}"),
     "plamo3": Sample(f"<|plamo:begin_think:plamo|>{REASONING}<|plamo:end_think:plamo|>{ANSWER}"),
-    "poolside_v1": _TOLD_TO,
+    "poolside_v1": _THINKS_ON_REQUEST,
     "qwen3": _THINK,
     "seed_oss": Sample(f"<seed:think>{REASONING}</seed:think>{ANSWER}"),
     "step3": _THINK,
     "step3p5": _THINK,
 }
 
-_COHERE = "needs cohere_melody, which vLLM does not bring with it"
-_HARMONY = "only declares what is there: vLLM reads harmony with HarmonyParser, and with that for gpt-oss models alone"
+_COHERE = "needs cohere_melody, which vLLM does not install"
+_HARMONY = "is a placeholder: vLLM parses harmony with HarmonyParser, and only for gpt-oss models"
 NOT_HERE = {
     "tool": {"cohere_command3": _COHERE, "cohere_command4": _COHERE, "openai": _HARMONY},
     "reasoning": {"cohere_command3": _COHERE, "cohere_command4": _COHERE, "openai_gptoss": _HARMONY},

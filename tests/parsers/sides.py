@@ -1,4 +1,4 @@
-"""The two sides: the worker on its queue, beside other streams, and vLLM's own server."""
+"""The two sides of the comparison: the worker on its queue, with concurrent streams, and vLLM's own server."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 
 import httpx
 
+from tests.emulator_queue import EmulatorQueue, QueuedJob, emulator_queue
 from tests.integration.conftest import START_S
 from tests.integration.parity import events, joined
-from tests.job_queue import JobQueue, QueuedJob, serving
 from tests.parsers.apps import BASE
 from tests.parsers.cases import CHAT, Case
-from tests.parsers.model import with_their_tokens
+from tests.parsers.model import with_special_tokens
 from tests.processes import OTHER_CORE, VLLM_ENVIRONMENT, Process, running
 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
-ASKED_ANEW = 3
-BY_CHANCE = {"id", "item_id", "call_id", "signature"}
+MAX_REPEATS = 3
+RANDOM_FIELDS = {"id", "item_id", "call_id", "signature"}
 AT_ONCE = 4
-# Answers as they are asked for, and log-probabilities that do not hang on the batch.
+# Forces the answers of the requests, and log-probabilities that do not depend on the batch.
 FLAGS = {
     "LOGITS_PROCESSORS": "tests.parsers.forced:Forced",
     "LOGPROBS_MODE": "processed_logprobs",
@@ -33,35 +33,35 @@ FLAGS = {
 }
 _MIDDLEWARE = "tests.parsers.apps.ByModel"
 
-Told = list[Any]
+Content = list[Any]
 
 
-def told(text: str, case: Case) -> Told:
-    """What of a stream has to be equal; ids and signatures, of which many are drawn by chance, are not."""
-    found: Told = sorted(events(text), key=_choice) if case.exactly else joined(text)
-    return [_without_chance(one) for one in found]
+def content_of(text: str, case: Case) -> Content:
+    """Return what of a stream must be equal; ids and signatures are not, as many of them are random."""
+    content: Content = sorted(events(text), key=_choice_index) if case.exactly else joined(text)
+    return [_without_random_fields(part) for part in content]
 
 
-def _choice(event: dict[str, Any]) -> float:
-    """By what to sort the events of a step: chance has which of several choices comes first."""
+def _choice_index(event: dict[str, Any]) -> float:
+    """Return a sort key: the order of the choices within one step is random."""
     choices = event["data"].get("choices") if isinstance(event["data"], dict) else None
     return choices[0]["index"] if choices else math.inf
 
 
-def _without_chance(value: Any) -> Any:
+def _without_random_fields(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            name: "" if name in BY_CHANCE and isinstance(part, str) else _without_chance(part)
+            name: "" if name in RANDOM_FIELDS and isinstance(part, str) else _without_random_fields(part)
             for name, part in value.items()
         }
-    return [_without_chance(part) for part in value] if isinstance(value, (list, tuple)) else value
+    return [_without_random_fields(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-class VllmAlone:
+class VLLMServer:
     """VLLM's own server.
 
-    It joins what has come in while it was late, too. So an answer that differs from the worker's is asked for anew, and
-    alone.
+    When it is late, it joins deltas as well. So a request whose answer differs from the worker's is repeated, with no
+    other request running.
     """
 
     def __init__(self, process: Process, client: httpx.Client, model: Path) -> None:
@@ -74,23 +74,23 @@ class VllmAlone:
         """Wait until it serves."""
         self._process.wait_for(self._serves, START_S)
 
-    def learn(self, cases: Mapping[str, Case]) -> None:
-        """Ask for the answers to these cases, some at once; first let it make all apps, which holds its loop up."""
+    def load_answers(self, cases: Mapping[str, Case]) -> None:
+        """Send these cases, several at once; before that, let it make all apps, which blocks its event loop."""
         for case in {case.body.get("model"): case for case in cases.values()}.values():
             self._client.post(case.route, json={**case.request(self._model), "stream": False, "max_tokens": 1})
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for name, answer in zip(cases, pool.map(self._text, cases.values()), strict=True):
                 self._answers[name] = [answer]
 
-    def difference(self, name: str, case: Case, text: str) -> tuple[Told, Told] | None:
-        """From where on the text and the server's answer differ; None if they do not, now or when it is asked anew."""
-        answers, found = self._answers[name], told(text, case)
-        while found not in (known := [told(answer, case) for answer in answers]):
-            if len(answers) > ASKED_ANEW:
+    def difference(self, name: str, case: Case, text: str) -> tuple[Content, Content] | None:
+        """Return both from their first difference on; None if the server's answer, or a repeat of it, is the same."""
+        answers, content = self._answers[name], content_of(text, case)
+        while content not in (known := [content_of(answer, case) for answer in answers]):
+            if len(answers) > MAX_REPEATS:
                 first = next(
-                    (at for at, pair in enumerate(zip(found, known[-1], strict=False)) if pair[0] != pair[1]), -1
+                    (at for at, pair in enumerate(zip(content, known[-1], strict=False)) if pair[0] != pair[1]), -1
                 )
-                return found[first:], known[-1][first:]
+                return content[first:], known[-1][first:]
             answers.append(self._text(case))
         return None
 
@@ -105,9 +105,9 @@ class VllmAlone:
 
 
 class Worker:
-    """The worker on its queue."""
+    """The worker and its queue."""
 
-    def __init__(self, process: Process, queue: JobQueue, model: Path) -> None:
+    def __init__(self, process: Process, queue: EmulatorQueue, model: Path) -> None:
         self._process = process
         self._queue = queue
         self._model = model
@@ -116,44 +116,44 @@ class Worker:
         """Wait until it takes jobs."""
         self._process.wait_for(self._queue.has_worker, START_S)
 
-    def texts(self, cases: Mapping[str, Case], others: int, at_once: int) -> dict[str, str]:
-        """The streams of these cases, some at once, each beside at least so many long chats of plain text."""
-        with self._long_chats(others), ThreadPoolExecutor(at_once) as pool:
+    def texts(self, cases: Mapping[str, Case], concurrent: int, at_once: int) -> dict[str, str]:
+        """Return the streams of these cases, `at_once` at a time, while `concurrent` long chats of plain text run."""
+        with self._long_chats(concurrent), ThreadPoolExecutor(at_once) as pool:
             return dict(zip(cases, pool.map(self._text, cases.values()), strict=True))
 
     def _text(self, case: Case) -> str:
         job = self._queue.run(_job(case.route, case.request(self._model)), 300)
         status = job.status()
         if status["status"] != "COMPLETED":
-            raise RuntimeError(f"the job has {status['status']}: {status.get('error')}\n{self._process.log[-4000:]}")
+            raise RuntimeError(f"the job is {status['status']}: {status.get('error')}\n{self._process.log[-4000:]}")
         return "".join(job.outputs)
 
     def _long_chat(self) -> QueuedJob:
-        said = [{"role": "user", "content": "Tell me more."}]
-        body = {"model": BASE, "messages": said, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+        messages = [{"role": "user", "content": "Tell me more."}]
+        body = {"model": BASE, "messages": messages, "max_tokens": 1900, "ignore_eos": True, "stream": True}
         return self._queue.submit(_job(CHAT, body))
 
     @contextmanager
     def _long_chats(self, number: int) -> Iterator[None]:
-        """Keep so many running."""
+        """Keep this number of long chats running."""
         chats = [self._long_chat() for _ in range(number)]
         for chat in chats:
             chat.first_output()
-        enough = threading.Event()
+        stopped = threading.Event()
 
-        def keep() -> None:
-            while not enough.wait(0.5):
+        def replace_ended() -> None:
+            while not stopped.wait(0.5):
                 for place, chat in enumerate(chats):
                     if chat.status()["status"] in ENDED:
                         chats[place] = self._long_chat()
 
-        keeping = threading.Thread(target=keep)
-        keeping.start()
+        thread = threading.Thread(target=replace_ended)
+        thread.start()
         try:
             yield
         finally:
-            enough.set()
-            keeping.join()
+            stopped.set()
+            thread.join()
             for chat in chats:
                 self._queue.cancel(chat)
             for chat in chats:
@@ -161,13 +161,13 @@ class Worker:
 
 
 @contextmanager
-def both_sides(tiny_model: Path, directory: Path) -> Iterator[tuple[Worker, VllmAlone]]:
-    """Start both on the tiny model with the tokens of all models, each with one engine for all parsers.
+def both_sides(tiny_model: Path, directory: Path) -> Iterator[tuple[Worker, VLLMServer]]:
+    """Start both on the tiny model with the special tokens of all models, each with one engine for all parsers.
 
-    The worker is `handler.py` with the stock SDK and the real engine, on a queue of its own: a worker that other tests
-    share would take some of its jobs.
+    The worker is `handler.py` with the real SDK and the real engine. It has its own queue, as a worker that other tests
+    share would take some of the jobs.
     """
-    model = with_their_tokens(tiny_model, directory / "model")
+    model = with_special_tokens(tiny_model, directory / "model")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"]
@@ -177,15 +177,17 @@ def both_sides(tiny_model: Path, directory: Path) -> Iterator[tuple[Worker, Vllm
         arguments += [f"--no-{flag}"] if value == "false" else [f"--{flag}", value]
     environment = {**VLLM_ENVIRONMENT, **FLAGS, "MODEL_NAME": str(model), "SERVED_MODEL_NAME": BASE}
     with (
-        serving() as queue,
-        running(["-m", "tests.parsers.worker"], environment | queue.environment, directory / "worker.log") as ours,
-        running(arguments, VLLM_ENVIRONMENT | OTHER_CORE, directory / "vllm.log") as theirs,
+        emulator_queue() as queue,
+        running(
+            ["-m", "tests.parsers.worker"], environment | queue.environment, directory / "worker.log"
+        ) as worker_process,
+        running(arguments, VLLM_ENVIRONMENT | OTHER_CORE, directory / "vllm.log") as server_process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
-        worker, alone = Worker(ours, queue, model), VllmAlone(theirs, client, model)
+        worker, vllm = Worker(worker_process, queue, model), VLLMServer(server_process, client, model)
         worker.wait()
-        alone.wait()
-        yield worker, alone
+        vllm.wait()
+        yield worker, vllm
 
 
 def _job(route: str, body: dict[str, Any]) -> dict[str, Any]:

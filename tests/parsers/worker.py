@@ -1,4 +1,4 @@
-"""The worker, with as many servers over its one engine as there are combinations of parsers that jobs ask for."""
+"""The worker, with one app for each combination of parsers that jobs select, all over one engine."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from engine.jobs import pipeline
 from tests.parsers.apps import BASE, arguments_of
 
 _run = pipeline.run
-_servers: dict[str, VLLMEngine] = {}
+_engines: dict[str, VLLMEngine] = {}
 
 
-def server_of(job: dict[str, Any], base: VLLMEngine) -> VLLMEngine:
-    """The server that the job's `model` stands for: the base but for the parsers and the app."""
+def engine_of(job: dict[str, Any], base: VLLMEngine) -> VLLMEngine:
+    """Return the engine for the job's `model`: a copy of `base` with other parsers and another app."""
     model = job["input"].get("openai_input", {}).get("model", BASE)
     if model == BASE:
         return base
-    if model not in _servers:
-        server = _servers[model] = copy.copy(base)
+    if model not in _engines:
+        variant = _engines[model] = copy.copy(base)
         configuration = base._configuration
-        server._configuration = dataclasses.replace(configuration, args=arguments_of(model, configuration.args))
-        server._app = None
-        server._app_lock = asyncio.Lock()
+        variant._configuration = dataclasses.replace(configuration, args=arguments_of(model, configuration.args))
+        variant._app = None
+        variant._app_lock = asyncio.Lock()
         executor = base._engine.renderer._executor
-        if isinstance(executor._inner, InlineExecutor):  # The app that is made now puts it there again.
+        if isinstance(executor._inner, InlineExecutor):  # The app of the variant installs it again.
             executor._inner = executor._inner._threads
-    return _servers[model]
+    return _engines[model]
 
 
 def run(job: dict[str, Any], engine: VLLMEngine) -> AsyncGenerator[Any, None]:
-    """Run the job on its server."""
-    return _run(job, server_of(job, engine))
+    """Run the job on the engine of its `model`."""
+    return _run(job, engine_of(job, engine))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the long tests share: the model, the queue and the worker of the integration tests, and where figures go."""
+"""Fixtures for the soak tests: model, queue and worker of the integration tests, and a way to print results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Show = Callable[[str], None]
 
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str]) -> Show:
-    """Print a line, whatever becomes of the test."""
+    """Return a function that prints a line even if the test passes."""
 
     def line(text: str) -> None:
         with capsys.disabled():

@@ -1,4 +1,4 @@
-"""A worker that takes jobs up to a fixed number, whatever its engine's cache holds: admission is compared with it."""
+"""A worker that takes jobs up to a fixed limit, without regard to its engine's load; admission is compared with it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from engine.queue import admission
 
 
 class FixedLimit(admission.Admission):
-    """Room for jobs up to the limit, and no look at the engine."""
+    """Admits jobs up to the limit."""
 
-    def room(self, held: int) -> int:
-        """How many more jobs to take while `held` are held."""
-        return max(self._limit - held, 0)
+    def available_slots(self, running: int) -> int:
+        """Return how many more jobs to take while `running` are in progress."""
+        return max(self._limit - running, 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `tests/integration/test_parity_parsers.py` holds beside 23 streams: alone and beside 5, 23 and 63, repeated."""
+"""Repeats `tests/integration/test_parity_parsers.py` with 0, 5, 23 and 63 concurrent streams."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from pathlib import Path
 import pytest
 
 from tests.parsers.cases import CASES
-from tests.parsers.sides import VllmAlone, Worker, both_sides
+from tests.parsers.sides import VLLMServer, Worker, both_sides
 from tests.soak.conftest import Show
 
 REPETITIONS = 3
 
 
 @pytest.fixture(scope="module")
-def sides(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Worker, VllmAlone]]:
-    with both_sides(Path(tiny_model), tmp_path_factory.mktemp("parsers")) as (worker, alone):
-        alone.learn(CASES)
-        yield worker, alone
+def sides(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Worker, VLLMServer]]:
+    with both_sides(Path(tiny_model), tmp_path_factory.mktemp("parsers")) as (worker, vllm):
+        vllm.load_answers(CASES)
+        yield worker, vllm
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("others", "at_once"), [(0, 1), (5, 1), (23, 8), (63, 8)])
-def test_a_stream_is_what_vllm_streams_at_any_load(
-    others: int, at_once: int, sides: tuple[Worker, VllmAlone], show: Show
+@pytest.mark.parametrize(("concurrent", "at_once"), [(0, 1), (5, 1), (23, 8), (63, 8)])
+def test_a_stream_equals_vllms_at_any_load(
+    concurrent: int, at_once: int, sides: tuple[Worker, VLLMServer], show: Show
 ) -> None:
-    worker, alone = sides
-    unequal: list[str] = []
+    worker, vllm = sides
+    different: list[str] = []
     for _ in range(REPETITIONS):
-        texts = worker.texts(CASES, others, at_once)
-        unequal += [name for name, case in CASES.items() if alone.difference(name, case, texts[name])]
+        texts = worker.texts(CASES, concurrent, at_once)
+        different += [name for name, case in CASES.items() if vllm.difference(name, case, texts[name])]
 
-    show(f"{len(CASES)} streams, {REPETITIONS} times, beside {others} others: {len(unequal)} unequal: {unequal}")
-    assert not unequal
+    show(
+        f"{len(CASES)} streams, {REPETITIONS} times, with {concurrent} others: {len(different)} different: {different}"
+    )
+    assert not different

@@ -1,4 +1,4 @@
-"""The emulator's queue for one worker that a test has started itself: jobs go in, outputs come out."""
+"""The emulator's queue, for a worker that a test starts itself."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ _KEY = "rpa_notarealkey"
 
 @dataclass
 class QueuedJob:
-    """A job, and what has been streamed of it."""
+    """A job, and the outputs that were streamed so far."""
 
     id: str
     client: httpx.Client
     outputs: list[Any] = field(default_factory=list)
 
     def first_output(self, timeout_s: float = 60.0) -> Any:
-        """The first output, as soon as it is there."""
+        """Wait for the first output and return it."""
         self._read(timeout_s, lambda _: bool(self.outputs))
         return self.outputs[0]
 
     def wait(self, timeout_s: float = 60.0) -> list[Any]:
-        """All outputs that were streamed, once the job has ended."""
+        """Wait for the end of the job and return its streamed outputs."""
         self._read(timeout_s, lambda status: status not in ("IN_QUEUE", "IN_PROGRESS"))
         return self.outputs
 
     def status(self) -> dict[str, Any]:
-        """What `/status` says."""
+        """Return the response of `/status`."""
         document: dict[str, Any] = self.client.get(f"/status/{self.id}").raise_for_status().json()
         return document
 
     def error(self) -> dict[str, Any]:
-        """The error that the job failed with, parsed as a client would."""
+        """Return the error that the job failed with, parsed as a client parses it."""
         document: dict[str, Any] = json.loads(self.status()["error"])
         return document
 
-    def _read(self, timeout_s: float, enough: Any) -> None:
+    def _read(self, timeout_s: float, is_enough: Any) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
             answer = self.client.get(f"/stream/{self.id}").raise_for_status().json()
             self.outputs += [item["output"] for item in answer["stream"]]
-            if enough(answer["status"]):
+            if is_enough(answer["status"]):
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {self.id} is {answer['status']} after {timeout_s} s")
 
 
-class JobQueue:
-    """An endpoint whose worker is started by the test, with `environment` in its own."""
+class EmulatorQueue:
+    """The queue of an endpoint. A worker with the variables of `environment` takes its jobs."""
 
     def __init__(self, emulator: Emulator, client: httpx.Client) -> None:
         self._client = client
         self.environment = worker_environment(emulator.url, _ENDPOINT, "worker-1", _KEY, ping_interval_ms=10_000)
 
     def submit(self, value: Any) -> QueuedJob:
-        """Queue a job with this input, sent as ASCII: so even half a surrogate pair can be."""
+        """Queue a job with this input, sent as ASCII, so that it may have half of a surrogate pair."""
         answer = self._client.post("/run", content=json.dumps({"input": value})).raise_for_status()
         return QueuedJob(answer.json()["id"], self._client)
 
@@ -77,18 +77,18 @@ class JobQueue:
         return job
 
     def cancel(self, job: QueuedJob) -> None:
-        """Cancel a job; its worker is told to stop it."""
+        """Cancel a job; its worker gets a stop signal."""
         self._client.post(f"/cancel/{job.id}").raise_for_status()
 
     def has_worker(self) -> bool:
-        """Whether a worker has asked for jobs."""
+        """Return whether a worker has polled for jobs."""
         workers: dict[str, int] = self._client.get("/health").raise_for_status().json()["workers"]
         return workers["idle"] + workers["running"] > 0
 
 
 @contextmanager
-def serving() -> Iterator[JobQueue]:
-    """A queue on a free port of the loopback interface."""
+def emulator_queue() -> Iterator[EmulatorQueue]:
+    """Run an emulator on a free port of the loopback interface, and yield its queue."""
     endpoint = {"id": _ENDPOINT, "rateLimits": False}
     settings = EmulatorSettings.model_validate({"port": 0, "apiKeys": [_KEY], "endpoints": [endpoint]})
     headers = {"Authorization": _KEY}
@@ -96,4 +96,4 @@ def serving() -> Iterator[JobQueue]:
         run_in_thread(settings) as emulator,
         httpx.Client(base_url=f"{emulator.url}/v2/{_ENDPOINT}", headers=headers, timeout=60) as client,
     ):
-        yield JobQueue(emulator, client)
+        yield EmulatorQueue(emulator, client)
