@@ -1,8 +1,8 @@
 """The worker's entry points: `handler`, which the SDK registers, and the command line.
 
-    python handler.py                                     runs the job of test_input.json
+    python handler.py                                     runs the job of test_input.json; on the platform, which sets
+                                                          RUNPOD_WEBHOOK_GET_JOB, takes jobs from its queue
     python handler.py --test_input '{"input": {...}}'     runs that job
-    python handler.py                                     on the platform: takes jobs from its queue
     python handler.py --print-config                      prints the effective configuration
     python handler.py --rp_serve_api                      starts the emulator of the platform with one such worker
 
@@ -112,7 +112,10 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
-        sys.stderr.write("vLLM is not installed: install requirements/gpu.lock, or cpu.lock without a GPU\n")
+        sys.stderr.write(
+            "vLLM is not installed: install it from the lock file of this version, requirements/gpu.lock "
+            "(cpu.lock without a GPU), with `pip install --no-deps`\n"
+        )
         return 1
     finally:
         worker.shutdown()
@@ -187,7 +190,7 @@ if __name__ == "__main__":
     try:
         exit_status = main()
     except SystemExit as stop:
-        exit_status = stop.code if isinstance(stop.code, int) else 1
+        exit_status = 0 if stop.code is None else stop.code if isinstance(stop.code, int) else 1
     sys.stdout.flush()
     # Skip the interpreter's shutdown: all processes have ended, and the teardown of vLLM and torch takes time and may
     # raise errors.

@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     cold_parser.add_argument(
         "--cache", choices=cold.CACHES, default="cold", help="state of the file cache (default: cold)"
     )
-    _add_common_options(cold_parser)
+    # Without defaults, which would replace what was given before `cold`.
+    _add_common_options(cold_parser, with_defaults=False)
     return result
 
 
@@ -68,15 +69,25 @@ def _positive_int(text: str) -> int:
     return int(text)
 
 
-def _add_common_options(result: argparse.ArgumentParser) -> None:
+def _add_common_options(result: argparse.ArgumentParser, *, with_defaults: bool = True) -> None:
     result.add_argument(
-        "--peer", type=Path, metavar="DIR", help="a checkout of runpod-workers/worker-vllm to compare with"
+        "--peer",
+        type=Path,
+        default=None if with_defaults else argparse.SUPPRESS,
+        metavar="DIR",
+        help="a checkout of runpod-workers/worker-vllm to compare with",
     )
-    result.add_argument("--rounds", type=_positive_int, default=7, metavar="N", help="number of rounds (default: 7)")
+    result.add_argument(
+        "--rounds",
+        type=_positive_int,
+        default=7 if with_defaults else argparse.SUPPRESS,
+        metavar="N",
+        help="number of rounds (default: 7)",
+    )
     result.add_argument(
         "--out",
         type=Path,
-        default=Path("bench-results"),
+        default=Path("bench-results") if with_defaults else argparse.SUPPRESS,
         metavar="DIR",
         help="directory of the results (default: bench-results)",
     )

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from statistics import median
 
@@ -66,7 +67,7 @@ def run(model: str, cache: str, rounds: int, peer: Path | None, out: Path) -> in
             try:
                 start = uvloop.run(_start(name, path, peer, evicted, out / "logs"))
                 print_progress(f"Round {number + 1} of {rounds}: {name}, first token after {start.first_token_s:.2f} s")
-            except (StartError, InvalidResponseError) as error:
+            except (StartError, InvalidResponseError, OSError, RuntimeError, LookupError, HTTPException) as error:
                 errors.append(f"{name}: {error}")
                 print_progress(errors[-1])
             starts[name].append(start)

@@ -171,8 +171,11 @@ def parse_response(trace: RequestTrace, scenario: Scenario) -> Response:
     """
     if not trace.received:
         raise InvalidResponseError(trace.error or "connection closed without a response")
-    body = list(_decode_body(trace.received))
-    status = trace.received[0][1].split(b" ", 2)[1].decode(errors="replace")
+    try:
+        body = list(_decode_body(trace.received))
+        status = trace.received[0][1].split(b" ", 2)[1].decode(errors="replace")
+    except (ValueError, IndexError) as error:
+        raise InvalidResponseError(f"malformed response: {type(error).__name__}") from None
     if status != "200":
         raise InvalidResponseError(f"status {status}: {_excerpt(b''.join(data for _, data in body))}")
     if trace.error:

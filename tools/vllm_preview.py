@@ -36,6 +36,8 @@ def prepare(directory: Path, version: str | None = None) -> None:
     installed = find_spec("vllm")
     if installed is None or not installed.submodule_search_locations:
         raise RuntimeError("vLLM is not installed")
+    if directory.exists() and not any(directory.glob("vllm-*.dist-info")):
+        raise RuntimeError(f"{directory} is not an earlier preview: remove it, or give another directory")
     kernels = Path(installed.submodule_search_locations[0])
     shutil.rmtree(directory, ignore_errors=True)
     with tempfile.TemporaryDirectory() as downloaded:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.backend import vllm_args
-from engine.config.environment import Variable
+from engine.config.environment import NULL_WORDS, Variable
 from engine.config.model import Model
 from engine.config.redaction import MASK, is_secret_name, redacted
 from engine.config.settings import Settings, is_secret
@@ -48,14 +48,15 @@ class Configuration:
         for name in Settings.model_fields:
             value = getattr(self.settings, name)
             shown = MASK if value is not None and is_secret(name) else value
-            source = self.variables[name.upper()].source if name.upper() in self.variables else "default"
+            variable = self.variables.get(name.upper())
+            source = "default" if variable is None or variable.value in NULL_WORDS else variable.source
             yield _line(name, shown, source)
         yield "# vLLM's flags"
         args = vars(self.args)
-        chosen = {"model": self.model.path, "served_model_name": self.model.names}
+        overridden = {"model": self.model.path, "served_model_name": self.model.names}
         for name in sorted(self.flags.actions):
             flag = self.flags.values.get(name)
-            value, default = chosen.get(name, args.get(name)), self.flags.actions[name].default
+            value, default = overridden.get(name, args.get(name)), self.flags.actions[name].default
             if flag is not None:
                 set_as = flag.name.lstrip("-").replace("-", "_").lower()
                 source = flag.source if set_as == name else f"{flag.source}, {flag.name}"
@@ -65,5 +66,7 @@ class Configuration:
 
 
 def _line(name: str, value: Any, source: str) -> str:
+    if isinstance(value, frozenset | tuple):
+        value = ",".join(sorted(value) if isinstance(value, frozenset) else value)
     text = " ".join(str(getattr(value, "value", value)).split())
     return redacted(f"{name.upper()}={text}") + f"  ({source})"

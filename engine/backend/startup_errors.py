@@ -116,8 +116,9 @@ def _fill(template: str, texts: list[str], model: str, flags: Flags | None, *gro
         if dest in ("tokenizer", "hf_config_path") and not Path(str(flag.value)).exists()
     )
     repository = str(next(found, None) or next(missing, model))
-    named = ((dest, flag.name) for dest, flag in values.items() if repository in str(flag.value))
-    dest, name = next(named, ("", None))
+    exact = [(dest, flag.name) for dest, flag in values.items() if repository == str(flag.value)]
+    partial = [(dest, flag.name) for dest, flag in values.items() if repository in str(flag.value)]
+    dest, name = next(iter([*exact, *partial]), ("", None))
     if name is None and repository != model and Path(model).is_dir() and not repository.startswith("/"):
         name = "the model's config.json, which names it"
     if repository.startswith("/") and template in _HUB_ERRORS.values():

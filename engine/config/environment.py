@@ -47,8 +47,9 @@ def read(environment: Mapping[str, str] = os.environ) -> dict[str, Variable]:
     own = _without_empty({name.upper(): Variable(value.strip(), ENVIRONMENT) for name, value in environment.items()})
     for variables in (baked, own):
         _rename(variables)
-    if TOKEN not in own and OLD_TOKEN in own:  # The hub's client accepts both names too.
-        own[TOKEN] = Variable(own[OLD_TOKEN].value, f"{ENVIRONMENT}, {OLD_TOKEN}")
+        if not _is_set(variables, TOKEN) and _is_set(variables, OLD_TOKEN):  # The hub's client accepts both names too.
+            old = variables[OLD_TOKEN]
+            variables[TOKEN] = Variable(old.value, f"{old.source}, {OLD_TOKEN}")
     if "MODEL_NAME" in baked and _model_name(own) not in (None, baked["MODEL_NAME"].value.lower()):
         _log.info("Ignoring %s: its settings are for %s", file, baked["MODEL_NAME"].value)
         baked = {}
@@ -67,7 +68,9 @@ def as_text(value: Any) -> str:
     """Return a value of JSON or YAML as it would be written in a variable; an empty text for null."""
     if value is None:
         return ""
-    return value.strip() if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, bool | int | float | list | dict):
+        return json.dumps(value, default=str)
+    return str(value).strip()  # YAML has dates as well: a revision may look like one.
 
 
 def _model_name(variables: Mapping[str, Variable]) -> str | None:
@@ -80,7 +83,12 @@ def _rename(variables: dict[str, Variable]) -> None:
     for former, name in FORMER_NAMES.items():
         if (variable := variables.pop(former, None)) is not None:
             _log.warning("%s is deprecated (%s): use %s", former, variable.source, name)
-            variables.setdefault(name, variable)
+            if not _is_set(variables, name):
+                variables[name] = variable
+
+
+def _is_set(variables: Mapping[str, Variable], name: str) -> bool:
+    return name in variables and variables[name].value not in NULL_WORDS
 
 
 def _without_empty(variables: dict[str, Variable]) -> dict[str, Variable]:
@@ -88,7 +96,8 @@ def _without_empty(variables: dict[str, Variable]) -> dict[str, Variable]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    if file == BAKED_SETTINGS_FILE and not file.is_file():
+    # Not `Path.is_file`, which raises if this user may not look into the directory.
+    if file == BAKED_SETTINGS_FILE and not os.path.isfile(file):  # noqa: PTH113
         return {}
     try:
         document = json.loads(file.read_text(encoding="utf-8"))

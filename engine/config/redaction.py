@@ -8,7 +8,9 @@ MASK = "(hidden)"
 _WORD = "(?:token|secret|password|passwd|credentials?|keys?)"
 # `API_KEY`, `hf-token`, `aws_secret_access_key`; not `tokenizer` or `max_num_batched_tokens`.
 _NAME = re.compile(rf"(?:^|[-_.]){_WORD}$", re.IGNORECASE)
-_HUB_TOKEN = re.compile(r"hf_\w+")
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{10,}\b")
+# `http://user:password@host`
+_URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 # On a command line, everything up to the next option.
 _OPTION = re.compile(rf"(--?(?:[\w.-]*[-_.])?{_WORD}(?:=|\s+))(?!-)(?:(?!\s-).)+", re.IGNORECASE | re.DOTALL)
 # In JSON, YAML and Python's repr: `"api_key": "…"`, `api_key: …`, `api_key='…'`.
@@ -28,5 +30,6 @@ def is_secret_name(name: str) -> bool:
 
 def redacted(text: str) -> str:
     """Return the text without hub tokens, and without the values of options and fields with the name of a secret."""
+    text = _URL_CREDENTIALS.sub(MASK, text)
     text = _OPTION.sub(rf"\1{MASK}", _CUT_VALUE.sub("", text))
     return _HUB_TOKEN.sub("hf_...", _FIELD.sub(rf"\g<name>{MASK}", text))

@@ -6,7 +6,9 @@ declarations.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,10 +29,16 @@ from engine.errors import ConfigurationError
 
 
 def _split(value: Any) -> Any:
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+    """Return the items of a JSON list, or of a text with commas."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("["):
+        with suppress(ValueError):
+            return json.loads(value)
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
-_Route = Annotated[str, Field(pattern="^/")]
+_Route = Annotated[str, Field(pattern=r"^/\S*$")]
 # The schema says what kind of path it is. Whether it exists is checked where it is read.
 _File = Annotated[Path, WithJsonSchema({"type": "string", "format": "file-path"})]
 _Directory = Annotated[Path, WithJsonSchema({"type": "string", "format": "directory-path"})]
@@ -39,7 +47,9 @@ _Directory = Annotated[Path, WithJsonSchema({"type": "string", "format": "direct
 class Settings(BaseModel):
     """The worker's own settings; the variable of a field is its name in upper case."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, hide_input_in_errors=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     max_concurrency: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Maximum jobs that a worker runs at once; `auto` is vLLM's own limit (`max_num_seqs`)."

@@ -178,7 +178,7 @@ class Flags:
             return
         for name, value in document.items():
             dest = str(name).lstrip("-").replace("-", "_")
-            variable = Variable(as_text(value), str(file))
+            variable = Variable("null" if value is None else as_text(value), str(file))
             if dest == "model_tag":
                 dest = "model"
             if dest in UNSUPPORTED_FLAGS:

@@ -20,7 +20,9 @@ _log = logging.getLogger(__name__)
 
 def configure(volume: Path) -> None:
     """Let vLLM keep compiled code on the volume, if it is writable and the user has set no other directory."""
-    if _ROOT not in os.environ and volume.is_dir() and os.access(volume, os.W_OK):
+    if not os.environ.get(_ROOT):
+        os.environ.pop(_ROOT, None)  # For vLLM, an empty value is the working directory.
+    if _ROOT not in os.environ and os.access(volume, os.W_OK):
         os.environ[_ROOT] = str(volume / "vllm-cache")
 
 
@@ -30,7 +32,7 @@ def log_usage(lines: str) -> None:
     Args:
         lines: the log of the engine's processes.
     """
-    root = os.environ.get(_ROOT) or "~/.cache/vllm"
+    root = os.environ.get(_ROOT) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vllm")  # noqa: PTH118
     if error := compat.COMPILED_CODE_NOT_LOADED.search(lines):
         _log.warning("Compile cache %s: not used, as vLLM cannot load it: %s", root, error[1])
     elif compat.COMPILED.search(lines):

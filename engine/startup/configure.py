@@ -45,6 +45,7 @@ def check_with_model(configuration: Configuration) -> None:
     Raises:
         ConfigurationError: vLLM does not accept the configuration.
     """
+    environment.export_token(configuration.variables)
     model = configuration.model
     if model.to_download is None and Path(model.path).is_dir():
         model_resolver.enable_offline_mode(model, configuration.flags)

@@ -76,7 +76,7 @@ def choose(settings: Settings, flags: Flags) -> Model:
     elif model_store.is_dir(named) or not _HUB_ID.fullmatch(named) or flags.value("load_format") not in _FILE_FORMATS:
         path, source = os.path.expanduser(named), "named by MODEL_NAME"  # noqa: PTH111 (not every name is a path)
         if named.startswith(("/", "./", "../", "~")) and not model_store.is_dir(path):
-            raise ConfigurationError(f"MODEL_NAME={named!r}: no such directory{_permission_hint(path)}")
+            raise ConfigurationError(f"MODEL_NAME={named!r}: no such directory{_access_hint(path)}")
         manifest = model_store.read_manifest(Path(path))
         own_names = [manifest.repository] if manifest is not None and manifest.repository else []
     else:
@@ -97,16 +97,17 @@ def choose(settings: Settings, flags: Flags) -> Model:
 
 def guess_model_dir(settings: Settings, variables: Mapping[str, Variable]) -> Path | None:
     """Return the directory that the model is probably loaded from, without vLLM's parser, whose import takes long."""
-    named = variables.get("MODEL_NAME") or variables.get("MODEL")
-    if named is None or named.value in NULL_WORDS:
+
+    def value_of(*names: str) -> str | None:
+        values = (variables[name].value for name in names if name in variables)
+        return next((value for value in values if value not in NULL_WORDS), None)
+
+    named = value_of("MODEL_NAME", "MODEL")
+    if named is None:
         return settings.baked_model_dir
-    if model_store.is_dir(named.value) or not _HUB_ID.fullmatch(named.value):
-        return Path(named.value).expanduser()
-    revision = variables.get("MODEL_REVISION") or variables.get("REVISION")
-    download_dir = variables.get("DOWNLOAD_DIR")
-    found = _find(
-        settings, named.value, revision.value if revision else None, download_dir.value if download_dir else None
-    )
+    if model_store.is_dir(named) or not _HUB_ID.fullmatch(named):
+        return Path(os.path.expanduser(named))  # noqa: PTH111 (`Path.expanduser` raises for an unknown user)
+    found = _find(settings, named, value_of("MODEL_REVISION", "REVISION"), value_of("DOWNLOAD_DIR"))
     return next((path for path, _ in found), None)
 
 
@@ -125,7 +126,8 @@ def enable_offline_mode(model: Model, flags: Flags) -> None:
 
 def _may_be_on_hub(value: Any) -> bool:
     """Return whether a flag's value may name something on the hub instead of a file or directory."""
-    return bool(value) and value not in ("auto", "vllm") and not (isinstance(value, str) and Path(value).exists())
+    is_here = isinstance(value, str) and os.path.exists(value)  # noqa: PTH110 (`Path.exists` raises without permission)
+    return bool(value) and value not in ("auto", "vllm") and not is_here
 
 
 def _uses_code_of_another_repository(directory: Path) -> bool:
@@ -167,7 +169,7 @@ def _find(settings: Settings, name: str, revision: str | None, download_dir: str
     platform_cache = settings.network_volume / "huggingface-cache" / "hub"
     caches = [(platform_cache, "in the platform's cache"), (Path(constants.HF_HUB_CACHE), "in the hub's cache")]
     if download_dir is not None:
-        caches.insert(0, (Path(download_dir), "in DOWNLOAD_DIR"))
+        caches.insert(0, (_absolute(download_dir), "in DOWNLOAD_DIR"))
     for cache, description in caches:
         if (snapshot := model_store.find_in_cache(cache, name, revision)) is not None:
             yield snapshot, description
@@ -181,12 +183,17 @@ def _models_dir(settings: Settings, download_dir: str | None) -> Path:
     from huggingface_hub import constants
 
     if download_dir is not None:
-        return Path(download_dir)
-    base = settings.network_volume if settings.network_volume.is_dir() else Path(constants.HF_HOME)
-    return base / "models"
+        return _absolute(download_dir)
+    base = settings.network_volume if model_store.is_dir(settings.network_volume) else Path(constants.HF_HOME)
+    return base.absolute() / "models"
 
 
-def _permission_hint(path: str) -> str:
+def _absolute(directory: str) -> Path:
+    """Return the path of a directory; the builder's process, which downloads into it, has another working directory."""
+    return Path(os.path.expanduser(directory)).absolute()  # noqa: PTH111 (`Path.expanduser` raises)
+
+
+def _access_hint(path: str) -> str:
     """Return the end of a message about a missing directory, if it only seems missing for lack of permission."""
     try:
         Path(path).stat()

@@ -127,7 +127,7 @@ def download(name: str, directory: Path, revision: str | None) -> None:
             raise
     if process.returncode:
         reason = _failure_reason(name, process.returncode, tail.decode(errors="replace"))
-        raise ConfigurationError(reason + _permission_hint(directory))
+        raise ConfigurationError(reason + _write_hint(directory))
 
 
 def _failure_reason(name: str, status: int, output: str) -> str:
@@ -143,7 +143,7 @@ def _failure_reason(name: str, status: int, output: str) -> str:
     return f"{ended}: {lines[-1]}" if lines else ended
 
 
-def _permission_hint(directory: Path) -> str:
+def _write_hint(directory: Path) -> str:
     """Return what to do if the worker's user may not write to the directory; an empty text if it may."""
     existing = next(path for path in (directory, *directory.absolute().parents) if os.access(path, os.F_OK))
     if os.access(existing, os.W_OK):

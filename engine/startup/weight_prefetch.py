@@ -1,4 +1,4 @@
-"""Reads a model's weights into the page cache during imports; from a cold disk, both take seconds."""
+"""Reads a model's weights into the page cache during imports; from a cold disk, reading and importing take seconds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 
+from builder import layout
+
 _BUFFER_BYTES = 1 << 20
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ def start(directory: Path) -> None:
     """
     sizes: dict[Path, int] = {}
     with contextlib.suppress(OSError):  # No permission to read the directory
-        for file in sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern)):
+        names = [file.name for file in directory.iterdir()]
+        for file in sorted(directory / name for name in layout.required_files(names) if layout.is_weights(name)):
             with contextlib.suppress(OSError):  # A broken link
                 sizes[file] = file.stat().st_size
     files, size_bytes = list(sizes), sum(sizes.values())

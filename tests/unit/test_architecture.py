@@ -20,7 +20,11 @@ ORDER = ("engine", "engine.queue", "engine.jobs", "engine.backend", "engine.conf
 # All may import these, which import only each other.
 SHARED = {"engine.child_processes", "engine.cold_start", "engine.errors", "engine.json_codec"}
 STARTUP_MAY_IMPORT = {"engine.backend", "engine.config"}
-ACROSS = {("engine.startup.model_store", "builder.layout"), ("handler", "emulator.cli")}
+ACROSS = {
+    ("engine.startup.model_store", "builder.layout"),
+    ("engine.startup.weight_prefetch", "builder.layout"),
+    ("handler", "emulator.cli"),
+}
 
 
 @dataclass(frozen=True)

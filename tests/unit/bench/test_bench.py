@@ -145,6 +145,9 @@ def test_an_incomplete_response_is_an_error(response: bytes, message: str) -> No
 def test_a_failed_connection_is_an_error() -> None:
     with pytest.raises(InvalidResponseError, match="connection closed without a response"):
         parse_response(trace(), FOUR)
+    for malformed in (b"garbage", HEAD + b"zz\r\n"):
+        with pytest.raises(InvalidResponseError, match="malformed response"):
+            parse_response(trace((0.1, malformed)), FOUR)
     broken = RequestTrace(0.0, [(0.1, HEAD)], 1.0, "ConnectionResetError: reset")
     with pytest.raises(InvalidResponseError, match="ConnectionResetError: reset"):
         parse_response(broken, FOUR)
@@ -544,6 +547,8 @@ def test_synthetic_weights_match_their_header(tmp_path: Path) -> None:
 def test_the_command_line_has_two_commands() -> None:
     load = parser().parse_args(["--peer", "dir", "--rounds", "3", "--clients", "1", "2"])
     assert (load.command, load.peer, load.rounds, load.clients) == (None, Path("dir"), 3, [1, 2])
+    before = parser().parse_args(["--rounds", "2", "--peer", "dir", "cold"])
+    assert (before.command, before.rounds, before.peer, before.out) == ("cold", 2, Path("dir"), Path("bench-results"))
     start = parser().parse_args(["cold", "--model", "1gb", "--cache", "warm", "--rounds", "2", "--peer", "dir"])
     assert (start.command, start.model, start.cache, start.rounds, start.peer) == (
         "cold",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,7 @@ def test_no_file_need_be_named(value: str) -> None:
         ({"DELIVERY_TIMEOUT_S": 7}, {"JOB_TIMEOUT_S": "5"}, "5"),
         ({"JOB_TIMEOUT_S": 7}, {"DELIVERY_TIMEOUT_S": "6"}, "6"),
         ({"JOB_TIMEOUT_S": 7}, {}, "7"),
+        ({}, {"JOB_TIMEOUT_S": "5", "DELIVERY_TIMEOUT_S": "None"}, "5"),
     ],
     ids=str,
 )
@@ -112,7 +114,7 @@ def test_a_setting_still_has_its_former_name_where_that_is_given(
     ("own", "token"),
     [
         ({"HF_TOKEN": "None"}, None),
-        ({"HF_TOKEN": "null", "HUGGING_FACE_HUB_TOKEN": "old"}, None),
+        ({"HF_TOKEN": "null", "HUGGING_FACE_HUB_TOKEN": "old"}, "old"),
         ({"HUGGING_FACE_HUB_TOKEN": "None"}, None),
         ({"HUGGING_FACE_HUB_TOKEN": "old"}, "old"),
         ({"HF_TOKEN": "new"}, "new"),
@@ -132,3 +134,12 @@ def test_the_hubs_client_finds_the_token_that_is_given_and_no_other(
     environment.export_token(environment.read())
 
     assert get_token() == token
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (" a ", "a"), (True, "true"), (0.5, "0.5"), ([1], "[1]"), (date(2025, 1, 9), "2025-01-09"),
+     ({"a": date(2025, 1, 9)}, '{"a": "2025-01-09"}')],
+)  # fmt: skip
+def test_a_value_of_json_or_yaml_becomes_text(value: object, text: str) -> None:
+    assert environment.as_text(value) == text

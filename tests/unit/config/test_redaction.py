@@ -19,7 +19,10 @@ from engine.config.redaction import is_secret_name, redacted
         ('{"api_key": "cut of', '{"api_key": (hidden)'),
         ("Config(password='x', token=None)", "Config(password=(hidden), token=None)"),
         ("secret: x\nseed: 1", "secret: (hidden)\nseed: 1"),
-        ("a token of the hub, hf_x", "a token of the hub, hf_..."),
+        ("a token of the hub, hf_verysecret", "a token of the hub, hf_..."),
+        ("the path /data/hf_models/llama", "the path /data/hf_models/llama"),
+        ("--hf_overrides {}", "--hf_overrides {}"),
+        ("http://user:pass@host/x", "http://(hidden)@host/x"),
         ('no JSON [type=json, input_value=\'{"a": [1]...sword": "x"}\', input_type=str]', "no JSON [type=json]"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.config.environment import Variable
 from engine.config.settings import Settings, allowed
 from engine.errors import ConfigurationError
 
@@ -133,3 +134,19 @@ def test_a_file_that_is_not_there_is_no_fault_of_the_settings(monkeypatch: pytes
     monkeypatch.setenv("VLLM_CONFIG_FILE", "/nowhere.yaml")
 
     assert Settings.read().vllm_config_file == Path("/nowhere.yaml")
+
+
+@pytest.mark.parametrize("value", ["inf", "1e400", "nan"])
+def test_a_time_is_finite(value: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"DRAIN_TIMEOUT_S=.* is not allowed"):
+        Settings.read({"DRAIN_TIMEOUT_S": Variable(value, "environment")})
+
+
+@pytest.mark.parametrize("value", ["/metrics, /sleep", '["/metrics", "/sleep"]'])
+def test_routes_are_a_list_of_json_or_with_commas(value: str) -> None:
+    assert Settings.read({"ALLOWED_ROUTES": Variable(value, "file")}).allowed_routes == {"/metrics", "/sleep"}
+
+
+def test_routes_with_spaces_between_them_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="ALLOWED_ROUTES="):
+        Settings.read({"ALLOWED_ROUTES": Variable("/metrics /sleep", "file")})
