@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -27,6 +28,13 @@ FLAGS = {
     # Earlier requests must not change an answer, not even the last bit of a log-probability.
     "ENABLE_PREFIX_CACHING": "false",
 }
+
+
+def pytest_configure() -> None:
+    """Give each process of tests (pytest-xdist) its own core; by default vLLM binds all engines to the first one."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[int(worker.removeprefix("gw")) % len(cores)])
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,7 @@ def test_a_dead_engine_stops_the_worker_under_the_stock_loop_too(start: Start) -
 
     assert json.loads(failed["error"])["retryable"] is True
     assert exited["exitCode"] == 1
-    assert any("The SDK's own loop is used" in line for line in exited["log"])
+    assert any("Using the SDK's own loop" in line for line in exited["log"])
     assert any("The worker has failed: the engine's process is dead" in line for line in exited["log"])
 
 
