@@ -41,15 +41,15 @@ class Admission:
         load: the engine's statistics, which it keeps up to date.
         limit: most jobs at once.
         cache_tokens: capacity of the KV cache.
-        longest_tokens: the longest request that the engine accepts. A smaller KV cache does not limit the engine: it is
+        max_model_len: the longest request that the engine accepts. A smaller KV cache does not limit the engine: it is
             that of a model that only embeds or ranks.
     """
 
-    def __init__(self, load: EngineLoad, limit: int, cache_tokens: int, longest_tokens: int = 0) -> None:
+    def __init__(self, load: EngineLoad, limit: int, cache_tokens: int, max_model_len: int = 0) -> None:
         self._load = load
         self._limit = limit
         self._cache_tokens = cache_tokens
-        self._limited_by_kv_cache = cache_tokens >= longest_tokens
+        self._limited_by_kv_cache = cache_tokens >= max_model_len
 
     def available_slots(self, running: int) -> int:
         """Return how many more jobs to take while `running` are in progress; an idle worker can always take one."""

@@ -47,7 +47,7 @@ class JobDelivery:
         deadline: when the job's time is over, by `time.monotonic()`; deliveries are tried until then.
 
     Attributes:
-        count: how many outputs have arrived.
+        delivered_count: how many outputs have arrived.
     """
 
     def __init__(self, post: Post, job_id: str, deadline: float) -> None:
@@ -56,7 +56,7 @@ class JobDelivery:
         self._deadline = deadline
         self._outputs: list[msgspec.Raw] = []
         self._finishing_until: float | None = None
-        self.count = 0
+        self.delivered_count = 0
 
     async def stream(self, output: Any) -> None:
         """Deliver an output of the stream. One above the platform's limit arrives with the result only.
@@ -76,7 +76,7 @@ class JobDelivery:
         except RefusedDeliveryError as refusal:
             _log.error("Job %s: the platform refused an output (%s)", self._job_id, refusal)
             raise _error_for_refusal("output", len(body), refusal) from None
-        self.count += 1
+        self.delivered_count += 1
 
     async def finish(self, error: JobError | None = None, *, replace_worker: bool = False) -> str:
         """Deliver the result: all outputs, or the error. What cannot be delivered is logged.

@@ -302,7 +302,7 @@ class JobLoop:
                 running.state = JobState.DELIVERING
                 running.outcome = await delivery.finish(error, replace_worker=replace)
         finally:
-            self._remove_job(job, running, delivery.count)
+            self._remove_job(job, running, delivery.delivered_count)
 
     async def _run_handler(self, job: dict[str, Any], running: RunningJob, delivery: JobDelivery) -> JobError | None:
         """Run the handler; return the error that the job ends with, if it does not complete."""

@@ -30,7 +30,7 @@ from engine.queue.take_response import TakeResponse
 TESTED_VERSIONS = ("1.12.",)
 # Under the SDK's own loop: how often the engine is checked, and how long its jobs may take to end once it has failed.
 _WATCH_INTERVAL_S = 0.5
-_STOCK_LOOP_GRACE_S = 3.0
+_SDK_LOOP_GRACE_S = 3.0
 _POST_TIMEOUT_S = 60.0
 # How much of the body of a refusal is logged.
 _MAX_ERROR_BODY_BYTES = 200
@@ -267,5 +267,5 @@ def _end_with_engine(failure: Callable[[], str | None]) -> None:
         except Exception as error:  # noqa: BLE001 (an engine that cannot be watched must not get jobs)
             reason = f"the engine's state cannot be read: {safe_str(error)}"
     _log.error("The worker has failed: %s", reason)
-    time.sleep(_STOCK_LOOP_GRACE_S)
+    time.sleep(_SDK_LOOP_GRACE_S)
     os._exit(1)
