@@ -143,12 +143,11 @@ def _size_bytes(model: Any, quantized: Mapping[str, Any] | None, full_width: int
     """Return the size of the parameters, those that are not quantized with `full_width` bytes each."""
     width = _bytes_per_parameter(quantized) if quantized else None
     names = _quantized_parameters(model, quantized) if quantized else frozenset()
-    return round(
-        sum(
-            parameter.numel() * (width if width and name in names else full_width)
-            for name, parameter in model.named_parameters()  # tied weights are listed once
-        )
+    size: float = sum(
+        parameter.numel() * (width if width and name in names else full_width)
+        for name, parameter in model.named_parameters()  # tied weights are listed once
     )
+    return round(size)
 
 
 def _quantized_parameters(model: Any, quantized: Mapping[str, Any]) -> frozenset[str]:

@@ -12,7 +12,7 @@ from builder.doctor import kv_cache
 from builder.doctor.kv_cache import KVCache, LayerKind
 from builder.doctor.settings import Settings
 from builder.errors import ConfigError
-from tests.configs import LLAMA_3_1_8B, PUBLISHED, Published
+from tests.configs import LLAMA_3_1_8B, PHI_4_4BIT, PUBLISHED, Published
 
 each_model = pytest.mark.parametrize("model", PUBLISHED.values(), ids=PUBLISHED)
 
@@ -114,6 +114,39 @@ def test_linear_rope_scaling_extends_the_length_as_in_vllm(vllm: SimpleNamespace
     derived = vllm.max_len(config, vllms_arch(vllm, config), None, None, False, None)  # noqa: FBT003
 
     assert kv_cache.context_limit(config) == derived == 262144
+
+
+LONGROPE = {
+    **PHI_4_4BIT.config,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"type": "longrope", "long_factor": [1.0] * 64, "short_factor": [1.0] * 64},
+}
+LARGER = {**LLAMA_3_1_8B.config, "max_position_embeddings": 8192, "model_max_length": 131072, "rope_scaling": None}
+
+
+@pytest.mark.parametrize(("values", "default", "limit"), [(LONGROPE, 4096, 131072), (LARGER, 131072, 131072)])
+def test_the_default_length_and_the_limit_are_what_vllm_derives(
+    values: dict[str, Any], default: int, limit: int, vllm: SimpleNamespace, read: Callable[..., Any]
+) -> None:
+    config = read(values)
+
+    def derived(length: int | None) -> int:
+        return int(vllm.max_len(config, vllms_arch(vllm, config), None, length, False, None))  # noqa: FBT003
+
+    assert kv_cache.default_max_model_len(config) == derived(None) == default
+    assert kv_cache.context_limit(config) == derived(limit) == limit
+    with pytest.raises(ValueError, match="greater than the derived"):
+        derived(limit + 1)
+
+
+@pytest.mark.parametrize(("used", "kind"), [({}, "sliding"), ({"use_sliding_window": False}, "full")])
+def test_an_unknown_model_has_a_sliding_window_only_if_it_is_used(
+    used: dict[str, bool], kind: str, read: Callable[..., Any]
+) -> None:
+    config = read({**LLAMA_3_1_8B.config, "model_type": "no_such", "sliding_window": 4096, **used})
+
+    assert [layers.kind for layers in kv_cache.kv_cache_of(config, Settings()).layers] == [kind]
 
 
 def test_chunked_attention_needs_a_chunk_and_the_tokens_in_flight(vllm: SimpleNamespace) -> None:
