@@ -78,11 +78,8 @@ def test_a_model_that_fits_is_no_problem(llama: str, diagnose: Callable[..., tup
     fine, text = diagnose({"model": llama, "gpu": "24", "max_model_len": "16k"})
 
     assert fine
-    assert re.search(
-        r"^Fits      yes: the KV cache holds 2\.\d\d requests of MAX_MODEL_LEN=16000 tokens at once$",
-        text,
-        re.MULTILINE,
-    )
+    line = r"Fits      yes: the KV cache holds 2\.\d\d requests of MAX_MODEL_LEN=16000 tokens at once"
+    assert any(re.fullmatch(line, one) for one in text.splitlines())
     assert "Summary   it fits" in text
 
 
@@ -219,11 +216,16 @@ def test_the_environments_revision_is_only_used_for_its_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **names: asked.append(names) or refuse())
+
+    def fetch(*_: Any, revision: str | None, **__: Any) -> str:
+        asked.append(revision)
+        return refuse()
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
 
     diagnose(options, worker=WorkerConfig({"MODEL": "org/other", "MODEL_REVISION": "abc"}))
 
-    assert asked[0]["revision"] == revision
+    assert asked[0] == revision
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size"])
