@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from builder import __main__ as command_line
-from builder.doctor import checks, gpus, report, settings, worker_config
+from builder.doctor import checks, gpus, report, settings, weights, worker_config
 from builder.doctor.gpus import GIB, Gpu
 from builder.doctor.worker_config import WorkerConfig
 from builder.errors import DiagnosisError, SettingError
@@ -246,7 +245,10 @@ def test_a_config_without_a_needed_value_is_a_problem(
 def test_without_torch_the_other_checks_are_reported(
     llama: str, diagnose: Callable[..., tuple[bool, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
+    def on_meta(_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(weights, "_on_meta", on_meta)
 
     fine, text = diagnose({"model": llama})
 
