@@ -18,6 +18,8 @@ from builder.errors import EXIT_CODES, BuilderError, DiskSpaceError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_ATTEMPTS = 8
+
 
 def _tiny(arguments: argparse.Namespace) -> None:
     """Print the directory of the tiny model; train and copy it first if needed."""
@@ -79,6 +81,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         ),
     )
     doctor.add_argument("model", metavar="MODEL", nargs="?", help="directory or hub id (default: the worker's model)")
+    doctor.add_argument("--revision", help="branch, tag or commit of a model of the hub (default: the main branch)")
     doctor.add_argument("--gpu", metavar="NAME_OR_GIB", help="such as L4, A100-80 or 24 (default: this machine's)")
     for flag, metavar in (
         ("--max-model-len", "TOKENS"),
@@ -117,7 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("directory", metavar="DIR", type=Path, help="a new or empty directory")
     download.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
     download.add_argument(
-        "--attempts", metavar="N", type=positive_int, default=8, help="attempts for each file (default: %(default)s)"
+        "--attempts",
+        metavar="N",
+        type=positive_int,
+        default=_ATTEMPTS,
+        help="attempts for each file (default: %(default)s)",
     )
     download.add_argument("--update", action="store_true", help="replace another commit of the same model in DIR")
     download.set_defaults(run=_download)

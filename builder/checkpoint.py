@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from builder import layout
-from builder.errors import IntegrityError, MissingPackageError, UnsupportedModelError
+from builder.errors import DestinationError, IntegrityError, MissingPackageError, UnsupportedModelError
 from builder.manifest import model_files
 
 _LENGTH = struct.Struct("<Q")
@@ -21,7 +21,10 @@ def check(directory: Path) -> None:
         IntegrityError: files are missing or damaged, a line for each.
         UnsupportedModelError: there are no weights, or the configuration or the tokenizer do not load.
         MissingPackageError: transformers is not installed.
+        DestinationError: the directory does not exist.
     """
+    if not directory.is_dir():
+        raise DestinationError(f"{directory} is not a directory")
     paths = model_files(directory)
     if not any(layout.is_weights(path) for path in paths):
         raise UnsupportedModelError(f"{directory} has no weights (safetensors or PyTorch)")
@@ -33,9 +36,8 @@ def check(directory: Path) -> None:
                 tensors[path] = _read_tensor_names(directory / path)
             except ValueError as error:
                 problems.append(f"{path}: {error}")
-    for path in paths:
-        if path.endswith(".index.json"):
-            problems += _check_index(directory, path, tensors)
+    for path in layout.weight_indexes(paths):
+        problems += _check_index(directory, path, tensors)
     if problems:
         raise IntegrityError("\n".join(problems))
     if set(layout.CONFIG_FILES).isdisjoint(paths):
@@ -70,21 +72,17 @@ def _read_tensor_names(path: Path) -> set[str]:
 def _check_index(directory: Path, index: str, tensors: Mapping[str, set[str]]) -> Iterator[str]:
     """Yield what is wrong with the shards that an index names."""
     try:
-        shard_of: dict[str, str] = json.loads((directory / index).read_bytes())["weight_map"]
-    except (ValueError, LookupError, TypeError):
+        shard_of = layout.read_index(directory / index)
+    except ValueError:
         yield f"{index}: not an index of weights"
         return
-    parent = Path(index).parent
     for shard in sorted(set(shard_of.values())):
-        path = str(parent / shard)
-        if not (directory / path).is_file():
-            yield f"{path}: missing, but named in {index}"
-            continue
-        missing = sorted(
-            name for name, place in shard_of.items() if place == shard and name not in tensors.get(path, name)
-        )
-        if path in tensors and missing:
-            yield f"{path}: missing {missing[0]}, which {index} names ({len(missing)} in total)"
+        if not (directory / shard).is_file():
+            yield f"{shard}: missing, but named in {index}"
+        elif shard in tensors:
+            missing = sorted({name for name, place in shard_of.items() if place == shard} - tensors[shard])
+            if missing:
+                yield f"{shard}: missing {missing[0]}, which {index} names ({len(missing)} in total)"
 
 
 def _load(directory: Path) -> None:

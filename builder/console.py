@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 
 
@@ -12,8 +14,7 @@ def log(text: str) -> None:
 
 
 def positive_int(text: str) -> int:
-    """Return the integer, at least 1; raise ValueError for anything else."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(f"{text!r} is less than 1")
-    return number
+    """Return the integer of an argument; raise ArgumentTypeError unless it is at least 1."""
+    if not re.fullmatch(r"[0-9]+", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)

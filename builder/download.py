@@ -13,7 +13,9 @@ import shutil
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Self
 
+from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from builder import checkpoint, hf_hub, layout
@@ -24,19 +26,15 @@ from builder.manifest import File, Manifest, model_files, progress_bar, sha256
 from builder.process_lock import process_lock
 from builder.verify import matches_hub
 
+_MARK = f"{PARTIAL_DIR}/repository"
 _HASH_ATTEMPTS = 3
 _CONNECTIONS = 8
 
 
 def download(
-    name: str,
-    directory: Path,
-    revision: str | None = None,
-    *,
-    attempts: int = hf_hub.ATTEMPTS,
-    update: bool = False,
+    name: str, directory: Path, revision: str | None = None, *, attempts: int, update: bool = False
 ) -> Manifest:
-    """Download the files that serving the model needs; return soon if they are in `directory` already.
+    """Download the files that serving the model needs; return immediately if they are already in `directory`.
 
     Safe if another process downloads to the same directory, and if this process is killed.
 
@@ -59,84 +57,130 @@ def download(
     if directory.exists() and not directory.is_dir():
         raise DestinationError(f"{directory} is not a directory")
     repository = hf_hub.repository(name, revision, attempts)
+    files = _required_files(repository)
     directory.mkdir(parents=True, exist_ok=True)
     with process_lock(directory / LOCK, f"downloading to {directory}"):
-        manifest = _read_existing(directory, repository, update=update)
-        if manifest is None:
-            manifest = _Download(repository, directory, attempts).run(revision)
-        shutil.rmtree(directory / PARTIAL_DIR, ignore_errors=True)
-        (directory / LOCK).unlink(missing_ok=True)
+        try:
+            manifest = _prepare_directory(directory, repository, files, update=update)
+            if manifest is None:
+                manifest = _Download(repository, files, directory, attempts).run(revision)
+            shutil.rmtree(directory / PARTIAL_DIR, ignore_errors=True)
+        finally:
+            (directory / LOCK).unlink(missing_ok=True)
     return manifest
 
 
-def _read_existing(directory: Path, repository: hf_hub.Repository, *, update: bool) -> Manifest | None:
-    """Return the directory's manifest if its model is complete; None if there is something to download.
+def _required_files(repository: hf_hub.Repository) -> list[hf_hub.RemoteFile]:
+    """Return the files that serving needs, the largest last; raise UnsupportedModelError if it cannot be served."""
+    required = set(layout.required_files(file.path for file in repository.files))
+    files = sorted((file for file in repository.files if file.path in required), key=lambda file: file.size_bytes)
+    if not any(layout.is_weights(file.path) for file in files):
+        raise UnsupportedModelError(f"{repository.name} has no weights that vLLM loads (safetensors or PyTorch)")
+    if (largest := files[-1]).size_bytes > hf_hub.MAX_HTTP_BYTES:
+        raise UnsupportedModelError(
+            f"{largest.path} of {repository.name} has {largest.size_bytes / 1e9:.0f} GB, and the hub serves files "
+            f"above {hf_hub.MAX_HTTP_BYTES / 1e9:.0f} GB only over the Xet protocol: use `hf download "
+            f"{repository.name} --local-dir DIR`, then `python -m builder manifest DIR`"
+        )
+    return files
 
-    With `update`, another commit of the model is first marked as incomplete.
+
+def _prepare_directory(
+    directory: Path, repository: hf_hub.Repository, files: list[hf_hub.RemoteFile], *, update: bool
+) -> Manifest | None:
+    """Return the directory's manifest if its model is complete; else make the directory ready for the download.
+
+    All checks come before the first change. Then the directory is marked as incomplete, and files of an earlier commit
+    that this one does not have are removed.
 
     Raises:
         DestinationError: the directory has other content.
+        DiskSpaceError: the model is larger than the free space.
         IntegrityError: files of the model are missing or have another size.
     """
     manifest = Manifest.read(directory)
     if manifest is None:
-        mark = directory / PARTIAL_DIR / "repository"
-        in_progress = mark.read_text(encoding="utf-8") if mark.is_file() else None
-        if in_progress is None and (unexpected_files := model_files(directory)):
-            raise DestinationError(f"{directory} is not empty ({unexpected_files[0]}): use a new or empty directory")
-        if in_progress not in (None, repository.name):
-            raise DestinationError(f"{directory} has an interrupted download of {in_progress}: use another directory")
-        return None
-    if (manifest.repository, manifest.commit) != (repository.name, repository.commit):
-        if update and manifest.repository == repository.name:
-            _mark_in_progress(directory, repository)
-            for name in (MANIFEST, *CONFIG_FILES):
-                (directory / name).unlink(missing_ok=True)
-            return None
+        mark = _Mark.read(directory) or _Mark(repository=repository.name, paths=[])
+        if mark.repository != repository.name:
+            raise DestinationError(
+                f"{directory} has an interrupted download of {mark.repository}: use another directory"
+            )
+        ours = set(mark.paths)
+    elif (manifest.repository, manifest.commit) == (repository.name, repository.commit):
+        sizes = {directory / file.path: file.size_bytes for file in manifest.files}
+        if any(not path.is_file() or path.stat().st_size != size_bytes for path, size_bytes in sizes.items()):
+            raise IntegrityError(
+                f"{directory} is no longer complete: see `python -m builder verify`; remove it to download it again"
+            )
+        return manifest
+    elif update and manifest.repository == repository.name:
+        ours = {file.path for file in manifest.files}
+    else:
         raise DestinationError(
             f"{directory} has {manifest.repository or 'another model'} at {manifest.commit or 'no commit'}, "
             f"not {repository.name} at {repository.commit}: use another directory, or --update"
         )
-    sizes = {directory / file.path: file.size_bytes for file in manifest.files}
-    if any(not path.is_file() or path.stat().st_size != size_bytes for path, size_bytes in sizes.items()):
-        raise IntegrityError(
-            f"{directory} is no longer complete: see `python -m builder verify`; remove it to download it again"
+    existing = model_files(directory)
+    if others := [path for path in existing if path not in ours]:
+        raise DestinationError(f"{directory} has other files ({others[0]}): use a new or empty directory")
+    _check_disk_space(directory, repository, files, existing)
+
+    required = {file.path for file in files}
+    _Mark(repository=repository.name, paths=sorted(ours | required)).write(directory)
+    for name in (MANIFEST, *CONFIG_FILES, *(path for path in existing if path not in required)):
+        (directory / name).unlink(missing_ok=True)
+    return None
+
+
+def _check_disk_space(
+    directory: Path, repository: hf_hub.Repository, files: list[hf_hub.RemoteFile], existing: list[str]
+) -> None:
+    """Raise DiskSpaceError if the files need more than is free; the existing ones are kept or replaced."""
+    paths = [*(directory / path for path in existing), *(directory / PARTIAL_DIR).rglob("*")]
+    existing_bytes = sum(path.stat().st_size for path in paths if path.is_file())
+    missing = sum(file.size_bytes for file in files) - existing_bytes
+    free = shutil.disk_usage(directory).free
+    if missing > free:
+        raise DiskSpaceError(
+            f"{repository.name} needs {missing / 1e9:.2f} GB more, but {directory} has only {free / 1e9:.2f} GB free"
         )
-    return manifest
 
 
-def _mark_in_progress(directory: Path, repository: hf_hub.Repository) -> None:
-    """Record which model is being downloaded to the directory."""
-    (directory / PARTIAL_DIR).mkdir(exist_ok=True)
-    (directory / PARTIAL_DIR / "repository").write_text(repository.name, encoding="utf-8")
+class _Mark(BaseModel):
+    """What makes an interrupted download ours: the repository, and the files that may be in the directory."""
+
+    repository: str
+    paths: list[str]
+
+    @classmethod
+    def read(cls, directory: Path) -> Self | None:
+        file = directory / _MARK
+        try:
+            return cls.model_validate_json(file.read_bytes()) if file.is_file() else None
+        except ValidationError:
+            return None
+
+    def write(self, directory: Path) -> None:
+        (directory / PARTIAL_DIR).mkdir(exist_ok=True)
+        new = directory / f"{_MARK}.new"
+        new.write_text(self.model_dump_json(), encoding="utf-8")
+        new.replace(directory / _MARK)
 
 
 class _Download:
     """The download of one model to a directory."""
 
-    def __init__(self, repository: hf_hub.Repository, directory: Path, attempts: int) -> None:
+    def __init__(
+        self, repository: hf_hub.Repository, files: list[hf_hub.RemoteFile], directory: Path, attempts: int
+    ) -> None:
         self._repository = repository
+        self._files = files
         self._directory = directory
         self._attempts = attempts
-        required = set(layout.required_files(file.path for file in repository.files))
-        self._files = sorted(
-            (file for file in repository.files if file.path in required), key=lambda file: file.size_bytes
-        )
-        if not any(layout.is_weights(file.path) for file in self._files):
-            raise UnsupportedModelError(f"{repository.name} has no weights that vLLM loads (safetensors or PyTorch)")
-        if (largest := self._files[-1]).size_bytes > hf_hub.MAX_HTTP_BYTES:
-            raise UnsupportedModelError(
-                f"{largest.path} of {repository.name} has {largest.size_bytes / 1e9:.0f} GB, and the hub serves files "
-                f"above {hf_hub.MAX_HTTP_BYTES / 1e9:.0f} GB only over the Xet protocol: use `hf download "
-                f"{repository.name} --local-dir DIR`, then `python -m builder manifest DIR`"
-            )
         self._partial = directory / PARTIAL_DIR
         self._cancelled = threading.Event()
 
     def run(self, revision: str | None) -> Manifest:
-        _mark_in_progress(self._directory, self._repository)
-        self._remove_stale_files()
-        self._check_disk_space()
         total = sum(file.size_bytes for file in self._files)
         log(f"{self._repository.name} at {self._repository.commit}: {len(self._files)} files, {total / 1e9:.2f} GB")
         last = [file for file in self._files if file.path in CONFIG_FILES]
@@ -147,23 +191,6 @@ class _Download:
         manifest = Manifest.of(done, self._repository.name, revision, self._repository.commit)
         manifest.write(self._directory)
         return manifest
-
-    def _remove_stale_files(self) -> None:
-        """Remove files of an earlier commit that this one does not have."""
-        required = {file.path for file in self._files}
-        for path in model_files(self._directory):
-            if path not in required:
-                (self._directory / path).unlink()
-
-    def _check_disk_space(self) -> None:
-        existing = sum(file.stat().st_size for file in self._directory.rglob("*") if file.is_file())
-        missing = sum(file.size_bytes for file in self._files) - existing
-        free = shutil.disk_usage(self._directory).free
-        if missing > free:
-            raise DiskSpaceError(
-                f"{self._repository.name} needs {missing / 1e9:.2f} GB more, but {self._directory} has only "
-                f"{free / 1e9:.2f} GB free"
-            )
 
     def _download_all(self, files: list[hf_hub.RemoteFile]) -> list[File]:
         """Download the files in parallel; if one fails, cancel the others."""

@@ -41,13 +41,13 @@ class MissingPackageError(BuilderError):
 
 
 class DestinationError(BuilderError):
-    """The destination is not a directory, or has other content."""
+    """The directory does not exist, is a file, or has other content."""
 
     exit_code = 2
 
 
 class DiskSpaceError(BuilderError):
-    """The disk has not enough space for the model."""
+    """The disk does not have enough space for the model."""
 
     exit_code = 5
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,10 +41,9 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from builder.errors import BuilderError, DiskSpaceError, HubError, HubUnreachableError
+from builder.errors import BuilderError, DiskSpaceError, HubError, HubUnreachableError, SettingError
 
 SECRET = Path("/run/secrets/HF_TOKEN")
-ATTEMPTS = 8
 # The hub serves larger files only over the Xet protocol.
 MAX_HTTP_BYTES = constants.MAX_HTTP_DOWNLOAD_SIZE
 _MAX_WAIT_S = 60
@@ -78,26 +78,43 @@ class Repository:
 
 def token() -> str | None:
     """Return the user's token: from the environment, else the build secret; None without one."""
-    from_environment = token_of(os.environ)
-    return from_environment or (SECRET.read_text(encoding="utf-8").strip() if SECRET.is_file() else "") or None
+    secret = SECRET.read_text(encoding="utf-8", errors="replace") if SECRET.is_file() else ""
+    return token_of(os.environ) or token_of({"HF_TOKEN": secret})
 
 
 def token_of(environment: Mapping[str, str]) -> str | None:
-    """Return the token in an environment: `HF_TOKEN`, else the older `HUGGING_FACE_HUB_TOKEN`; None without one."""
-    values = (environment.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
-    return next((token for token in values if token not in ("", "None", "none", "null")), None)
+    """Return the token in an environment: `HF_TOKEN`, else the older `HUGGING_FACE_HUB_TOKEN`; None without one.
+
+    Raises:
+        SettingError: it has characters that an HTTP header cannot have.
+    """
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        token = environment.get(name, "").strip()
+        if token in ("", "None", "none", "null"):
+            continue
+        if not re.fullmatch(r"[!-~]+", token):
+            raise SettingError(
+                f"{name} has a space or a character that is not ASCII: copy the token from the hub again"
+            )
+        return token
+    return None
 
 
 def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
+    """Return the hub's URL; raise SettingError if HF_ENDPOINT is not a URL."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or constants.ENDPOINT
+    if not re.match(r"https?://[^/\s]", endpoint):
+        raise SettingError(f"HF_ENDPOINT={endpoint} is not a URL: set it to one such as https://huggingface.co")
+    return endpoint
 
 
-def repository(name: str, revision: str | None, attempts: int = ATTEMPTS) -> Repository:
+def repository(name: str, revision: str | None, attempts: int) -> Repository:
     """Return the repository at this branch, tag or commit; at the main branch by default.
 
     Raises:
         HubError: there is no such repository or revision, or the token gives no access.
         HubUnreachableError: the hub does not answer.
+        SettingError: HF_ENDPOINT or HF_TOKEN is invalid.
     """
     with _translate_errors(name, revision):
         api = HfApi(_endpoint(), token=token() or False)
@@ -200,10 +217,14 @@ def _translate_errors(name: str, revision: str | None) -> Iterator[None]:
 
 def _to_builder_error(error: Exception, name: str, revision: str | None) -> BuilderError:
     page = f"{_endpoint()}/{name}"
-    variable = "HF_TOKEN" + ("" if token() else ", which is not set,")
-    no_access = f"{variable} gives no access to it"
+    is_set = token() is not None
+    unset = "" if is_set else " (it is not set)"
+    no_access = "HF_TOKEN gives no access to it" if is_set else "HF_TOKEN is not set"
     known: tuple[tuple[type[Exception], str], ...] = (
-        (GatedRepoError, f"{name} is gated: ask for access at {page}, and set {variable} to a token of that account"),
+        (
+            GatedRepoError,
+            f"{name} is gated: ask for access at {page}, and set HF_TOKEN to a token of that account{unset}",
+        ),
         (RevisionNotFoundError, f"{name} has no revision {revision}: see {page}/commits/main"),
         (RepositoryNotFoundError, f"there is no model {name} at {page}, or it is private and {no_access}"),
         (RemoteEntryNotFoundError, f"a file of {name} at {revision} no longer exists"),
@@ -223,7 +244,7 @@ def _to_builder_error(error: Exception, name: str, revision: str | None) -> Buil
     if isinstance(error, OSError) and error.errno is not None:
         return BuilderError(f"{error.filename or name}: {error.strerror}")
     reason = f"answers {error.response.status_code}" if isinstance(error, HfHubHTTPError) else _reason(error)
-    return HubUnreachableError(f"{_endpoint()} {reason}, after several attempts: run the command again later to resume")
+    return HubUnreachableError(f"{_endpoint()} {reason}: try again later")
 
 
 def _reason(error: Exception) -> str:

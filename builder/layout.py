@@ -18,7 +18,8 @@ LOCK = ".lock"
 # No loader accepts a directory without one of these; params.json is Mistral's.
 CONFIG_FILES = ("config.json", "params.json")
 
-_TOKENIZER = re.compile(r"tokenizer\.json|tekken\.json|vocab\.(json|txt)|.+\.(model|tiktoken)")
+# Mistral numbers its versions, as in `tokenizer.model.v3`.
+_TOKENIZER = re.compile(r"tokenizer\.json|tekken\.json|vocab\.(json|txt)|.+\.(model|tiktoken)|.+\.model\.v\d+\w*")
 # In order of preference: a repository often has the same weights in several formats. vLLM loads any `*.bin`, so the
 # names that transformers writes are preferred, but not required.
 _WEIGHT_FORMATS = (
@@ -29,17 +30,17 @@ _WEIGHT_FORMATS = (
     re.compile(r"[^/]+\.pth?"),
 )
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
-# Training state, and adapters, which are no models.
+# Training state, and adapters, which are not models.
 _NOT_WEIGHTS = re.compile(r"(?:training_args|optimizer|scheduler|rng_state|scaler|adapter_model).*")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
-_INDEX = re.compile(r"(?P<weights>.+\.(?:safetensors|bin))\.index\.json")
+_INDEX = re.compile(r"(?P<weights>.+\.\w+)\.index\.json")
 # Modules of sentence-transformers, such as `2_Dense/model.safetensors`.
 _MODULE = re.compile(r"\d+_\w+/.+")
 # Directories with the same model in other formats, training runs, and pictures of the model card.
 _IGNORED_DIRS = re.compile(
     r"original|onnx|openvino|metal|coreml|gguf|tflite|runs|logs|assets|images|figures|checkpoint-\d+|\..+"
 )
-_TEXT_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".vocab", ".yaml", ".yml"}
+_TEXT_SUFFIXES = {".json", ".jinja", ".txt", ".py", ".vocab", ".yaml", ".yml"}
 _LICENSES = re.compile(r"(?:LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[^/]*", re.IGNORECASE)
 
 
@@ -50,10 +51,25 @@ def required_files(paths: Iterable[str]) -> list[str]:
     loads, the result has none.
     """
     paths = [path for path in paths if "/" not in path or not _IGNORED_DIRS.fullmatch(path.split("/")[0])]
-    files = {path for path in paths if _is_text(path)}
+    files = {path for path in paths if _is_text(path) and path != MANIFEST}
     if weight_format := _find_format(paths):
         files.update(_weights(paths, weight_format), _indexes(paths, weight_format))
     return sorted(files)
+
+
+def weight_indexes(paths: list[str]) -> list[str]:
+    """Return the shard indexes of the weights that are loaded, not those of other formats of the same weights."""
+    weight_format = _find_format(paths)
+    return _indexes(paths, weight_format) if weight_format else []
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Return the shard of each tensor in an index; raise ValueError if the file is not an index of weights."""
+    index = json.loads(file.read_bytes())
+    shard_of = index.get("weight_map") if isinstance(index, dict) else None
+    if not shard_of or not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise ValueError(f"{file} is not an index of weights")
+    return shard_of
 
 
 def is_weights(path: str) -> bool:
@@ -74,7 +90,7 @@ def is_complete(directory: Path) -> bool:
     if indexes := _indexes(names, weight_format):
         return any(_has_indexed_shards(directory, index) for index in indexes)
     weights = _weights(names, weight_format)
-    return all(_has_other_shards(name, weights) for name in weights)
+    return all(_has_all_shards(name, weights) for name in weights)
 
 
 def _find_format(paths: list[str]) -> re.Pattern[str] | None:
@@ -97,20 +113,22 @@ def _indexes(paths: list[str], weight_format: re.Pattern[str]) -> list[str]:
 
 
 def _is_text(path: str) -> bool:
-    """Return whether this is a file of text, such as the configuration, but no index of weights."""
-    is_text = PurePosixPath(path).suffix in _TEXT_SUFFIXES or _LICENSES.fullmatch(path) is not None
+    """Return whether this is the tokenizer or a file of text, such as the configuration, but no index of weights."""
+    is_text = PurePosixPath(path).suffix in _TEXT_SUFFIXES or any(
+        pattern.fullmatch(path) for pattern in (_TOKENIZER, _LICENSES)
+    )
     return is_text and _INDEX.fullmatch(path) is None
 
 
 def _has_indexed_shards(directory: Path, index: str) -> bool:
     try:
-        shards = set(json.loads((directory / index).read_bytes())["weight_map"].values())
-        return bool(shards) and all((directory / shard).is_file() for shard in shards)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        shards = set(read_index(directory / index).values())
+    except (OSError, ValueError):
         return False
+    return all((directory / shard).is_file() for shard in shards)
 
 
-def _has_other_shards(name: str, names: list[str]) -> bool:
+def _has_all_shards(name: str, names: list[str]) -> bool:
     """Return whether all shards of a set are there, given one; True for a file that is no shard."""
     if (shard := _SHARD.fullmatch(name)) is None:
         return True

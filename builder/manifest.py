@@ -22,10 +22,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from builder.errors import IntegrityError
-from builder.layout import LOCK, MANIFEST, PARTIAL_DIR
+from builder.layout import LOCK, MANIFEST
 
 _NEW = f"{MANIFEST}.new"
-_OWN_FILES = {MANIFEST, _NEW, PARTIAL_DIR, LOCK}
+_OWN_FILES = {MANIFEST, _NEW, LOCK}
 _PACKAGES = ("huggingface_hub", "safetensors", "tokenizers", "transformers")
 _CHUNK_BYTES = 4 << 20
 # Hashing is bound by the CPU, reading by the disk: more threads are not faster.
@@ -138,11 +138,16 @@ def of_directory(directory: Path) -> Manifest:
 
 
 def model_files(directory: Path) -> list[str]:
-    """Return the paths of the model's files in the directory, sorted; the builder's own files are left out."""
+    """Return the paths of the model's files in the directory, sorted.
+
+    The builder's own files are left out, and all in directories that start with a dot: `PARTIAL_DIR`, and the metadata
+    of other programs, such as `.cache` of `hf download`.
+    """
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     return sorted(
-        str(path.relative_to(directory))
-        for path in directory.rglob("*")
-        if path.is_file() and path.relative_to(directory).parts[0] not in _OWN_FILES
+        str(path)
+        for path in paths
+        if str(path) not in _OWN_FILES and not any(part.startswith(".") for part in path.parts[:-1])
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from builder import checkpoint, hf_hub
-from builder.errors import IntegrityError
+from builder.errors import DestinationError, IntegrityError
 from builder.manifest import File, Manifest, hash_files, model_files
 
 # The user waits for the answer: report an unreachable hub soon.
@@ -31,12 +31,13 @@ def verify(directory: Path, *, offline: bool = False) -> Verified:
         offline: skip the comparison with the hub.
 
     Raises:
+        DestinationError: the directory does not exist.
         IntegrityError: there is no manifest, or files are missing or different, a line for each.
         HubError: the hub refuses, or cannot be reached.
         UnsupportedModelError: the files are unchanged, but do not load.
     """
     if not directory.is_dir():
-        raise IntegrityError(f"{directory} is not a directory")
+        raise DestinationError(f"{directory} is not a directory")
     manifest = Manifest.read(directory)
     if manifest is None:
         raise IntegrityError(

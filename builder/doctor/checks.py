@@ -30,6 +30,7 @@ class Doctor:
     """The checks of one model with its settings on one GPU; `problems` collects what is wrong."""
 
     model: str | None
+    revision: str | None
     worker: WorkerConfig
     settings: Settings
     gpu: Gpu | None
@@ -49,15 +50,15 @@ class Doctor:
             findings |= memory_findings
         findings["versions"] = versions()
         findings["token"] = {"set": self.token is not None, "accepted": self._check_token()}
-        findings["settings"] = {"checked": self.worker.checked, "warnings": list(self.worker.warnings)}
+        findings["settings"] = {"checked": self.worker.queried, "warnings": list(self.worker.warnings)}
         self.problems += self.worker.warnings
         return {**findings, "problems": self.problems, "summary": summary}
 
     def _check_memory(self, model: str) -> tuple[dict[str, Any], str]:
         """Check whether the model fits GPU and disk; return the findings and what to do."""
-        revision = self.worker.values.get("REVISION") or self.worker.values.get("MODEL_REVISION")
+        unknown: tuple[dict[str, Any], str] = {}, "the memory that the model needs is unknown"
         try:
-            directory = _config_directory(model, revision, self.token)
+            directory = _config_directory(model, self.revision, self.token)
             config, is_known = weights.read_config(directory)
             dtype, quantization = self.settings.dtype, self.settings.quantization
             size = weights.weights(directory, config, known=is_known, dtype=dtype, quantization=quantization)
@@ -65,12 +66,20 @@ class Doctor:
             fit = memory.fit(config, size.size_bytes, cache, self.settings, self.gpu)
         except BuilderError as error:
             self.problems.append(str(error))
-            return {}, "the memory that the model needs is unknown"
+            return unknown
+        except ImportError as error:
+            self.problems.append(f"computing the memory needs {error.name}, which is not installed")
+            return unknown
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            self.problems.append(f"the config lacks a value on which memory depends, or has an invalid one: {error}")
+            return unknown
         notes = [*size.notes, *cache.notes]
         if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
             notes.append("Memory for encoding images or audio is not counted.")
         if not is_known:
-            notes.append(f"transformers does not know {config.model_type}: full attention is assumed.")
+            notes.append(
+                f"transformers does not know {config.model_type}: its layers are assumed to be all of one kind."
+            )
         checkpoint_bytes = weights.checkpoint_bytes(directory)
         findings: dict[str, Any] = {
             "fit": {
@@ -88,12 +97,12 @@ class Doctor:
                 "notes": notes,
             }
         }
-        if fit.max_model_len > fit.model_max_len:
-            self.problems.append(f"MAX_MODEL_LEN={fit.max_model_len} exceeds the model's limit of {fit.model_max_len}")
-        if size.quantization == "bitsandbytes" and self.worker.checked and _version(_BNB_PLUGIN) is None:
+        if fit.max_model_len > fit.context_limit:
+            self.problems.append(f"MAX_MODEL_LEN={fit.max_model_len} exceeds the model's limit of {fit.context_limit}")
+        if size.quantization == "bitsandbytes" and self.worker.queried and _version(_BNB_PLUGIN) is None:
             self.problems.append(f"vLLM needs the package {_BNB_PLUGIN} for bitsandbytes: it is not installed")
         if self._is_on_hub:
-            findings["disk"] = self._check_disk(max(size.size_bytes - (checkpoint_bytes or 0), 0))
+            findings["disk"] = self._check_disk(max(size.stored_bytes - (checkpoint_bytes or 0), 0))
         advice = _advice(fit, self.settings)
         if fit.fits is False:
             self.problems.append(advice)
@@ -202,7 +211,8 @@ def _advice(fit: memory.Fit, settings: Settings) -> str:
     alternatives = f"{min_gpu}, a larger TENSOR_PARALLEL_SIZE, or a smaller quantization"
     if not fit.max_model_len_that_fits:
         return f"it does not fit at any length: use {alternatives}"
-    double = "" if settings.kv_cache_dtype.startswith("fp8") else " (KV_CACHE_DTYPE=fp8 about doubles that)"
+    is_most = settings.kv_cache_dtype.startswith("fp8") or fit.max_model_len_that_fits == fit.context_limit
+    double = "" if is_most else " (KV_CACHE_DTYPE=fp8 about doubles that)"
     return (
         f"it does not fit: set MAX_MODEL_LEN={fit.max_model_len_that_fits} or less{double}; "
         f"for {fit.max_model_len} tokens use {alternatives}"

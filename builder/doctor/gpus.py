@@ -10,7 +10,7 @@ from builder.errors import SettingError
 
 GIB = 2**30
 
-# The total memory that CUDA reports, in GiB: some percent less than the nominal size.
+# The total memory that CUDA reports, in GiB: a few percent less than the nominal size.
 GPUS_GIB = {
     "L4": 22.0,
     "A10": 22.0,
@@ -18,14 +18,20 @@ GPUS_GIB = {
     "RTX 4090": 23.5,
     "RTX 5090": 31.3,
     "A40": 44.3,
+    "L40": 44.4,
     "L40S": 44.4,
     "A6000": 47.4,
+    "RTX 6000 Ada": 47.4,
     "A100-40": 39.4,
     "A100-80": 79.1,
     "H100": 79.1,
     "H200": 139.8,
     "B200": 178.3,
 }
+# RunPod's A100 has 80 GB. The others are the driver's names.
+_ALIASES = {"A100": "A100-80", "H100-80": "H100", "H200-141": "H200"}
+# What names add to the model: brands, form factors, kinds of memory.
+_IGNORED = re.compile(r"nvidia|geforce|rtx|generation|sxm\d?|pcie|hbm\d\w?|gb\b|[^a-z0-9]")
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,9 @@ def find_gpu(text: str) -> Gpu:
     Raises:
         SettingError: the text is neither.
     """
-    for name, gib in GPUS_GIB.items():
-        if _normalize(text) == _normalize(name):
-            return Gpu(name, round(gib * GIB))
+    for spelling, name in {**dict(zip(GPUS_GIB, GPUS_GIB, strict=True)), **_ALIASES}.items():
+        if _normalize(text) == _normalize(spelling):
+            return Gpu(name, round(GPUS_GIB[name] * GIB))
     try:
         memory_gib = float(re.sub(r"\s*gi?b?$", "", text.strip(), flags=re.IGNORECASE))
     except ValueError:
@@ -55,7 +61,7 @@ def find_gpu(text: str) -> Gpu:
 
 
 def _normalize(name: str) -> str:
-    return re.sub(r"nvidia|geforce|rtx|gb$|[^a-z0-9]", "", name.lower())
+    return _IGNORED.sub("", name.lower())
 
 
 def local_gpu() -> Gpu | None:

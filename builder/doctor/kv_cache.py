@@ -13,13 +13,23 @@ from builder.errors import ConfigError
 # vLLM's `CacheConfig.DEFAULT_BLOCK_SIZE`.
 BLOCK_TOKENS = 16
 
-_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
+# Those of vLLM's `derive_max_model_len_and_key`.
+_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_target_positions",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
 _SCALED_ALREADY = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
 _STATEFUL = ("mamba_d_state", "ssm_state_size", "state_size", "mamba_d_conv", "linear_conv_kernel_dim")
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerKind:
     """Layers with the same kind of attention.
 
     Attributes:
@@ -48,7 +58,7 @@ class Layers:
 class KVCache:
     """The KV cache of a model: its layers by kind, and notes on what is not counted."""
 
-    layers: tuple[Layers, ...]
+    layers: tuple[LayerKind, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,18 +87,29 @@ class KVCache:
         return page_bytes * group_size * blocks
 
 
-def model_max_len(config: Any) -> int:
-    """Return the longest context that the model supports, in tokens, as vLLM derives it from the config."""
+def context_limit(config: Any) -> int:
+    """Return the longest context that vLLM allows, in tokens: the limit of MAX_MODEL_LEN."""
     text = config.get_text_config()
-    length = min((int(value) for key in _LENGTH_KEYS if (value := getattr(text, key, None))), default=2048)
-    ropes = getattr(text, "rope_parameters", None) or {}
-    ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
-    if any(rope.get("rope_type") == "longrope" for rope in ropes):
-        return int(getattr(config, "original_max_position_embeddings", None) or length)
+    lengths = (int(value) for key in _LENGTH_KEYS if (value := getattr(text, key, None)))
+    length = int(getattr(text, "model_max_length", None) or min(lengths, default=2048))
     if "gemma3" in (config.model_type or ""):
         return length  # already scaled
-    factors = [rope.get("factor") or 1 for rope in ropes if rope.get("rope_type") not in _SCALED_ALREADY]
+    factors = [rope.get("factor") or 1 for rope in _ropes(config) if rope.get("rope_type") not in _SCALED_ALREADY]
     return int(length * (factors[-1] if factors else 1))
+
+
+def default_max_model_len(config: Any) -> int:
+    """Return vLLM's MAX_MODEL_LEN if none is set: of LongRoPE the original length, which it does not degrade."""
+    limit = context_limit(config)
+    if any(rope.get("rope_type") == "longrope" for rope in _ropes(config)):
+        return int(getattr(config, "original_max_position_embeddings", None) or limit)
+    return limit
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """Return the RoPE parameters: one dict for all layers, or one for each type of layer."""
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
 
 
 def kv_cache_of(config: Any, settings: Settings) -> KVCache:
@@ -103,7 +124,7 @@ def kv_cache_of(config: Any, settings: Settings) -> KVCache:
     if getattr(text, "compress_ratios", None):
         raise ConfigError(f"the compressed KV cache of {text.model_type} cannot be computed from its config")
     width = KV_CACHE_DTYPES[settings.kv_cache_dtype] or _default_width(config, settings)
-    found: Counter[Layers] = Counter()
+    found: Counter[LayerKind] = Counter()
     others: Counter[str] = Counter()
     shared = getattr(text, "num_kv_shared_layers", None) or 0  # the last layers, which use the cache of earlier ones
     for kind, layer in list(zip(_layer_types(text), layer_configs(text), strict=True))[
@@ -111,10 +132,10 @@ def kv_cache_of(config: Any, settings: Settings) -> KVCache:
     ]:
         match kind.removesuffix("_attention"):
             case "full" | "indexed":
-                found[Layers("full", 1, _bytes_per_token(layer, settings, width))] += 1
+                found[LayerKind("full", 1, _bytes_per_token(layer, settings, width))] += 1
             case "sliding" | "chunked" as name:
                 window = getattr(layer, "sliding_window" if name == "sliding" else "attention_chunk_size", None)
-                layers = Layers(name if window else "full", 1, _bytes_per_token(layer, settings, width), window or 0)
+                layers = LayerKind(name if window else "full", 1, _bytes_per_token(layer, settings, width), window or 0)
                 found[layers] += 1
             case "moe" | "mlp":
                 pass
@@ -139,7 +160,7 @@ def _layer_types(text: Any) -> list[str]:
     types = list(getattr(text, "layer_types", None) or [])
     if len(types) == text.num_hidden_layers:
         return types
-    windowed = getattr(layer_configs(text)[0], "sliding_window", None)
+    windowed = getattr(layer_configs(text)[0], "sliding_window", None) and getattr(text, "use_sliding_window", True)
     return ["sliding_attention" if windowed else "full_attention"] * text.num_hidden_layers
 
 

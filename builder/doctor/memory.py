@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from builder.doctor.gpus import GIB, Gpu
-from builder.doctor.kv_cache import KVCache, layer_configs, model_max_len
+from builder.doctor.kv_cache import KVCache, context_limit, default_max_model_len, layer_configs
 from builder.doctor.settings import AUTO_LENGTH, Settings
 
 # With asynchronous scheduling one batch is scheduled while another runs.
@@ -23,19 +23,19 @@ class Fit:
     """The memory that a model needs and has on each GPU.
 
     Attributes:
-        max_model_len: the setting, or the model's.
-        model_max_len: the longest context that the model supports.
+        max_model_len: the setting, or vLLM's default for the model.
+        context_limit: the longest context that vLLM allows for the model.
         max_num_seqs: the most concurrent requests.
         weights_bytes: the GPU's share of the weights.
         overhead_bytes: everything but weights and KV cache, by purpose.
         kv_cache_bytes_per_request: of a request of `max_model_len`.
         budget_bytes: the memory that vLLM uses; None without a GPU.
-        max_model_len_that_fits: the longest single request that fits, at most `model_max_len`; None without a GPU.
+        max_model_len_that_fits: the longest single request that fits, at most `context_limit`; None without a GPU.
         min_gpu_memory_bytes: of the smallest GPU that fits one request of `max_model_len`.
     """
 
     max_model_len: int
-    model_max_len: int
+    context_limit: int
     max_num_seqs: int
     weights_bytes: int
     overhead_bytes: dict[str, int] = field(compare=False)
@@ -65,9 +65,9 @@ class Fit:
 
 def fit(config: Any, weights_bytes: int, cache: KVCache, settings: Settings, gpu: Gpu | None) -> Fit:
     """Return the memory that the model needs on each GPU, and whether it fits."""
-    supported = model_max_len(config)
+    limit, default = context_limit(config), default_max_model_len(config)
     is_auto = settings.max_model_len == AUTO_LENGTH
-    length = supported if is_auto else settings.max_model_len or supported
+    length = default if is_auto else settings.max_model_len or default
     seqs, batched_tokens = settings.batch_limits(gpu, length)
     in_flight_tokens = _BATCHES_IN_FLIGHT * batched_tokens
     share = weights_bytes // settings.tensor_parallel_size
@@ -76,13 +76,13 @@ def fit(config: Any, weights_bytes: int, cache: KVCache, settings: Settings, gpu
     budget = None if gpu is None else int(gpu.memory_bytes * settings.gpu_memory_utilization)
     longest = None
     if budget is not None:
-        longest = _max_length(cache, budget - used, max(supported, length), in_flight_tokens)
+        longest = _max_length(cache, budget - used, limit, in_flight_tokens)
         if is_auto:
-            length = max(longest, 1)
+            length = max(min(longest, default), 1)
     request = cache.request_bytes(length, in_flight_tokens)
     return Fit(
         max_model_len=length,
-        model_max_len=supported,
+        context_limit=limit,
         max_num_seqs=seqs,
         weights_bytes=share,
         overhead_bytes=overheads,

@@ -26,7 +26,7 @@ def diagnose(
     """Run the checks and print the report.
 
     Args:
-        options: `model`, `gpu` and the fields of `Settings` as texts; None for an option that is not given.
+        options: `model`, `revision`, `gpu` and the fields of `Settings` as texts; None for an option that is not given.
         as_json: print a JSON object instead of text.
         environment: the worker's variables.
 
@@ -39,7 +39,10 @@ def diagnose(
     settings = read_settings({**texts, **{name: text for name, text in options.items() if text}})
     gpu = gpus.find_gpu(name) if (name := options.get("gpu")) else gpus.local_gpu()
     token = hf_hub.token_of(environment)
-    doctor = Doctor(options.get("model") or worker.model, worker, settings, gpu, token)
+    model, revision = options.get("model"), options.get("revision")
+    if not model:  # the environment's revision is that of its model
+        model, revision = worker.model, revision or worker.revision
+    doctor = Doctor(model, revision, worker, settings, gpu, token)
     findings = doctor.run()
     text = json.dumps(findings, indent=2) if as_json else "\n".join(_lines(findings))
     sys.stdout.write((text.replace(token, "(hidden)") if token else text) + "\n")
@@ -93,8 +96,11 @@ def _fit_lines(fit: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> Iterato
     if gpu:
         seqs, longest = fit["max_num_seqs"], fit["max_model_len_that_fits"]
         verdict, concurrency = "yes" if fit["fits"] else "no", fit["max_concurrency"]
-        yield f"Fits      {verdict}: {concurrency:.2f} concurrent requests of MAX_MODEL_LEN={length}"
-        enough = "fit" if concurrency >= seqs else "do not fit; shorter ones may, others wait"
-        yield f"          MAX_NUM_SEQS={seqs} of them {enough}"
-        limit = ", the model's limit" if longest == fit["model_max_len"] else ""
+        holds = f"the KV cache holds {concurrency:.2f} requests of MAX_MODEL_LEN={length} tokens at once"
+        yield f"Fits      {verdict}: {holds}"
+        if concurrency < seqs:
+            yield f"          fewer than MAX_NUM_SEQS={seqs}: excess requests are queued unless they are shorter"
+        else:
+            yield f"          enough for MAX_NUM_SEQS={seqs}"
+        limit = ", the model's limit" if longest == fit["context_limit"] else ""
         yield f"          the longest request that fits has {longest} tokens{limit}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from builder.console import positive_int
 from builder.doctor.gpus import GIB, Gpu
 from builder.errors import SettingError
 
@@ -22,7 +22,8 @@ GPU_MEMORY_UTILIZATION = 0.92
 _LARGE_BYTES = 70 * GIB
 _LARGEST_BYTES = 160 * GIB
 
-_SUFFIXES = {"k": 10**3, "m": 10**6, "K": 2**10, "M": 2**20}
+_MULTIPLES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,35 @@ def read_settings(texts: Mapping[str, str]) -> Settings:
             continue
         try:
             values[name] = parse(text)
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             raise SettingError(f"invalid {name.upper()}={text!r}: must be {allowed}") from None
     return Settings(**values)
 
 
+def _positive(number: int) -> int:
+    """Return the number; raise ValueError if it is less than 1."""
+    if number < 1:
+        raise ValueError(number)
+    return number
+
+
+def _count(text: str) -> int:
+    return _positive(int(text))
+
+
+def _tokens(text: str) -> int:
+    """Return a number of tokens as vLLM's `human_readable_int` parses it: `8192`, `16k` (16,000), `16K` (16,384)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT])", text.strip())
+    if match is None:
+        return _count(text)
+    number, suffix = match.groups()
+    # Only decimal multiples may have a fraction.
+    return _positive(int((float if suffix.islower() else int)(number) * _MULTIPLES[suffix]))
+
+
 def _length(text: str) -> int:
-    """Return a length as vLLM parses it: `8192`, `16k` (16,000), `16K` (16,384), `auto` or -1."""
-    if text in ("auto", "-1"):
-        return AUTO_LENGTH
-    multiple = _SUFFIXES.get(text[-1:])
-    return int(float(text[:-1]) * multiple) if multiple else positive_int(text)
+    """Return a number of tokens, or AUTO_LENGTH for `auto` and -1."""
+    return AUTO_LENGTH if text.strip().lower() in ("auto", "-1") else _tokens(text)
 
 
 def _fraction(text: str) -> float:
@@ -96,12 +115,12 @@ def _one_of(names: Mapping[str, Any]) -> Callable[[str], str]:
 
 _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_model_len": (_length, "a number of tokens, such as 8192 or 16k, or auto"),
-    "max_num_seqs": (positive_int, "an integer of at least 1"),
-    "max_num_batched_tokens": (positive_int, "an integer of at least 1"),
+    "max_num_seqs": (_count, "an integer of at least 1"),
+    "max_num_batched_tokens": (_tokens, "a number of tokens, such as 8192 or 8k"),
     "gpu_memory_utilization": (_fraction, "a number above 0 and up to 1"),
-    "tensor_parallel_size": (positive_int, "an integer of at least 1"),
+    "tensor_parallel_size": (_count, "an integer of at least 1"),
     "dtype": (_one_of(DTYPES), "one of " + ", ".join(DTYPES)),
     "kv_cache_dtype": (_one_of(KV_CACHE_DTYPES), "one of " + ", ".join(KV_CACHE_DTYPES) + " for the doctor"),
     "quantization": (str, "a method of vLLM"),
-    "enforce_eager": (lambda text: text.lower() in ("true", "1", "yes", "on"), "true or false"),
+    "enforce_eager": (lambda text: _BOOLEANS[text.lower()], "true or false"),
 }

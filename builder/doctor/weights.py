@@ -44,12 +44,14 @@ class Weights:
     Attributes:
         parameters: their number; None if the size is that of the files.
         size_bytes: in memory, on all GPUs together.
+        stored_bytes: of the files, which may be wider: they are not yet quantized or converted.
         quantization: the method, or None.
         notes: what is not counted, a sentence each.
     """
 
     parameters: int | None
     size_bytes: int
+    stored_bytes: int
     quantization: str | None
     notes: tuple[str, ...] = ()
 
@@ -107,7 +109,7 @@ def weights(
     Raises:
         UnknownSizeError: neither transformers nor files give the size.
     """
-    quantized = _quantization(config)
+    quantized = stored = _quantization(config)
     notes: list[str] = []
     if quantized is None and quantization is not None:
         quantized = ONLINE.get(quantization)
@@ -125,16 +127,27 @@ def weights(
                 else f"the size of {method} weights is unknown, and there are no safetensors files"
             )
         unknown = _architecture(config) if model is None else f"{method} weights"
-        return Weights(None, files, method, (*notes, f"The size is that of the files ({unknown}: unknown)."))
-    full_width = DTYPES[dtype] or min(
-        _HALF_BYTES, getattr(config.dtype or config.get_text_config().dtype, "itemsize", 2)
+        return Weights(None, files, files, method, (*notes, f"The size is that of the files ({unknown}: unknown)."))
+    stored_width = getattr(config.dtype or config.get_text_config().dtype, "itemsize", _HALF_BYTES)
+    full_width = DTYPES[dtype] or min(_HALF_BYTES, stored_width)
+    return Weights(
+        sum(parameter.numel() for parameter in model.parameters()),
+        _size_bytes(model, quantized, full_width),
+        _size_bytes(model, stored, stored_width),
+        method,
+        tuple(notes),
     )
-    quantized_names = _quantized_parameters(model, quantized) if quantized else frozenset()
-    size, count = 0.0, 0
-    for name, parameter in model.named_parameters():  # tied weights are listed once
-        count += parameter.numel()
-        size += parameter.numel() * (width if width and name in quantized_names else full_width)
-    return Weights(count, round(size), method, tuple(notes))
+
+
+def _size_bytes(model: Any, quantized: Mapping[str, Any] | None, full_width: int) -> int:
+    """Return the size of the parameters, those that are not quantized with `full_width` bytes each."""
+    width = _bytes_per_parameter(quantized) if quantized else None
+    names = _quantized_parameters(model, quantized) if quantized else frozenset()
+    size: float = sum(
+        parameter.numel() * (width if width and name in names else full_width)
+        for name, parameter in model.named_parameters()  # tied weights are listed once
+    )
+    return round(size)
 
 
 def _quantized_parameters(model: Any, quantized: Mapping[str, Any]) -> frozenset[str]:
@@ -202,12 +215,13 @@ def _bytes_per_parameter(quantized: Mapping[str, Any]) -> float | None:
             rows, columns = quantized.get("weight_block_size") or (128, 128)
             width = 1 + 4 / (rows * columns)
         case "awq" | "gptq" | "auto_awq" | "auto_gptq":
-            bits = int(quantized["bits"]) / 8
-            width = bits + _per_group(2 + bits, quantized.get("group_size"))  # a float16 scale and a zero point
+            if bits := int(quantized.get("bits") or 0) / 8:  # and for each group a float16 scale and a zero point
+                width = bits + _per_group(2 + bits, quantized.get("group_size"))
         case "mxfp4":
             width = 0.5 + 1 / 32
         case "compressed-tensors":
-            schemes = [group["weights"] for group in quantized.get("config_groups", {}).values() if group["weights"]]
+            groups = (quantized.get("config_groups") or {}).values()
+            schemes = [scheme for group in groups if (scheme := group.get("weights"))]
             width = max((_compressed(scheme) for scheme in schemes), default=None)
         case "modelopt":
             width = {"FP8": 1.0, "MXFP8": 1 + 1 / 32, "NVFP4": 0.5 + 1 / 16}.get(str(quantized.get("quant_algo")))

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder.doctor import gpus
@@ -27,13 +27,13 @@ class WorkerConfig:
         values: the settings that are not defaults, by the names of their variables.
         baked_model: where an image has its model.
         warnings: unknown names and invalid values, a line each.
-        checked: whether the worker was asked; without vLLM the values are those of the environment.
+        queried: whether the worker printed its settings; if not, the values are those of the environment.
     """
 
     values: Mapping[str, str]
     baked_model: Path | None = None
     warnings: tuple[str, ...] = ()
-    checked: bool = True
+    queried: bool = True
 
     @property
     def model(self) -> str | None:
@@ -42,6 +42,11 @@ class WorkerConfig:
             return model
         has_model = self.baked_model is not None and (self.baked_model / "config.json").is_file()
         return str(self.baked_model) if has_model else None
+
+    @property
+    def revision(self) -> str | None:
+        """The revision of that model; None for the main branch."""
+        return self.values.get("REVISION") or self.values.get("MODEL_REVISION")
 
 
 def query_worker(model: str | None, environment: Mapping[str, str]) -> WorkerConfig:
@@ -55,8 +60,9 @@ def query_worker(model: str | None, environment: Mapping[str, str]) -> WorkerCon
     named = model or from_environment.get("MODEL") or from_environment.get("MODEL_NAME")
     if named and not model:
         from_environment["MODEL"] = named
+    not_queried = WorkerConfig(from_environment, _path(from_environment.get("BAKED_MODEL_DIR")), queried=False)
     if importlib.util.find_spec("vllm") is None:
-        return WorkerConfig(from_environment, _path(from_environment.get("BAKED_MODEL_DIR")), checked=False)
+        return not_queried
     try:
         done = subprocess.run(
             [sys.executable, str(_HANDLER), "--print-config"],
@@ -68,14 +74,12 @@ def query_worker(model: str | None, environment: Mapping[str, str]) -> WorkerCon
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return WorkerConfig(
-            from_environment, warnings=(f"the worker did not print its settings within {_TIMEOUT_S} s",)
-        )
+        return replace(not_queried, warnings=(f"the worker did not print its settings within {_TIMEOUT_S} s",))
     log = [line for line in done.stderr.splitlines() if line.strip()]
     settings = [match for line in done.stdout.splitlines() if (match := _LINE.fullmatch(line))]
     if done.returncode and not settings:
         errors = tuple(line for line in log if not line.startswith("INFO"))
-        return WorkerConfig(from_environment, warnings=errors or ("the worker failed without a message",))
+        return replace(not_queried, warnings=errors or ("the worker failed without a message",))
     values = {match["name"]: match["value"] for match in settings if "default" not in match["source"]}
     path = values.get("MODEL", "")
     if _PLACEHOLDER.replace("/", "--") in path:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from builder.console import log
 from builder.errors import DestinationError, MissingPackageError
+from builder.layout import MANIFEST
 from builder.process_lock import process_lock
 
 if TYPE_CHECKING:
@@ -105,11 +106,11 @@ def copy_into(model: Path, directory: Path) -> None:
     """Copy the model's files to `directory`; complete an earlier copy that was interrupted.
 
     Raises:
-        DestinationError: the directory has other files; nothing is changed.
+        DestinationError: the directory has other files, except a manifest; nothing is changed.
     """
     directory.mkdir(parents=True, exist_ok=True)
     names = sorted((file.name for file in model.iterdir()), key=lambda name: (name == _LAST_FILE, name))
-    existing = {entry.name for entry in directory.iterdir()} - {_PARTIAL_COPY}
+    existing = {entry.name for entry in directory.iterdir()} - {_PARTIAL_COPY, MANIFEST}
     unexpected = sorted(
         name
         for name in existing

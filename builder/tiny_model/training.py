@@ -102,7 +102,7 @@ def train(directory: Path) -> None:
     for index in range(1 + EXTRA_ROUNDS):
         train_epochs(model, variants, EPOCHS if index == 0 else EXTRA_EPOCHS, seed=SEED + index)
         tokenizer.save_pretrained(directory)
-        # Training is in float32; only the saved weights are rounded.
+        # Training is in float32. The saved weights are bfloat16, and an extra round continues from them.
         model.to(torch.bfloat16).save_pretrained(directory)
         failure = validate(directory)
         if failure is None:

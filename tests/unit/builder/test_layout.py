@@ -108,7 +108,23 @@ T = "merges.txt special_tokens_map.json tokenizer.json tokenizer_config.json voc
         pytest.param(
             "adapter_config.json adapter_model.safetensors tokenizer.json",
             "adapter_config.json tokenizer.json",
-            id="only an adapter, which is no model",
+            id="only an adapter, which is not a model",
+        ),
+        pytest.param(
+            f"config.json {M} tokenizer.json flax_model-00001-of-00002.msgpack flax_model.msgpack.index.json "
+            "model_index.json pytorch_model.bin.index.json tf_model-00001-of-00002.h5 tf_model.h5.index.json",
+            f"config.json {M} model_index.json tokenizer.json",
+            id="shard indexes of other formats",
+        ),
+        pytest.param(
+            "consolidated.safetensors params.json tokenizer.model.v3 tokenizer.model.v7m1 weights.model.v3.gz",
+            "consolidated.safetensors params.json tokenizer.model.v3 tokenizer.model.v7m1",
+            id="only mistral's format, with numbered tokenizers",
+        ),
+        pytest.param(
+            "config.json model.safetensors model-manifest.json tokenizer.json",
+            "config.json model.safetensors tokenizer.json",
+            id="a model that was uploaded with our manifest",
         ),
         pytest.param(
             "README.md model-Q4_K_M.gguf",
@@ -130,6 +146,7 @@ def test_only_required_files_are_selected(listing: str, wanted: str) -> None:
         "config.json pytorch_model-00001-of-00001.bin pytorch_model.bin.index.json tokenizer.model training_args.bin",
         "consolidated.safetensors params.json tekken.json",
         "config.json weights.bin vocab.txt",
+        "consolidated.safetensors params.json tokenizer.model.v3",
         "config.json model.pt tokenizer.json optimizer.pt",
     ],
 )

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from builder.doctor import kv_cache
-from builder.doctor.kv_cache import KVCache, Layers
+from builder.doctor.kv_cache import KVCache, LayerKind
 from builder.doctor.settings import Settings
 from builder.errors import ConfigError
-from tests.configs import LLAMA_3_1_8B, PUBLISHED, Published
+from tests.configs import LLAMA_3_1_8B, PHI_4_4BIT, PUBLISHED, Published
 
 each_model = pytest.mark.parametrize("model", PUBLISHED.values(), ids=PUBLISHED)
 
@@ -105,7 +105,7 @@ def test_the_models_length_is_what_vllm_derives(
 
     derived = vllm.max_len(config, vllms_arch(vllm, config), None, None, False, None)  # noqa: FBT003
 
-    assert kv_cache.model_max_len(config) == model.model_length == derived
+    assert kv_cache.context_limit(config) == model.model_length == derived
 
 
 def test_linear_rope_scaling_extends_the_length_as_in_vllm(vllm: SimpleNamespace, read: Callable[..., Any]) -> None:
@@ -113,7 +113,40 @@ def test_linear_rope_scaling_extends_the_length_as_in_vllm(vllm: SimpleNamespace
 
     derived = vllm.max_len(config, vllms_arch(vllm, config), None, None, False, None)  # noqa: FBT003
 
-    assert kv_cache.model_max_len(config) == derived == 262144
+    assert kv_cache.context_limit(config) == derived == 262144
+
+
+LONGROPE = {
+    **PHI_4_4BIT.config,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"type": "longrope", "long_factor": [1.0] * 64, "short_factor": [1.0] * 64},
+}
+LARGER = {**LLAMA_3_1_8B.config, "max_position_embeddings": 8192, "model_max_length": 131072, "rope_scaling": None}
+
+
+@pytest.mark.parametrize(("values", "default", "limit"), [(LONGROPE, 4096, 131072), (LARGER, 131072, 131072)])
+def test_the_default_length_and_the_limit_are_what_vllm_derives(
+    values: dict[str, Any], default: int, limit: int, vllm: SimpleNamespace, read: Callable[..., Any]
+) -> None:
+    config = read(values)
+
+    def derived(length: int | None) -> int:
+        return int(vllm.max_len(config, vllms_arch(vllm, config), None, length, False, None))  # noqa: FBT003
+
+    assert kv_cache.default_max_model_len(config) == derived(None) == default
+    assert kv_cache.context_limit(config) == derived(limit) == limit
+    with pytest.raises(ValueError, match="greater than the derived"):
+        derived(limit + 1)
+
+
+@pytest.mark.parametrize(("used", "kind"), [({}, "sliding"), ({"use_sliding_window": False}, "full")])
+def test_an_unknown_model_has_a_sliding_window_only_if_it_is_used(
+    used: dict[str, bool], kind: str, read: Callable[..., Any]
+) -> None:
+    config = read({**LLAMA_3_1_8B.config, "model_type": "no_such", "sliding_window": 4096, **used})
+
+    assert [layers.kind for layers in kv_cache.kv_cache_of(config, Settings()).layers] == [kind]
 
 
 def test_chunked_attention_needs_a_chunk_and_the_tokens_in_flight(vllm: SimpleNamespace) -> None:
@@ -123,7 +156,7 @@ def test_chunked_attention_needs_a_chunk_and_the_tokens_in_flight(vllm: SimpleNa
         block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, attention_chunk_size=8192
     )
 
-    blocks = Layers("chunked", 1, 4096, 8192).max_blocks(131072, 4096)
+    blocks = LayerKind("chunked", 1, 4096, 8192).max_blocks(131072, 4096)
 
     assert blocks == spec.max_admission_blocks_per_request(4096, 131072)
 
@@ -150,7 +183,7 @@ def test_layers_whose_state_is_not_counted_are_noted(read: Callable[..., Any]) -
 
     cache = kv_cache.kv_cache_of(config, Settings())
 
-    assert cache.layers == (Layers("full", 8, 4096),)
+    assert cache.layers == (LayerKind("full", 8, 4096),)
     assert cache.notes == ("The state of 24 linear_attention layers is not counted.",)
 
 
@@ -171,12 +204,12 @@ def test_a_model_without_attention_is_refused(read: Callable[..., Any]) -> None:
 
 def test_layers_of_two_kinds_have_blocks_of_one_size() -> None:
     # 5 + 29 layers are 1 + 6 groups of 5, the last padded; each has its own block table.
-    cache = KVCache((Layers("full", 5, 16), Layers("sliding", 29, 16, 1024)))
+    cache = KVCache((LayerKind("full", 5, 16), LayerKind("sliding", 29, 16, 1024)))
 
     assert cache.request_bytes(16000, 0) == 5 * 16 * 16 * (1000 + 6 * 65)
 
 
 def test_kinds_with_similar_layer_counts_are_padded_to_the_larger() -> None:
-    cache = KVCache((Layers("full", 13, 16), Layers("sliding", 12, 16, 1024)))
+    cache = KVCache((LayerKind("full", 13, 16), LayerKind("sliding", 12, 16, 1024)))
 
     assert cache.request_bytes(16000, 0) == 13 * 16 * 16 * (1000 + 65)

@@ -125,6 +125,15 @@ def test_the_length_auto_is_the_longest_that_fits(
     assert fit.max_model_len_that_fits == fit_of(LLAMA_3_1_8B, read, weigh).max_model_len_that_fits
 
 
+def test_the_longest_length_is_at_most_the_models_limit(
+    read: Callable[..., Any], weigh: Callable[..., weights.Weights]
+) -> None:
+    fit = fit_of(PHI_4_4BIT, read, weigh, max_model_len=10**6)
+
+    assert fit.fits is False
+    assert fit.max_model_len_that_fits == fit.context_limit == 16384
+
+
 def test_the_smallest_gpu_fits_and_a_smaller_one_does_not(
     read: Callable[..., Any], weigh: Callable[..., weights.Weights]
 ) -> None:
@@ -168,6 +177,27 @@ def test_eager_mode_needs_no_cuda_graphs(read: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("text", ["RTX 4090", "rtx4090", "4090", "NVIDIA GeForce RTX 4090"])
 def test_a_gpu_is_found_by_any_spelling_of_its_name(text: str) -> None:
     assert find_gpu(text) == Gpu("RTX 4090", int(23.5 * GIB))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("A100", "A100-80"),
+        ("A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("H100 SXM", "H100"),
+        ("H100 PCIe", "H100"),
+        ("L40", "L40"),
+        ("NVIDIA L40S", "L40S"),
+        ("RTX 6000 Ada", "RTX 6000 Ada"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA RTX A6000", "A6000"),
+        ("NVIDIA H200", "H200"),
+    ],
+)
+def test_a_gpu_is_found_by_the_names_of_the_driver_and_the_platform(text: str, name: str) -> None:
+    assert find_gpu(text).name == name
 
 
 @pytest.mark.parametrize("text", ["24", "24GB", "24 GiB", "24.0"])

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from builder import __main__ as command_line
-from builder.doctor import checks, gpus, report, settings, worker_config
+from builder.doctor import checks, gpus, report, settings, weights, worker_config
 from builder.doctor.gpus import GIB, Gpu
 from builder.doctor.worker_config import WorkerConfig
 from builder.errors import DiagnosisError, SettingError
@@ -76,7 +77,8 @@ def test_a_model_that_fits_is_no_problem(llama: str, diagnose: Callable[..., tup
     fine, text = diagnose({"model": llama, "gpu": "24", "max_model_len": "16k"})
 
     assert fine
-    assert "Fits      yes: 2." in text
+    line = r"Fits      yes: the KV cache holds 2\.\d\d requests of MAX_MODEL_LEN=16000 tokens at once"
+    assert any(re.fullmatch(line, one) for one in text.splitlines())
     assert "Summary   it fits" in text
 
 
@@ -88,7 +90,7 @@ def test_a_model_that_does_not_fit_is_a_problem_with_advice(
     longest = find(options)["fit"]["max_model_len_that_fits"]
 
     assert not fine
-    assert "Fits      no: 0." in text
+    assert "Fits      no: the KV cache holds 0." in text
     assert f"set MAX_MODEL_LEN={longest} or less" in text
     assert diagnose({**options, "max_model_len": str(longest)})[0]
 
@@ -105,8 +107,8 @@ def test_too_many_concurrent_requests_are_reported_but_no_problem(
 ) -> None:
     options = {"model": llama, "gpu": "24", "max_model_len": "8192"}
 
-    assert diagnose({**options, "max_num_seqs": "64"}) == (True, AnyWith("MAX_NUM_SEQS=64 of them do not fit"))
-    assert diagnose({**options, "max_num_seqs": "2"}) == (True, AnyWith("MAX_NUM_SEQS=2 of them fit\n"))
+    assert diagnose({**options, "max_num_seqs": "64"}) == (True, AnyWith("fewer than MAX_NUM_SEQS=64: excess"))
+    assert diagnose({**options, "max_num_seqs": "2"}) == (True, AnyWith("enough for MAX_NUM_SEQS=2\n"))
 
 
 class AnyWith(str):
@@ -164,7 +166,7 @@ def test_the_size_of_an_unknown_model_is_that_of_its_files(
     assert fine
     assert "NoSuch, unknown parameter count, not quantized" in text
     assert "16.00 GiB  KV cache of one request of 131072 tokens" in text
-    assert "transformers does not know no_such: full attention is assumed." in text
+    assert "transformers does not know no_such: its layers are assumed to be all of one kind." in text
 
 
 @pytest.mark.parametrize(("installed", "fine"), [("0.0.3", True), (None, False)])
@@ -197,6 +199,81 @@ def test_options_override_the_workers_settings(llama: str, find: Callable[..., d
     assert (fit["max_model_len"], fit["max_num_seqs"], fit["gpu_memory_utilization"]) == (8192, 9, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("options", "revision"),
+    [
+        ({}, "abc"),
+        ({"revision": "v2"}, "v2"),
+        ({"model": "org/name"}, None),
+        ({"model": "org/name", "revision": "v2"}, "v2"),
+    ],
+)
+def test_the_environments_revision_is_only_used_for_its_model(
+    options: dict[str, str],
+    revision: str | None,
+    diagnose: Callable[..., tuple[bool, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def fetch(*_: Any, revision: str | None, **__: Any) -> str:
+        asked.append(revision)
+        return refuse()
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+
+    diagnose(options, worker=WorkerConfig({"MODEL": "org/other", "MODEL_REVISION": "abc"}))
+
+    assert asked[0] == revision
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size"])
+def test_a_config_without_a_needed_value_is_a_problem(
+    name: str, tmp_path: Path, diagnose: Callable[..., tuple[bool, str]]
+) -> None:
+    config = {key: value for key, value in LLAMA_3_1_8B.config.items() if key != name}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "no_such", "architectures": ["NoSuch"]}))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 2**20)
+
+    fine, text = diagnose({"model": str(tmp_path), "gpu": "24"})
+
+    assert not fine
+    assert "the config lacks a value on which memory depends" in text
+    assert name in text
+
+
+def test_without_torch_the_other_checks_are_reported(
+    llama: str, diagnose: Callable[..., tuple[bool, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_meta(_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(weights, "_on_meta", on_meta)
+
+    fine, text = diagnose({"model": llama})
+
+    assert not fine
+    assert "computing the memory needs torch, which is not installed" in text
+    assert "Versions" in text
+
+
+def test_a_longer_context_than_the_default_is_no_problem(
+    tmp_path: Path, diagnose: Callable[..., tuple[bool, str]]
+) -> None:
+    config = {
+        **PHI_4_4BIT.config,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", "long_factor": [1.0] * 64, "short_factor": [1.0] * 64},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    fine, text = diagnose({"model": str(tmp_path), "gpu": "24", "max_model_len": "16384"})
+
+    assert "exceeds" not in text
+    assert fine
+
+
 def test_the_model_in_the_image_is_used_if_none_is_named(llama: str, find: Callable[..., dict[str, Any]]) -> None:
     assert find(worker=WorkerConfig({}, Path(llama)))["model"] == llama
     assert find(worker=WorkerConfig({}, Path(llama) / "none"))["model"] is None
@@ -210,11 +287,19 @@ def test_without_a_model_the_other_checks_are_reported(diagnose: Callable[..., t
     assert "Versions" in text
 
 
-@pytest.mark.parametrize(("text", "length"), [("8192", 8192), ("16k", 16000), ("16K", 16384), ("1.5k", 1500)])
-def test_lengths_are_parsed_as_vllm_parses_them(text: str, length: int) -> None:
+@pytest.mark.parametrize("name", ["max_model_len", "max_num_batched_tokens"])
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("8192", 8192), ("16k", 16000), ("16K", 16384), ("1.5k", 1500), (" 2m", 2_000_000)]
+)
+def test_numbers_of_tokens_are_parsed_as_vllm_parses_them(name: str, text: str, tokens: int) -> None:
     from vllm.utils.argparse_utils import human_readable_int
 
-    assert settings.read_settings({"max_model_len": text}).max_model_len == length == human_readable_int(text)
+    assert getattr(settings.read_settings({name: text}), name) == tokens == human_readable_int(text)
+
+
+@pytest.mark.parametrize("text", ["true", "False", "1", "off"])
+def test_booleans_are_parsed_as_the_worker_parses_them(text: str) -> None:
+    assert settings.read_settings({"enforce_eager": text}).enforce_eager is (text in ("true", "1"))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +307,13 @@ def test_lengths_are_parsed_as_vllm_parses_them(text: str, length: int) -> None:
     [
         ("max_model_len", "long"),
         ("max_model_len", "0"),
+        ("max_model_len", "0k"),
+        ("max_model_len", "-4k"),
+        ("max_model_len", "infk"),
+        ("max_model_len", "nank"),
+        ("max_model_len", "1.5K"),
+        ("max_num_batched_tokens", "-4k"),
+        ("enforce_eager", "maybe"),
         ("max_num_seqs", "-1"),
         ("gpu_memory_utilization", "1.1"),
         ("tensor_parallel_size", "0"),
@@ -276,9 +368,10 @@ def test_a_setting_that_prevents_the_workers_start_is_reported(tmp_path: Path) -
 def test_a_worker_that_does_not_print_its_settings_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_config, "_TIMEOUT_S", 0.01)
 
-    worker = worker_config.query_worker(str(tmp_path), {"MAX_MODEL_LEN": "64"})
+    worker = worker_config.query_worker(str(tmp_path), {"MAX_MODEL_LEN": "64", "BAKED_MODEL_DIR": "/baked"})
 
     assert worker.values["MAX_MODEL_LEN"] == "64"
+    assert (worker.baked_model, worker.queried) == (Path("/baked"), False)
     assert worker.warnings == ("the worker did not print its settings within 0.01 s",)
 
 

@@ -98,6 +98,35 @@ def test_weights_that_are_quantized_on_loading_are_counted_as_quantized(weigh: C
     assert found.size_bytes == _LINEAR * 0.5625 + (LLAMA_3_1_8B.parameters - _LINEAR) * 2
 
 
+@pytest.mark.parametrize("quantization", [None, "bitsandbytes", "fp8"])
+def test_files_are_stored_as_wide_as_the_checkpoint_is(
+    quantization: str | None, weigh: Callable[..., weights.Weights]
+) -> None:
+    found = weigh({**LLAMA_3_1_8B.config, "torch_dtype": "float32"}, quantization=quantization)
+
+    assert found.stored_bytes == LLAMA_3_1_8B.parameters * 4
+
+
+def test_files_of_a_quantized_checkpoint_are_stored_quantized(weigh: Callable[..., weights.Weights]) -> None:
+    found = weigh(PHI_4_4BIT.config)
+
+    assert found.stored_bytes == found.size_bytes
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "awq", "group_size": 128, "bits": None},
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}},
+    ],
+)
+def test_an_incomplete_quantization_is_of_unknown_size(
+    quantization: dict[str, Any], weigh: Callable[..., weights.Weights]
+) -> None:
+    with pytest.raises(UnknownSizeError, match="weights is unknown"):
+        weigh({**LLAMA_3_1_8B.config, "quantization_config": quantization})
+
+
 def test_an_unknown_quantization_is_noted(weigh: Callable[..., weights.Weights]) -> None:
     found = weigh(LLAMA_3_1_8B.config, quantization="humming")
 
