@@ -16,7 +16,7 @@ from emulator.api.bodies import JSONResponse, describe_validation_error, parse_j
 from emulator.core.endpoint import Endpoint
 from emulator.core.faults import FaultKind, FaultRule
 from emulator.core.job import MAX_CHUNK_BYTES, MAX_RESULT_BYTES, Job, JobStatus
-from emulator.core.job_queue import JOBS_QUEUED_TOPIC, stop_topic
+from emulator.core.job_queue import JOBS_QUEUED_TOPIC, job_stop_topic
 from emulator.core.long_poll import client_disconnect, is_disconnected
 from emulator.core.worker import TAKING_STATES
 from emulator.errors import BadRequestError, ContentTooLargeError, UnauthorizedError
@@ -63,7 +63,7 @@ async def stop_signals(request: Request) -> Response:
 
     timeout_s = _poll_timeout_s(endpoint, worker)
     async with client_disconnect(request.receive) as disconnect:
-        job_ids = await endpoint.long_poll.wait_for(stop_topic(worker), poll, timeout_s, disconnect)
+        job_ids = await endpoint.long_poll.wait_for(job_stop_topic(worker), poll, timeout_s, disconnect)
     return JSONResponse({"jobsToStop": job_ids}) if job_ids else Response(status_code=HTTPStatus.NO_CONTENT)
 
 
