@@ -126,6 +126,7 @@ def test_the_url_of_an_ipv6_address_has_brackets(host: str) -> None:
         (["--command", "x", "--env", "NOVALUE"], "NAME=VALUE"),
         (["--command", "x", "--env", "RUNPOD_INIT_TIMEOUT=soon"], "RUNPOD_INIT_TIMEOUT='soon': expected an integer"),
         (["--command", "x", "--scaler-value", "0"], "scalerValue"),
+        (["--command", "x", "--lost-after", "10"], "lostAfter=10 (seconds) must exceed pingInterval=10000"),
         (["--config", "/no/such/file"], "cannot read /no/such/file: No such file or directory"),
         (["--config", __file__], "is not JSON"),
         (["--faults", "/no/such/file", "--command", "x"], "cannot read /no/such/file"),
