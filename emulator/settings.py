@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from emulator.core.faults import FaultSettings
 from emulator.core.job_queue import QueueSettings
+from emulator.integers import parse_integer
 
 ScalerType = Literal["QUEUE_DELAY", "REQUEST_COUNT"]
 
@@ -76,7 +77,7 @@ class EndpointSettings(BaseModel):
                 f"pingInterval={self.ping_interval_ms} (milliseconds)"
             )
         timeout = self.env.get("RUNPOD_INIT_TIMEOUT")
-        if timeout is not None and not timeout.isdecimal():
+        if timeout is not None and parse_integer(timeout) is None:
             raise ValueError(f"RUNPOD_INIT_TIMEOUT={timeout!r}: expected an integer number of seconds")
         return self
 
