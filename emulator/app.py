@@ -13,12 +13,13 @@ from collections.abc import Callable, Generator, Iterator
 import uvicorn
 import uvloop
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
 from emulator.api import admin, client, dashboard, openai_gateway, worker
 from emulator.api.auth import AppContext
-from emulator.api.bodies import api_error_response, client_closed_request
+from emulator.api.bodies import api_error_response, client_closed_request, http_exception_response
 from emulator.api.fault_middleware import DroppableProtocol, FaultInjectionMiddleware
 from emulator.certificate import Certificate
 from emulator.core.endpoint import Endpoint
@@ -90,7 +91,11 @@ class Emulator:
             # Routes are matched in this order: the most frequent first.
             routes=[*worker.routes, *openai_gateway.routes, *client.routes, *admin.routes, *dashboard.routes],
             middleware=[Middleware(FaultInjectionMiddleware, context=context)],
-            exception_handlers={APIError: api_error_response, ClientDisconnect: client_closed_request},
+            exception_handlers={
+                APIError: api_error_response,
+                HTTPException: http_exception_response,
+                ClientDisconnect: client_closed_request,
+            },
         )
         self.app.state.context = context
         self._stop_requested = asyncio.Event()
@@ -235,6 +240,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        # Two sockets can be bound to one address with SO_REUSEADDR, but only one can listen.
+        listener.listen()
     except OSError as error:
         listener.close()
         raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}") from None

@@ -55,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
         "With --config, the endpoints are defined in a JSON file: "
         '{"apiKeys": ["..."], "endpoints": [{"id": "...", "command": "...", "workersMax": 2}]}.',
     )
-    result.add_argument("--host", default=None, help="address to listen on (default: 127.0.0.1)")
+    result.add_argument(
+        "--host",
+        default=None,
+        help="address to listen on; do not expose the emulator to a network that you do not trust (default: 127.0.0.1)",
+    )
     result.add_argument("--port", type=int, default=None, help="port to listen on; 0: any free port (default: 8000)")
     result.add_argument("--tls", action="store_true", help="serve over HTTPS, with a certificate generated at startup")
     result.add_argument(
@@ -103,7 +107,9 @@ def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings, bool]:
     if args.faults:
         document["faults"] = _read_json(args.faults)
     if args.seed is not None:
-        document.setdefault("faults", {})["seed"] = args.seed
+        faults = document.setdefault("faults", {})
+        if isinstance(faults, dict):  # Otherwise, the validation rejects it.
+            faults["seed"] = args.seed
     document |= {
         name: value
         for name, value in (("host", args.host), ("port", args.port), ("apiKeys", args.api_key))
@@ -168,10 +174,10 @@ def with_default_worker(endpoint: dict[str, Any]) -> dict[str, Any]:
     same settings as in its image, unless they are set.
     """
     env = dict(endpoint.get("env", {}))
-    is_set = {name for name, value in {**os.environ, **env}.items() if value}
-    if not {"MODEL_NAME", "BAKED_MODEL_DIR"} & is_set:
+    configured = {name for name, value in {**os.environ, **env}.items() if value}
+    if not {"MODEL_NAME", "BAKED_MODEL_DIR"} & configured:
         env["MODEL_NAME"] = _tiny_model_dir()
-        env |= {name: value for name, value in _TINY_MODEL_SETTINGS.items() if name not in is_set}
+        env |= {name: value for name, value in _TINY_MODEL_SETTINGS.items() if name not in configured}
     return {**endpoint, "env": env, "command": [sys.executable, str(_HANDLER)], "cwd": str(_HANDLER.parent)}
 
 

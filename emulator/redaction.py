@@ -20,11 +20,14 @@ class Redaction:
 
     def __init__(self, environment: Mapping[str, str], keys: Iterable[str]) -> None:
         named = [value for name, value in environment.items() if _SECRET_NAME.search(name)]
+        self._secrets = {secret for secret in (*named, *keys) if len(secret) >= _MIN_SECRET_CHARACTERS}
         # The longest first: one secret may be a prefix of another.
-        secrets = sorted(
-            {secret for secret in (*named, *keys) if len(secret) >= _MIN_SECRET_CHARACTERS}, key=len, reverse=True
-        )
-        self._pattern = re.compile("|".join(map(re.escape, secrets))) if secrets else None
+        alternatives = map(re.escape, sorted(self._secrets, key=len, reverse=True))
+        self._pattern = re.compile("|".join(alternatives)) if self._secrets else None
+
+    def including(self, key: str) -> Redaction:
+        """Return a redaction of these secrets and of one more."""
+        return Redaction({}, (*self._secrets, key))
 
     def apply(self, text: str) -> str:
         """Return the text without secrets."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from emulator.core.faults import FaultSettings
 from emulator.core.job_queue import QueueSettings
+from emulator.integers import parse_integer
 
 ScalerType = Literal["QUEUE_DELAY", "REQUEST_COUNT"]
 
@@ -69,13 +70,19 @@ class EndpointSettings(BaseModel):
     def _check(self) -> Self:
         if self.workers_min > self.workers_max:
             raise ValueError(f"workersMin={self.workers_min} exceeds workersMax={self.workers_max}")
+        if self.command and self.lost_after_s * 1000 <= self.ping_interval_ms:
+            # An idle worker's only requests between its long polls are pings.
+            raise ValueError(
+                f"lostAfter={self.lost_after_s:g} (seconds) must exceed "
+                f"pingInterval={self.ping_interval_ms} (milliseconds)"
+            )
         timeout = self.env.get("RUNPOD_INIT_TIMEOUT")
-        if timeout is not None and not timeout.isdecimal():
+        if timeout is not None and parse_integer(timeout) is None:
             raise ValueError(f"RUNPOD_INIT_TIMEOUT={timeout!r}: expected an integer number of seconds")
         return self
 
     @property
-    def start_timeout_s(self) -> float:
+    def effective_init_timeout_s(self) -> float:
         """Maximum time until a worker is ready; as on the platform, the workers' `RUNPOD_INIT_TIMEOUT` overrides it."""
         return float(self.env.get("RUNPOD_INIT_TIMEOUT", self.init_timeout_s))
 

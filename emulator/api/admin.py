@@ -47,9 +47,11 @@ async def put_faults(request: Request) -> Response:
         settings = FaultSettings.model_validate(value)
     except ValidationError as error:
         raise BadRequestError(describe_validation_error(error)) from None
-    faults = context_of(request).faults
-    faults.set(settings)
-    return JSONResponse(faults.document())
+    context = context_of(request)
+    context.faults.set(settings)
+    for endpoint in context.endpoints.values():
+        endpoint.duplicates.clear()
+    return JSONResponse(context.faults.document())
 
 
 async def kill_worker(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""What requests act on, and who may send them."""
+"""The app's context, and authentication."""
 
 from __future__ import annotations
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse as _JSONResponse
 from starlette.responses import Response
 
 from emulator.errors import APIError, BadRequestError, ContentTooLargeError
+from emulator.integers import parse_integer
 
 # nginx's status for a client that disconnects before the response.
 CLIENT_CLOSED_REQUEST: Final = 499
@@ -23,8 +25,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         ContentTooLargeError: it exceeds the limit; the rest is not read.
     """
     body = bytearray()
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or int(declared) <= max_bytes:
+    if (parse_integer(request.headers.get("content-length", "")) or 0) <= max_bytes:
         async for chunk in request.stream():
             body += chunk
             if len(body) > max_bytes:
@@ -34,16 +35,24 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     raise ContentTooLargeError(f"the body exceeds {max_bytes} bytes")
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: bytes, *, allow_nan: bool = False) -> Any:
     """Return the value of a JSON body.
+
+    Args:
+        body: the body.
+        allow_nan: accept NaN and the infinities, which JSON does not have, but Python's encoder writes.
 
     Raises:
         BadRequestError: it is not JSON.
     """
     try:
-        return json.loads(body)
+        return json.loads(body, parse_constant=float if allow_nan else _reject_constant)
     except (ValueError, RecursionError) as error:
         raise BadRequestError(f"the body is not JSON: {error}") from None
+
+
+def _reject_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def describe_validation_error(error: ValidationError) -> str:
@@ -60,9 +69,14 @@ class JSONResponse(_JSONResponse):
 
 
 def api_error_response(_request: Request, error: Exception) -> JSONResponse:
-    """Return the response of the platform's own routes to an error: `{"error": "..."}`."""
-    status = error.status if isinstance(error, APIError) else 500
-    return JSONResponse({"error": str(error)}, status_code=status)
+    """Return the response of the platform's own routes to an `APIError`: `{"error": "..."}`."""
+    return JSONResponse({"error": str(error)}, status_code=cast("APIError", error).status)
+
+
+def http_exception_response(_request: Request, error: Exception) -> JSONResponse:
+    """Return the same for an `HTTPException` of Starlette: an unknown path, or another method than the route's."""
+    exception = cast("HTTPException", error)
+    return JSONResponse({"error": exception.detail}, status_code=exception.status_code, headers=exception.headers)
 
 
 def client_closed_request(_request: Request, _error: Exception) -> Response:

@@ -26,6 +26,7 @@ from emulator.core.job import (
 from emulator.core.job_queue import job_topic
 from emulator.core.long_poll import client_disconnect
 from emulator.errors import BadRequestError
+from emulator.integers import parse_integer
 
 # How long /stream waits for an output before it responds without one; the official client polls once a second.
 _STREAM_WAIT_S = 1.0
@@ -130,9 +131,10 @@ def _job(request: Request, endpoint: Endpoint) -> Job:
 def _milliseconds(request: Request, name: str, default: int, limits: tuple[int, int]) -> int:
     """Return a number of milliseconds from the query, clamped to its documented limits."""
     text = request.query_params.get(name, str(default))
-    if not text.isdecimal():
-        raise BadRequestError(f"{name}={text!r}: expected an integer number of milliseconds")
-    return min(max(int(text), limits[0]), limits[1])
+    value = parse_integer(text)
+    if value is None:
+        raise BadRequestError(f"{name}={text[:50]!r}: expected an integer number of milliseconds")
+    return min(max(value, limits[0]), limits[1])
 
 
 routes = [

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from emulator.api.auth import AppContext
-from emulator.core.faults import FaultKind, FaultRule, FaultTiming
+from emulator.core.faults import WORKER_ROUTES, FaultKind, FaultRule, FaultTiming
 from emulator.errors import NotFoundError
 
 # Indices into the segments of `/v2/ENDPOINT/ROUTE/WORKER`, split at the slashes.
@@ -133,7 +133,11 @@ def _endpoint_and_route(path: str) -> tuple[str, str]:
     if len(segments) <= _ROUTE_SEGMENT or segments[1] != "v2":
         return "", ""
     route = segments[_ROUTE_SEGMENT]
-    return segments[_ENDPOINT_SEGMENT], "job-take" if route == "job-take-batch" else route
+    if route == "job-take-batch":
+        route = "job-take"
+    if route in WORKER_ROUTES and len(segments) <= _WORKER_SEGMENT:
+        return "", ""
+    return segments[_ENDPOINT_SEGMENT], route
 
 
 async def _send_error(status: int, send: Send) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -85,21 +85,26 @@ def _parse_error(error: str) -> Failure:
     return Failure(status if is_error_status else HTTPStatus.INTERNAL_SERVER_ERROR, body)
 
 
-async def endpoint_route(request: Request) -> Response:
+async def route_by_path(request: Request) -> Response:
     """`/v2/{endpoint}/openai/v1/...`, with an API key."""
-    try:
-        authorize(request)
-        return await _serve(request, endpoint_of(request))
-    except APIError as error:
-        return Failure.of(error.status, str(error), error.type).response()
+    return await _serve(request, _endpoint_of_path)
 
 
-async def key_route(request: Request) -> Response:
+async def route_by_key(request: Request) -> Response:
     """`/v1/...`, with `{endpoint}-{key}` as the API key."""
+    return await _serve(request, _endpoint_of_key)
+
+
+async def _serve(request: Request, find_endpoint: Callable[[Request], Endpoint]) -> Response:
     try:
-        return await _serve(request, _endpoint_of_key(request))
+        return await _run_job(request, find_endpoint(request))
     except APIError as error:
         return Failure.of(error.status, str(error), error.type).response()
+
+
+def _endpoint_of_path(request: Request) -> Endpoint:
+    authorize(request)
+    return endpoint_of(request)
 
 
 def _endpoint_of_key(request: Request) -> Endpoint:
@@ -111,7 +116,7 @@ def _endpoint_of_key(request: Request) -> Endpoint:
     raise UnauthorizedError("no valid endpoint and API key; send 'Authorization: Bearer ENDPOINT-KEY'")
 
 
-async def _serve(request: Request, endpoint: Endpoint) -> Response:
+async def _run_job(request: Request, endpoint: Endpoint) -> Response:
     with ExitStack() as rate_limit:
         # The documentation limits POST only. A stream counts until its end.
         if endpoint.settings.rate_limits and request.method == "POST":
@@ -202,7 +207,8 @@ class _EventStream(Response):
                         await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
                 await send({"type": "http.response.body"})
             finally:
-                if not self._complete:
+                # A slow reader may be here after the job has ended, and even after its retention.
+                if not self._complete and not self._job.status.final:
                     self._endpoint.queue.cancel(self._job.id)
 
     async def _events(self, disconnect: Disconnect) -> AsyncGenerator[str, None]:
@@ -247,13 +253,14 @@ def _has_error(text: str) -> bool:
 
 def _response_body(job: Job) -> Any:
     """Return the value of a job that did not stream: its result's output, or what it streamed instead."""
-    values = job.output if isinstance(job.output, list) and job.output else job.outputs
-    if job.output is not None and not isinstance(job.output, list):
-        values = [job.output]
+    is_single = job.output is not None and not isinstance(job.output, list)
+    values = [job.output] if is_single else job.output or job.outputs
+    if not values:
+        return job.output
     if len(values) == 1:
         value = values[0]
         return _parse_json_or_text(value) if isinstance(value, str) else value
-    if values and all(isinstance(value, str) for value in values):
+    if all(isinstance(value, str) for value in values):
         return _parse_json_or_text("".join(values))
     return values
 
@@ -266,6 +273,6 @@ def _parse_json_or_text(text: str) -> Any:
 
 
 routes = [
-    Route("/v2/{endpoint}/openai/v1/{path:path}", endpoint_route, methods=["GET", "POST"]),
-    Route("/v1/{path:path}", key_route, methods=["GET", "POST"]),
+    Route("/v2/{endpoint}/openai/v1/{path:path}", route_by_path, methods=["GET", "POST"]),
+    Route("/v1/{path:path}", route_by_key, methods=["GET", "POST"]),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 from http import HTTPStatus
 from typing import Any
 
@@ -16,10 +17,11 @@ from emulator.api.bodies import JSONResponse, describe_validation_error, parse_j
 from emulator.core.endpoint import Endpoint
 from emulator.core.faults import FaultKind, FaultRule
 from emulator.core.job import MAX_CHUNK_BYTES, MAX_RESULT_BYTES, Job, JobStatus
-from emulator.core.job_queue import JOBS_QUEUED_TOPIC, stop_topic
+from emulator.core.job_queue import JOBS_QUEUED_TOPIC, job_stop_topic
 from emulator.core.long_poll import client_disconnect, is_disconnected
 from emulator.core.worker import TAKING_STATES
 from emulator.errors import BadRequestError, ContentTooLargeError, UnauthorizedError
+from emulator.integers import parse_integer
 
 # Long polls of a worker that was asked to stop: slow enough that it does not spin, short enough not to delay its exit.
 _STOPPING_POLL_S = 0.2
@@ -63,7 +65,7 @@ async def stop_signals(request: Request) -> Response:
 
     timeout_s = _poll_timeout_s(endpoint, worker)
     async with client_disconnect(request.receive) as disconnect:
-        job_ids = await endpoint.long_poll.wait_for(stop_topic(worker), poll, timeout_s, disconnect)
+        job_ids = await endpoint.long_poll.wait_for(job_stop_topic(worker), poll, timeout_s, disconnect)
     return JSONResponse({"jobsToStop": job_ids}) if job_ids else Response(status_code=HTTPStatus.NO_CONTENT)
 
 
@@ -85,8 +87,8 @@ async def done(request: Request) -> Response:
     if update.status == JobStatus.IN_PROGRESS:
         endpoint.queue.progress(worker, job_id, update.output)
         return JSONResponse({})
-    error = str(update.error) if update.error else None
-    endpoint.queue.finish(worker, job_id, update.output, error)
+    error = update.error if isinstance(update.error, str) else json.dumps(update.error)
+    endpoint.queue.finish(worker, job_id, update.output, error if update.error else None)
     if update.stopPod and endpoint.fleet.is_managed(worker):
         endpoint.fleet.stop(worker, "requested with its last job (stopPod)")
     return JSONResponse({})
@@ -139,8 +141,9 @@ def _poll_timeout_s(endpoint: Endpoint, worker: str) -> float:
 def _authenticate(request: Request) -> tuple[Endpoint, str]:
     """Return the endpoint and the id of the worker that sent the request.
 
-    A managed worker's id is enough, since it is random and known only to the worker: the SDK prefers the key of the
-    user's own credentials file, if there is one, to the key that the worker was given.
+    A managed worker's id is enough, since the SDK prefers the key of the user's own credentials file, if there is one,
+    to the key that the worker was given. The id is random but no secret: GET /state shows it without a key. So
+    everyone who can send requests to the emulator can act as a managed worker.
 
     Raises:
         UnauthorizedError: an external worker without the endpoint's worker key or an API key.
@@ -161,7 +164,7 @@ async def _read_update(request: Request, max_bytes: int) -> JobUpdate:
         BadRequestError: it is invalid, or too large: the platform responds to a worker with 400, not with 413.
     """
     try:
-        value = parse_json(await read_body(request, max_bytes))
+        value = parse_json(await read_body(request, max_bytes), allow_nan=True)
         return JobUpdate.model_validate(value)
     except ContentTooLargeError as error:
         raise BadRequestError(str(error)) from None
@@ -171,9 +174,10 @@ async def _read_update(request: Request, max_bytes: int) -> JobUpdate:
 
 def _batch_size(request: Request) -> int:
     text = request.query_params.get("batch_size", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise BadRequestError(f"batch_size={text!r}: expected an integer of at least 1")
-    return int(text)
+    size = parse_integer(text)
+    if not size:
+        raise BadRequestError(f"batch_size={text[:50]!r}: expected an integer of at least 1")
+    return size
 
 
 _ROOT = "/v2/{endpoint}"

@@ -10,7 +10,7 @@ from typing import Any
 from emulator.core.faults import Faults
 from emulator.core.fleet import Fleet
 from emulator.core.job import Job
-from emulator.core.job_queue import JOBS_QUEUED_TOPIC, JobQueue, stop_topic
+from emulator.core.job_queue import JOBS_QUEUED_TOPIC, JobQueue, job_stop_topic
 from emulator.core.long_poll import LongPoll
 from emulator.core.process import StartProcess
 from emulator.core.rate_limits import RateLimiter
@@ -19,7 +19,7 @@ from emulator.redaction import Redaction
 from emulator.settings import EndpointSettings
 
 _MAX_EVENTS = 100
-_HISTORY_S = 600
+_MAX_HISTORY_POINTS = 600
 
 
 class Endpoint:
@@ -61,7 +61,7 @@ class Endpoint:
         # Workers authenticate with a key of their own, which no client has.
         self.worker_key = secrets.token_urlsafe(24)
         self.events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
-        self.history: deque[dict[str, float]] = deque(maxlen=_HISTORY_S)
+        self.history: deque[dict[str, float]] = deque(maxlen=_MAX_HISTORY_POINTS)
         self.duplicates: list[list[Job]] = []
         self.changes = 0
         self._event_log = event_log
@@ -105,7 +105,7 @@ class Endpoint:
     def on_worker_stopping(self, worker: str) -> None:
         """Notify the worker's long polls, so that they end."""
         self.long_poll.notify(JOBS_QUEUED_TOPIC)
-        self.long_poll.notify(stop_topic(worker))
+        self.long_poll.notify(job_stop_topic(worker))
 
     def sample(self) -> None:
         """Add a point to the queue's history; to be called once a second."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 from enum import StrEnum
-from typing import Self
+from typing import Final, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+WorkerRoute = Literal["job-take", "job-stream", "job-done", "job-stop", "ping"]
+ClientRoute = Literal["run", "runsync", "status", "stream", "cancel", "retry", "purge-queue", "health", "openai"]
+WORKER_ROUTES: Final = frozenset(get_args(WorkerRoute))
 
 
 class FaultKind(StrEnum):
@@ -35,8 +39,7 @@ class FaultRule(BaseModel):
             drop: the connection is closed without a response.
             duplicate: the jobs of a take are given out again, to the next worker that asks.
             kill: the worker that sent the request is killed.
-        route: path segment after the endpoint: run, runsync, status, stream, cancel, retry, purge-queue, health,
-            openai; job-take, job-stream, job-done, job-stop, ping. `*` matches all.
+        route: path segment after the endpoint. `*` matches all.
         rate: probability from 0 to 1.
         times: maximum number of injections; None: no maximum.
         endpoint: id of the only endpoint that it applies to; None: all.
@@ -45,7 +48,7 @@ class FaultRule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: FaultKind
-    route: str = Field("*", pattern=r"^(\*|[a-z-]+)$")
+    route: Literal["*", ClientRoute, WorkerRoute] = "*"
     rate: float = Field(1.0, ge=0, le=1)
     when: FaultTiming = FaultTiming.BEFORE
     status: int = Field(500, ge=400, le=599)
@@ -57,7 +60,7 @@ class FaultRule(BaseModel):
     def _check(self) -> Self:
         if self.kind is FaultKind.DUPLICATE and self.route != "job-take":
             raise ValueError("duplicate requires the route job-take")
-        if self.kind is FaultKind.KILL and self.route not in ("job-take", "job-stream", "job-done", "job-stop", "ping"):
+        if self.kind is FaultKind.KILL and self.route not in WORKER_ROUTES:
             raise ValueError(
                 "kill requires a route that workers call: job-take, job-stream, job-done, job-stop or ping"
             )

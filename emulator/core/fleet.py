@@ -19,6 +19,7 @@ from emulator.redaction import Redaction
 from emulator.settings import EndpointSettings
 
 _MAX_EXITED_WORKERS = 10
+_MAX_LINE_CHARACTERS = 4000
 _ID_LETTERS = 14
 # "The system automatically retries with exponential backoff."
 _MAX_BACKOFF_S = 60.0
@@ -78,7 +79,7 @@ class Fleet:
         self._clock = clock
         self._start = start
         self._faults = faults
-        self._redaction = redaction
+        self._redaction = redaction.including(worker_key)
         self._workers: dict[str, FleetWorker] = {}
         self._exited: deque[FleetWorker] = deque(maxlen=_MAX_EXITED_WORKERS)
         self._consecutive_failures = 0
@@ -102,8 +103,7 @@ class Fleet:
             self._workers[worker_id] = worker
             self._listener.on_event(f"worker {worker_id} registered: started externally")
         worker.last_seen_at = now
-        if not worker.has_polled:
-            worker.has_polled = True
+        if worker.ready_at is None:
             worker.ready_at = now
             self._consecutive_failures = 0
             if worker.state is WorkerState.INITIALIZING:
@@ -153,8 +153,8 @@ class Fleet:
             if worker.process is not None or worker.state is WorkerState.THROTTLED
         ]
         decision = decide(self._settings, self._queue.load(), own, now)
-        for worker_id in decision.start_timed_out:
-            self._fail(self._workers[worker_id], f"not ready after {self._settings.start_timeout_s:g} s")
+        for worker_id in decision.init_timed_out:
+            self._fail(self._workers[worker_id], f"not ready after {self._settings.effective_init_timeout_s:g} s")
         for worker_id in decision.stop:
             self.stop(worker_id, f"idle for {self._settings.idle_timeout_s:g} s")
         if now >= self._backoff_until:
@@ -251,13 +251,13 @@ class Fleet:
             del self._workers[worker.id]
         elif worker.state is WorkerState.UNHEALTHY and worker.process is None and now >= self._backoff_until:
             self._remove(worker)
-        elif worker.kill_at is not None and now >= worker.kill_at and worker.process is not None and not worker.killed:
-            worker.killed = True
+        elif worker.kill_at is not None and now >= worker.kill_at and worker.process is not None:
+            worker.kill_at = None
             self._listener.on_event(
                 f"worker {worker.id} killed: still running {self._settings.grace_s:g} s after SIGTERM"
             )
             worker.process.kill()
-        elif worker.has_polled and worker.state in ACTIVE_STATES and silent_s >= self._settings.lost_after_s:
+        elif worker.ready_at is not None and worker.state in ACTIVE_STATES and silent_s >= self._settings.lost_after_s:
             if worker.process is None:
                 self._listener.on_event(f"worker {worker.id} lost: no request for {silent_s:.0f} s")
                 self._remove(worker)
@@ -286,8 +286,8 @@ class Fleet:
             worker.process = self._start(
                 settings.command, env | settings.env, settings.cwd, _FleetProcessListener(self, worker)
             )
-        except OSError as error:
-            worker.log.append(f"{settings.command[0]} cannot be started: {error.strerror}")
+        except (OSError, ValueError) as error:  # ValueError: a variable's name or value is not valid.
+            worker.log.append(f"{settings.command[0]} cannot be started: {error}")
             self._mark_unhealthy(worker, "cannot be started")
             return
         self._listener.on_event(f"worker {worker_id} started")
@@ -310,7 +310,8 @@ class Fleet:
 
     def on_log_line(self, worker: FleetWorker, line: str) -> None:
         """Keep a line that a worker's process wrote."""
-        line = self._redaction.apply(line)
+        # Cut only what is redacted: the cut may split a secret.
+        line = self._redaction.apply(line)[:_MAX_LINE_CHARACTERS]
         worker.log.append(line)
         self._listener.on_worker_log(worker.id, line)
 
@@ -319,7 +320,7 @@ class Fleet:
         worker.process = None
         worker.exit_code = code
         self._queue.on_worker_lost(worker.id)
-        expected = worker.state is WorkerState.STOPPING or (code == 0 and worker.has_polled)
+        expected = worker.state is WorkerState.STOPPING or (code == 0 and worker.ready_at is not None)
         self._listener.on_event(f"worker {worker.id} exited with {code}")
         if not expected and worker.state is not WorkerState.UNHEALTHY:
             self._mark_unhealthy(worker, f"exited with {code}")

@@ -87,7 +87,6 @@ class Job:
         last_seen_at: when its worker last reported it.
         outputs: outputs that its worker has streamed in this run.
         streamed: how many of them `/stream` has returned.
-        runs: how many times it was taken.
         retries: how many times it was queued again because its worker was lost.
     """
 
@@ -107,7 +106,6 @@ class Job:
     streamed: int = 0
     output: Any = None
     error: str | None = None
-    runs: int = 0
     retries: int = 0
 
     @property

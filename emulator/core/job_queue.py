@@ -6,6 +6,8 @@
                   │  └── ttl, executionTimeout ───────────▶ TIMED_OUT
                   └──── worker lost ──┘ (after max_retries ──▶ FAILED)
 
+    FAILED | TIMED_OUT ──retry──▶ IN_QUEUE
+
 A job is assigned to at most one worker at a time, and only that worker may post for it. A `QueueListener` is notified
 of changes; nothing here waits.
 """
@@ -37,7 +39,7 @@ def job_topic(job_id: str) -> str:
     return f"job/{job_id}"
 
 
-def stop_topic(worker: str) -> str:
+def job_stop_topic(worker: str) -> str:
     """Return the topic that changes when one worker must stop a job."""
     return f"stop/{worker}"
 
@@ -113,9 +115,7 @@ class JobQueue:
         Raises:
             TooManyRequestsError: the queue is full.
         """
-        maximum = max(FULL_QUEUE_JOBS, FULL_QUEUE_JOBS_PER_WORKER * self._settings.max_workers)
-        if len(self._waiting) > maximum:
-            raise TooManyRequestsError(f"the queue is full: {len(self._waiting)} jobs, limit {maximum}")
+        self._check_length()
         now = self._clock()
         job = Job(f"{prefix}{uuid.uuid4()}-u1", submission, now, now, retention_s, kind)
         self._jobs[job.id] = job
@@ -153,10 +153,12 @@ class JobQueue:
 
         Raises:
             JobStateError: it is in another state.
+            TooManyRequestsError: the queue is full.
         """
         job = self.job(job_id)
         if job.status not in (JobStatus.FAILED, JobStatus.TIMED_OUT):
             raise JobStateError(f"job {job_id} is {job.status}; only a FAILED or TIMED_OUT job can be retried")
+        self._check_length()
         now = self._clock()
         job.submitted_at = job.queued_at = now
         job.status, job.retries, job.ended_at = JobStatus.IN_QUEUE, 0, None
@@ -198,9 +200,9 @@ class JobQueue:
             self._waiting.popleft()
             job.status, job.worker = JobStatus.IN_PROGRESS, worker
             job.taken_at = job.last_seen_at = now
-            job.runs += 1
-            # A signal of an earlier run that this worker has not fetched yet would stop this run.
+            # The stop of an earlier run must stop neither this run nor, as unresponsive, its worker.
             self._stop_signals[worker] = [job_id for job_id in self.pop_stop_signals(worker) if job_id != job.id]
+            self._stop_requested_at.get(worker, {}).pop(job.id, None)
             self._running.setdefault(worker, {})[job.id] = job
             taken.append(job)
             self._notify(job)
@@ -323,7 +325,13 @@ class JobQueue:
             "retried": self.retried,
         }
 
+    def _check_length(self) -> None:
+        maximum = max(FULL_QUEUE_JOBS, FULL_QUEUE_JOBS_PER_WORKER * self._settings.max_workers)
+        if len(self._waiting) > maximum:
+            raise TooManyRequestsError(f"the queue is full: {len(self._waiting)} jobs, limit {maximum}")
+
     def _assigned_job(self, worker: str, job_id: str) -> Job:
+        """Return a running job of this worker, and record that the worker reports it."""
         job = self._running.get(worker, {}).get(job_id)
         if job is None:
             raise JobNotAssignedError(f"job {job_id} is not assigned to worker {worker}")
@@ -339,7 +347,7 @@ class JobQueue:
             if status in (JobStatus.CANCELLED, JobStatus.TIMED_OUT):
                 self._stop_signals.setdefault(job.worker, []).append(job.id)
                 self._stop_requested_at.setdefault(job.worker, {})[job.id] = self._clock()
-                self._listener.on_change(stop_topic(job.worker))
+                self._listener.on_change(job_stop_topic(job.worker))
         del self._unfinished[job.id]
         job.status, job.error, job.ended_at = status, error, self._clock()
         self.end_counts[status] += 1

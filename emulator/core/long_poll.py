@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -91,6 +93,11 @@ def is_disconnected(transport: asyncio.Transport) -> bool:
     connection = transport.get_extra_info("socket")
     if transport.is_closing() or connection is None:
         return True
+    if sys.platform == "linux":
+        # Also if the peer sent bytes before that nobody has read, such as TLS's close_notify.
+        poller = select.poll()
+        poller.register(connection.fileno(), select.POLLRDHUP)
+        return bool(poller.poll(0))
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         try:
             return not duplicate.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _READ_BYTES = 65536
-_MAX_LINE_BYTES = 4000
+# Much longer than what is kept of a line, so that no secret is cut before it is redacted.
+_MAX_LINE_BYTES = 65536
 # Exit code of a worker whose launcher was killed before it could report one.
 _UNKNOWN_EXIT_CODE = -int(signal.SIGKILL)
 
@@ -58,6 +59,7 @@ class WorkerProcess:
 
     Raises:
         OSError: the launcher cannot be started.
+        ValueError: the command or the environment is not valid, such as a variable's name with `=` in it.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class WorkerProcess:
                 pass_fds=[launcher_socket.fileno()],
                 process_group=0,
             )
-        except OSError:
+        except (OSError, ValueError):
             control_socket.close()
             os.close(log_fd)
             raise
@@ -150,10 +152,10 @@ class WorkerProcess:
         except BlockingIOError:
             return False
         self._partial_line += data
-        *lines, self._partial_line = self._partial_line.split(b"\n")
-        if not data or len(self._partial_line) > _MAX_LINE_BYTES:
+        *lines, partial_line = self._partial_line.split(b"\n")
+        self._partial_line = partial_line[:_MAX_LINE_BYTES]
+        if not data:
             lines.append(self._partial_line)
-            self._partial_line = b""
         for line in lines:
             text = line[:_MAX_LINE_BYTES].decode(errors="replace").rstrip()
             if text:

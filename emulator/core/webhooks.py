@@ -7,6 +7,7 @@ Source: docs.runpod.io, "Webhook notifications": a POST with the body of /status
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -48,7 +49,7 @@ class Webhooks:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 status = await self._post(url, document)
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
                 outcome = f"{type(error).__name__}: {error}"
             else:
                 if status == HTTPStatus.OK:
@@ -67,4 +68,8 @@ class Webhooks:
 
 async def _post(url: str, document: dict[str, Any]) -> int:
     async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as client:
-        return (await client.post(url, json=document)).status_code
+        # Not `json=`: httpx rejects NaN and lone surrogates, which an output may have.
+        response = await client.post(
+            url, content=json.dumps(document).encode(), headers={"Content-Type": "application/json"}
+        )
+        return response.status_code

@@ -39,10 +39,8 @@ class FleetWorker:
         state_since: when the worker entered its state.
         last_seen_at: when it last sent a request.
         process: its process if the emulator started it and it has not exited; None for an external worker.
-        has_polled: whether it has ever asked for a job.
-        kill_at: when its grace period ends, while it is stopping.
-        killed: whether it was killed because its grace period had ended.
-        ready_at: when it first asked for a job.
+        kill_at: when it is killed, while it is stopping; None once it was killed.
+        ready_at: when it first asked for a job; None before.
         reason: why it is in its state, for people to read.
         jobs_taken: how many jobs it was given.
         log: its last log lines, without secrets.
@@ -54,9 +52,7 @@ class FleetWorker:
     state_since: float
     last_seen_at: float
     process: Process | None = None
-    has_polled: bool = False
     kill_at: float | None = None
-    killed: bool = False
     ready_at: float | None = None
     exited_at: float | None = None
     exit_code: int | None = None

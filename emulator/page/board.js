@@ -60,7 +60,7 @@ function renderWorkers(endpoint, now) {
 
   $("exited-box").hidden = !endpoint.gone.length;
   setText($("exited-count"), endpoint.gone.length);
-  reconcile($("exited"), [...endpoint.gone].sort((a, b) => b.endedAt - a.endedAt), (worker) => worker.id, createExited);
+  reconcile($("exited"), endpoint.gone, (worker) => worker.id, createExited);
 }
 
 function createWorker(worker) {
@@ -78,7 +78,7 @@ function createWorker(worker) {
 }
 
 function createExited(worker) {
-  const code = worker.exitCode != null && !worker.reason.includes(worker.exitCode) && `exit code ${worker.exitCode}`;
+  const code = worker.exitCode != null && worker.reason !== `exited with ${worker.exitCode}` && `exit code ${worker.exitCode}`;
   const facts = [worker.reason || "exited", code,
     `${count(worker.jobsTaken, "job")} taken`, `ran for ${duration(between(worker.startedAt, worker.endedAt))}`];
   const line = [

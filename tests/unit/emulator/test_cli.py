@@ -125,7 +125,9 @@ def test_the_url_of_an_ipv6_address_has_brackets(host: str) -> None:
         (["--command", "x", "--endpoint", "no/slash"], "endpoints.0.id"),
         (["--command", "x", "--env", "NOVALUE"], "NAME=VALUE"),
         (["--command", "x", "--env", "RUNPOD_INIT_TIMEOUT=soon"], "RUNPOD_INIT_TIMEOUT='soon': expected an integer"),
+        (["--command", "x", "--env", f"RUNPOD_INIT_TIMEOUT={'9' * 5000}"], "expected an integer"),
         (["--command", "x", "--scaler-value", "0"], "scalerValue"),
+        (["--command", "x", "--lost-after", "10"], "lostAfter=10 (seconds) must exceed pingInterval=10000"),
         (["--config", "/no/such/file"], "cannot read /no/such/file: No such file or directory"),
         (["--config", __file__], "is not JSON"),
         (["--faults", "/no/such/file", "--command", "x"], "cannot read /no/such/file"),
@@ -144,6 +146,12 @@ def test_endpoint_options_are_rejected_with_a_config_file(tmp_path: Path) -> Non
     config = write(tmp_path / "config", {"endpoints": [{"id": "a"}]})
     with pytest.raises(SettingsError, match="remove the options for workersMin"):
         cli.read_settings(["--config", config, "--workers-min", "1"])
+
+
+def test_invalid_faults_in_a_config_file_are_rejected_with_a_seed_too(tmp_path: Path) -> None:
+    config = write(tmp_path / "config", {"faults": []})
+    with pytest.raises(SettingsError, match="faults"):
+        cli.read_settings(["--config", config, "--seed", "1"])
 
 
 def test_an_unknown_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,3 +181,9 @@ def test_a_port_in_use_is_reported() -> None:
         port = other.getsockname()[1]
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             Emulator(EmulatorSettings(port=port))
+
+
+def test_a_port_of_an_emulator_that_does_not_serve_yet_is_in_use() -> None:
+    first = Emulator(EmulatorSettings(port=0))
+    with first._socket, pytest.raises(SettingsError, match="Address already in use"):
+        Emulator(EmulatorSettings(port=first._socket.getsockname()[1]))

@@ -20,6 +20,7 @@ from tests.unit.emulator.conftest import Site
         {"kind": "duplicate", "route": "run"},
         {"kind": "kill", "route": "run"},
         {"kind": "drop", "unknown": 1},
+        {"kind": "drop", "route": "runs"},
     ],
 )
 def test_an_invalid_rule_is_rejected_and_the_active_faults_stay(site: Site, rule: dict[str, Any]) -> None:
@@ -50,6 +51,28 @@ def test_faults_are_listed_with_counts_and_can_be_removed(site: Site) -> None:
         "struck": [1],
     }
     assert site.root.put("/faults", json={}).json()["rules"] == []
+
+
+def test_a_misspelt_route_is_rejected_with_the_known_routes(site: Site) -> None:
+    error = site.put_faults({"kind": "drop", "route": "job-tkae"}).json()["error"]
+    assert "rules.0.route" in error
+    assert "'job-take'" in error
+
+
+def test_a_pending_duplicate_is_removed_with_its_fault(site: Site) -> None:
+    site.put_faults({"kind": "duplicate", "route": "job-take", "times": 1})
+    site.submit()
+    assert site.take("w1") is not None
+    site.put_faults()
+    assert site.take("w2") is None
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/no/such/route", 404), ("PUT", "/v2/ep/run", 405)])
+def test_an_unknown_route_or_method_is_answered_in_json(site: Site, method: str, path: str, status: int) -> None:
+    response = site.root.request(method, path)
+    assert response.status_code == status
+    assert response.json()["error"]
+    assert ("allow" in response.headers) == (status == 405)
 
 
 def test_fault_and_kill_routes_require_an_api_key(site: Site) -> None:

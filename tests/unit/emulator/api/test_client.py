@@ -174,6 +174,8 @@ def test_an_unknown_endpoint_is_not_found(site: Site) -> None:
         b"[]",
         b"{}",
         b'{"input": null}',
+        b'{"input": NaN}',
+        b'{"input": [-Infinity]}',
         b'{"input": 1, "policy": {"ttl": 9999}}',
         b'{"input": 1, "policy": {"executionTimeout": 4999}}',
         b'{"input": 1, "webhook": "not a url"}',
@@ -200,8 +202,9 @@ def test_a_body_of_unknown_length_above_the_limit_is_too_large(site: Site) -> No
     assert site.client.post("/run", content=chunks).status_code == 413
 
 
-def test_a_wait_that_is_not_a_number_is_a_bad_request(site: Site) -> None:
-    assert site.client.post("/runsync?wait=soon", json={"input": 1}).status_code == 400
+@pytest.mark.parametrize("wait", ["soon", "-1", pytest.param("9" * 5000, id="huge")])
+def test_a_wait_that_is_not_a_number_is_a_bad_request(site: Site, wait: str) -> None:
+    assert site.client.post(f"/runsync?wait={wait}", json={"input": 1}).status_code == 400
 
 
 def test_ttl_on_status_makes_a_result_expire_early(site: Site) -> None:

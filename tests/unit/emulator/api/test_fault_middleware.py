@@ -38,6 +38,12 @@ def test_a_kill_of_an_external_worker_drops_its_connection(site: Site) -> None:
     assert site.take()["id"] == job_id
 
 
+def test_a_worker_route_without_a_worker_is_not_found_and_gets_no_fault(site: Site) -> None:
+    site.put_faults({"kind": "kill", "route": "ping"})
+    assert site.worker.get("/ping").status_code == 404
+    assert site.root.get("/faults").json()["struck"] == [0]
+
+
 def test_latency_is_added_to_its_route_only(site: Site) -> None:
     site.put_faults({"kind": "latency", "route": "status", "latency_ms": 300})
     job_id = site.submit()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 
-from emulator.api.openai_gateway import failure_of
+from emulator.api.openai_gateway import _EventStream, failure_of
 from emulator.core.job import Job, JobStatus
 from tests.unit.emulator.conftest import KEY, Site, Start, disconnect_when, wait_until
 from tests.unit.emulator.fakes import submission
@@ -71,6 +73,9 @@ def test_a_get_becomes_a_job_without_a_body(site: Site) -> None:
         (['{"id": 1}'], ['{"id": 1}'], {"id": 1}),
         (['{"i', 'd": 1}'], [], {"id": 1}),
         ([], ["plain"], "plain"),
+        ([], 0, 0),
+        ([], None, None),
+        ([], [], []),
     ],
 )
 def test_the_response_body_is_the_jobs_single_value(
@@ -192,6 +197,21 @@ def test_a_stream_ends_at_the_done_event_and_its_job_is_not_cancelled(site: Site
     assert with_worker(site, work, request).text == "data: 1\n\ndata: [DONE]\n\n"
     assert site.status(jobs[0])["status"] == "COMPLETED"
     assert site.emulator.endpoints["ep"].limiter._running["openai"] == 0
+
+
+def test_a_stream_read_after_its_jobs_retention_ends_without_an_error(site: Site) -> None:
+    endpoint = site.emulator.endpoints["ep"]
+    job = Job("removed", submission(), 0, 0, 60, "run", status=JobStatus.COMPLETED, outputs=["data: 1\n\n"])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(_EventStream(endpoint, job, ExitStack())({}, receive, send))
+    assert sent[-1] == {"type": "http.response.body"}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -41,7 +41,7 @@ def test_a_batch_has_at_most_batch_size_jobs(site: Site) -> None:
     assert site.worker.get("/job-take-batch/w1?gpu=x&batch_size=2").status_code == 204
 
 
-@pytest.mark.parametrize("size", ["0", "-1", "many", ""])
+@pytest.mark.parametrize("size", ["0", "-1", "many", "", pytest.param("9" * 5000, id="huge")])
 def test_an_invalid_batch_size_is_a_bad_request(site: Site, size: str) -> None:
     assert site.worker.get(f"/job-take-batch/w1?batch_size={size}").status_code == 400
 
@@ -80,6 +80,13 @@ def test_an_error_fails_the_job_and_is_kept_as_text(site: Site) -> None:
     site.take()
     assert site.done(job_id, error='{"error": {"message": "no"}}').status_code == 200
     assert (site.status(job_id)["status"], site.status(job_id)["error"]) == ("FAILED", '{"error": {"message": "no"}}')
+
+
+def test_an_error_that_is_no_text_is_kept_as_json(site: Site) -> None:
+    job_id = site.submit()
+    site.take()
+    site.done(job_id, error={"error": {"message": "no", "param": None}}).raise_for_status()
+    assert site.status(job_id)["error"] == '{"error": {"message": "no", "param": null}}'
 
 
 def test_updates_from_a_worker_without_the_job_are_rejected(site: Site) -> None:

@@ -34,7 +34,7 @@ def test_request_count_follows_the_documented_formula(waiting: int, running: int
 
 def test_request_count_includes_workers_that_are_starting() -> None:
     rules = settings(scalerType="REQUEST_COUNT", scalerValue=4)
-    workers = [worker("a", "initializing"), worker("b", "throttled")]
+    workers = [worker("a", "initializing"), worker("b", "initializing")]
     assert decide(rules, QueueLoad(8, 0, 0), workers, NOW).start == 0
     assert decide(rules, QueueLoad(9, 0, 0), workers, NOW).start == 1
 
@@ -88,16 +88,33 @@ def test_request_count_keeps_idle_workers_that_its_formula_requires() -> None:
 
 
 def test_only_idle_workers_are_stopped() -> None:
-    workers = [worker(state, state, 60) for state in ("running", "stopping", "throttled", "unhealthy")]
+    workers = [worker(state, state, 60) for state in ("running", "stopping", "initializing", "unhealthy")]
     assert decide(settings(), QueueLoad(0, 0, 0), workers, NOW).stop == ()
+
+
+@pytest.mark.parametrize("scaler", ["QUEUE_DELAY", "REQUEST_COUNT"])
+def test_throttled_workers_do_not_count_towards_the_minimum(scaler: str) -> None:
+    rules = settings(scalerType=scaler, workersMin=1)
+    workers = [worker("a", "throttled"), worker("b", "idle", 60)]
+    assert decide(rules, QueueLoad(0, 0, 0), workers, NOW) == ScalingDecision()
+    assert decide(rules, QueueLoad(0, 0, 0), workers[:1], NOW).start == 1
+
+
+@pytest.mark.parametrize("scaler", ["QUEUE_DELAY", "REQUEST_COUNT"])
+def test_throttled_workers_are_removed_when_no_job_waits_for_them(scaler: str) -> None:
+    rules = settings(scalerType=scaler, scalerValue=1)
+    workers = [worker("a", "throttled", 60)]
+    assert decide(rules, QueueLoad(0, 0, 0), workers, NOW).stop == ("a",)
+    assert decide(rules, QueueLoad(1, 0, 0), workers, NOW).stop == ()
+    assert decide(settings(scalerType=scaler, workersMin=1), QueueLoad(0, 0, 0), workers, NOW).stop == ()
 
 
 def test_a_worker_that_is_not_ready_in_time_has_timed_out() -> None:
     workers = [worker("a", "initializing", 419.9), worker("b", "initializing", 420)]
-    assert decide(settings(), QueueLoad(0, 0, 0), workers, NOW).start_timed_out == ("b",)
+    assert decide(settings(), QueueLoad(0, 0, 0), workers, NOW).init_timed_out == ("b",)
 
 
-def test_runpod_init_timeout_overrides_the_start_timeout() -> None:
+def test_runpod_init_timeout_overrides_the_init_timeout() -> None:
     rules = settings(env={"RUNPOD_INIT_TIMEOUT": "800"})
     workers = [worker("a", "initializing", 799.9), worker("b", "initializing", 800)]
-    assert decide(rules, QueueLoad(0, 0, 0), workers, NOW).start_timed_out == ("b",)
+    assert decide(rules, QueueLoad(0, 0, 0), workers, NOW).init_timed_out == ("b",)

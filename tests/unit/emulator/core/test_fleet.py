@@ -169,6 +169,8 @@ def test_a_worker_that_ignores_sigterm_is_killed_after_its_grace_period() -> Non
     assert not harness.processes[0].killed
     harness.advance(0.1)
     assert harness.processes[0].killed
+    harness.advance(0.1)
+    assert sum("killed" in event for event in harness.events) == 1
 
 
 def test_a_stopping_worker_can_still_finish_its_job() -> None:
@@ -310,6 +312,38 @@ def test_secrets_are_redacted_in_log_lines() -> None:
     harness.processes[0].listener.on_log_line("token is hf_very_secret, done")
     assert list(worker.log) == ["token is ***, done"]
     assert harness.log_lines == [(worker.id, "token is ***, done")]
+
+
+def test_the_workers_own_key_is_redacted() -> None:
+    harness = FleetHarness()
+    worker = harness.ready_worker()
+    harness.processes[0].listener.on_log_line("RUNPOD_AI_API_KEY=worker-key")
+    assert list(worker.log) == ["RUNPOD_AI_API_KEY=***"]
+
+
+def test_a_long_line_is_cut_after_its_secrets_are_redacted() -> None:
+    harness = FleetHarness()
+    worker = harness.ready_worker()
+    harness.processes[0].listener.on_log_line("x" * 3995 + "hf_very_secret")
+    assert list(worker.log) == ["x" * 3995 + "***"]
+    harness.processes[0].listener.on_log_line("x" * 5000)
+    assert worker.log[-1] == "x" * 4000
+
+
+def test_a_worker_with_an_invalid_environment_is_unhealthy() -> None:
+    harness = FleetHarness()
+
+    def start(*_: object) -> FakeProcess:
+        raise ValueError("illegal environment variable name")
+
+    harness.fleet._start = start
+    submit(harness.queue)
+    harness.fleet.tick()
+    (worker,) = harness.fleet.workers()
+    assert (worker.state.value, list(worker.log)) == (
+        "unhealthy",
+        ["worker cannot be started: illegal environment variable name"],
+    )
 
 
 def test_a_closed_fleet_stops_all_workers_and_starts_none() -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from emulator.core.job import JobStatus
-from emulator.core.job_queue import JOBS_QUEUED_TOPIC, JobQueue, QueueSettings, job_topic, stop_topic
+from emulator.core.job_queue import JOBS_QUEUED_TOPIC, JobQueue, QueueSettings, job_stop_topic, job_topic
 from emulator.errors import JobNotAssignedError, JobStateError, NotFoundError, TooManyRequestsError
 from tests.unit.emulator.fakes import FakeClock, RecordingListener, queue, submission, submit
 
@@ -324,6 +324,9 @@ def test_a_stop_signal_of_an_earlier_run_does_not_stop_the_next() -> None:
     jobs.retry(job.id)
     jobs.take("a", 1)
     assert jobs.pop_stop_signals("a") == []
+    clock.now += 31
+    jobs.ping("a", [job.id])
+    assert jobs.unresponsive_workers() == set()
 
 
 def test_a_purge_cancels_waiting_jobs_and_keeps_running_jobs() -> None:
@@ -374,8 +377,12 @@ def test_a_full_queue_rejects_jobs() -> None:
         submit(jobs)
     with pytest.raises(TooManyRequestsError):
         submit(jobs)
-    jobs.take("a", 1)
+    (job,) = jobs.take("a", 1)
+    jobs.finish("a", job.id, error="it broke")
     submit(jobs)
+    with pytest.raises(TooManyRequestsError):
+        jobs.retry(job.id)
+    assert job.status is JobStatus.FAILED
 
 
 def test_low_priority_jobs_do_not_count_as_load() -> None:
@@ -410,7 +417,7 @@ def test_the_listener_is_notified_of_every_change_and_end() -> None:
     assert listener.topics == [JOBS_QUEUED_TOPIC]
     jobs.take("a", 1)
     jobs.cancel(job.id)
-    assert listener.topics == [JOBS_QUEUED_TOPIC, job_topic(job.id), stop_topic("a"), job_topic(job.id)]
+    assert listener.topics == [JOBS_QUEUED_TOPIC, job_topic(job.id), job_stop_topic("a"), job_topic(job.id)]
     assert listener.ended_jobs == [job.id]
 
 

@@ -56,7 +56,19 @@ def test_a_webhook_is_called_up_to_three_times_until_it_returns_200(
     assert webhook.slept == delays
 
 
-def test_a_webhook_receives_the_body_of_status(site: Site) -> None:
+def test_an_invalid_url_is_logged_as_a_failed_attempt() -> None:
+    class InvalidWebhook(FakeWebhook):
+        async def post(self, url: str, document: dict[str, Any]) -> int:
+            await super().post(url, document)
+            raise httpx.InvalidURL("no host")
+
+    webhook = InvalidWebhook(200, 200, 200)
+    asyncio.run(Webhooks(webhook.post, webhook.sleep).deliver(URL, DOCUMENT))
+    assert len(webhook.received) == 3
+
+
+@pytest.mark.parametrize("output", ['{"text": "hi"}', '"half \\ud83d"', "[Infinity]"])
+def test_a_webhook_receives_the_body_of_status(site: Site, output: str) -> None:
     received: list[Any] = []
 
     class Hook(BaseHTTPRequestHandler):
@@ -73,6 +85,6 @@ def test_a_webhook_receives_the_body_of_status(site: Site) -> None:
         hook.start()
         job_id = site.submit("x", webhook=f"http://127.0.0.1:{server.server_port}/hook")
         assert site.take() == {"id": job_id, "input": "x"}
-        site.done(job_id, output={"text": "hi"})
+        site.worker.post(f"/job-done/w1/{job_id}", content=f'{{"output": {output}}}').raise_for_status()
         hook.join(10)
     assert received == [site.status(job_id)]
