@@ -631,7 +631,7 @@ def test_the_effective_configuration_is_printed_with_its_sources_and_without_sec
         "BATCH_INTERVAL_MS=20  (default)",
         "HF_TOKEN=(hidden)  (environment)",
         f"MODEL={tiny_model}  (environment, MODEL_NAME)",
-        f"SERVED_MODEL_NAME=('baked', '{tiny_model}')  ({tmp_path / 'settings.json'})",
+        f"SERVED_MODEL_NAME=baked,{tiny_model}  ({tmp_path / 'settings.json'})",
         "MAX_MODEL_LEN=1000  (environment)",
         "MAX_NUM_SEQS=4  (VLLM_EXTRA_ARGS)",
         "ENFORCE_EAGER=True  (worker's default)",
