@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -20,14 +22,21 @@ settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore the environment after a test: vLLM changes it, and processes of later tests would inherit that."""
-    before = dict(os.environ)
+def _process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore what vLLM, and the code under test, change for the whole process, so that no test depends on another.
+
+    That is the environment, which processes of later tests would inherit; the root logger's level, which imports of
+    vLLM raise; and the offline mode of the hub's client, which reads the environment only once.
+    """
+    environment = dict(os.environ)
+    logging.root.setLevel(logging.WARNING)
     yield
     monkeypatch.undo()
-    for name in os.environ.keys() - before.keys():
+    for name in os.environ.keys() - environment.keys():
         del os.environ[name]
-    os.environ.update(before)
+    os.environ.update(environment)
+    if (hub := sys.modules.get("huggingface_hub.constants")) is not None:
+        vars(hub)["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 @pytest.fixture(scope="session")

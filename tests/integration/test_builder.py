@@ -27,6 +27,8 @@ from tests import model_hub
 from tests.model_hub import COMMIT, Fault, Hub, Repository
 from tests.processes import Process, running
 
+pytestmark = pytest.mark.in_process
+
 REPOSITORY = Path(__file__).parents[2]
 REPO = "an-org/a-model"
 TOKEN = "hf_the-secret-of-the-tests"  # noqa: S105

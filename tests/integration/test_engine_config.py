@@ -11,7 +11,7 @@ import pytest
 from engine.backend import compat, vllm_args
 from engine.config.model import Model
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.in_process, pytest.mark.filterwarnings("ignore")]
 GIB = 1 << 30
 GPUS = {
     "NVIDIA H100 80GB HBM3": (80 * GIB - 1, 1024, 8192),

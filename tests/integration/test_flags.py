@@ -22,7 +22,7 @@ from tests.integration.conftest import START_S
 from tests.processes import VLLM_ENVIRONMENT, running
 
 # Importing vLLM and torch issues deprecation warnings.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.in_process, pytest.mark.filterwarnings("ignore")]
 
 EFFECTIVE: list[tuple[dict[str, str], str, Any]] = [
     # Numbers.

@@ -12,7 +12,7 @@ from engine.config.environment import ENVIRONMENT, Variable
 from engine.config.vllm_flags import Flags
 from tools import runpod_hub
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from vLLM's imports
+pytestmark = [pytest.mark.in_process, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # from vLLM's imports
 
 LISTING = json.loads((Path(__file__).parents[2] / ".runpod/hub.json").read_text(encoding="utf-8"))
 

@@ -16,7 +16,7 @@ from PIL import Image
 from engine.backend import media
 
 # Importing vLLM issues deprecation warnings.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.in_process, pytest.mark.filterwarnings("ignore")]
 
 
 def picture() -> bytes:

@@ -24,7 +24,7 @@ from engine.errors import ConfigurationError
 from engine.startup import configure
 
 # Importing vLLM and torch issues deprecation warnings.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.in_process, pytest.mark.filterwarnings("ignore")]
 
 WRONG = "no-such/thing"
 TOO_SMALL, TOO_LARGE = "-7", "1e30"

@@ -21,7 +21,7 @@ from engine.backend.routes import SERVING
 from engine.errors import ConfigurationError
 
 # Importing vLLM and torch issues deprecation warnings.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.in_process, pytest.mark.filterwarnings("ignore")]
 
 MOVED = "vLLM has changed what engine/backend/ uses: {}. See how `vllm serve` does it now, and do the same there."
 
