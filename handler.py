@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import logging
 import os
-import runpy
 import signal
 import sys
 import warnings
@@ -183,6 +182,8 @@ def cli() -> None:
 
     It becomes the main module, which the processes that vLLM spawns import again.
     """
+    import runpy
+
     runpy.run_path(__file__, run_name="__main__")
 
 

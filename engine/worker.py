@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from engine import child_processes, cold_start, health
+from engine.backend import compat, startup_errors, startup_logs, vllm_args
 from engine.config import environment
 from engine.config.settings import Settings
 from engine.errors import ConfigurationError
@@ -155,8 +156,6 @@ def shutdown() -> None:
 
 def _download(configuration: Configuration) -> None:
     """Download what is missing of the model and its adapters; after that, the hub is not asked again if possible."""
-    from engine.backend import vllm_args
-
     model_resolver.download(configuration.model)
     vllm_args.download_adapters(configuration.flags, configuration.args, configuration.model)
     model_resolver.enable_offline_mode(configuration.model, configuration.flags)
@@ -168,7 +167,7 @@ def _load_engine(configuration: Configuration) -> VLLMEngine:
     Raises:
         ConfigurationError: it does not start; the message is the reason, from whichever process knows it.
     """
-    from engine.backend import compat, startup_errors, startup_logs, vllm_engine
+    from engine.backend import vllm_engine
 
     with startup_logs.captured() as logs, _import_app_in_background(configuration.settings):
         try:

@@ -112,22 +112,22 @@ class JobDelivery:
         return "completed" if error is None else "failed"
 
     async def _deliver(self, kind: PostKind, body: bytes, until: float) -> None:
-        begun = time.monotonic()
+        try:
+            await self._post(kind, self._job_id, body)
+        except (DeliveryError, RefusedDeliveryError) as failure:
+            await self._retry(kind, body, until, failure)
+
+    async def _retry(self, kind: PostKind, body: bytes, until: float, failure: Exception) -> None:
+        """Deliver in further attempts, if another may succeed; raise the last failure if none does."""
+        refused_until = self._finishing_until or time.monotonic() + MIN_RESULT_TIMEOUT_S
 
         def should_retry(failure: BaseException) -> bool:
             if not isinstance(failure, RefusedDeliveryError):
                 return isinstance(failure, DeliveryError)
-            refused_until = self._finishing_until or begun + MIN_RESULT_TIMEOUT_S
             return failure.status in _PASSING_REFUSALS[kind] and time.monotonic() < refused_until
 
-        try:
-            await self._post(kind, self._job_id, body)
-        except (DeliveryError, RefusedDeliveryError) as failure:
-            if not should_retry(failure) or time.monotonic() >= until:
-                raise
-        else:
-            return
-        # Set up only now: tenacity costs a fifth of a delivery, and hardly any delivery needs it.
+        if not should_retry(failure) or time.monotonic() >= until:
+            raise failure
         first_wait_s = random.uniform(0, _FIRST_WAIT_S)  # noqa: S311 (jitter)
         await asyncio.sleep(min(first_wait_s, max(until - time.monotonic(), 0)))
         backoff = wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_MAX_WAIT_S)

@@ -6,21 +6,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from emulator.core.rate_limits import RATE_LIMITS, RateLimit, RateLimiter
+from emulator.core.rate_limits import RateLimiter
 from emulator.errors import TooManyRequestsError
 from tests.unit.emulator.fakes import FakeClock
-
-
-def test_the_limits_match_the_documentation() -> None:
-    assert {
-        "runsync": RateLimit(2000, 400),
-        "run": RateLimit(1000, 200),
-        "status": RateLimit(2000, 400),
-        "stream": RateLimit(2000, 400),
-        "cancel": RateLimit(100, 20),
-        "purge-queue": RateLimit(2, None),
-        "openai": RateLimit(2000, 400),
-    } == RATE_LIMITS
 
 
 def admitted(limiter: RateLimiter, operation: str) -> bool:
