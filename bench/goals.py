@@ -85,7 +85,7 @@ def load_targets(results: Results) -> list[Target]:
         Target("TTFT p95 relative to vLLM alone, 64 clients", ratio(clients_64, "ttft_p95_ms", VLLM), 1.2),
         Target("ITL p95 in ms, 24 clients", value(clients_24, "itl_p95_ms"), 60.0),
         Target("ITL p95 relative to vLLM alone, 24 clients", ratio(clients_24, "itl_p95_ms", VLLM), 1.5),
-        Target("deliveries per output token, 24 clients", value(clients_24, "deliveries_per_token"), 0.08),
+        Target("inter-chunk latency p95 in ms, 64 clients", value(clients_64, "inter_chunk_p95_ms"), 120.0),
         Target(
             "worker CPU per token relative to worker-vllm, 64 clients",
             ratio(clients_64, "cpu_s_per_1000_tokens", PEER),

@@ -160,6 +160,22 @@ def list_one_name(state: Any) -> None:
         ]
 
 
+def cache_variables() -> None:
+    """Let vLLM read its environment variables once, as its engine's process does, and not for each token."""
+    with optional("a cache of vLLM's environment variables"):
+        from vllm import envs
+
+        envs.enable_envs_cache()
+
+
+def forget_variables() -> None:
+    """Undo `cache_variables`."""
+    with optional("a cache of vLLM's environment variables"):
+        from vllm import envs
+
+        envs.disable_envs_cache()
+
+
 def output_tokens(engine: Any) -> int:
     """Return how many output tokens the engine's present requests have so far, in total."""
     return sum(state.stats.num_generation_tokens for state in engine.output_processor.request_states.values())

@@ -18,7 +18,7 @@ from engine.backend import app as vllm_app
 from engine.backend import compat, media, processes, startup_errors, stat_loggers, vllm_args
 from engine.backend.routes import SERVING
 from engine.backend.statistics import Statistics
-from engine.backend.stream_interval import interval_s, interval_tokens
+from engine.backend.stream_interval import StreamInterval
 from engine.config.redaction import redacted
 from engine.errors import ConfigurationError, safe_str
 
@@ -63,7 +63,8 @@ class VLLMEngine:
         self.open_routes = SERVING | configuration.settings.allowed_routes
         self._configuration = configuration
         self._stall_timeout_s = configuration.settings.engine_stall_timeout_s
-        self._min_interval_s = configuration.settings.batch_interval_ms / 1000
+        interval_ms = configuration.settings.batch_interval_ms
+        self._interval = StreamInterval(None if interval_ms == "auto" else interval_ms / 1000)
         self._stream_interval_is_set = configuration.flags.value("stream_interval") is not None
         self._parses_chats = True
         start_method_is_set = processes.START_METHOD in os.environ  # vLLM's configuration for a CPU sets it as well.
@@ -105,8 +106,8 @@ class VLLMEngine:
 
     @property
     def batch_interval_s(self) -> float:
-        """Minimum time between two outputs of a stream, in seconds; it grows with the number of running requests."""
-        return interval_s(self._min_interval_s, self.statistics.running)
+        """Minimum time between two outputs of a stream, in seconds, at the current load."""
+        return self._interval.seconds(self.statistics.running)
 
     def event_tokens(self, path: str) -> int | None:
         """Return how many tokens vLLM should put into an event of a stream of plain text that starts now on this route.
@@ -117,7 +118,7 @@ class VLLMEngine:
             return None
         if self._stream_interval_is_set:
             return 1
-        return interval_tokens(self._min_interval_s, self.statistics.running, self.statistics.step_s)
+        return self._interval.tokens(self.statistics.running, self.statistics.step_s)
 
     def _output_tokens(self) -> int:
         return compat.output_tokens(self._engine)
@@ -196,10 +197,12 @@ class VLLMEngine:
         for route in sorted(self.open_routes - SERVING):
             if not vllm_app.has_route(app, route):
                 _log.warning("ALLOWED_ROUTES has %s, but vLLM's app has no such route with these settings", route)
+        compat.cache_variables()
         return app
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
+        compat.forget_variables()
         self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
 
 

@@ -54,10 +54,11 @@ class Settings(BaseModel):
     max_concurrency: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Maximum jobs that a worker runs at once; `auto` is vLLM's own limit (`max_num_seqs`)."
     )
-    batch_interval_ms: Annotated[int, Field(ge=0, le=10_000)] = Field(
-        20,
-        description="Minimum time between two batches of a stream, in milliseconds; longer while more than three "
-        "streams run. The first batch is never delayed.",
+    batch_interval_ms: Annotated[int, Field(ge=0, le=10_000)] | Literal["auto"] = Field(
+        "auto",
+        description="Minimum time between two batches of a stream, in milliseconds; 0 delivers each event as it comes. "
+        "`auto` is 20 to 50 ms, and more while the worker's event loop is overloaded. The first batch is never "
+        "delayed.",
     )
     drain_timeout_s: float = Field(
         25, ge=0, description="Graceful shutdown timeout in seconds: how long running jobs may continue after SIGTERM."

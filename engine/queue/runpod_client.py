@@ -24,6 +24,7 @@ import aiohttp
 import uvloop
 
 from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError, safe_str
+from engine.queue.http_client import HTTPClient
 from engine.queue.protocol import TAKE_TIMEOUT_S, PostKind
 from engine.queue.take_response import TakeResponse
 
@@ -80,7 +81,8 @@ class RunPodClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         self._takes = await self._session(timeout, self._connector, response_class=TakeResponse)
         self._stops = await self._session(timeout, aiohttp.TCPConnector())
-        self._posts = await self._session(aiohttp.ClientTimeout(_POST_TIMEOUT_S), aiohttp.TCPConnector(limit=0))
+        self._posts = HTTPClient(self._headers, _POST_TIMEOUT_S)
+        self._stack.callback(self._posts.close)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -147,16 +149,15 @@ class RunPodClient:
         url += f"&isStream={'true' if kind is PostKind.RESULT else 'false'}"
         headers = {"X-Request-ID": job_id, "Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
         try:
-            async with self._posts.post(url, data=body, headers=headers) as answer:
-                # The error page of a gateway may be in any encoding.
-                text = (await answer.read())[:_MAX_ERROR_BODY_BYTES].decode(errors="replace")
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            status, answer = await self._posts.post(url, headers, body)
+        except OSError as error:
             raise DeliveryError(safe_str(error)) from None
-        if answer.status < HTTPStatus.BAD_REQUEST:
+        if status < HTTPStatus.BAD_REQUEST:
             return
-        message = f"status {answer.status}: {text}"
-        if answer.status < HTTPStatus.INTERNAL_SERVER_ERROR and answer.status not in _RETRYABLE_STATUSES:
-            raise RefusedDeliveryError(message, answer.status)
+        # The error page of a gateway may be in any encoding.
+        message = f"status {status}: {answer[:_MAX_ERROR_BODY_BYTES].decode(errors='replace')}"
+        if status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _RETRYABLE_STATUSES:
+            raise RefusedDeliveryError(message, status)
         raise DeliveryError(message)
 
     def add_in_progress(self, job_id: str) -> None:

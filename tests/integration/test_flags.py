@@ -628,7 +628,7 @@ def test_the_effective_configuration_is_printed_with_its_sources_and_without_sec
 
     for line in [
         f"DRAIN_TIMEOUT_S=7.0  ({tmp_path / 'settings.json'})",
-        "BATCH_INTERVAL_MS=20  (default)",
+        "BATCH_INTERVAL_MS=auto  (default)",
         "HF_TOKEN=(hidden)  (environment)",
         f"MODEL={tiny_model}  (environment, MODEL_NAME)",
         f"SERVED_MODEL_NAME=baked,{tiny_model}  ({tmp_path / 'settings.json'})",

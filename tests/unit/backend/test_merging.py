@@ -10,6 +10,7 @@ import pytest
 from engine.backend import merging
 from engine.backend.app import Message, Receive, Send
 from engine.backend.statistics import Statistics
+from engine.backend.stream_interval import StreamInterval
 from engine.backend.vllm_engine import VLLMEngine
 from engine.jobs import pipeline
 from tests.scripted import ScriptedApp, chat_chunks
@@ -113,7 +114,8 @@ async def test_the_context_of_a_request_says_whether_its_tokens_may_be_merged(
 
 def engine_with(*, parses_chats: bool = False, user_set_interval: bool = False) -> VLLMEngine:
     engine = object.__new__(VLLMEngine)  # Its constructor would load vLLM.
-    engine._parses_chats, engine._stream_interval_is_set, engine._min_interval_s = parses_chats, user_set_interval, 0.02
+    engine._parses_chats, engine._stream_interval_is_set = parses_chats, user_set_interval
+    engine._interval = StreamInterval(sample_load=lambda: 0.0)
     engine.statistics = Statistics()
     engine.statistics.on_scheduler_stats(0, 64, 0, 0.1)
     engine.statistics.engines[0].step_s = 0.01
@@ -121,14 +123,12 @@ def engine_with(*, parses_chats: bool = False, user_set_interval: bool = False) 
 
 
 def test_events_have_more_tokens_when_more_streams_run() -> None:
-    assert (
-        engine_with().event_tokens(CHAT) == engine_with().event_tokens(COMPLETIONS) == 40
-    )  # 64 streams, 160 deliveries a second
+    assert engine_with().event_tokens(CHAT) == engine_with().event_tokens(COMPLETIONS) == 5  # 50 ms of 10 ms steps
 
 
 def test_chats_that_a_parser_reads_are_not_merged() -> None:
     assert engine_with(parses_chats=True).event_tokens(CHAT) is None
-    assert engine_with(parses_chats=True).event_tokens(COMPLETIONS) == 40
+    assert engine_with(parses_chats=True).event_tokens(COMPLETIONS) == 5
 
 
 def test_a_stream_interval_that_the_user_has_set_is_kept() -> None:

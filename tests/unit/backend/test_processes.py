@@ -22,7 +22,7 @@ class Stopped(Exception):  # noqa: N818 (not an error: the test needs no engine)
 class FakeConfiguration:
     """A configuration whose engine configuration sets the start method, as vLLM's does on a CPU."""
 
-    settings = SimpleNamespace(allowed_routes=frozenset(), engine_stall_timeout_s=1.0, batch_interval_ms=20)
+    settings = SimpleNamespace(allowed_routes=frozenset(), engine_stall_timeout_s=1.0, batch_interval_ms="auto")
     flags = SimpleNamespace(value=lambda _: None)
 
     @property

@@ -33,7 +33,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
     settings = Settings.read()
 
-    assert (settings.max_concurrency, settings.batch_interval_ms, settings.log_job_inputs) == (8, 20, True)
+    assert (settings.max_concurrency, settings.batch_interval_ms, settings.log_job_inputs) == (8, "auto", True)
     assert settings.allowed_routes == {"/metrics", "/sleep"}
     assert settings.on_platform
 
@@ -46,7 +46,7 @@ def test_settings_of_the_image_give_way_to_the_environments(monkeypatch: pytest.
 
     settings = Settings.read()
 
-    assert (settings.max_concurrency, settings.drain_timeout_s, settings.batch_interval_ms) == (8, 7, 20)
+    assert (settings.max_concurrency, settings.drain_timeout_s, settings.batch_interval_ms) == (8, 7, "auto")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "1"])
@@ -70,7 +70,7 @@ def test_settings_of_the_image_that_are_no_json_object_stop_the_start(
         ("DELIVERY_TIMEOUT_S", "0", "number > 0"),
         ("LOG_JOB_INPUTS", "perhaps", "`true` or `false`"),
         ("MAX_CONCURRENCY", "many", "integer ≥ 1 or `auto`"),
-        ("BATCH_INTERVAL_MS", "-1", "integer ≥ 0, ≤ 10000"),
+        ("BATCH_INTERVAL_MS", "-1", "integer ≥ 0, ≤ 10000 or `auto`"),
         ("ALLOWED_ROUTES", "metrics", "such as `/metrics`, `/sleep,/wake_up`"),
     ],
 )

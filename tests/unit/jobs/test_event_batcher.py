@@ -8,7 +8,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engine.backend.stream_interval import MAX_DELIVERIES_PER_S, interval_s, interval_tokens
 from engine.errors import InternalError
 from engine.jobs.event_batcher import EventBatcher
 
@@ -94,28 +93,3 @@ def test_an_event_of_many_megabytes_is_split_without_loss() -> None:
 def test_a_limit_too_small_for_one_character_is_refused() -> None:
     with pytest.raises(ValueError, match="no room"):
         EventBatcher(15)
-
-
-def test_few_streams_are_delivered_at_the_set_interval() -> None:
-    assert interval_s(0.02, 1) == interval_s(0.02, 3) == 0.02
-
-
-def test_many_streams_share_the_maximum_delivery_rate() -> None:
-    for streams in (5, 64, 256):
-        assert streams / interval_s(0.02, streams) == pytest.approx(MAX_DELIVERIES_PER_S)
-
-
-def test_few_streams_have_one_event_per_token() -> None:
-    assert interval_tokens(0.02, 3, 0.004) == 1
-
-
-def test_before_the_engines_first_step_streams_have_one_event_per_token() -> None:
-    assert interval_tokens(0.02, 64, 0.0) == 1
-
-
-def test_many_streams_have_one_event_per_output() -> None:
-    for streams, step_s in ((5, 0.01), (24, 0.009), (64, 0.02), (256, 0.5)):
-        tokens = interval_tokens(0.02, streams, step_s)
-
-        # At most one step after the next output is due, so that each event is delivered at once.
-        assert interval_s(0.02, streams) <= tokens * step_s < interval_s(0.02, streams) + step_s
