@@ -123,7 +123,7 @@ async def closed_loop(address: Address, body: bytes, clients: int, seconds: floa
             if not trace.ok:
                 await asyncio.sleep(_RETRY_DELAY_S)
 
-    with _gc_paused():
+    with gc_paused():
         # The clock starts here because the garbage collection above may have taken some time.
         ends_at = time.monotonic() + seconds
         await asyncio.gather(*(client(ends_at) for _ in range(clients)))
@@ -137,13 +137,13 @@ async def open_loop(address: Address, body: bytes, arrivals_s: Sequence[float]) 
         await asyncio.sleep(due_s - time.monotonic())
         return await send(address, body, due_s)
 
-    with _gc_paused():
+    with gc_paused():
         start = time.monotonic()
         return await asyncio.gather(*(client(start + arrival_s) for arrival_s in arrivals_s))
 
 
 @contextmanager
-def _gc_paused() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Disable garbage collection, whose pauses would look like latency of the system under test."""
     gc.collect()
     gc.disable()

@@ -54,7 +54,11 @@ class Scenario:
         return base_s * (_MANY_CLIENTS_DURATION_FACTOR if self.clients >= _MANY_CLIENTS else 1)
 
     def body(self) -> bytes:
-        """Return the request's JSON; the response has exactly `tokens` tokens.
+        """Return the request's JSON."""
+        return json.dumps(self.request()).encode()
+
+    def request(self) -> dict[str, Any]:
+        """Return the request; the response has exactly `tokens` tokens.
 
         A stream reports its token count only at its end (`usage`). `return_token_ids` would report it in each event,
         but makes vLLM send one event per token, and users of plain text do not set it.
@@ -69,7 +73,7 @@ class Scenario:
             document |= {"stream": True, "stream_options": {"include_usage": True}}
             if self.token_ids:
                 document["return_token_ids"] = True
-        return json.dumps(document).encode()
+        return document
 
 
 def default_scenarios(clients: list[int]) -> list[Scenario]:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,19 +169,21 @@ def vllm_flags(*, gpu: bool) -> dict[str, str]:
 
 
 @contextmanager
-def vllm_server(model: Path, logs: Path, *, gpu: bool) -> Iterator[SystemUnderTest]:
+def vllm_server(
+    model: Path, logs: Path, *, gpu: bool, flags: Mapping[str, str] | None = None
+) -> Iterator[SystemUnderTest]:
     """Run vLLM's own server, which gets its requests directly.
 
     Raises:
         StartError: it did not start.
     """
     port = free_port()
-    flags = vllm_flags(gpu=gpu) | {"model": str(model), "host": "127.0.0.1", "port": str(port)}
-    options = ["--enforce-eager" if name == "enforce-eager" else f"--{name}={value}" for name, value in flags.items()]
+    given = vllm_flags(gpu=gpu) | {"model": str(model), "host": "127.0.0.1", "port": str(port)} | dict(flags or {})
+    options = ["--enforce-eager" if name == "enforce-eager" else f"--{name}={value}" for name, value in given.items()]
     options.append("--disable-uvicorn-access-log")
     arguments = ["-m", "vllm.entrypoints.openai.api_server", *options]
     start_s = time.monotonic()
-    with _run_process(VLLM, arguments, logs) as process:
+    with run_process(VLLM, arguments, logs) as process:
         _wait_until_ready(lambda: _check_health(port), process, VLLM)
         yield SystemUnderTest(
             VLLM,
@@ -219,9 +221,13 @@ def peer_worker(model: Path, logs: Path, *, gpu: bool, checkout: Path) -> Iterat
 
 def worker_options(model: Path, *, gpu: bool) -> list[str]:
     """Return the emulator's options for a worker with this model."""
-    variables = {"MODEL_NAME": str(model)}
-    variables |= {name.replace("-", "_").upper(): value for name, value in vllm_flags(gpu=gpu).items()}
-    return [f"--env={name}={value}" for name, value in variables.items()]
+    return [f"--env={name}={value}" for name, value in worker_variables(model, gpu=gpu).items()]
+
+
+def worker_variables(model: Path, *, gpu: bool) -> dict[str, str]:
+    """Return the environment variables of a worker with this model."""
+    flags = {name.replace("-", "_").upper(): value for name, value in vllm_flags(gpu=gpu).items()}
+    return {"MODEL_NAME": str(model), **flags}
 
 
 @contextmanager
@@ -249,7 +255,7 @@ def emulator(name: str, options: list[str], logs: Path) -> Iterator[tuple[Emulat
         StartError: it did not start.
     """
     arguments = ["-m", "emulator", "--port=0", "--quiet", "--no-rate-limits", "--workers-max=1", *options]
-    with _run_process(name, arguments, logs) as process:
+    with run_process(name, arguments, logs) as process:
 
         def port() -> int:
             log = _log_file(logs, name).read_text(encoding="utf-8")
@@ -313,14 +319,23 @@ def free_port() -> int:
 
 
 @contextmanager
-def _run_process(name: str, arguments: list[str], logs: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a Python process that ends with the block, together with all processes that it has started."""
+def run_process(
+    name: str, arguments: list[str], logs: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a Python process that ends with the block, together with all processes that it has started.
+
+    Args:
+        name: of its log file.
+        arguments: of the interpreter.
+        logs: directory of the log file.
+        variables: environment variables, in addition to this process's.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     with _log_file(logs, name).open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=ROOT,
-            env={**os.environ, **_ENVIRONMENT},
+            env={**os.environ, **_ENVIRONMENT, **(variables or {})},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
