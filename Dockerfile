@@ -68,6 +68,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && python3 -m pip install --quiet --no-deps --retries 1 --extra-index-url "$TORCH_INDEX" \
         --requirement requirements/torch.lock \
     && python3 -m pip install --quiet --no-deps --requirement requirements/cpu.lock
+# The packages' bytecode, which the worker's user cannot write: else each start compiles what it imports, which takes
+# longer than all the rest. Valid whatever the files' times are. Some packages have files that are no Python.
+RUN python3 -W ignore -c 'import compileall, os, py_compile, sys; \
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH; \
+    paths = [path for path in sys.path if os.path.isdir(path)]; \
+    [compileall.compile_dir(path, quiet=2, workers=0, invalidation_mode=mode) \
+        for path in paths if not any(path.startswith(other + "/") for other in paths)]'
 
 
 # The tiny model: a real one of a few megabytes, trained here.
@@ -78,13 +85,19 @@ RUN python3 -m builder tiny /model && python3 -m builder manifest /model \
         > /settings.json
 
 
+# The worker's own code with its bytecode, which is valid only for the very source.
+FROM cpu-packages AS cpu-code
+COPY . .
+RUN python3 -m compileall -q --invalidation-mode checked-hash builder emulator engine
+
+
 FROM cpu-packages AS cpu
 ARG MODEL_DIR=/workspace/vllm/tiny
 RUN useradd --create-home --uid 10001 worker
 ENV BAKED_MODEL_DIR=${MODEL_DIR} PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1
 COPY --from=tiny /model ${MODEL_DIR}
 COPY --from=tiny /settings.json /workspace/vllm/settings.json
-COPY . .
+COPY --from=cpu-code /app .
 USER 10001
 HEALTHCHECK --interval=30s --start-period=10m CMD ["python3", "-m", "engine.health"]
 ARG VERSION
@@ -122,6 +135,17 @@ COPY requirements/gpu.lock requirements/worker.lock requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
     lock=$(python3 -c 'from importlib.util import find_spec; print("worker" if find_spec("vllm") else "gpu")') \
     && python3 -m pip install --quiet --no-deps --requirement "requirements/$lock.lock"
+# The packages' bytecode, as in `cpu-packages`: vLLM's image has none.
+RUN python3 -W ignore -c 'import compileall, os, py_compile, sys; \
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH; \
+    paths = [path for path in sys.path if os.path.isdir(path)]; \
+    [compileall.compile_dir(path, quiet=2, workers=0, invalidation_mode=mode) \
+        for path in paths if not any(path.startswith(other + "/") for other in paths)]'
+
+
+FROM gpu-packages AS gpu-code
+COPY . .
+RUN python3 -m compileall -q --invalidation-mode checked-hash builder emulator engine
 
 
 FROM gpu-packages AS gpu
@@ -133,7 +157,7 @@ RUN useradd --create-home --uid 10001 worker
 ENV BAKED_MODEL_DIR=${MODEL_DIR} PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1
 COPY --from=model /model ${MODEL_DIR}
 COPY --from=model /settings.json /workspace/vllm/settings.json
-COPY . .
+COPY --from=gpu-code /app .
 USER ${WORKER}
 HEALTHCHECK --interval=30s --start-period=10m CMD ["python3", "-m", "engine.health"]
 ARG MODEL_NAME

@@ -1,4 +1,4 @@
-"""The command line: `python -m bench` measures under load, `python -m bench cold` measures cold starts.
+"""The command line: `python -m bench` measures under load, `... cold` cold starts, `... imports` what a start imports.
 
 Exit codes: 0 measured, 1 nothing was measured (a line on stderr says why) or interrupted, 2 usage error.
 """
@@ -17,7 +17,7 @@ from types import FrameType
 
 import uvloop
 
-from bench import cold, environment, plots, report, systems
+from bench import cold, environment, imports, plots, report, systems
 from bench.compare import Results, compare
 from bench.report import print_progress
 from bench.scenarios import SEED, Scenario, default_scenarios, full_scenarios
@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         help="duration of one measurement (default: 4); three times as long with 64 or more clients",
     )
     _add_common_options(result)
-    cold_parser = result.add_subparsers(dest="command").add_parser(
+    commands = result.add_subparsers(dest="command")
+    cold_parser = commands.add_parser(
         "cold",
         help="measure cold starts",
         description="Measure cold starts: from a worker's exec to the first token of a job that is already queued.",
@@ -60,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
     )
     # Without defaults, which would replace what was given before `cold`.
     _add_common_options(cold_parser, with_defaults=False)
+    imports_parser = commands.add_parser(
+        "imports",
+        help="list what a start imports",
+        description="List what a worker imports from its exec to its first answer, by package, and what it costs.",
+    )
+    _add_out_option(imports_parser, with_defaults=False)
     return result
 
 
@@ -84,6 +91,10 @@ def _add_common_options(result: argparse.ArgumentParser, *, with_defaults: bool 
         metavar="N",
         help="number of rounds (default: 7)",
     )
+    _add_out_option(result, with_defaults=with_defaults)
+
+
+def _add_out_option(result: argparse.ArgumentParser, *, with_defaults: bool) -> None:
     result.add_argument(
         "--out",
         type=Path,
@@ -104,10 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "cold":
             return cold.run(arguments.model, arguments.cache, arguments.rounds, arguments.peer, arguments.out)
+        if arguments.command == "imports":
+            return imports.run(arguments.out)
         return _measure(arguments)
     except KeyboardInterrupt:
-        # Cold starts are written only at the end.
-        kept = "" if arguments.command == "cold" else "; the results contain the complete rounds"
+        # Starts are written only at the end.
+        kept = "" if arguments.command else "; the results contain the complete rounds"
         sys.stderr.write(f"Interrupted{kept}\n")
         return 1
 

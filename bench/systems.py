@@ -195,13 +195,16 @@ def vllm_server(
 
 
 @contextmanager
-def this_worker(model: Path, logs: Path, *, gpu: bool) -> Iterator[SystemUnderTest]:
-    """Run this repository's worker under the emulator.
+def this_worker(
+    model: Path, logs: Path, *, gpu: bool, extra: Mapping[str, str] | None = None
+) -> Iterator[SystemUnderTest]:
+    """Run this repository's worker under the emulator, with `extra` environment variables.
 
     Raises:
         StartError: it did not start.
     """
-    with _worker(OURS, worker_options(model, gpu=gpu), logs) as system:
+    variables = [f"--env={name}={value}" for name, value in (extra or {}).items()]
+    with _worker(OURS, [*worker_options(model, gpu=gpu), *variables], logs) as system:
         yield system
 
 

@@ -8,9 +8,12 @@ starts, does not count; only the time that is spent waiting for it does.
     configuration settings, flags, finding the model
     fitness       waiting for the SDK's checks of the machine, which run in parallel to the phases before
     model_files   download, if one is needed
-    engine        the engine's processes, except for the next two
+    engine        the engine's processes, except for the next five, which vLLM logs (`engine.backend.startup_phases`)
     weights       reading the weights
-    warm_up       memory profile, KV cache, compilation, graph capture
+    compile       torch.compile, or loading what it has compiled before
+    profile       a pass with dummy inputs, to see how much memory is left for the KV cache
+    capture       CUDA graph capture, to the second
+    kernels       the KV cache, and warming up other kernels
     sdk           importing and starting the SDK
     app           vLLM's OpenAI app
     first_take    waiting for the first job; an idle worker stays here
@@ -42,6 +45,7 @@ class ColdStart:
         self._started_at = time.monotonic() - _process_age_s() if started_at is None else started_at
         self._last = self._started_at
         self._phases: dict[str, float] = {}
+        self._caches: dict[str, str] = {}
 
     def mark(self, phase: str) -> None:
         """Mark the end of a phase, which began when the last one ended; only the first mark of a phase counts."""
@@ -61,16 +65,25 @@ class ColdStart:
             self._phases[phase] = min(seconds, self._phases["engine"])
             self._phases["engine"] -= self._phases[phase]
 
+    def note_cache(self, phase: str, found: str) -> None:
+        """Note what a phase found in its cache: `used`, `empty` or `unloadable`."""
+        self._caches[phase] = found
+
     @property
     def total_s(self) -> float:
         """Time from the start to the end of the last phase, in seconds."""
         return self._last - self._started_at
 
     def document(self) -> dict[str, object]:
-        """Return the phases that have ended, in order: `{"total_s": 14.2, "phases_s": {"interpreter": 0.05, ...}}`."""
+        """Return the phases that have ended, in order, and what they found in their caches.
+
+        `{"total_s": 14.2, "phases_s": {"interpreter": 0.05, ..., "compile": 6.8, ...}, "caches": {"compile": "used"}}`,
+        without `caches` if nothing is known of any.
+        """
         return {
             "total_s": round(self.total_s, 3),
             "phases_s": {phase: round(seconds, 3) for phase, seconds in self._phases.items()},
+            **({"caches": dict(self._caches)} if self._caches else {}),
         }
 
     def log(self, label: str) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from engine import child_processes, cold_start, health
-from engine.backend import compat, startup_errors, startup_logs, vllm_args
+from engine.backend import startup_errors, startup_logs, startup_phases, vllm_args
 from engine.config import environment
 from engine.config.settings import Settings
 from engine.errors import ConfigurationError
@@ -178,7 +178,10 @@ def _load_engine(configuration: Configuration) -> VLLMEngine:
             _log.debug("The engine does not start", exc_info=error)
             reason = startup_errors.explain(error, logs.errors, configuration.model.path, configuration.flags)
             raise ConfigurationError(reason) from error
-        cold_start.WORKER.split_engine_phase(compat.engine_phases(logs.lines))
+        records = logs.records
+        cold_start.WORKER.split_engine_phase(startup_phases.phases(records))
+        if (found := startup_phases.compile_cache(records)) is not None:
+            cold_start.WORKER.note_cache("compile", found)
         compile_cache.log_usage(logs.lines)
     return engine
 

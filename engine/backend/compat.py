@@ -24,15 +24,22 @@ UNUSED_MIDDLEWARE = {"CORSMiddleware", "PrometheusInstrumentatorMiddleware"}
 STARTUP_LOGGERS = (
     "vllm.compilation.backends",
     "vllm.compilation.decorators",
+    "vllm.compilation.monitor",
     "vllm.model_executor.model_loader.default_loader",
+    "vllm.v1.core.kv_cache_utils",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.gpu.model_runner",
+    "vllm.v1.worker.gpu_model_runner",
 )
-# Log lines with the seconds that a phase of a start took.
-PHASE_LOGS = {
-    "weights": re.compile(r"Loading weights took ([\d.]+) s"),
-    "warm_up": re.compile(r"init engine \(.*\) took ([\d.]+) s"),
-}
+# Log lines with the seconds that a part of a start took. COMPILED_IN is logged for loading compiled code too, and is
+# part of ENGINE_INITIALIZED like GRAPHS_CAPTURED.
+WEIGHTS_LOADED = re.compile(r"Loading weights took ([\d.]+) s")
+COMPILED_IN = re.compile(r"torch\.compile (?:and initial profiling/warmup run together )?took ([\d.]+) s in total")
+GRAPHS_CAPTURED = re.compile(r"Graph capturing finished in ([\d.]+) secs")
+ENGINE_INITIALIZED = re.compile(r"init engine \(.*\) took ([\d.]+) s")
+# A log line between the memory profile and the allocation of the KV cache.
+KV_CACHE_SIZED = re.compile(r"KV cache size: \S+ tokens")
 # Log lines when vLLM loads compiled code, fails to load it, and compiles.
 COMPILED_CODE_LOADED = re.compile(r"Directly load (?:AOT compilation|the compiled graph)")
 COMPILED_CODE_NOT_LOADED = re.compile(r"Compiling model again due to a load failure from \S+, reason: (.*)")
@@ -63,14 +70,6 @@ def cli_args() -> Any:
     except ImportError:
         from vllm.entrypoints.launchers import cli_args
     return cli_args
-
-
-def engine_phases(lines: str) -> dict[str, float]:
-    """Return the phases of the engine's start, in seconds, from the log of its processes.
-
-    Workers start in parallel: the slowest counts. A phase that was not logged took 0 s.
-    """
-    return {phase: max(map(float, found.findall(lines)), default=0.0) for phase, found in PHASE_LOGS.items()}
 
 
 @contextmanager

@@ -1,21 +1,32 @@
 """Captures log lines of the engine's processes while they start: why they failed, and how long they took.
 
 vLLM reports an error in one of its processes to the worker only as "see above", and durations not at all. So its
-processes also write their log lines to files that the worker reads.
+processes also write their log lines to files that the worker reads (`engine.backend.startup_phases`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.backend import compat
 
+_LINE = re.compile(r"(?P<time_s>\d+\.\d{3}) (?P<process>\d+) (?P<message>.*)")
 _DIRECTORY = "VLLM_SERVERLESS_STARTUP_LOGS"
+
+
+class Line(NamedTuple):
+    """A log record that is no error: when it was logged (`time.time()`), by which process, and its message."""
+
+    time_s: float
+    process: int
+    message: str
 
 
 class StartupLogs:
@@ -32,7 +43,14 @@ class StartupLogs:
     @property
     def lines(self) -> str:
         """Messages of all other records, one per line."""
-        return _read(self._directory / "lines")
+        return "".join(f"{record.message}\n" for record in self.records)
+
+    @property
+    def records(self) -> list[Line]:
+        """All other records, in order."""
+        fields = (_LINE.fullmatch(line) for line in _read(self._directory / "lines").splitlines())
+        # A line may be incomplete, as on a full disk.
+        return [Line(float(one["time_s"]), int(one["process"]), one["message"]) for one in fields if one is not None]
 
 
 @contextmanager
@@ -69,8 +87,12 @@ class _CaptureFilter(logging.Filter):
             suppress(OSError),
             (self._directory / ("errors" if failed else "lines")).open("a", encoding="utf-8") as file,
         ):
-            file.write((logging.Formatter().format(record) if failed else record.getMessage()) + "\n")
+            file.write((logging.Formatter().format(record) if failed else _line(record)) + "\n")
         return True
+
+
+def _line(record: logging.LogRecord) -> str:
+    return f"{record.created:.3f} {record.process} {' '.join(record.getMessage().splitlines())}"
 
 
 def _read(path: Path) -> str:

@@ -137,6 +137,9 @@ def build_vllm_base(buildah: Buildah, directory: Path, python: str, *, real: boo
         for name in _packages_not_in_vllm_image():
             for file in importlib.metadata.distribution(name).files or []:
                 (packages / file).unlink(missing_ok=True)
+        # vLLM's image has no bytecode.
+        for cache in list(packages.rglob("__pycache__")):
+            shutil.rmtree(cache)
     else:
         (packages / "vllm").mkdir(parents=True)
         (packages / "vllm" / "__init__.py").touch()

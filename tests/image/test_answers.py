@@ -1,8 +1,9 @@
-"""Each image, started with its own command, answers a job of the emulator."""
+"""Each image, started with its own command, answers a job of the emulator, and compiles nothing that it imports."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import imports
 from builder.tiny_model.corpus import example
 from emulator.app import run_in_thread
 from tests.image.builds import Buildah, build_vllm_base
@@ -45,12 +47,17 @@ def test_the_images_command_answers_a_job_of_the_emulator(  # noqa: PLR0913, PLR
     requests = len(hub.requests)
     command = buildah.inspect(target)["Docker"]["config"]["Cmd"]
     container = buildah.container(target)
+    files = buildah.files(container)
+    shutil.copytree(imports.LOG_DIRECTORY, files / "import_log")
+    variables = ["PYTHONPATH=/import_log", f"{imports.LOG_VARIABLE}=/tmp/imports", "PYTHONDONTWRITEBYTECODE=1"]
     run = [
         sys.executable,
         str(Path(__file__).with_name("in_container.py")),
         *buildah.command,
         "--",
         container,
+        "env",
+        *variables,
         *command,
     ]
     with ExitStack() as stack:
@@ -64,5 +71,8 @@ def test_the_images_command_answers_a_job_of_the_emulator(  # noqa: PLR0913, PLR
     assert answer["choices"][0]["message"]["content"] == example("hello").answer
     assert answer["model"] == name
     assert len(hub.requests) == requests, "the worker uses the model in the image"
+    records = imports.read_log(files / "tmp" / "imports")
+    assert {record.package for record in records} >= {"asyncio", "engine", "runpod", "torch", "vllm"}
+    assert [record.module for record in records if record.compiled] == []
     buildah.run("rm", container)
     buildah.run("rmi", "--force", target)

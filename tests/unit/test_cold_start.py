@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from engine.backend import compat
 from engine.cold_start import ColdStart
 
 
@@ -47,21 +46,28 @@ def test_a_phase_that_is_marked_again_or_after_the_end_is_ignored(clock: Any) ->
 def test_phases_that_the_engine_logs_are_split_from_the_engines_phase(clock: Any) -> None:
     start = ColdStart(started_at=clock.now)
     clock.now += 10.0
-    lines = "Loading weights took 2.50 seconds\nLoading weights took 3.00 seconds\nsomething else took 9 s\n"
 
-    lines += "init engine (profile, create kv cache, warmup model) took 4.25 s (compilation: 4 s)\n"
-    start.split_engine_phase(compat.engine_phases(lines))
+    start.split_engine_phase({"weights": 3.0, "compile": 4.25})
 
-    assert start.document() == {"total_s": 10.0, "phases_s": {"engine": 2.75, "weights": 3.0, "warm_up": 4.25}}
+    assert start.document() == {"total_s": 10.0, "phases_s": {"engine": 2.75, "weights": 3.0, "compile": 4.25}}
 
 
 def test_phases_that_the_engine_logs_are_limited_to_the_engines_phase(clock: Any) -> None:
     start = ColdStart(started_at=clock.now)
     clock.now += 1.0
 
-    start.split_engine_phase({"weights": 2.5, "warm_up": 0.0})
+    start.split_engine_phase({"weights": 2.5, "compile": 0.0})
 
-    assert start.document() == {"total_s": 1.0, "phases_s": {"engine": 0.0, "weights": 1.0, "warm_up": 0.0}}
+    assert start.document() == {"total_s": 1.0, "phases_s": {"engine": 0.0, "weights": 1.0, "compile": 0.0}}
+
+
+def test_what_a_phase_found_in_its_cache_is_part_of_the_document(clock: Any) -> None:
+    start = ColdStart(started_at=clock.now)
+    start.mark("compile")
+
+    start.note_cache("compile", "used")
+
+    assert start.document() == {"total_s": 0.0, "phases_s": {"compile": 0.0}, "caches": {"compile": "used"}}
 
 
 def test_the_phases_are_logged_as_json_in_one_line(caplog: pytest.LogCaptureFixture) -> None:

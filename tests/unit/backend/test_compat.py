@@ -19,8 +19,13 @@ VLLM = Path(SPEC.origin).parent
 
 # Where vLLM 0.32 and 0.33 say it.
 SOURCES = [
-    (compat.PHASE_LOGS["weights"].pattern, "model_executor/model_loader/default_loader.py"),
-    (compat.PHASE_LOGS["warm_up"].pattern, "v1/engine/core.py"),
+    (compat.WEIGHTS_LOADED.pattern, "model_executor/model_loader/default_loader.py"),
+    (r"torch\.compile took ([\d.]+) s in total", "compilation/monitor.py"),
+    (r"torch\.compile and initial profiling/warmup run together took ([\d.]+) s in", "compilation/decorators.py"),
+    (compat.GRAPHS_CAPTURED.pattern, "v1/worker/gpu_model_runner.py"),
+    (compat.GRAPHS_CAPTURED.pattern, "v1/worker/gpu/model_runner.py"),
+    (compat.KV_CACHE_SIZED.pattern, "v1/core/kv_cache_utils.py"),
+    (compat.ENGINE_INITIALIZED.pattern, "v1/engine/core.py"),
     (r"Directly load AOT compilation", "compilation/decorators.py"),
     (r"Directly load the compiled graph", "compilation/backends.py"),
     (compat.COMPILED_CODE_NOT_LOADED.pattern, "compilation/decorators.py"),
@@ -51,10 +56,12 @@ def test_a_pattern_matches_what_vllm_says(pattern: str, files: str) -> None:
 
 
 def test_each_pattern_is_one_of_those_that_are_looked_for() -> None:
-    patterns = [compat.COMPILED_CODE_LOADED.pattern, compat.COMPILED.pattern, compat.NO_KV_CACHE_MEMORY]
+    patterns = [compat.COMPILED_CODE_LOADED.pattern, compat.COMPILED.pattern, compat.NO_KV_CACHE_MEMORY,
+                compat.COMPILED_IN.pattern]  # fmt: skip
     samples = ["Directly load AOT compilation", "Directly load the compiled graph", "Compiling a graph",
                "saved AOT compiled function", "To serve at least one request", "No available memory for the cache",
-               "leaving none for the KV cache"]  # fmt: skip
+               "leaving none for the KV cache", "torch.compile took 1 s in total",
+               "torch.compile and initial profiling/warmup run together took 1 s in total"]  # fmt: skip
 
     assert all(any(re.search(pattern, sample) for pattern in patterns) for sample in samples)
 
@@ -64,9 +71,3 @@ def test_a_logger_is_that_of_a_module(name: str) -> None:
     path = VLLM.parent.joinpath(*name.split(".")).with_suffix(".py")
 
     assert "init_logger(__name__)" in path.read_text(encoding="utf-8")
-
-
-def test_the_slowest_worker_counts() -> None:
-    lines = "Loading weights took 2.50 seconds\nLoading weights took 3.00 seconds\nsomething else took 9 s\n"
-
-    assert compat.engine_phases(lines) == {"weights": 3.0, "warm_up": 0.0}

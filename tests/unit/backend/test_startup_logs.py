@@ -6,6 +6,7 @@ import logging
 import logging.config
 import multiprocessing
 import os
+import time
 
 from engine.backend import startup_errors, startup_logs
 
@@ -22,6 +23,9 @@ def test_errors_are_captured_although_vllm_configures_its_logging_later() -> Non
 
         assert "ValueError: the reason" in captured.errors
         assert captured.lines == "loading took 1.50 seconds\n"
+        (line,) = captured.records
+        assert line.process == os.getpid()
+        assert 0 <= time.time() - line.time_s < 60
         assert (
             startup_errors.explain(RuntimeError("see above"), captured.errors, "org/model") == "ValueError: the reason"
         )
@@ -49,3 +53,13 @@ def test_nothing_is_captured_outside_of_a_start() -> None:
     startup_logs.install()
 
     assert logging.getLogger("vllm.v1.engine.core").filters == before
+
+
+def test_a_message_is_one_line_and_one_that_was_cut_off_is_skipped() -> None:
+    """As on a full disk: what the log says of a start must not end it."""
+    with startup_logs.captured() as captured:
+        logging.getLogger("vllm.v1.engine.core").warning("two\nlines")
+        with (captured._directory / "lines").open("a") as file:
+            file.write("17000")
+
+        assert [line.message for line in captured.records] == ["two lines"]
