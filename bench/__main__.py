@@ -17,7 +17,7 @@ from types import FrameType
 
 import uvloop
 
-from bench import cold, environment, gpu, plots, report, systems
+from bench import cold, environment, gpu, plots, report, systems, vllm_bench
 from bench.compare import Results, compare
 from bench.report import print_progress
 from bench.scenarios import SEED, Scenario, default_scenarios, full_scenarios
@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
     # Without defaults, which would replace what was given before `cold`.
     _add_common_options(cold_parser, with_defaults=False)
     gpu.add_options(commands.add_parser("gpu", help="measure a machine with one GPU", description=gpu.__doc__))
+    vllm_bench.add_options(
+        commands.add_parser("vllm-bench", help="measure with vLLM's own load tool", description=vllm_bench.__doc__)
+    )
     return result
 
 
@@ -174,6 +177,7 @@ _COMMANDS: dict[str | None, Callable[[argparse.Namespace], int]] = {
     None: _measure,
     "cold": _measure_cold_starts,
     "gpu": gpu.run,
+    "vllm-bench": vllm_bench.run,
 }
 
 if __name__ == "__main__":

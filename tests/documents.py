@@ -63,6 +63,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("performance.md", "python -m bench --full --rounds 2"): _LONG,
     ("performance.md", "python -m bench gpu --peer WORKER_VLLM_CHECKOUT"): _BENCH,
     ("performance.md", "python -m bench gpu"): _BENCH,
+    ("performance.md", "python -m bench vllm-bench"): _BENCH,
     ("upgrading.md", "make preview"): _NETWORK,
     ("upgrading.md", "PYTHONPATH=.venv/vllm-preview VLLM_TARGET_DEVICE=cpu .venv/bin/python handler.py"): _NETWORK,
     ("upgrading.md", "make upgrade"): _NETWORK,

@@ -59,3 +59,19 @@ def test_a_rehearsal_of_the_gpu_bench_has_the_figures_of_every_stage(tmp_path: P
     assert all(measured(scenario, OURS, "tokens_per_s")[0] > 0 for scenario in four_bits["scenarios"])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gpu.json", "gpu.txt"]
     assert document["environment"]["vllm"] in (tmp_path / "gpu.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("tiny_model")
+def test_vllms_load_tool_completes_the_same_requests_and_tokens_with_the_worker_as_with_vllm(tmp_path: Path) -> None:
+    """`vllm bench serve` counts a request as completed only if its stream has text and ends as one of vLLM's does."""
+    bench(tmp_path, "vllm-bench", "--requests", "12", "--concurrency", "4", "--tokens", "16")
+
+    results = json.loads((tmp_path / "vllm-bench.json").read_text(encoding="utf-8"))["systems"]
+    for name in (VLLM, OURS):
+        assert {key: results[name][key] for key in ("completed", "failed", "total_output_tokens")} == {
+            "completed": 12,
+            "failed": 0,
+            "total_output_tokens": 12 * 16,
+        }, name
+    assert results[VLLM]["total_input_tokens"] == results[OURS]["total_input_tokens"]
