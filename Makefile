@@ -42,7 +42,7 @@ soak: $(READY)  ## Run the long tests: hundreds of signals, comparison with the 
 fuzz: $(READY)  ## Fuzz the job loop and the parsing of take responses (longer Hypothesis runs)
 	@FUZZ_EXAMPLES=$${EXAMPLES:-20000} $(BIN)/python -m pytest tests/unit/queue/test_job_loop_machine.py tests/unit/queue/test_take_response.py --timeout 0
 
-bench: $(READY)  ## Measure the worker and vLLM's own server; ARGS="--peer DIR" adds worker-vllm, ARGS=cold measures starts
+bench: $(READY)  ## Measure the worker and vLLM's own server; ARGS="--peer DIR" adds worker-vllm, ARGS=cold measures starts, ARGS=gpu a GPU
 	@$(BIN)/python -m bench $(ARGS)
 
 check: $(READY)  ## Check style, formatting and types

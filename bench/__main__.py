@@ -1,6 +1,7 @@
-"""The command line: `python -m bench` measures under load, `... cold` cold starts, `... imports` what a start imports.
+"""The command line: `python -m bench` measures under load, `... cold` cold starts, `... gpu` a machine with a GPU.
 
-Exit codes: 0 measured, 1 nothing was measured (a line on stderr says why) or interrupted, 2 usage error.
+Exit codes: 0 measured, 1 nothing was measured (a line on stderr says why), interrupted, or a stage of `gpu` failed or
+was skipped, 2 usage error.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
 import uvloop
 
-from bench import cold, environment, imports, plots, report, systems
+from bench import cold, environment, gpu, imports, plots, report, streams, systems, vllm_bench
 from bench.compare import Results, compare
 from bench.report import print_progress
 from bench.scenarios import SEED, Scenario, default_scenarios, full_scenarios
@@ -61,12 +61,14 @@ def parser() -> argparse.ArgumentParser:
     )
     # Without defaults, which would replace what was given before `cold`.
     _add_common_options(cold_parser, with_defaults=False)
-    imports_parser = commands.add_parser(
-        "imports",
-        help="list what a start imports",
-        description="List what a worker imports from its exec to its first answer, by package, and what it costs.",
+    gpu.add_options(commands.add_parser("gpu", help="measure a machine with one GPU", description=gpu.__doc__))
+    streams.add_options(
+        commands.add_parser("streams", help="measure streams at the pace of a GPU", description=streams.__doc__)
     )
-    _add_out_option(imports_parser, with_defaults=False)
+    imports.add_options(commands.add_parser("imports", help="list what a start imports", description=imports.__doc__))
+    vllm_bench.add_options(
+        commands.add_parser("vllm-bench", help="measure with vLLM's own load tool", description=vllm_bench.__doc__)
+    )
     return result
 
 
@@ -91,10 +93,6 @@ def _add_common_options(result: argparse.ArgumentParser, *, with_defaults: bool 
         metavar="N",
         help="number of rounds (default: 7)",
     )
-    _add_out_option(result, with_defaults=with_defaults)
-
-
-def _add_out_option(result: argparse.ArgumentParser, *, with_defaults: bool) -> None:
     result.add_argument(
         "--out",
         type=Path,
@@ -113,14 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Servers are stopped by the context managers that started them, so a signal must unwind these.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if arguments.command == "cold":
-            return cold.run(arguments.model, arguments.cache, arguments.rounds, arguments.peer, arguments.out)
-        if arguments.command == "imports":
-            return imports.run(arguments.out)
-        return _measure(arguments)
+        return _COMMANDS[arguments.command](arguments)
     except KeyboardInterrupt:
-        # Starts are written only at the end.
-        kept = "" if arguments.command else "; the results contain the complete rounds"
+        # Some are written only at the end.
+        kept = "; the results contain what is complete" if arguments.command in (None, "gpu", "streams") else ""
         sys.stderr.write(f"Interrupted{kept}\n")
         return 1
 
@@ -159,17 +153,11 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 def _start_systems(stack: ExitStack, peer: Path | None, logs: Path) -> list[SystemUnderTest]:
     """Start the systems one after another; print and leave out one that does not start."""
-    model, gpu = systems.tiny_model(), environment.gpu() is not None
-    starts: list[Callable[[], AbstractContextManager[SystemUnderTest]]] = [
-        partial(systems.vllm_server, model, logs, gpu=gpu),
-        partial(systems.this_worker, model, logs, gpu=gpu),
-    ]
-    if peer is not None:
-        starts.append(partial(systems.peer_worker, model, logs, gpu=gpu, checkout=peer))
+    setup = systems.stock_setup(systems.tiny_model(), gpu=environment.gpu() is not None)
     ready = []
-    for start in starts:
+    for start in systems.all_systems(setup, logs, peer):
         try:
-            system = stack.enter_context(start())
+            system = stack.enter_context(start)
         except StartError as error:
             print_progress(str(error))
         else:
@@ -184,6 +172,19 @@ def _idle_cpu_cores(ready: list[SystemUnderTest]) -> dict[str, float]:
     time.sleep(_IDLE_S)
     return {system.name: (system.total_cpu_s() - cpu_s) / _IDLE_S for system, cpu_s in zip(ready, before, strict=True)}
 
+
+def _measure_cold_starts(arguments: argparse.Namespace) -> int:
+    return cold.run(arguments.model, arguments.cache, arguments.rounds, arguments.peer, arguments.out)
+
+
+_COMMANDS: dict[str | None, Callable[[argparse.Namespace], int]] = {
+    None: _measure,
+    "cold": _measure_cold_starts,
+    "gpu": gpu.run,
+    "imports": lambda arguments: imports.run(arguments.out),
+    "streams": streams.run,
+    "vllm-bench": vllm_bench.run,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -32,6 +32,8 @@ from bench.systems import OURS, PEER, EmulatedPlatform, StartError
 
 MODELS = ("tiny", "1gb")
 CACHES = ("cold", "warm")
+# Options of the emulator with which the first job in the queue makes the autoscaler start a worker.
+SCALED_FROM_ZERO = ("--workers-min=0", "--scaler-type=REQUEST_COUNT", "--scaler-value=1")
 _JOB = Scenario(clients=1, tokens=16)
 _POLL_S = 0.5
 _LOG_PREFIX = "Cold start "
@@ -140,29 +142,26 @@ def read_phases(log: Iterable[str]) -> dict[str, float]:
 
 async def _start(name: str, model: Path, peer: Path | None, evicted: Sequence[Path], logs: Path) -> ColdStart:
     """Measure one start of one worker; `evicted` directories are removed from the file cache before it."""
-    gpu = environment.gpu() is not None
-    worker: AbstractContextManager[list[str]] = nullcontext(systems.worker_options(model, gpu=gpu))
+    setup = systems.stock_setup(model, gpu=environment.gpu() is not None)
+    worker: AbstractContextManager[list[str]] = nullcontext(systems.worker_options(setup))
     if name == PEER and peer is not None:
-        worker = systems.peer_options(model, logs, gpu=gpu, checkout=peer)
-    with worker as options:
-        # The first job in the queue makes the autoscaler start a worker.
-        scaling = ["--workers-min=0", "--scaler-type=REQUEST_COUNT", "--scaler-value=1"]
-        with systems.emulator(name, [*scaling, *options], logs) as (platform, _):
-            # After the emulator's own start, which reads Python and packages that the worker reads as well.
-            if evicted:
-                drop_file_cache(evicted)
-            return await _first_token(platform)
+        worker = systems.peer_options(setup, logs, checkout=peer)
+    with worker as options, systems.emulator(name, [*SCALED_FROM_ZERO, *options], logs) as (platform, _):
+        # After the emulator's own start, which reads Python and packages that the worker reads as well.
+        if evicted:
+            drop_file_cache(evicted)
+        return await first_token(platform)
 
 
-async def _first_token(platform: EmulatedPlatform) -> ColdStart:
-    """Submit a job to an emulator without workers, and wait for its response.
+async def first_token(platform: EmulatedPlatform, timeout_s: float = systems.START_TIMEOUT_S) -> ColdStart:
+    """Submit a job to an emulator without workers (`SCALED_FROM_ZERO`), and wait for its response.
 
     Raises:
         StartError: the worker has exited.
-        InvalidResponseError: the job failed.
+        InvalidResponseError: the job failed, or its response did not come in time.
     """
     offset_s = time.time() - time.monotonic()
-    request = asyncio.create_task(send(platform.address, _JOB.body(), timeout_s=systems.START_TIMEOUT_S))
+    request = asyncio.create_task(send(platform.address, _JOB.body(), timeout_s=timeout_s))
     while not request.done():
         await asyncio.wait({request}, timeout=_POLL_S)
         if platform.state()["gone"]:

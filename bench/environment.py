@@ -15,13 +15,18 @@ import psutil
 from bench.systems import ROOT
 
 _UNKNOWN = "unknown"
+_COMMIT_DIGITS = 12
 
 
 def gpu() -> str | None:
     """Return the names of the GPUs; None if there are none."""
+    return _of_gpu("name,memory.total")
+
+
+def _of_gpu(fields: str) -> str | None:
     if not shutil.which("nvidia-smi"):
         return None
-    return _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
+    return _output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"])
 
 
 def hardware() -> dict[str, str]:
@@ -31,6 +36,7 @@ def hardware() -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "GPU": gpu() or "none",
+        "GPU driver": _of_gpu("driver_version") or "none",
     }
 
 
@@ -48,11 +54,16 @@ def versions(peer: Path | None) -> dict[str, str]:
 
 
 def commit(directory: Path) -> str:
-    """Return a checkout's commit, followed by `+` if tracked files were changed, or why there is none."""
+    """Return a checkout's commit, followed by `+` if tracked files were changed, or why there is none.
+
+    An archive of this repository (`git archive`) has its commit in a file, which .gitattributes tells git to fill in.
+    """
     if not (directory / ".git").exists():
-        return "not a git checkout"
+        archived = directory / "bench" / "commit.txt"
+        text = archived.read_text(encoding="ascii").strip() if archived.is_file() else ""
+        return text[:_COMMIT_DIGITS] if text and "$" not in text else "not a git checkout"
     git = ["git", "-C", str(directory)]
-    head = _output([*git, "rev-parse", "--short=12", "HEAD"])
+    head = _output([*git, "rev-parse", f"--short={_COMMIT_DIGITS}", "HEAD"])
     if head is None:
         return _UNKNOWN
     return f"{head}+" if _output([*git, "status", "--porcelain", "--untracked-files=no"]) else head

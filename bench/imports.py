@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 
@@ -116,13 +117,25 @@ def table(records: Sequence[Record], worker: int) -> list[str]:
     ]
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="directory of the results (default: bench-results)",
+    )
+
+
 def run(out: Path) -> int:
     """Let a worker with the tiny model answer a job, and print and write its imports; return the exit code."""
     gpu = environment.gpu() is not None
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "imports.jsonl"
         try:
-            with systems.this_worker(systems.tiny_model(), out / "logs", gpu=gpu, extra=log_environment(log)) as system:
+            setup = replace(systems.stock_setup(systems.tiny_model(), gpu=gpu), environment=log_environment(log))
+            with systems.this_worker(setup, out / "logs") as system:
                 trace = uvloop.run(send(system.address, _JOB.body()))
                 parse_response(trace, _JOB)
                 worker = system.process.pid

@@ -22,7 +22,6 @@ from vllm.v1.outputs import ModelRunnerOutput
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-BACKEND = f"{__name__}.PacedExecutor"
 # Running requests, and how long a step takes then; between them, it is interpolated.
 _RUNNING = (1, 64, 256)
 _STEP_S = (0.0035, 0.0045, 0.012)
@@ -33,7 +32,7 @@ def step_s(running: int) -> float:
     return float(np.interp(running, _RUNNING, _STEP_S))
 
 
-class PacedExecutor(UniProcExecutor):
+class PacedExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not typed for --strict
     """Waits instead of running the model."""
 
     def _init_executor(self) -> None:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Self, cast
 
-from bench.clients import RequestTrace, gc_paused
+from bench.clients import Address, RequestTrace, gc_paused
 from emulator.certificate import Certificate
 from emulator.core.process import worker_environment
 
@@ -31,7 +31,8 @@ class QueueServer:
 
     Attributes:
         latency_s: round-trip time between the worker and the platform, in addition to the loopback's.
-        posts: number of outputs received, without those that end a job.
+        posts: number of outputs received so far, without the results.
+        polled: set once a worker has asked for jobs.
     """
 
     def __init__(self) -> None:
@@ -59,9 +60,14 @@ class QueueServer:
         self._certificate.remove()
 
     @property
+    def address(self) -> Address:
+        """Where workers reach it."""
+        return Address(self._server.sockets[0].getsockname()[1], f"/v2/{_ENDPOINT}", _HOST)
+
+    @property
     def environment(self) -> dict[str, str]:
         """The variables by which a worker finds this queue and trusts it."""
-        url = f"https://{_HOST}:{self._server.sockets[0].getsockname()[1]}"
+        url = f"https://{_HOST}:{self.address.port}"
         return worker_environment(url, _ENDPOINT, _WORKER, _KEY, 10_000) | self._certificate.environment
 
     async def closed_loop(self, job_input: Any, clients: int, seconds: float) -> list[RequestTrace]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import goals, metrics
+from bench import goals
+from bench import metrics as definitions
 from bench.compare import Results
 from bench.metrics import METRICS
 from bench.scenarios import Scenario
@@ -37,10 +38,10 @@ def render_text(results: Results, environment: Mapping[str, str], rounds: int) -
     capacity = results.capacity_requests_per_s
     parts = [
         "\n".join(f"{name}: {value}" for name, value in environment.items()),
-        (metrics.__doc__ or "").strip(),
+        (definitions.__doc__ or "").strip(),
         *([f"Capacity: vLLM alone served {format_number(capacity)} requests/s."] if capacity else []),
         f"Medians of {rounds} rounds (minimum .. maximum); a ratio is the median of the rounds' ratios.",
-        *(_table(results, scenario) for scenario in results.scenarios),
+        *(table(results, scenario) for scenario in results.scenarios),
         "\n".join(goals.target_lines(goals.load_targets(results), rounds)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -52,27 +53,32 @@ def to_document(results: Results, environment: Mapping[str, str]) -> dict[str, A
         "environment": dict(environment),
         "metrics": METRICS,
         "capacity_requests_per_s": results.capacity_requests_per_s,
-        "scenarios": [
-            {
-                "name": scenario.name,
-                **asdict(scenario),
-                "systems": {
-                    system: [asdict(measurement) for measurement in results.rounds[scenario][system]]
-                    for system in results.systems
-                },
-                "ratios": {
-                    f"{OURS} / {other}": {
-                        metric: results.ratio(scenario, metric, OURS, other)
-                        for metric in METRICS
-                        if metric not in _NO_RATIO
-                    }
-                    for other in _baselines(results)
-                },
-            }
-            for scenario in results.scenarios
-        ],
+        "scenarios": scenarios_document(results),
         "targets": [{**asdict(it), "verdict": it.verdict} for it in goals.load_targets(results)],
     }
+
+
+def scenarios_document(results: Results) -> list[dict[str, Any]]:
+    """Return each scenario with the metrics and errors of each round, and this worker's ratios to the others."""
+    return [
+        {
+            "name": scenario.name,
+            **asdict(scenario),
+            "systems": {
+                system: [asdict(measurement) for measurement in results.rounds[scenario][system]]
+                for system in results.systems
+            },
+            "ratios": {
+                f"{OURS} / {other}": {
+                    metric: results.ratio(scenario, metric, OURS, other)
+                    for metric in METRICS
+                    if metric not in _NO_RATIO
+                }
+                for other in _baselines(results)
+            },
+        }
+        for scenario in results.scenarios
+    ]
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -96,17 +102,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _table(results: Results, scenario: Scenario) -> str:
+def table(results: Results, scenario: Scenario, metrics: Sequence[str] = tuple(METRICS)) -> str:
     """Return one scenario: a row per metric, a column per system, and this worker's ratios to the others."""
     baselines = _baselines(results)
     header = "".join(f"{system:>{_WIDTH}}" for system in results.systems)
     ratio_header = "".join(f"{'/ ' + other:>{max(_RATIO_WIDTH, len(other) + 4)}}" for other in baselines)
     rows = [scenario.name, f"{'':{_LABEL_WIDTH}}{header}{ratio_header}"]
-    for metric, label in METRICS.items():
+    for metric in metrics:
         columns = [results.values(scenario, system, metric) for system in results.systems]
         if not any(columns):
             continue
-        row = f"{label:{_LABEL_WIDTH}}" + "".join(f"{format_spread(values):>{_WIDTH}}" for values in columns)
+        row = f"{METRICS[metric]:{_LABEL_WIDTH}}" + "".join(f"{format_spread(values):>{_WIDTH}}" for values in columns)
         for other in baselines if metric not in _NO_RATIO else []:
             ratio = results.ratio(scenario, metric, OURS, other)
             row += f"{'-' if ratio is None else f'{ratio:.2f}':>{max(_RATIO_WIDTH, len(other) + 4)}}"

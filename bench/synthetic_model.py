@@ -21,8 +21,8 @@ from builder.tiny_model.cache import cache_root, cached, key_of
 _HIDDEN, _INTERMEDIATE, _LAYERS = 2048, 8192, 9
 _HEADS, _KV_HEADS = 16, 4
 _SHARDS = 4
-_SCALE = 0.02
-_COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+SCALE = 0.02
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 _Shapes = dict[str, tuple[int, ...]]
 
@@ -44,7 +44,7 @@ def _generate(tiny: Path, directory: Path) -> None:
         "num_key_value_heads": _KV_HEADS,
     }
     write_weights(tensor_shapes(config), directory)
-    for name in _COPIED_FILES:
+    for name in TOKENIZER_FILES:
         shutil.copyfile(tiny / name, directory / name)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -103,5 +103,5 @@ def _shards(shapes: _Shapes, shard_bytes: float) -> Iterator[list[str]]:
 
 def _random_tensor(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.uint16]:
     """Return a bfloat16 tensor's bits, the upper half of a float32's: ones for norms, otherwise small random values."""
-    values = np.ones(shape, np.float32) if len(shape) == 1 else _SCALE * rng.standard_normal(shape, np.float32)
+    values = np.ones(shape, np.float32) if len(shape) == 1 else SCALE * rng.standard_normal(shape, np.float32)
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)

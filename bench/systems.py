@@ -1,7 +1,7 @@
 """The systems under test, as context managers: vLLM alone, this worker and worker-vllm, each with its stock settings.
 
-Each of the two workers runs under its own instance of the emulator. All systems have the same model and the same KV
-cache size, and run without compilation. They run at the same time and are measured one after another.
+Each of the two workers runs under its own instance of the emulator. All systems have the same model, the same flags of
+vLLM and so the same KV cache size. They run at the same time and are measured one after another.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +42,33 @@ _T = TypeVar("_T")
 
 
 class StartError(Exception):
-    """A system did not start; the message includes its last log line if there is one."""
+    """A system did not start; the message includes its last log line if there is one.
+
+    Args:
+        message: what happened.
+        log: the last lines that the system logged.
+    """
+
+    def __init__(self, message: str, log: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all systems get.
+
+    Args:
+        model: the model's directory; it is served as `tiny`.
+        flags: vLLM's flags by name, without the dashes.
+        environment: further environment variables.
+        start_timeout_s: how long a start may take.
+    """
+
+    model: Path
+    flags: Mapping[str, str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    start_timeout_s: float = START_TIMEOUT_S
 
 
 class EmulatedPlatform:
@@ -81,7 +107,8 @@ class EmulatedPlatform:
         """
         state = self.state()
         if state["gone"]:
-            raise StartError(_last_line(state["gone"][0]["log"]))
+            log = state["gone"][0]["log"]
+            raise StartError(_last_line(log), log)
         workers: list[dict[str, Any]] = [worker for worker in state["workers"] if worker["readyAt"] is not None]
         return workers[0]
 
@@ -108,7 +135,7 @@ class SystemUnderTest:
         address: where it serves chat completions.
         process: vLLM's API server, or the worker that the emulator started.
         platform: the emulator; None for vLLM alone.
-        ready_s: how long its start took.
+        ready_s: how long its start took; of a worker, until its first poll for jobs.
     """
 
     name: str
@@ -116,6 +143,18 @@ class SystemUnderTest:
     process: psutil.Process
     platform: EmulatedPlatform | None
     ready_s: float
+
+    @classmethod
+    def of_worker(cls, name: str, platform: EmulatedPlatform) -> SystemUnderTest:
+        """Return the worker of an emulator.
+
+        Raises:
+            StartError: the worker has exited.
+            LookupError: no worker is ready yet.
+        """
+        worker = platform.worker()
+        ready_s = worker["readyAt"] - worker["startedAt"]
+        return cls(name, platform.address, psutil.Process(worker["pid"]), platform, ready_s)
 
     def worker_cpu_s(self) -> float:
         """Return the CPU seconds so far of its processes, without vLLM's engine core and the engine's workers.
@@ -158,33 +197,35 @@ def _is_engine(process: psutil.Process) -> bool:
     return False
 
 
-def vllm_flags(*, gpu: bool) -> dict[str, str]:
-    """Return the vLLM flags that all systems get.
+def stock_setup(model: Path, *, gpu: bool) -> Setup:
+    """Return what all systems get, unless they are measured with a GPU's own sizes (`bench/gpu.py`): no compilation.
 
     On a GPU, three engines must fit into its memory at the same time. On a CPU they compute in float32: a CPU without
     bfloat16 instructions emulates it, and an engine that is seven times slower hides the cost of everything else.
     """
     common = {"served-model-name": "tiny", "enforce-eager": "true"}
-    return common | ({"gpu-memory-utilization": "0.25"} if gpu else {"dtype": "float32"})
+    return Setup(model, common | ({"gpu-memory-utilization": "0.25"} if gpu else {"dtype": "float32"}))
 
 
 @contextmanager
-def vllm_server(
-    model: Path, logs: Path, *, gpu: bool, flags: Mapping[str, str] | None = None
-) -> Iterator[SystemUnderTest]:
+def vllm_server(setup: Setup, logs: Path) -> Iterator[SystemUnderTest]:
     """Run vLLM's own server, which gets its requests directly.
 
     Raises:
         StartError: it did not start.
     """
     port = free_port()
-    given = vllm_flags(gpu=gpu) | {"model": str(model), "host": "127.0.0.1", "port": str(port)} | dict(flags or {})
-    options = ["--enforce-eager" if name == "enforce-eager" else f"--{name}={value}" for name, value in given.items()]
+    flags = {**setup.flags, "model": str(setup.model), "host": "127.0.0.1", "port": str(port)}
+    options = ["--enforce-eager" if name == "enforce-eager" else f"--{name}={value}" for name, value in flags.items()]
     options.append("--disable-uvicorn-access-log")
     arguments = ["-m", "vllm.entrypoints.openai.api_server", *options]
     start_s = time.monotonic()
-    with run_process(VLLM, arguments, logs) as process:
-        _wait_until_ready(lambda: _check_health(port), process, VLLM)
+    with run_process(VLLM, arguments, logs, setup.environment) as process:
+        try:
+            _wait_until_ready(lambda: _check_health(port), process, VLLM, setup.start_timeout_s)
+        except StartError as error:
+            error.log = _log_file(logs, VLLM).read_text(encoding="utf-8", errors="replace").splitlines()
+            raise
         yield SystemUnderTest(
             VLLM,
             Address(port, f"/v1{_ROUTE}"),
@@ -195,46 +236,51 @@ def vllm_server(
 
 
 @contextmanager
-def this_worker(
-    model: Path, logs: Path, *, gpu: bool, extra: Mapping[str, str] | None = None
-) -> Iterator[SystemUnderTest]:
-    """Run this repository's worker under the emulator, with `extra` environment variables.
+def this_worker(setup: Setup, logs: Path) -> Iterator[SystemUnderTest]:
+    """Run this repository's worker under the emulator.
 
     Raises:
         StartError: it did not start.
     """
-    variables = [f"--env={name}={value}" for name, value in (extra or {}).items()]
-    with _worker(OURS, [*worker_options(model, gpu=gpu), *variables], logs) as system:
+    with _worker(OURS, worker_options(setup), logs, setup.start_timeout_s) as system:
         yield system
 
 
 @contextmanager
-def peer_worker(model: Path, logs: Path, *, gpu: bool, checkout: Path) -> Iterator[SystemUnderTest]:
+def peer_worker(setup: Setup, logs: Path, *, checkout: Path) -> Iterator[SystemUnderTest]:
     """Run worker-vllm under the emulator, with its own defaults (which include at most 30 concurrent jobs).
 
     Raises:
         StartError: it did not start.
     """
     with (
-        peer_options(model, logs, gpu=gpu, checkout=checkout) as options,
-        _worker(PEER, options, logs) as system,
+        peer_options(setup, logs, checkout=checkout) as options,
+        _worker(PEER, options, logs, setup.start_timeout_s) as system,
     ):
         yield system
 
 
-def worker_options(model: Path, *, gpu: bool) -> list[str]:
-    """Return the emulator's options for a worker with this model."""
-    return [f"--env={name}={value}" for name, value in worker_variables(model, gpu=gpu).items()]
+def all_systems(setup: Setup, logs: Path, peer: Path | None) -> list[AbstractContextManager[SystemUnderTest]]:
+    """Return all systems, not started: vLLM alone, this worker, and worker-vllm if `peer` is its checkout."""
+    result = [vllm_server(setup, logs), this_worker(setup, logs)]
+    if peer is not None:
+        result.append(peer_worker(setup, logs, checkout=peer))
+    return [*result]
 
 
-def worker_variables(model: Path, *, gpu: bool) -> dict[str, str]:
-    """Return the environment variables of a worker with this model."""
-    flags = {name.replace("-", "_").upper(): value for name, value in vllm_flags(gpu=gpu).items()}
-    return {"MODEL_NAME": str(model), **flags}
+def worker_options(setup: Setup) -> list[str]:
+    """Return the emulator's options for a worker with this setup."""
+    return [f"--env={name}={value}" for name, value in worker_variables(setup).items()]
+
+
+def worker_variables(setup: Setup) -> dict[str, str]:
+    """Return the environment variables of a worker with this setup."""
+    flags = {name.replace("-", "_").upper(): value for name, value in setup.flags.items()}
+    return {"MODEL_NAME": str(setup.model), **flags, **setup.environment}
 
 
 @contextmanager
-def peer_options(model: Path, directory: Path, *, gpu: bool, checkout: Path) -> Iterator[list[str]]:
+def peer_options(setup: Setup, directory: Path, *, checkout: Path) -> Iterator[list[str]]:
     """Yield the emulator's options for worker-vllm; the `vllm` command that it needs exists within the block."""
     path = directory.resolve() / "bin"
     path.mkdir(parents=True, exist_ok=True)
@@ -242,7 +288,7 @@ def peer_options(model: Path, directory: Path, *, gpu: bool, checkout: Path) -> 
     command.write_text(_VLLM_COMMAND.format(python=shlex.quote(sys.executable)), encoding="utf-8")
     command.chmod(0o755)
     yield [
-        *worker_options(model, gpu=gpu),
+        *worker_options(setup),
         f"--env=VLLM_PORT={free_port()}",
         f"--env=PATH={path}:{os.environ.get('PATH', os.defpath)}",
         f"--command={shlex.join([sys.executable, str(checkout.resolve() / 'src' / 'main.py')])}",
@@ -267,40 +313,32 @@ def emulator(name: str, options: list[str], logs: Path) -> Iterator[tuple[Emulat
                 raise LookupError
             return int(match[1])
 
-        yield EmulatedPlatform(_wait_until_ready(port, process, name)), process
+        yield EmulatedPlatform(_wait_until_ready(port, process, name, START_TIMEOUT_S)), process
 
 
 @contextmanager
-def _worker(name: str, options: list[str], logs: Path) -> Iterator[SystemUnderTest]:
-    start_s = time.monotonic()
+def _worker(name: str, options: list[str], logs: Path, timeout_s: float) -> Iterator[SystemUnderTest]:
     with emulator(name, ["--workers-min=1", *options], logs) as (platform, process):
-        worker = _wait_until_ready(platform.worker, process, name)
-        yield SystemUnderTest(
-            name,
-            platform.address,
-            psutil.Process(worker["pid"]),
-            platform=platform,
-            ready_s=time.monotonic() - start_s,
-        )
+        yield _wait_until_ready(lambda: SystemUnderTest.of_worker(name, platform), process, name, timeout_s)
 
 
-def _wait_until_ready(probe: Callable[[], _T], process: subprocess.Popen[bytes], name: str) -> _T:
+def _wait_until_ready(probe: Callable[[], _T], process: subprocess.Popen[bytes], name: str, timeout_s: float) -> _T:
     """Call `probe` until it raises no `LookupError`, `OSError` or `HTTPException`; return its result.
 
     Raises:
         StartError: the process or its worker has exited, or the start timed out.
     """
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while True:
         if process.poll() is not None:
             raise StartError(f"{name} did not start: exit code {process.returncode}")
         try:
             return probe()
         except StartError as error:
-            raise StartError(f"{name} did not start: {error}") from None
+            raise StartError(f"{name} did not start: {error}", error.log) from None
         except (LookupError, OSError, http.client.HTTPException):
             if time.monotonic() > deadline:
-                raise StartError(f"{name} did not start within {START_TIMEOUT_S:.0f} s") from None
+                raise StartError(f"{name} did not start within {timeout_s:.0f} s") from None
         time.sleep(0.1)
 
 
@@ -323,22 +361,15 @@ def free_port() -> int:
 
 @contextmanager
 def run_process(
-    name: str, arguments: list[str], logs: Path, variables: Mapping[str, str] | None = None
+    name: str, arguments: list[str], logs: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a Python process that ends with the block, together with all processes that it has started.
-
-    Args:
-        name: of its log file.
-        arguments: of the interpreter.
-        logs: directory of the log file.
-        variables: environment variables, in addition to this process's.
-    """
+    """Run a Python process that ends with the block, together with all processes that it has started."""
     logs.mkdir(parents=True, exist_ok=True)
     with _log_file(logs, name).open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=ROOT,
-            env={**os.environ, **_ENVIRONMENT, **(variables or {})},
+            env={**os.environ, **_ENVIRONMENT, **(environment or {})},
             stdout=log,
             stderr=subprocess.STDOUT,
         )

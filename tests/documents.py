@@ -27,6 +27,7 @@ _NAMES = "is the name of a program, not a command"
 _CI = "includes this test, or CI runs it as well"
 _LONG = "takes up to an hour, and has its own tests (tests/unit/bench/test_bench.py, tests/soak)"
 _IMPORTS = "leaves results in the checkout; tests/integration/test_imports.py runs it"
+_BENCH = "takes minutes, and measures; tests/integration/test_bench.py runs it in small"
 _ACCOUNT = "needs an account: it creates something on RunPod or Spirit, and costs money"
 _HUB = "needs the hub, or the reader's own model; tests/integration/test_builder.py runs it"
 _NETWORK = "changes this checkout, or downloads what a test need not; tests/unit/tools has what can be tested of it"
@@ -62,6 +63,9 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("performance.md", "python -m bench --peer WORKER_VLLM_CHECKOUT                     # 16 minutes"): _LONG,
     ("performance.md", "python -m bench --full --rounds 2"): _LONG,
     ("performance.md", "python -m bench imports"): _IMPORTS,
+    ("performance.md", "python -m bench gpu --peer WORKER_VLLM_CHECKOUT"): _BENCH,
+    ("performance.md", "python -m bench gpu"): _BENCH,
+    ("performance.md", "python -m bench vllm-bench"): _BENCH,
     ("upgrading.md", "make preview"): _NETWORK,
     ("upgrading.md", "PYTHONPATH=.venv/vllm-preview VLLM_TARGET_DEVICE=cpu .venv/bin/python handler.py"): _NETWORK,
     ("upgrading.md", "make upgrade"): _NETWORK,

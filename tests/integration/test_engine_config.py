@@ -1,15 +1,21 @@
-"""The engine's configuration equals that of `vllm serve` on the same GPU. The GPUs are fake; vLLM's choice is real."""
+"""The engine's configuration equals that of `vllm serve` on the same GPU, value by value, whatever is set.
+
+The GPUs are fake: vLLM is told of one only where it chooses the sizes of a step. Its choice is real.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from enum import Enum
 from typing import Any
 
 import pytest
 
 from engine.backend import compat, vllm_args
+from engine.config import environment
 from engine.config.model import Model
+from engine.config.settings import Settings
 
 pytestmark = [pytest.mark.in_process, pytest.mark.filterwarnings("ignore")]
 GIB = 1 << 30
@@ -61,43 +67,145 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def config_of_vllm_serve(model: str) -> Any:
-    """Return the configuration of `vllm serve MODEL`, made by the calls of its entry point."""
+# The value that differs between any two configurations.
+RANDOM_VALUES = {"instance_id"}
+# What users set, by worker variables and by the same flags of `vllm serve`; each changes how others are chosen.
+SETTINGS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "none": ({}, []),
+    "the image's with the default model": (
+        {"DTYPE": "bfloat16", "QUANTIZATION": "fp8"},
+        ["--dtype", "bfloat16", "--quantization", "fp8"],
+    ),
+    "sizes of a step": (
+        {"MAX_NUM_SEQS": "64", "MAX_NUM_BATCHED_TOKENS": "4k", "MAX_MODEL_LEN": "1024", "BLOCK_SIZE": "32"},
+        ["--max-num-seqs", "64", "--max-num-batched-tokens", "4000", "--max-model-len", "1024", "--block-size", "32"],
+    ),
+    "one size of a step": ({"MAX_NUM_SEQS": "7"}, ["--max-num-seqs", "7"]),
+    "memory": (
+        {"GPU_MEMORY_UTILIZATION": "0.5", "KV_CACHE_MEMORY_BYTES": "1G", "ENABLE_PREFIX_CACHING": "false"},
+        ["--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", str(GIB), "--no-enable-prefix-caching"],
+    ),
+    "no compilation": (
+        {"ENFORCE_EAGER": "true", "ENABLE_CHUNKED_PREFILL": "false", "SEED": "7"},
+        ["--enforce-eager", "--no-enable-chunked-prefill", "--seed", "7"],
+    ),
+    "compilation": (
+        {"COMPILATION_CONFIG": '{"cudagraph_capture_sizes": [1, 2, 4]}', "OPTIMIZATION_LEVEL": "1"},
+        ["--compilation-config", '{"cudagraph_capture_sizes": [1, 2, 4]}', "--optimization-level", "1"],
+    ),
+    "tools, reasoning and adapters": (
+        {
+            "ENABLE_AUTO_TOOL_CHOICE": "true",
+            "TOOL_CALL_PARSER": "hermes",
+            "REASONING_PARSER": "granite",
+            "ENABLE_LORA": "true",
+            "MAX_LORA_RANK": "32",
+        },
+        [
+            *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "granite"),
+            *("--enable-lora", "--max-lora-rank", "32"),
+        ],
+    ),
+    "speculative decoding": (
+        {"SPECULATIVE_CONFIG": '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'},
+        ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'],
+    ),
+}
+
+
+def of_vllm_serve(model: str, arguments: list[str]) -> tuple[Any, Any]:
+    """Return the engine arguments and the configuration of `vllm serve MODEL`, made by the calls of its entry point."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    arguments = ["--model", model, "--served-model-name", "tiny"]
-    args = compat.cli_args().make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-    return AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    given = ["--model", model, "--served-model-name", "tiny", *arguments]
+    args = AsyncEngineArgs.from_cli_args(compat.cli_args().make_arg_parser(FlexibleArgumentParser()).parse_args(given))
+    return args, args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 
-def values(config: Any, path: str = "") -> dict[str, Any]:
-    """Return every value of a configuration, including nested ones, by dotted name."""
-    if not dataclasses.is_dataclass(config) or isinstance(config, Enum):
-        return {path: repr(config)}
-    result: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        result |= values(getattr(config, field.name, None), f"{path}.{field.name}" if path else field.name)
+def of_this_worker(model: str, variables: dict[str, str]) -> tuple[Any, Any]:
+    """Return the same of this worker with these variables."""
+    flags = vllm_args.flags()
+    flags.load(environment.read(variables), [name.upper() for name in Settings.model_fields])
+    named = Model(model, ("tiny",))
+    arguments, config = vllm_args.engine_config(flags, vllm_args.parse(flags, named), named)
+    return arguments, config
+
+
+def values(config: Any, path: str = "") -> dict[str, str]:
+    """Return every value of a configuration, including nested ones, by dotted name; an object without its address."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type | Enum):
+        parts = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(config)}
+    elif isinstance(config, dict):
+        parts = {repr(key): value for key, value in config.items()}
+    elif isinstance(config, list | tuple):
+        parts = {str(index): value for index, value in enumerate(config)}
+    else:
+        return {path: re.sub(r" at 0x[0-9a-f]+", "", repr(config))}
+    result = {path: f"{type(config).__name__} of {len(parts)}"}
+    for name, value in parts.items():
+        result |= values(value, f"{path}.{name}" if path else name)
     return result
 
 
-# Values that differ between any two configurations.
-RANDOM_VALUES = ("instance_id", "_port", "_ip")
+def differences(ours: Any, theirs: Any) -> dict[str, tuple[str | None, str | None]]:
+    """Return the values of two configurations that differ, by name; without those that any two differ in."""
+    first, second = values(ours), values(theirs)
+    return {
+        name: (first.get(name), second.get(name))
+        for name in first.keys() | second.keys()
+        if first.get(name) != second.get(name) and name not in RANDOM_VALUES
+    }
 
 
-def test_the_engines_configuration_equals_that_of_vllm_serve(gpu: str, tiny_model: str) -> None:
-    _, seqs, tokens = GPUS[gpu]
-    flags, model = vllm_args.flags(), Model(tiny_model, ("tiny",))
-    _, config = vllm_args.engine_config(flags, vllm_args.parse(flags, model), model)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_engines_configuration_equals_that_of_vllm_serve(gpu: str, settings: str, tiny_model: str) -> None:
+    """Every flag and every effective value, with nothing set and with settings that change what vLLM chooses."""
+    variables, arguments = SETTINGS[settings]
+    our_args, ours = of_this_worker(tiny_model, variables)
+    their_args, theirs = of_vllm_serve(tiny_model, arguments)
 
-    assert (config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens) == (seqs, tokens)
-    ours, theirs = values(config), values(config_of_vllm_serve(tiny_model))
-    assert len(ours) > 200
-    assert {
-        name: (ours.get(name), theirs.get(name))
-        for name in ours.keys() | theirs.keys()
-        if ours.get(name) != theirs.get(name)
-        and not name.endswith(RANDOM_VALUES)
-        and " at 0x" not in ours.get(name, "")
-    } == {}
+    if settings == "none":
+        _, seqs, tokens = GPUS[gpu]
+        scheduler = ours.scheduler_config
+        assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (seqs, tokens)
+    assert len(values(our_args)) > 150
+    assert len(values(ours)) > 400
+    assert differences(our_args, their_args) == {}
+    assert differences(ours, theirs) == {}
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3"], indirect=True)
+@pytest.mark.parametrize("settings", [name for name in SETTINGS if name != "none"])
+@pytest.mark.usefixtures("gpu")
+def test_a_setting_that_only_one_of_them_has_is_a_difference(settings: str, tiny_model: str) -> None:
+    """The comparison sees each of these settings, in the flags and in what becomes of them."""
+    our_args, ours = of_this_worker(tiny_model, SETTINGS[settings][0])
+    their_args, theirs = of_vllm_serve(tiny_model, [])
+
+    assert differences(our_args, their_args) != {}
+    assert differences(ours, theirs) != {}
+
+
+def test_the_worker_and_vllm_differ_where_the_worker_has_defaults_of_its_own(tiny_model: str) -> None:
+    """On a CPU: there it does not compile, and its KV cache is small."""
+    found = differences(of_this_worker(tiny_model, {})[1], of_vllm_serve(tiny_model, [])[1])
+
+    assert found["model_config.enforce_eager"] == ("True", "False")
+    assert "cache_config.kv_cache_memory_bytes" in found
+
+
+def test_values_are_compared_within_lists_and_mappings_and_without_addresses() -> None:
+    @dataclasses.dataclass
+    class Config:
+        sizes: list[int]
+        more: dict[str, Any]
+
+    ours, theirs = Config([1, 2], {"a": object()}), Config([1, 3], {"a": object(), "b": None})
+
+    assert differences(ours, theirs) == {
+        "sizes.1": ("2", "3"),
+        "more": ("dict of 1", "dict of 2"),
+        "more.'b'": (None, "None"),
+    }

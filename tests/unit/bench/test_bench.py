@@ -31,7 +31,7 @@ from bench.metrics import (
 )
 from bench.scenarios import Scenario, default_scenarios, full_scenarios, poisson_arrivals
 from bench.synthetic_model import tensor_shapes, write_weights
-from bench.systems import OURS, PEER, VLLM, free_port, worker_options
+from bench.systems import OURS, PEER, VLLM, free_port, stock_setup, worker_options
 from engine.backend.merging import is_plain_text
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
@@ -574,9 +574,9 @@ def test_hardware_and_versions_are_reported(tmp_path: Path) -> None:
 
 
 def test_all_workers_get_the_same_settings() -> None:
-    options = worker_options(Path("dir"), gpu=False)
+    options = worker_options(stock_setup(Path("dir"), gpu=False))
     assert options == [
         *("--env=MODEL_NAME=dir", "--env=SERVED_MODEL_NAME=tiny"),
         *("--env=ENFORCE_EAGER=true", "--env=DTYPE=float32"),
     ]
-    assert "--env=GPU_MEMORY_UTILIZATION=0.25" in worker_options(Path("dir"), gpu=True)
+    assert "--env=GPU_MEMORY_UTILIZATION=0.25" in worker_options(stock_setup(Path("dir"), gpu=True))
