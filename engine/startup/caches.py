@@ -51,6 +51,7 @@ PACKAGES = (
 )
 # Downloads, which are no compiled code and may be large.
 _NOT_PACKED = ("vllm/assets/",)
+_DRIVER_DIR, _DEVICE_DIR = Path("/proc/driver/nvidia/gpus"), Path("/dev")
 _ROOT = Path(__file__).resolve().parents[2]
 _UNPACK_TIMEOUT_S = 60.0
 # After these times, in seconds after the worker is ready and after each other, it packs what is new: first what the
@@ -264,11 +265,17 @@ def _version(package: str) -> str:
 
 
 def _gpus() -> Iterator[str]:
-    """Yield the names of the GPUs that NVIDIA's driver lists, without starting CUDA or another program."""
-    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+    """Yield the names of the GPUs that NVIDIA's driver lists, without starting CUDA or another program.
+
+    Where a container does not see the driver's list, a GPU has no name: libraries know it by their own keys.
+    """
+    files = list(_DRIVER_DIR.glob("*/information"))
+    for file in files:
         with suppress(OSError):
             if found := re.search(r"^Model:\s*(.+?)\s*$", file.read_text(encoding="utf-8"), re.MULTILINE):
                 yield found[1]
+    if not files and any(_DEVICE_DIR.glob("nvidia[0-9]*")):
+        yield "GPU"
 
 
 def _cpu_flags() -> str:

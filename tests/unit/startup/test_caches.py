@@ -234,6 +234,19 @@ def test_another_processor_or_another_version_has_another_directory(
     assert caches.key() != before
 
 
+@pytest.mark.parametrize(("listed", "name"), [(True, "L40S"), (False, "GPU")])
+def test_a_gpu_is_known_without_cuda(listed: bool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the driver's list; or, where a container does not see that, from its device."""
+    (tmp_path / "nvidia0").touch()
+    if listed:
+        (tmp_path / "0000:01:00.0").mkdir()
+        (tmp_path / "0000:01:00.0/information").write_text("Model: \t\t NVIDIA L40S\nIRQ:   \t\t 24\n")
+    monkeypatch.setattr(caches, "_DRIVER_DIR", tmp_path)
+    monkeypatch.setattr(caches, "_DEVICE_DIR", tmp_path)
+
+    assert caches.key().split("-")[1:-1] == [name]
+
+
 def test_with_a_gpu_the_host_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts with the same GPU have different processors, and their kernels are the same."""
     monkeypatch.setattr(caches, "_gpus", lambda: iter(["NVIDIA H100 80GB HBM3"] * 2))
