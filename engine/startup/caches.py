@@ -117,9 +117,7 @@ class Caches:
             return
         if process.returncode == 0:  # The builder has logged why it failed.
             waited_s = time.monotonic() - waiting_since
-            self._unpacked = (
-                f", of which {output.decode().strip()} unpacked from {self._archive} (waited {waited_s:.1f} s)"
-            )
+            self._unpacked = f" ({output.decode().strip()} unpacked from {self._archive}, waited {waited_s:.1f} s)"
 
     def log_usage(self, lines: str) -> None:
         """Log what the start has found and what it has compiled.
@@ -127,9 +125,9 @@ class Caches:
         Args:
             lines: the log of the engine's processes.
         """
-        found, new = _Total(), _Total()
+        earlier, new = _Total(), _Total()
         for _, stat in _files(self.directory):
-            (new if stat.st_mtime >= self._started_at else found).add(stat.st_size)
+            (new if stat.st_mtime >= self._started_at else earlier).add(stat.st_size)
         failed = compat.COMPILED_CODE_NOT_LOADED.search(lines)
         model = ""
         if failed:
@@ -139,7 +137,9 @@ class Caches:
         elif compat.COMPILED_CODE_LOADED.search(lines):
             model = "; the compiled model was loaded"
         level = logging.WARNING if failed else logging.INFO
-        _log.log(level, "Caches %s: %s found%s; %s new%s", self.directory, found, self._unpacked, new, model)
+        _log.log(
+            level, "Caches %s%s: %s of earlier starts, %s new%s", self.directory, self._unpacked, earlier, new, model
+        )
         if self._unwritable is not None and new.files:
             _log.info(
                 "Caches: other workers cannot use what is new, as user %d may not write to %s: build the image with "

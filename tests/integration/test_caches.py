@@ -36,8 +36,11 @@ def test_a_worker_finds_on_the_volume_what_another_has_compiled(
         warm_log = builder.log
 
     files = r"\d\d+ files \(\d+\.\d MB\)"
-    assert re.search(rf"Caches \S+/first/\S+: 0 files \(0\.0 MB\) found; {files} new", log)
-    assert re.search(rf"Caches \S+/second/\S+: {files} found, of which {files} unpacked from \S+\.tar", warm_log)
+    assert re.search(rf"Caches \S+/first/\S+: 0 files \(0\.0 MB\) of earlier starts, {files} new", log)
+    assert re.search(
+        rf"Caches \S+/second/\S+ \({files} unpacked from \S+\.tar, waited \d+\.\d s\): {files} of earlier starts",
+        warm_log,
+    )
     compiled = libraries(tmp_path / "first")
     assert compiled
     assert libraries(tmp_path / "second") == compiled

@@ -94,12 +94,10 @@ def test_another_worker_finds_through_the_volume_what_one_has_compiled(
     assert (second.directory / "triton/a/kernel").read_text() == "code"
     (archive,) = volume.rglob("*.tar")
     log = caplog.text
-    assert f"{first.directory}: 0 files (0.0 MB) found; 1 files (0.0 MB) new" in log
+    assert f"{first.directory}: 0 files (0.0 MB) of earlier starts, 1 files (0.0 MB) new" in log
     assert f"1 files added to {archive} in" in log
-    assert (
-        f"{second.directory}: 1 files (0.0 MB) found, of which 1 files (0.0 MB) unpacked from {archive} (waited" in log
-    )
-    assert "; 0 files (0.0 MB) new" in log
+    assert f"{second.directory} (1 files (0.0 MB) unpacked from {archive}, waited" in log
+    assert "1 files (0.0 MB) of earlier starts, 0 files (0.0 MB) new" in log
 
 
 def test_what_the_image_or_the_volume_has_is_not_packed_again(tmp_path: Path, volume: Path) -> None:
