@@ -86,7 +86,8 @@ def unpack(file: Path, directory: Path) -> tuple[int, int]:
     """
     count = size_bytes = 0
     try:
-        with tarfile.open(file, "r|", bufsize=_BUFFER_BYTES) as archive:
+        # Not tarfile's streams: they copy the rest of their buffer at each read.
+        with file.open("rb", _BUFFER_BYTES) as opened_file, tarfile.open(fileobj=opened_file, mode="r:") as archive:
             for member in archive:
                 target = directory / member.name
                 if not _is_inside(member.name):
