@@ -3,6 +3,7 @@
 #   docker build -t IMAGE .                    for a GPU: vLLM's own image, the model of the hub in a separate layer
 #   docker build -t IMAGE --target cpu .       for a laptop: vLLM's CPU build, with the tiny model
 #   docker build -t IMAGE --target cpu-hub .   the same, with the model of the hub
+#   docker build -t IMAGE --target warm …      one of these, with what a worker compiles at its first start
 #
 # docs/deploy.md describes the build arguments. What changes most often comes last: a change of the code rebuilds only
 # the last layer.
@@ -15,6 +16,8 @@ ARG PYTHON_IMAGE=${BASE_URL}/library/python:3.11.14-slim-bookworm
 # The model, on the hub.
 ARG MODEL_NAME=unsloth/phi-4-bnb-4bit
 ARG MODEL_REVISION=main
+# What `warm` adds to: an image, or a target above it.
+ARG WARM_FROM=cpu
 # For the labels of the image: version and URL of this repository.
 ARG VERSION=0.1.0
 ARG SOURCE=
@@ -93,8 +96,8 @@ RUN python3 -m compileall -q --invalidation-mode checked-hash builder emulator e
 
 FROM cpu-packages AS cpu
 ARG MODEL_DIR=/workspace/vllm/tiny
-RUN useradd --create-home --uid 10001 worker
-ENV BAKED_MODEL_DIR=${MODEL_DIR} PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1
+RUN useradd --create-home --uid 10001 worker && install --directory --owner=10001 /workspace/vllm/compiled
+ENV BAKED_MODEL_DIR=${MODEL_DIR} COMPILE_CACHE_DIR=/workspace/vllm/compiled PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1
 COPY --from=tiny /model ${MODEL_DIR}
 COPY --from=tiny /settings.json /workspace/vllm/settings.json
 COPY --from=cpu-code /app .
@@ -118,6 +121,14 @@ COPY --from=model /settings.json /workspace/vllm/settings.json
 ARG MODEL_NAME
 ARG MODEL_REVISION
 LABEL vllm-serverless.model="${MODEL_NAME}" vllm-serverless.model.revision="${MODEL_REVISION}"
+
+
+# An image that was started once: its build context is a directory with what `python -m builder warm` has packed there.
+# hadolint ignore=DL3006
+FROM ${WARM_FROM} AS warm
+# Not `ADD`: what it unpacks may belong to root, and the worker adds to these directories.
+RUN --mount=type=bind,source=compiled.tar,target=/compiled.tar \
+    python3 -m builder unpack /compiled.tar "$COMPILE_CACHE_DIR"
 
 
 FROM ${BASE_IMAGE} AS gpu-packages
@@ -153,8 +164,8 @@ FROM gpu-packages AS gpu
 ARG MODEL_DIR=/workspace/vllm/phi-4-bnb-4bit
 # The user. Volumes may belong to root: use --build-arg WORKER=0 if models are downloaded to one.
 ARG WORKER=10001
-RUN useradd --create-home --uid 10001 worker
-ENV BAKED_MODEL_DIR=${MODEL_DIR} PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1
+RUN useradd --create-home --uid 10001 worker && install --directory --owner=10001 /workspace/vllm/compiled
+ENV BAKED_MODEL_DIR=${MODEL_DIR} COMPILE_CACHE_DIR=/workspace/vllm/compiled PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1
 COPY --from=model /model ${MODEL_DIR}
 COPY --from=model /settings.json /workspace/vllm/settings.json
 COPY --from=gpu-code /app .

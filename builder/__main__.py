@@ -70,6 +70,68 @@ def _doctor(arguments: argparse.Namespace) -> None:
     report.diagnose(options, as_json=arguments.json)
 
 
+def _pack(arguments: argparse.Namespace) -> None:
+    """Pack compiled code; print how many files were added."""
+    from builder import cache_file
+
+    names = sys.stdin.read().splitlines() if arguments.stdin else None
+    sys.stdout.write(f"{cache_file.pack(arguments.directory, arguments.file, names)} files\n")
+
+
+def _unpack(arguments: argparse.Namespace) -> None:
+    """Unpack compiled code; print how many files that were, and their size."""
+    from builder import cache_file
+
+    count, size_bytes = cache_file.unpack(arguments.file, arguments.directory)
+    sys.stdout.write(f"{count} files ({size_bytes / 1e6:.1f} MB)\n")
+
+
+def _warm(arguments: argparse.Namespace) -> None:
+    """Make the caches of compiled code; print their directory, unless stdout is the archive."""
+    from builder import warm
+
+    directory = warm.warm(arguments.file, arguments.job or warm.JOB)
+    if arguments.file != warm.STDOUT:
+        sys.stdout.write(f"{directory}\n")
+
+
+def _add_caches(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    warm = commands.add_parser(
+        "warm",
+        help="compile what a worker would compile at its first start",
+        description=(
+            "Start the worker once with the settings of the environment, on the kind of GPU that it will have, and run "
+            "one job, so that vLLM and its libraries compile into the worker's COMPILE_CACHE_DIR; print that directory."
+        ),
+        epilog="To put the result into an image, build the Dockerfile's target `warm` (docs/deploy.md).",
+    )
+    warm.add_argument("file", metavar="FILE", nargs="?", help="pack the caches into this tar archive; - is stdout")
+    warm.add_argument("--job", metavar="JSON", help="the job to run (default: a completion of 16 tokens)")
+    warm.set_defaults(run=_warm)
+
+    pack = commands.add_parser(
+        "pack",
+        help="pack compiled code into one file",
+        description=(
+            "Add the files of a directory to a tar archive that several workers may share: it is replaced as a whole, "
+            "and files that it has already stay."
+        ),
+    )
+    pack.add_argument("directory", metavar="DIR", type=Path)
+    pack.add_argument("file", metavar="FILE", type=Path)
+    pack.add_argument("--stdin", action="store_true", help="pack only the files that stdin names, one a line")
+    pack.set_defaults(run=_pack)
+
+    unpack = commands.add_parser(
+        "unpack",
+        help="unpack compiled code",
+        description="Unpack such an archive; files that are in the directory already are left as they are.",
+    )
+    unpack.add_argument("file", metavar="FILE", type=Path)
+    unpack.add_argument("directory", metavar="DIR", type=Path)
+    unpack.set_defaults(run=_unpack)
+
+
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     doctor = commands.add_parser(
         "doctor",
@@ -171,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         help="copy the model to this new or empty directory, and print it instead of the cache's",
     )
     tiny.set_defaults(run=_tiny)
+    _add_caches(commands)
     _add_doctor(commands)
     return parser
 

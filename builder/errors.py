@@ -11,6 +11,7 @@ BuilderError
 ├── UnsupportedModelError
 ├── IntegrityError
 ├── TrainingError
+├── WorkerError
 ├── ModelNotFoundError
 ├── ConfigError
 ├── UnknownSizeError
@@ -78,6 +79,10 @@ class IntegrityError(BuilderError):
 
 class TrainingError(BuilderError):
     """The tiny model failed its validation after training."""
+
+
+class WorkerError(BuilderError):
+    """The worker that the command has started failed."""
 
 
 class ModelNotFoundError(BuilderError):

@@ -19,7 +19,8 @@ from engine.config import environment
 from engine.config.settings import Settings
 from engine.errors import ConfigurationError
 from engine.queue.admission import Admission
-from engine.startup import compile_cache, configure, model_resolver, weight_prefetch
+from engine.startup import configure, model_resolver, weight_prefetch
+from engine.startup.caches import Caches
 
 if TYPE_CHECKING:
     from engine.backend.configuration import Configuration
@@ -45,11 +46,13 @@ class Worker:
     Args:
         engine: loaded.
         settings: the worker's own.
+        caches: of what the engine has compiled, to be packed for other workers.
     """
 
-    def __init__(self, engine: VLLMEngine, settings: Settings) -> None:
+    def __init__(self, engine: VLLMEngine, settings: Settings, caches: Caches | None = None) -> None:
         self.engine = engine
         self._settings = settings
+        self._caches = caches
 
     @classmethod
     def start(cls, variables: Mapping[str, Variable] | None = None, checks: Checks | None = None) -> Self:
@@ -67,8 +70,11 @@ class Worker:
         variables = environment.read() if variables is None else variables
         settings = Settings.read(variables)
         environment.export_token(variables)
-        compile_cache.configure(settings.network_volume)
-        if (directory := model_resolver.guess_model_dir(settings, variables)) is not None:
+        caches = Caches(
+            settings.compile_cache_dir, settings.network_volume, model_resolver.named_model(settings, variables)
+        )
+        directory = model_resolver.guess_model_dir(settings, variables)
+        if directory is not None and not weight_prefetch.has_own_reader(variables):
             weight_prefetch.start(directory)
         with _gc_paused_then_frozen():
             from engine.backend import vllm_engine
@@ -82,10 +88,11 @@ class Worker:
             timer.mark("fitness")
         _download(configuration)
         timer.mark("model_files")
+        caches.wait()
         _log.info("Loading the engine")
-        engine = _load_engine(configuration)
+        engine = _load_engine(configuration, caches)
         _log.info("Engine ready after %.1f s, serving %s", timer.total_s, ", ".join(configuration.model.names))
-        return cls(engine, settings)
+        return cls(engine, settings, caches)
 
     @property
     def max_concurrency(self) -> int:
@@ -124,11 +131,15 @@ class Worker:
         await engine.app()
         cold_start.WORKER.mark("app")
         cold_start.WORKER.log("Cold start")
+        if self._caches is not None:
+            self._caches.pack_later()
         jobs.supervise(health.heartbeat(engine.failure), "heartbeat")
         return await jobs.run()
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
+        if self._caches is not None:
+            self._caches.close()
         self.engine.shutdown()
 
 
@@ -161,7 +172,7 @@ def _download(configuration: Configuration) -> None:
     model_resolver.enable_offline_mode(configuration.model, configuration.flags)
 
 
-def _load_engine(configuration: Configuration) -> VLLMEngine:
+def _load_engine(configuration: Configuration, caches: Caches) -> VLLMEngine:
     """Load the engine, and import meanwhile what is needed after it.
 
     Raises:
@@ -180,9 +191,10 @@ def _load_engine(configuration: Configuration) -> VLLMEngine:
             raise ConfigurationError(reason) from error
         records = logs.records
         cold_start.WORKER.split_engine_phase(startup_phases.phases(records))
-        if (found := startup_phases.compile_cache(records)) is not None:
-            cold_start.WORKER.note_cache("compile", found)
-        compile_cache.log_usage(logs.lines)
+        compile_cache = startup_phases.compile_cache(records)
+        if compile_cache is not None:
+            cold_start.WORKER.note_cache("compile", compile_cache)
+        caches.log_usage(compile_cache)
     return engine
 
 

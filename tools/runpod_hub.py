@@ -66,13 +66,13 @@ def setting_inputs() -> list[dict[str, Any]]:
     """The worker's own settings, as inputs of the hub's form.
 
     Left out are secrets, which the form would show (they belong in the platform's secrets, or are set by the platform
-    itself), and what the image was built with.
+    itself), and what the image was built with: an empty input of the form would hide it.
     """
     properties = Settings.model_json_schema()["properties"]
     return [
         _input(name.upper(), schema["description"], _kind(schema), schema.get("default"))
         for name, schema in properties.items()
-        if not is_secret(name) and not name.startswith("baked_")
+        if not is_secret(name) and not name.startswith("baked_") and name != "compile_cache_dir"
     ]
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -24,6 +24,20 @@ from engine.errors import ConfigurationError
 GIB_BYTES = 1 << 30
 # On a CPU, vLLM's default KV cache is most of the machine's memory.
 CPU_KV_CACHE_BYTES = 1 * GIB_BYTES
+
+# The largest CUDA graph that vLLM captures by default, in tokens (0.32, `VllmConfig._set_cudagraph_sizes`).
+_MAX_GRAPH_SIZE = 512
+_GRAPH_SIZE = "max_cudagraph_capture_size"
+# Flags that say which CUDA graphs are captured, or how many tokens a request has in a step.
+_GRAPH_FLAGS = {
+    "compilation_config",
+    "cudagraph_capture_sizes",
+    _GRAPH_SIZE,
+    "spec_method",
+    "spec_model",
+    "spec_tokens",
+    "speculative_config",
+}
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,6 +54,8 @@ class _FlagsError(ValueError):
 def set_environment() -> None:
     """Set the variables that vLLM reads when it is imported, unless the user has set them."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # What a start has measured of the GPU's memory is kept with the compiled code, and spares the next one the same.
+    os.environ.setdefault("VLLM_ENABLE_STARTUP_PLAN", "1")
     # vLLM's app would require this key of the worker's own calls; clients authenticate with the platform.
     os.environ.pop("VLLM_API_KEY", None)
 
@@ -54,6 +70,19 @@ def flags() -> Flags:
             raise ValueError(message)
 
     return Flags(compat.cli_args().make_arg_parser(Parser(exit_on_error=False, allow_abbrev=False)), _check_value)
+
+
+def limit_graphs(flags: Flags, max_concurrency: int | Literal["auto"]) -> None:
+    """Let vLLM capture no CUDA graphs for more requests than the worker runs at once, unless flags say which.
+
+    vLLM itself captures graphs of up to twice `max_num_seqs` tokens, and at most 512; this is the same for a smaller
+    number of requests. With speculative decoding a request has several tokens in a step: that is left to vLLM.
+    """
+    size = _MAX_GRAPH_SIZE if max_concurrency == "auto" else 2 * max_concurrency
+    max_num_seqs = flags.value("max_num_seqs")
+    more_are_captured = size < _MAX_GRAPH_SIZE and (max_num_seqs is None or 2 * max_num_seqs > size)
+    if more_are_captured and _GRAPH_FLAGS.isdisjoint(flags.values):
+        flags.set_default(_GRAPH_SIZE, str(size), "follows MAX_CONCURRENCY")
 
 
 def parse(flags: Flags, model: Model) -> Any:
@@ -81,6 +110,9 @@ def engine_config(flags: Flags, args: Any, model: Model) -> tuple[Any, Any]:
         serve_args = args if tried is flags else _parse(tried, model)
         arguments = AsyncEngineArgs.from_cli_args(serve_args)
         config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        if config.model_config.runner_type != "generate" and tried.is_default(_GRAPH_SIZE):
+            # A request of a pooling model has all its tokens in one step.
+            return attempt(tried.without(_GRAPH_SIZE))
         _raise_if_any(
             _check_loading(config),
             _check_parsers_with_model(serve_args, config),

@@ -102,6 +102,12 @@ class Settings(BaseModel):
         Path("/runpod-volume"),
         description="Mount point of the network volume; models are downloaded to its directory `models`.",
     )
+    compile_cache_dir: _Directory | None = Field(
+        None,
+        description="Directory of what vLLM and its libraries compile; in the image `/workspace/vllm/compiled`, "
+        "elsewhere `~/.cache/vllm-serverless/compiled`. What is new there is also packed into one file on the network "
+        "volume, for other workers.",
+    )
     hf_token: SecretStr | None = Field(None, description="Hugging Face token, for gated or private models.")
 
     runpod_webhook_get_job: SecretStr | None = Field(

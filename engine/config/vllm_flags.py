@@ -105,6 +105,7 @@ class Flags:
             action.dest: action for action in self._options.values() if action.dest not in UNSUPPORTED_FLAGS
         }
         self.values: dict[str, FlagValue] = {}
+        self._defaults: frozenset[str] = frozenset()
 
     def load(self, variables: Mapping[str, Variable], settings: Iterable[str]) -> None:
         """Set all flags that the variables, and the files that they name, have.
@@ -130,6 +131,18 @@ class Flags:
         """Return the value of a flag, as vLLM's parser reads it; None if it is not set."""
         flag = self.values.get(dest)
         return None if flag is None else flag.value
+
+    def set_default(self, dest: str, value: str, source: str) -> None:
+        """Set a flag that no source sets, if vLLM has it; `source` says why it has this value."""
+        if dest in self.actions and dest not in self.values:
+            action, name = self.actions[dest], dest.upper()
+            arguments = _arguments(action, value, self._options)
+            self._set(action, name, source, f"{name}={value} ({source})", arguments)
+            self._defaults = self._defaults | {dest}
+
+    def is_default(self, dest: str) -> bool:
+        """Return whether `set_default` has set the flag."""
+        return dest in self.values and dest in self._defaults
 
     def without(self, dest: str) -> Self:
         """Return a copy without this flag."""

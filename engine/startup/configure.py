@@ -29,6 +29,7 @@ def read(variables: Mapping[str, Variable] | None = None) -> Configuration:
     settings = Settings.read(variables)
     flags = vllm_args.flags()
     flags.load(variables, [name.upper() for name in Settings.model_fields])
+    vllm_args.limit_graphs(flags, settings.max_concurrency)
     if (engines := flags.value("data_parallel_size")) is not None and engines > 1:
         # vLLM supports it, but when one engine dies, it ends the requests of the others as if they were complete.
         raise ConfigurationError(

@@ -97,18 +97,19 @@ def choose(settings: Settings, flags: Flags) -> Model:
 
 def guess_model_dir(settings: Settings, variables: Mapping[str, Variable]) -> Path | None:
     """Return the directory that the model is probably loaded from, without vLLM's parser, whose import takes long."""
-
-    def value_of(*names: str) -> str | None:
-        values = (variables[name].value for name in names if name in variables)
-        return next((value for value in values if value not in NULL_WORDS), None)
-
-    named = value_of("MODEL_NAME", "MODEL")
+    named = _value_of(variables, "MODEL_NAME", "MODEL")
     if named is None:
         return settings.baked_model_dir
     if model_store.is_dir(named) or not _HUB_ID.fullmatch(named):
         return Path(os.path.expanduser(named))  # noqa: PTH111 (`Path.expanduser` raises for an unknown user)
-    found = _find(settings, named, value_of("MODEL_REVISION", "REVISION"), value_of("DOWNLOAD_DIR"))
+    revision, download_dir = _value_of(variables, "MODEL_REVISION", "REVISION"), _value_of(variables, "DOWNLOAD_DIR")
+    found = _find(settings, named, revision, download_dir)
     return next((path for path, _ in found), None)
+
+
+def named_model(settings: Settings, variables: Mapping[str, Variable]) -> str:
+    """Return the model as the variables name it, or the directory of the image's."""
+    return _value_of(variables, "MODEL_NAME", "MODEL") or str(settings.baked_model_dir)
 
 
 def enable_offline_mode(model: Model, flags: Flags) -> None:
@@ -122,6 +123,12 @@ def enable_offline_mode(model: Model, flags: Flags) -> None:
 
     constants.HF_HUB_OFFLINE = True
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _value_of(variables: Mapping[str, Variable], *names: str) -> str | None:
+    """Return the first of the variables that is set."""
+    values = (variables[name].value for name in names if name in variables)
+    return next((value for value in values if value not in NULL_WORDS), None)
 
 
 def _may_be_on_hub(value: Any) -> bool:

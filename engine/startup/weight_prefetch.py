@@ -5,15 +5,38 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
 from builder import layout
+from engine.config.environment import Variable
+from engine.config.vllm_flags import CONFIG_FILE, EXTRA_ARGS
 
+# Values of vLLM's `--load-format` whose loaders read past the page cache, with threads of their own, or not at all:
+# next to them, reading ahead would read everything twice.
+OWN_READERS = (
+    "dummy",
+    "fastsafetensors",
+    "instanttensor",
+    "ipc_cache",
+    "modelexpress",
+    "runai_streamer",
+    "tensorizer",
+)
 _BUFFER_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
+
+
+def has_own_reader(variables: Mapping[str, Variable]) -> bool:
+    """Return whether the variables, or the file of flags, name such a loader; vLLM's parser is not imported yet."""
+    texts = [variables[name].value for name in ("LOAD_FORMAT", EXTRA_ARGS) if name in variables]
+    if CONFIG_FILE in variables:
+        with contextlib.suppress(OSError, ValueError):  # What is wrong with the file is reported later.
+            texts.append(Path(variables[CONFIG_FILE].value).read_text(encoding="utf-8"))
+    return any(reader in text for text in texts for reader in OWN_READERS)
 
 
 def start(directory: Path) -> None:

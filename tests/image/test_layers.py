@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from builder import cache_file
 from tests.image.builds import ROOT, Buildah, build_vllm_base, files_with
 from tests.image.conftest import NAME, TOKEN
 from tests.model_hub import COMMIT, Hub
@@ -99,6 +100,23 @@ def test_a_change_of_the_code_rebuilds_only_the_last_layer(path: str, build: Any
     assert len(different) == 1, different
     assert re.fullmatch(r".*COPY dir:\w+ in \.", different[0]), different
     assert hub.sent_bytes == sent, "the model is not downloaded again"
+
+
+def test_compiled_code_is_added_to_a_finished_image(image: dict[str, Any], buildah: Buildah, directory: Path) -> None:
+    """It belongs to the worker's user, who adds to it."""
+    kernel = directory / "kernels/key/triton/kernel"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(b"code")
+    (directory / "warm").mkdir()
+    cache_file.pack(directory / "kernels", directory / "warm/compiled.tar")
+
+    options = ["--target=warm", f"--build-arg=WARM_FROM=localhost/{IMAGE}", f"--file={ROOT / 'Dockerfile'}"]
+    buildah.build("worker-warm", *options, context=directory / "warm")
+
+    assert buildah.inspect("worker-warm")["Docker"]["config"]["Cmd"] == image["Docker"]["config"]["Cmd"]
+    unpacked = buildah.files(buildah.container("worker-warm")) / "workspace/vllm/compiled/key/triton/kernel"
+    assert unpacked.read_bytes() == b"code"
+    assert {path.stat().st_uid for path in (unpacked, *list(unpacked.parents)[:3])} == {10001}
 
 
 def test_no_secret_is_in_any_layer_history_or_environment(image: dict[str, Any], buildah: Buildah) -> None:

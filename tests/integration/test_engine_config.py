@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from engine.backend import compat, vllm_args
 from engine.config import environment
+from engine.config.environment import Variable
 from engine.config.model import Model
 from engine.config.settings import Settings
 
@@ -209,3 +210,59 @@ def test_values_are_compared_within_lists_and_mappings_and_without_addresses() -
         "more": ("dict of 1", "dict of 2"),
         "more.'b'": (None, "None"),
     }
+
+
+def graph_sizes(tiny_model: str, max_concurrency: int | Literal["auto"], *arguments: str) -> list[int]:
+    """Return the sizes of CUDA graphs that vLLM would capture on a GPU."""
+    from vllm.config import CUDAGraphMode
+
+    flags, model = vllm_args.flags(), Model(tiny_model, ("tiny",))
+    flags.load({"VLLM_EXTRA_ARGS": Variable(" ".join(arguments), "environment")}, [])
+    vllm_args.limit_graphs(flags, max_concurrency)
+    args = vllm_args.parse(flags, model)
+    arguments_of_engine, config = vllm_args.engine_config(flags, args, model)
+    compilation = config.compilation_config
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    compilation.max_cudagraph_capture_size = arguments_of_engine.max_cudagraph_capture_size
+    compilation.cudagraph_capture_sizes = arguments_of_engine.cudagraph_capture_sizes
+    config.model_config.enforce_eager = False
+    config._set_cudagraph_sizes()
+    sizes: list[int] = compilation.cudagraph_capture_sizes
+    return sizes
+
+
+def test_graphs_for_a_few_jobs_are_those_of_vllm_for_as_many_requests(gpu: str, tiny_model: str) -> None:
+    del gpu
+
+    assert graph_sizes(tiny_model, 8) == graph_sizes(tiny_model, "auto", "--max-num-seqs=8") == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("max_concurrency", "arguments"),
+    [
+        (300, ()),
+        (8, ("--max-num-seqs=4",)),
+        (8, ("--cudagraph-capture-sizes", "1", "100")),
+        (8, ("--max-cudagraph-capture-size=64",)),
+        (8, ("--compilation-config", "'{\"max_cudagraph_capture_size\": 64}'")),
+        (8, ("--runner=pooling",)),
+    ],
+)
+def test_graphs_are_left_to_vllm_where_it_has_fewer_or_the_user_says_which(
+    max_concurrency: int, arguments: tuple[str, ...], gpu: str, tiny_model: str
+) -> None:
+    """Also for a pooling model, of which a single request is a step of many tokens."""
+    del gpu
+
+    assert graph_sizes(tiny_model, max_concurrency, *arguments) == graph_sizes(tiny_model, "auto", *arguments)
+
+
+def test_graphs_of_speculative_decoding_are_left_to_vllm() -> None:
+    """A request has several tokens in each step."""
+    flags = vllm_args.flags()
+    speculation = '{"method": "ngram", "num_speculative_tokens": 3}'
+    flags.load({"SPECULATIVE_CONFIG": Variable(speculation, "environment")}, [])
+
+    vllm_args.limit_graphs(flags, 8)
+
+    assert flags.value("max_cudagraph_capture_size") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from engine.config.environment import Variable
 from engine.startup import weight_prefetch
 
 
@@ -85,3 +87,36 @@ def test_a_link_to_nothing_is_passed_over(tmp_path: Path, asked: list[str]) -> N
     begin(tmp_path)
 
     assert asked == ["b.safetensors 1", "b.safetensors 0"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"LOAD_FORMAT": "safetensors"}, False),
+        ({"LOAD_FORMAT": "fastsafetensors"}, True),
+        ({"VLLM_EXTRA_ARGS": "--load-format runai_streamer"}, True),
+        ({"VLLM_CONFIG_FILE": "nowhere"}, False),
+        ({"VLLM_CONFIG_FILE": "file"}, True),
+    ],
+)
+def test_a_loader_that_reads_by_itself_is_known_before_vllm_is(
+    variables: dict[str, str], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Next to it, all weights would be read twice."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("load-format: instanttensor\n")
+
+    found = weight_prefetch.has_own_reader({name: Variable(text, "environment") for name, text in variables.items()})
+
+    assert found == expected
+
+
+def test_the_loaders_are_vllms() -> None:
+    """With the name of a loader of vLLM that was renamed, reading ahead would begin again unnoticed."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).with_name("model_executor").joinpath("model_loader/__init__.py").read_text()
+
+    assert [name for name in weight_prefetch.OWN_READERS if f'"{name}"' not in source] == []
