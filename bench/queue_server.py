@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 from bench.clients import Address, RequestTrace, gc_paused
@@ -40,7 +40,7 @@ class QueueServer:
         self.posts = 0
         self._certificate = Certificate([_HOST], os.environ)
         self._queued: deque[str] = deque()
-        self._polls: list[tuple[int, Callable[[bytes], None]]] = []
+        self._polls: list[_Poll] = []
         self._traces: dict[str, RequestTrace] = {}
         self._ended: dict[str, asyncio.Event] = {}
         self._input: Any = None
@@ -92,21 +92,21 @@ class QueueServer:
             del self._traces[job_id], self._ended[job_id]
         return traces
 
-    def on_request(self, method_and_path: str, body: bytes, respond: Callable[[bytes], None]) -> None:
-        """Handle a request of the worker; `respond` sends the response's bytes."""
+    def on_request(self, connection: _Connection, method_and_path: str, body: bytes) -> None:
+        """Handle a request of the worker."""
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         call = method_and_path.split("/")[3]
         if call.startswith("job-take"):
             self.polled.set()
             size = _BATCH_SIZE.search(method_and_path)
-            poll = (int(size[1]) if size else 1, respond)
+            poll = _Poll(connection, int(size[1]) if size else 1)
             self._polls.append(poll)
             loop.call_later(_LONG_POLL_S, self._end_poll, poll)
             loop.call_later(self.latency_s / 2, self._answer_polls)
             return
         if call == "job-stop":
-            loop.call_later(_LONG_POLL_S, respond, _response(b"", 204))
+            loop.call_later(_LONG_POLL_S, connection.respond, _NOTHING)
             return
         if call in ("job-stream", "job-done"):
             job_id = method_and_path.split("/")[5].partition("?")[0]
@@ -117,21 +117,33 @@ class QueueServer:
                     trace.ended_s = now + self.latency_s / 2
                     self._ended[job_id].set()
         if self.latency_s:
-            loop.call_later(self.latency_s, respond, _OK)
+            loop.call_later(self.latency_s, connection.respond, _OK)
         else:
-            respond(_OK)
+            connection.respond(_OK)
+
+    def on_lost(self, connection: _Connection) -> None:
+        """Forget the poll of a connection that is closed: a job would be lost with it."""
+        self._polls = [poll for poll in self._polls if poll.connection is not connection]
 
     def _answer_polls(self) -> None:
         while self._queued and self._polls:
-            size, respond = self._polls.pop(0)
-            taken = [self._queued.popleft() for _ in range(min(size, len(self._queued)))]
+            poll = self._polls.pop(0)
+            taken = [self._queued.popleft() for _ in range(min(poll.size, len(self._queued)))]
             jobs = json.dumps([{"id": job_id, "input": self._input} for job_id in taken]).encode()
-            asyncio.get_running_loop().call_later(self.latency_s / 2, respond, _response(jobs))
+            asyncio.get_running_loop().call_later(self.latency_s / 2, poll.connection.respond, _response(jobs))
 
-    def _end_poll(self, poll: tuple[int, Callable[[bytes], None]]) -> None:
+    def _end_poll(self, poll: _Poll) -> None:
         if poll in self._polls:
             self._polls.remove(poll)
-            poll[1](_response(b"", 204))
+            poll.connection.respond(_NOTHING)
+
+
+@dataclass(eq=False)
+class _Poll:
+    """A take that waits for jobs, at most `size`."""
+
+    connection: _Connection
+    size: int
 
 
 class _Connection(asyncio.Protocol):
@@ -155,9 +167,13 @@ class _Connection(asyncio.Protocol):
                 return
             line = self._pending[: self._pending.index(b"\r\n")].decode()
             body, self._pending = self._pending[start:stop], self._pending[stop:]
-            self._queue.on_request(line, body, self._respond)
+            self._queue.on_request(self, line, body)
 
-    def _respond(self, response: bytes) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._queue.on_lost(self)
+
+    def respond(self, response: bytes) -> None:
         if not self._transport.is_closing():
             self._transport.write(response)
 
@@ -167,7 +183,7 @@ def _response(body: bytes, status: int = 200) -> bytes:
     return head.encode() + body
 
 
-_OK = _response(b"{}")
+_OK, _NOTHING = _response(b"{}"), _response(b"", 204)
 
 
 def _as_response(trace: RequestTrace) -> RequestTrace:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench.streams import EMULATED
 from bench.systems import OURS, VLLM
 from tests.processes import ROOT
 
@@ -75,3 +76,25 @@ def test_vllms_load_tool_completes_the_same_requests_and_tokens_with_the_worker_
             "total_output_tokens": 12 * 16,
         }, name
     assert results[VLLM]["total_input_tokens"] == results[OURS]["total_input_tokens"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("tiny_model")
+def test_streams_at_a_gpus_pace_arrive_complete_from_each_system(tmp_path: Path) -> None:
+    """The engine is real but for its model, and a response counts only if all of its tokens have arrived."""
+    bench(tmp_path, "--rounds", "1", "streams", "--clients", "6", "--latency-ms", "0", "20", "--seconds", "1")
+
+    measurements = json.loads((tmp_path / "streams.json").read_text(encoding="utf-8"))["measurements"]
+    assert {(one["system"], one["latency_ms"]) for one in measurements} == {
+        (VLLM, 0),
+        (EMULATED, 0),
+        (OURS, 0),
+        (OURS, 20),
+    }
+    for one in measurements:
+        (figures,) = one["rounds"]
+        assert figures["errors"] == 0, one
+        assert figures["requests"] >= 6
+        # A step for one to 64 requests takes 3.5 to 4.5 ms, so no response is faster than that.
+        assert figures["e2e_p50_ms"] > 127 * 3.5
+    assert all(one["rounds"][0]["deliveries_per_token"] > 0 for one in measurements if one["system"] == OURS)
