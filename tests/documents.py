@@ -67,6 +67,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("performance.md", "python -m bench imports"): _IMPORTS,
     ("performance.md", "python -m bench gpu --peer WORKER_VLLM_CHECKOUT"): _BENCH,
     ("performance.md", "python -m bench gpu"): _BENCH,
+    ("performance.md", "python -m bench streams"): _BENCH,
     ("performance.md", "python -m bench vllm-bench"): _BENCH,
     ("upgrading.md", "make preview"): _NETWORK,
     ("upgrading.md", "PYTHONPATH=.venv/vllm-preview VLLM_TARGET_DEVICE=cpu .venv/bin/python handler.py"): _NETWORK,

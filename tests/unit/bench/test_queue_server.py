@@ -88,6 +88,10 @@ async def closed_loop(
     if working.done():
         working.result()
     working.cancel()
+    await asyncio.wait({working})
+    async with asyncio.timeout(10):
+        while queue._polls:  # Its last take, whose connection is closed now
+            await asyncio.sleep(0.01)
     return await asking
 
 
