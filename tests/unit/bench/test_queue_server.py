@@ -90,7 +90,7 @@ async def closed_loop(
     working.cancel()
     await asyncio.wait({working})
     async with asyncio.timeout(10):
-        while queue._polls:  # Its last take, whose connection is closed now
+        while queue._polls:  # noqa: ASYNC110 (its last take, whose connection is closed now)
             await asyncio.sleep(0.01)
     return await asking
 
