@@ -7,6 +7,7 @@ and when its timer is due. Source: https://curl.se/libcurl/c/libcurl-multi.html,
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import Mapping
 from io import BytesIO
@@ -32,8 +33,8 @@ class Response(NamedTuple):
 class HTTPClient:
     """A client for POST requests on the running event loop.
 
-    It trusts the certificates that Python does: those of the file in `SSL_CERT_FILE`, else the system's. It uses no
-    proxy. A redirect is followed with the same method and body.
+    It trusts the certificates of the file in `SSL_CERT_FILE` and of the directory in `SSL_CERT_DIR`, or without these
+    variables the system's. It uses no proxy. A redirect is followed with the same method and body.
 
     Args:
         headers: of all requests.
@@ -58,7 +59,8 @@ class HTTPClient:
 
         Args:
             url: `https` or `http`.
-            headers: in addition to those of all requests, or instead of one with the same name.
+            headers: in addition to those of all requests, or instead of one with the same name; values without line
+                breaks.
             body: of any size.
 
         Raises:
@@ -72,8 +74,11 @@ class HTTPClient:
         transfer.setopt(pycurl.HTTPHEADER, [*lines, b"Expect:"])
         transfer.setopt(pycurl.POSTFIELDS, body)
         transfer.setopt(pycurl.WRITEDATA, received)
+        try:
+            self._multi.add_handle(transfer)
+        except pycurl.error:
+            raise ConnectionAbortedError("the client is closed") from None
         self._requests[transfer] = done = self._loop.create_future()
-        self._multi.add_handle(transfer)
         try:
             await done
             return Response(transfer.getinfo(pycurl.RESPONSE_CODE), received.getvalue())
@@ -81,6 +86,7 @@ class HTTPClient:
             if self._requests.pop(transfer, None) is not None:
                 # If the request is not complete, this closes its connection.
                 self._multi.remove_handle(transfer)
+                transfer.setopt(pycurl.POSTFIELDS, b"")  # It would keep the body, which may be large.
                 self._idle.append(transfer)
 
     def close(self) -> None:
@@ -106,12 +112,13 @@ class HTTPClient:
         transfer.setopt(pycurl.POSTREDIR, pycurl.REDIR_POST_ALL)
         transfer.setopt(pycurl.REDIR_PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
         trusted = ssl.get_default_verify_paths()
-        if trusted.cafile is None and trusted.capath is not None:
-            transfer.unsetopt(pycurl.CAINFO)
-            transfer.setopt(pycurl.CAPATH, trusted.capath)
-        else:
-            # A file only: with a directory as well, libcurl would read the file again for each connection.
+        if trusted.cafile is not None or trusted.capath is None:
             transfer.setopt(pycurl.CAINFO, trusted.cafile or certifi.where())
+        else:
+            transfer.unsetopt(pycurl.CAINFO)
+        # With a directory as well, libcurl reads the file again for each connection: only if there is no other way.
+        if trusted.capath is not None and (trusted.cafile is None or trusted.openssl_capath_env in os.environ):
+            transfer.setopt(pycurl.CAPATH, trusted.capath)
         return transfer
 
     def _watch_socket(self, events: int, socket: int, _multi: pycurl.CurlMulti, _data: object) -> None:

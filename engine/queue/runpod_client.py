@@ -145,9 +145,10 @@ class RunPodClient:
             RefusedDeliveryError: the platform does not accept it, and will not.
             DeliveryError: it did not arrive, or this cannot be known; another attempt may succeed.
         """
-        url = self._urls[kind].replace("$ID", quote(job_id, safe=""))
+        quoted_id = quote(job_id, safe="")
+        url = self._urls[kind].replace("$ID", quoted_id)
         url += f"&isStream={'true' if kind is PostKind.RESULT else 'false'}"
-        headers = {"X-Request-ID": job_id, "Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
+        headers = {"X-Request-ID": quoted_id, "Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
         try:
             status, answer = await self._posts.post(url, headers, body)
         except OSError as error:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
 import uvloop
 from aiohttp import web
@@ -49,6 +53,13 @@ async def client(timeout_s: float = 20.0) -> AsyncIterator[HTTPClient]:
         yield result
     finally:
         result.close()
+
+
+def add_to_directory(ca_file: Path, directory: Path) -> None:
+    """Add a CA to a directory of certificates, as OpenSSL looks for it."""
+    command = ["openssl", "x509", "-hash", "-noout", "-in", str(ca_file)]
+    name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    (directory / f"{name}.0").write_bytes(ca_file.read_bytes())
 
 
 async def test_a_request_arrives_as_it_was_given() -> None:
@@ -222,6 +233,48 @@ async def test_a_cancelled_request_ends_and_later_ones_are_served() -> None:
         bodies = [f"{number}".encode() for number in range(10)]
         responses = await asyncio.gather(*(posts.post(url, {}, body) for body in bodies))
         assert [response.body for response in responses] == bodies
+
+
+async def test_a_body_is_not_kept_after_its_request() -> None:
+    """Results may have 20 MB each, and there are as many idle transfers as there once were jobs at a time."""
+
+    async def hello(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response()
+
+    body = bytes(100_000)
+    references = sys.getrefcount(body)
+    async with server(hello) as url, client() as posts:
+        await posts.post(url, {}, body)
+        assert sys.getrefcount(body) == references
+
+
+async def test_a_certificate_in_the_directory_of_the_user_is_trusted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As by aiohttp, which takes the jobs: their results must not fail for it."""
+
+    async def hello(_: web.Request) -> web.Response:
+        return web.Response()
+
+    certificate = Certificate(["127.0.0.1"], os.environ)
+    add_to_directory(certificate.ca_file, tmp_path)
+    for file in (None, certifi.where()):
+        monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+        if file is None:
+            monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+        else:
+            monkeypatch.setenv("SSL_CERT_FILE", file)
+        async with server(hello, certificate) as url, client() as posts:
+            assert (await posts.post(url, {}, b"{}")).status == 200
+    certificate.remove()
+
+
+async def test_a_request_after_closing_is_an_error() -> None:
+    posts = HTTPClient(HEADERS, 20.0)
+    posts.close()
+    with pytest.raises(ConnectionError, match="closed"):
+        await posts.post("http://127.0.0.1:9", {}, b"{}")
 
 
 async def test_closing_fails_the_requests_in_progress() -> None:
