@@ -114,6 +114,11 @@ class Job:
         return self.submission.policy.low_priority
 
     @property
+    def output_count(self) -> int:
+        """How many outputs its worker has streamed in this run."""
+        return len(self.outputs)
+
+    @property
     def delay_ms(self) -> int | None:
         """Time from the submission to the start of the last run; None before the first run."""
         return None if self.taken_at is None else round((self.taken_at - self.submitted_at) * 1000)
