@@ -91,7 +91,7 @@ def _job(job: Work, offset: float) -> dict[str, Any]:
         "executionTime": job.execution_ms,
         "outputs": job.output_count,
         "retries": job.retries,
-        "lowPriority": job.low_priority,
+        **job.platform_document(),
     }
 
 

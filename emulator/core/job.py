@@ -130,6 +130,10 @@ class Job:
             return None
         return round((self.ended_at - self.taken_at) * 1000)
 
+    def platform_document(self) -> dict[str, Any]:
+        """Return what only RunPod has: `lowPriority`."""
+        return {"lowPriority": self.low_priority}
+
     def worker_document(self) -> dict[str, Any]:
         """Return the job as a worker receives it: `{"id", "input"}`, and `s3Config` if the client sent one."""
         document = {"id": self.id, "input": self.submission.input}

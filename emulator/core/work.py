@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ class Work(Protocol):
     def retries(self) -> int:
         """How many times it was queued again because its worker was lost."""
 
-    @property
-    def low_priority(self) -> bool:
-        """Whether the autoscaler ignores it."""
+    def platform_document(self) -> dict[str, Any]:
+        """Return what only this platform shows of it."""
 
 
 class WorkQueue(Protocol):

@@ -75,7 +75,6 @@ class Task:
     answers: list[Answer] = field(default_factory=list)
     output_count: int = 0
     retries: int = 0
-    low_priority: bool = False
 
     @property
     def delay_ms(self) -> int | None:
@@ -88,6 +87,10 @@ class Task:
         if self.taken_at is None or self.ended_at is None:
             return None
         return round((self.ended_at - self.taken_at) * 1000)
+
+    def platform_document(self) -> dict[str, Any]:
+        """Return what only Spirit has: `answers`, the statuses of all that workers have posted."""
+        return {"answers": [answer.status for answer in self.answers]}
 
     def worker_document(self) -> dict[str, Any]:
         """Return the task as an agent gives it out: `{"headers": {name: text}, "body": base64}` (the SDK's `Task`)."""
