@@ -15,9 +15,8 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from emulator.api.fault_middleware import DroppableProtocol
-from emulator.errors import SettingsError
 
-_HOST = "127.0.0.1"
+HOST = "127.0.0.1"
 
 
 @dataclass(eq=False)
@@ -43,17 +42,16 @@ class AgentPorts:
         """Listen for a worker; return the port.
 
         Raises:
-            SettingsError: the port is not available.
+            OSError: the port is not available.
         """
         listener = socket.socket()
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((_HOST, port))
+            listener.bind((HOST, port))
             listener.listen(128)
-        except (OSError, OverflowError) as error:
+        except OSError:
             listener.close()
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise SettingsError(f"no agent can listen on {_HOST}:{port}: {reason}") from None
+            raise
         number: int = listener.getsockname()[1]
         opened = self._ports[number] = _Port(endpoint, worker, listener)
         if self._config is not None:
@@ -78,7 +76,7 @@ class AgentPorts:
     def urls(self, endpoint: str) -> dict[str, str]:
         """Return the agents' URLs of an endpoint, by worker."""
         return {
-            port.worker: f"http://{_HOST}:{number}" for number, port in self._ports.items() if port.endpoint == endpoint
+            port.worker: f"http://{HOST}:{number}" for number, port in self._ports.items() if port.endpoint == endpoint
         }
 
     def start(self, config: uvicorn.Config, state: ServerState) -> None:

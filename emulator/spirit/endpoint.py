@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.worker import ACTIVE_STATES, WorkerState
-from emulator.spirit.agent_ports import AgentPorts
+from emulator.errors import SettingsError
+from emulator.spirit.agent_ports import HOST, AgentPorts
 from emulator.spirit.relay import Relay
 from emulator.spirit.settings import SpiritEndpointSettings
 from emulator.spirit.task import Task
@@ -18,6 +19,9 @@ class SpiritEndpoint(Endpoint):
         settings: settings of the service.
         surroundings: what all endpoints share.
         agents: ports of the agents.
+
+    Raises:
+        SettingsError: a port of `agentPorts` is not available.
     """
 
     settings: SpiritEndpointSettings
@@ -33,14 +37,21 @@ class SpiritEndpoint(Endpoint):
         self._agents = agents
         self.fleet = self._create_fleet(self.worker_environment, surroundings.redaction)
         for number, port in enumerate(settings.agent_ports, 1):
-            agents.open(settings.id, f"external-{number}", port)
+            try:
+                agents.open(settings.id, f"external-{number}", port)
+            except OSError as error:
+                raise SettingsError(f"no agent can listen on {HOST}:{port}: {error.strerror}") from None
 
     def worker_environment(self, worker: str) -> dict[str, str]:
-        """Open an agent for a worker; return the variables by which the SDK and this repository's worker find it."""
+        """Open an agent for a worker; return the variables by which the SDK and this repository's worker find it.
+
+        Raises:
+            OSError: no port is available.
+        """
         port = self._agents.open(self.settings.id, worker)
         return {
             "PLATFORM": "spirit",
-            "EASE_AGENT_URL": f"http://127.0.0.1:{port}",
+            "EASE_AGENT_URL": f"http://{HOST}:{port}",
             "EASE_HEARTBEAT_INTERVAL": str(self.settings.heartbeat_interval_s),
             "PYTHONUNBUFFERED": "1",
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,7 +27,7 @@ class SpiritEndpointSettings(FleetSettings):
     heartbeat_interval_s: int = Field(
         5, alias="heartbeatInterval", ge=1, description="seconds between a worker's heartbeats"
     )
-    agent_ports: tuple[int, ...] = Field(
+    agent_ports: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = Field(
         (), alias="agentPorts", description="ports of agents for workers that are started by hand; 0: any free one"
     )
 

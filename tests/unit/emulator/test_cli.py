@@ -242,6 +242,7 @@ def test_spirits_limits_are_the_documented_ones_unless_a_file_has_others(tmp_pat
         (["--platform", "spirit", "--command", "x", "--async-ttl", "86400"], "asyncTtl"),
         (["--command", "x", "--scaler-type", "QUEUE_LENGTH"], "scalerType"),
         (["--command", "x", "--sync-ttl", "5"], "syncTtl: Extra inputs"),
+        (["--platform", "spirit", "--agent-port", "70000"], "agentPorts.0: Input should be less than"),
     ],
 )
 def test_a_setting_of_the_other_platform_is_refused_in_one_line(

@@ -49,6 +49,13 @@ def test_sync_async_and_webhook(start_handler: Start, webhook: Webhook) -> None:
     assert [task["status"] for task in site.ended(2)] == ["succeed", "succeed"]
 
 
+def test_a_sync_requests_webhook_gets_the_result_too(start_handler: Start, webhook: Webhook) -> None:
+    site = start_handler()
+    body = {"input": {"echo": 1}, "webhook": webhook.url}
+    response = site.native.post("/sync", json=body).json()
+    assert webhook.received == [(response["id"], 200, response)]
+
+
 def test_a_hundred_requests_are_answered_by_two_workers(start_handler: Start) -> None:
     options = {"workersMin": 0, "workersMax": 2, "scalerType": "QUEUE_LENGTH", "scalerValue": 10}
     site = start_handler(**options, env={"CONCURRENCY": "20"})
