@@ -4,6 +4,9 @@
                                                        │                           ▲
                                                core.autoscaler ─▶ core.fleet ─▶ core.process, core.launcher
 
-`core.job_queue` and `core.autoscaler` only decide: no I/O and no clock of their own. `core.endpoint` combines the parts
-of one endpoint, `app` serves all endpoints over HTTP. `core.faults` and `api.fault_middleware` inject faults on demand.
+That is RunPod's; `spirit` has what is Spirit's, over the same fleet.
+
+`core.job_queue` and `core.autoscaler` only decide: no I/O and no clock of their own. `core.runpod_endpoint` combines
+the parts of one endpoint, `app` serves all endpoints over HTTP. `core.faults` and `api.fault_middleware` inject faults
+on demand.
 """

@@ -8,7 +8,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -16,19 +17,27 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Scope
 
 from emulator.api import admin, client, dashboard, openai_gateway, worker
 from emulator.api.auth import AppContext
 from emulator.api.bodies import api_error_response, client_closed_request, http_exception_response
-from emulator.api.fault_middleware import DroppableProtocol, FaultInjectionMiddleware
+from emulator.api.fault_middleware import DroppableProtocol, FaultInjectionMiddleware, RouteName, runpod_route_name
 from emulator.certificate import Certificate
-from emulator.core.endpoint import Endpoint
-from emulator.core.faults import Faults
+from emulator.core.endpoint import Endpoint, Surroundings
+from emulator.core.faults import RUNPOD_ROUTES, SPIRIT_ROUTES, Faults
 from emulator.core.process import WorkerProcess
+from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.core.webhooks import Webhooks
 from emulator.errors import APIError, SettingsError
 from emulator.redaction import Redaction
 from emulator.settings import EmulatorSettings, EndpointSettings
+from emulator.spirit import agent, gateway, proxy
+from emulator.spirit.agent_ports import AgentPorts
+from emulator.spirit.endpoint import SpiritEndpoint
+from emulator.spirit.route_names import agent_route_name, gateway_route_name
+from emulator.spirit.settings import SpiritEmulatorSettings, SpiritEndpointSettings
 
 _TICK_INTERVAL_S = 0.1
 _SHUTDOWN_TICK_INTERVAL_S = 0.02
@@ -57,18 +66,24 @@ class Emulator:
         worker_log: receives workers' log lines: `(worker, line)`.
 
     Raises:
-        SettingsError: two endpoints have the same id, or the address is not available.
+        SettingsError: two endpoints have the same id, an address is not available, or a fault is for a route that
+            the platform does not have.
     """
 
     def __init__(
         self,
-        settings: EmulatorSettings,
+        settings: EmulatorSettings | SpiritEmulatorSettings,
         event_log: Callable[[str, str], None] = lambda _endpoint, _line: None,
         worker_log: Callable[[str, str], None] = lambda _worker, _line: None,
     ) -> None:
         ids = [endpoint.id for endpoint in settings.endpoints]
         if len(set(ids)) != len(ids):
             raise SettingsError(f"endpoint ids must be unique: {', '.join(ids)}")
+        is_spirit = isinstance(settings, SpiritEmulatorSettings)
+        try:
+            self.faults = Faults(settings.faults, SPIRIT_ROUTES if is_spirit else RUNPOD_ROUTES)
+        except ValueError as error:
+            raise SettingsError(f"faults: {error}") from None
         self._socket = _listen(settings.host, settings.port)
         host, port = self._socket.getsockname()[:2]
         # A server on all addresses is reached on the loopback address by workers and users of this machine.
@@ -78,41 +93,50 @@ class Emulator:
         self.url = f"{scheme}://{f'[{url_host}]' if ':' in url_host else url_host}:{port}"
         self.ca_file = self._certificate.ca_file if self._certificate else None
         """With TLS, the CA file that clients must trust; it is deleted at shutdown."""
-        self.faults = Faults(settings.faults)
         self._webhooks = Webhooks()
-        self._event_log, self._worker_log = event_log, worker_log
+        self.agents = AgentPorts()
+        """Ports of the workers' agents, on Spirit."""
         environment = dict(os.environ)
         for endpoint in settings.endpoints:
             environment |= endpoint.env
-        self._redaction = Redaction(environment, settings.api_keys)
-        self.endpoints = {endpoint.id: self._create_endpoint(endpoint) for endpoint in settings.endpoints}
-        context = AppContext(self.endpoints, settings.api_keys, self.faults)
-        self.app = Starlette(
-            # Routes are matched in this order: the most frequent first.
-            routes=[*worker.routes, *openai_gateway.routes, *client.routes, *admin.routes, *dashboard.routes],
-            middleware=[Middleware(FaultInjectionMiddleware, context=context)],
-            exception_handlers={
-                APIError: api_error_response,
-                HTTPException: http_exception_response,
-                ClientDisconnect: client_closed_request,
-            },
-        )
-        self.app.state.context = context
-        self._stop_requested = asyncio.Event()
-
-    def _create_endpoint(self, settings: EndpointSettings) -> Endpoint:
-        return Endpoint(
-            settings,
-            base_url=self.url,
-            ca_environment=self._certificate.environment if self._certificate else {},
+        self._surroundings = Surroundings(
             clock=time.monotonic,
             wall_clock=time.time,
             start=WorkerProcess,
             faults=self.faults,
+            redaction=Redaction(environment, settings.api_keys),
+            event_log=event_log,
+            worker_log=worker_log,
+        )
+        self.endpoints: dict[str, Endpoint] = {}
+        try:
+            for endpoint in settings.endpoints:
+                self.endpoints[endpoint.id] = self._create_endpoint(endpoint)
+        except SettingsError:
+            self._socket.close()
+            self.agents.stop()
+            raise
+        context = AppContext(self.endpoints, settings.api_keys, self.faults)
+        own_routes = [*admin.routes, *dashboard.routes]
+        if is_spirit:
+            self.app = _app([*gateway.routes, *proxy.routes, *own_routes], context, gateway_route_name)
+        else:
+            # Routes are matched in this order: the most frequent first.
+            routes = [*worker.routes, *openai_gateway.routes, *client.routes, *own_routes]
+            self.app = _app(routes, context, runpod_route_name)
+        self._agent_app = _app(agent.routes, context, agent_route_name(self.agents))
+        self._agent_app.state.agents = self.agents
+        self._stop_requested = asyncio.Event()
+
+    def _create_endpoint(self, settings: EndpointSettings | SpiritEndpointSettings) -> Endpoint:
+        if isinstance(settings, SpiritEndpointSettings):
+            return SpiritEndpoint(settings, self._surroundings, self.agents)
+        return RunPodEndpoint(
+            settings,
+            self._surroundings,
+            base_url=self.url,
+            ca_environment=self._certificate.environment if self._certificate else {},
             webhooks=self._webhooks,
-            redaction=self._redaction,
-            event_log=self._event_log,
-            worker_log=self._worker_log,
         )
 
     def stop(self) -> None:
@@ -129,19 +153,12 @@ class Emulator:
             on_ready: called when the server answers requests.
         """
         certificate = self._certificate
-        config = uvicorn.Config(
+        config = _server_config(
             self.app,
             ssl_context_factory=None if certificate is None else lambda _config, _default: certificate.context,
-            http=DroppableProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
         )
         server = _UvicornServer(config)
+        self.agents.start(_server_config(self._agent_app), server.server_state)
         serving = asyncio.create_task(server.serve([self._socket]), name="serve")
         try:
             while not server.started and not self._stop_requested.is_set():
@@ -165,6 +182,7 @@ class Emulator:
             if certificate is not None:
                 certificate.remove()
             await self._webhooks.close()
+            self.agents.stop()
             server.should_exit = True
             await serving
             for connection in server.server_state.connections:
@@ -190,8 +208,38 @@ class Emulator:
                 await asyncio.sleep(_SHUTDOWN_TICK_INTERVAL_S)
 
 
+def _app(routes: Sequence[BaseRoute], context: AppContext, name: Callable[[Scope], RouteName]) -> Starlette:
+    """Return an app that injects faults, and answers errors as the platforms do."""
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(FaultInjectionMiddleware, context=context, name=name)],
+        exception_handlers={
+            APIError: api_error_response,
+            HTTPException: http_exception_response,
+            ClientDisconnect: client_closed_request,
+        },
+    )
+    app.state.context = context
+    return app
+
+
+def _server_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=DroppableProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
+        **options,
+    )
+
+
 @contextlib.contextmanager
-def run_in_thread(settings: EmulatorSettings) -> Iterator[Emulator]:
+def run_in_thread(settings: EmulatorSettings | SpiritEmulatorSettings) -> Iterator[Emulator]:
     """Run an emulator in a thread, for tests and measurements: ready on entry, shut down with its workers on exit.
 
     Args:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import uvloop
 from pydantic import ValidationError
@@ -23,7 +23,8 @@ from pydantic import ValidationError
 from emulator.api.bodies import describe_validation_error
 from emulator.app import Emulator
 from emulator.errors import SettingsError
-from emulator.settings import EmulatorSettings, EndpointSettings
+from emulator.settings import EmulatorSettings, EndpointSettings, ScalerType
+from emulator.spirit.settings import SpiritEmulatorSettings, SpiritEndpointSettings
 
 _HANDLER = Path(__file__).parent.parent / "handler.py"
 # The tiny model's name, and what it needs for tool calls.
@@ -43,6 +44,18 @@ _ENDPOINT_OPTIONS: dict[str, tuple[str, type]] = {
     "--lost-after": ("lostAfter", float),
     "--max-retries": ("maxRetries", int),
 }
+# Those that only Spirit has. The options of RunPod's that it does not have are refused with the settings.
+_SPIRIT_OPTIONS: dict[str, tuple[str, type]] = {
+    "--heartbeat-interval": ("heartbeatInterval", int),
+    "--sync-ttl": ("syncTtl", float),
+    "--async-ttl": ("asyncTtl", float),
+    "--first-byte": ("firstByte", float),
+    "--transfer": ("transfer", float),
+}
+_SETTINGS: dict[str, type[EmulatorSettings | SpiritEmulatorSettings]] = {
+    "runpod": EmulatorSettings,
+    "spirit": SpiritEmulatorSettings,
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "With --config, the endpoints are defined in a JSON file: "
         '{"apiKeys": ["..."], "endpoints": [{"id": "...", "command": "...", "workersMax": 2}]}.',
     )
+    result.add_argument("--platform", choices=list(_SETTINGS), help="platform to emulate (default: runpod)")
     result.add_argument(
         "--host",
         default=None,
@@ -82,13 +96,23 @@ def parser() -> argparse.ArgumentParser:
     for option, (alias, kind) in _ENDPOINT_OPTIONS.items():
         text = f"{fields[alias].description} (default: {fields[alias].default})"
         if alias == "scalerType":
-            group.add_argument(option, dest=alias, choices=["QUEUE_DELAY", "REQUEST_COUNT"], help=text)
+            group.add_argument(option, dest=alias, choices=get_args(ScalerType), help=text)
         else:
             group.add_argument(option, dest=alias, type=kind, metavar="N", help=text)
+    spirit = result.add_argument_group("endpoint on Spirit")
+    fields = {field.alias: field for field in SpiritEndpointSettings.model_fields.values()}
+    for option, (alias, kind) in _SPIRIT_OPTIONS.items():
+        text = f"{fields[alias].description} (default: {fields[alias].default})"
+        spirit.add_argument(option, dest=alias, type=kind, metavar="N", help=text)
+    text = f"{fields['agentPorts'].description}; may be repeated"
+    spirit.add_argument("--agent-port", dest="agentPorts", type=int, action="append", metavar="PORT", help=text)
+    for option, alias in (("--accept-bearer", "acceptBearer"), ("--answer-early", "answerEarly")):
+        text = str(fields[alias].description)
+        spirit.add_argument(option, dest=alias, action="store_const", const=True, help=text)
     return result
 
 
-def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings, bool]:
+def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings | SpiritEmulatorSettings, bool]:
     """Return the settings of a command line, and whether workers' log lines are not printed.
 
     Raises:
@@ -96,14 +120,16 @@ def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings, bool]:
     """
     args = parser().parse_args(argv)
     document: dict[str, Any] = _read_json(args.config) if args.config else {}
-    endpoint = {alias: getattr(args, alias) for alias, _ in _ENDPOINT_OPTIONS.values()}
+    aliases = [alias for alias, _ in (*_ENDPOINT_OPTIONS.values(), *_SPIRIT_OPTIONS.values())]
+    endpoint = {alias: getattr(args, alias) for alias in (*aliases, "agentPorts", "acceptBearer", "answerEarly")}
     endpoint |= {"id": args.endpoint, "command": args.command, "env": _parse_env(args.env)}
     endpoint |= {"rateLimits": False if args.no_rate_limits else None}
     endpoint = {name: value for name, value in endpoint.items() if value is not None}
     if args.config and endpoint:
         raise SettingsError(f"--config defines the endpoints; remove the options for {', '.join(endpoint)}")
     if not args.config:
-        document["endpoints"] = [endpoint if "command" in endpoint else with_default_worker(endpoint)]
+        own_worker = {"command", "agentPorts"} & endpoint.keys()
+        document["endpoints"] = [endpoint if own_worker else with_default_worker(endpoint)]
     if args.faults:
         document["faults"] = _read_json(args.faults)
     if args.seed is not None:
@@ -117,8 +143,11 @@ def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings, bool]:
     }
     if args.tls:
         document["tls"] = True
+    if args.platform:
+        document["platform"] = args.platform
+    model = _SETTINGS.get(str(document.get("platform")), EmulatorSettings)
     try:
-        return EmulatorSettings.model_validate(document), args.quiet
+        return model.model_validate(document), args.quiet
     except ValidationError as error:
         raise SettingsError(describe_validation_error(error)) from None
 
@@ -134,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-async def _run(settings: EmulatorSettings, *, quiet: bool) -> int:
+async def _run(settings: EmulatorSettings | SpiritEmulatorSettings, *, quiet: bool) -> int:
     def event_log(endpoint: str, line: str) -> None:
         _print_line(f"{endpoint}: {line}")
 
@@ -152,8 +181,13 @@ async def _run(settings: EmulatorSettings, *, quiet: bool) -> int:
         if emulator.ca_file is not None:
             _print_line(f"CA file that clients must trust: curl --cacert {emulator.ca_file} {emulator.url}")
         keys = "key: local" if settings.api_keys == ("local",) else f"{len(settings.api_keys)} API key(s)"
-        for endpoint in settings.endpoints:
-            _print_line(f"OpenAI base URL of {endpoint.id}: {emulator.url}/v2/{endpoint.id}/openai/v1 ({keys})")
+        for endpoint in emulator.endpoints.values():
+            name, path = endpoint.settings.id, endpoint.page_document()["openaiPath"]
+            _print_line(f"OpenAI base URL of {name}: {emulator.url}{path} ({keys})")
+            if isinstance(settings, SpiritEmulatorSettings):
+                _print_line(f"Its requests have the header 'Authorization: {name}-KEY', without Bearer")
+            for worker, url in emulator.agents.urls(name).items():
+                _print_line(f"Agent of worker {worker}: EASE_AGENT_URL={url}")
 
     await emulator.run(on_ready)
     return 0

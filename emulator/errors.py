@@ -9,7 +9,10 @@ EmulatorError
     ├── UnauthorizedError        401: no valid API key
     ├── NotFoundError            404: no such endpoint, job or worker
     ├── ContentTooLargeError     413: a client's body exceeds the documented limit
-    └── TooManyRequestsError     429: a documented rate limit is exceeded, or the queue is full
+    ├── TooManyRequestsError     429: a documented rate limit is exceeded, or the queue is full
+    ├── RequestTimeoutError      408: Spirit: no answer within the documented time
+    ├── HandlingError            500: Spirit: the worker failed, or what was asked cannot be done
+    └── UnavailableError         503: Spirit: no worker can come
 """
 
 from __future__ import annotations
@@ -71,3 +74,24 @@ class TooManyRequestsError(APIError):
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     type = "RateLimitError"
+
+
+class RequestTimeoutError(APIError):
+    """There is no answer within the documented time."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    type = "TimeoutError"
+
+
+class HandlingError(APIError):
+    """The worker failed, or what was asked cannot be done."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    type = "InternalServerError"
+
+
+class UnavailableError(APIError):
+    """No worker can come."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    type = "ServiceUnavailableError"

@@ -14,11 +14,11 @@ from emulator.core.faults import FaultSettings
 from emulator.core.job_queue import QueueSettings
 from emulator.integers import parse_integer
 
-ScalerType = Literal["QUEUE_DELAY", "REQUEST_COUNT"]
+ScalerType = Literal["QUEUE_DELAY", "REQUEST_COUNT", "QUEUE_LENGTH"]
 
 
-class EndpointSettings(BaseModel):
-    """One endpoint: what its workers run, and how it scales."""
+class FleetSettings(BaseModel):
+    """What an endpoint has on any platform: what its workers run, and how it scales."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -34,14 +34,12 @@ class EndpointSettings(BaseModel):
         4,
         alias="scalerValue",
         gt=0,
-        description="QUEUE_DELAY: seconds that a job waits before a worker is added; REQUEST_COUNT: jobs per worker",
+        description="QUEUE_DELAY: seconds that a job waits before a worker is added; REQUEST_COUNT: jobs per worker; "
+        "QUEUE_LENGTH: waiting jobs for which a worker is added",
     )
     # The platform's default is 5 s. On a developer's machine an idle worker is free, and a cold start is a wait.
     idle_timeout_s: float = Field(
         60, alias="idleTimeout", gt=0, description="seconds without a job until a worker is stopped"
-    )
-    execution_timeout_ms: float = Field(
-        600_000, alias="executionTimeoutMs", gt=0, description="maximum execution time of a job in milliseconds"
     )
     # "If your worker's cold start time exceeds the default 7-minute limit, the system may mark it as unhealthy."
     init_timeout_s: float = Field(
@@ -49,17 +47,10 @@ class EndpointSettings(BaseModel):
     )
 
     grace_s: float = Field(45, alias="grace", ge=0, description="seconds from SIGTERM to SIGKILL")
-    long_poll_s: float = Field(
-        30, alias="longPoll", gt=0, le=85, description="maximum duration of a worker's long poll in seconds"
-    )
-    ping_interval_ms: int = Field(
-        10_000, alias="pingInterval", ge=1000, description="milliseconds between a worker's pings"
-    )
     lost_after_s: float = Field(
         40, alias="lostAfter", gt=0, description="seconds until a job that its worker no longer reports is lost"
     )
     max_retries: int = Field(1, alias="maxRetries", ge=0, description="how often a lost job is queued again")
-    rate_limits: bool = Field(default=True, alias="rateLimits", description="enforce the documented rate limits")
 
     @field_validator("command", mode="before")
     @classmethod
@@ -67,9 +58,36 @@ class EndpointSettings(BaseModel):
         return tuple(shlex.split(value)) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_workers(self) -> Self:
         if self.workers_min > self.workers_max:
             raise ValueError(f"workersMin={self.workers_min} exceeds workersMax={self.workers_max}")
+        return self
+
+    @property
+    def effective_init_timeout_s(self) -> float:
+        """Maximum time until a worker is ready."""
+        return self.init_timeout_s
+
+
+class EndpointSettings(FleetSettings):
+    """One endpoint on RunPod."""
+
+    scaler_type: Literal["QUEUE_DELAY", "REQUEST_COUNT"] = Field(
+        "QUEUE_DELAY", alias="scalerType", description="rule that adds workers"
+    )
+    execution_timeout_ms: float = Field(
+        600_000, alias="executionTimeoutMs", gt=0, description="maximum execution time of a job in milliseconds"
+    )
+    long_poll_s: float = Field(
+        30, alias="longPoll", gt=0, le=85, description="maximum duration of a worker's long poll in seconds"
+    )
+    ping_interval_ms: int = Field(
+        10_000, alias="pingInterval", ge=1000, description="milliseconds between a worker's pings"
+    )
+    rate_limits: bool = Field(default=True, alias="rateLimits", description="enforce the documented rate limits")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.command and self.lost_after_s * 1000 <= self.ping_interval_ms:
             # An idle worker's only requests between its long polls are pings.
             raise ValueError(
@@ -97,8 +115,8 @@ class EndpointSettings(BaseModel):
         )
 
 
-class EmulatorSettings(BaseModel):
-    """All settings of an emulator: the document of `--config`."""
+class ServerSettings(BaseModel):
+    """What an emulator has on any platform."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -106,5 +124,11 @@ class EmulatorSettings(BaseModel):
     port: int = Field(8000, ge=0, le=65535)
     tls: bool = False
     api_keys: tuple[str, ...] = Field(("local",), alias="apiKeys", min_length=1)
-    endpoints: tuple[EndpointSettings, ...] = Field((EndpointSettings(),), min_length=1)
     faults: FaultSettings = FaultSettings()
+
+
+class EmulatorSettings(ServerSettings):
+    """All settings of an emulator of RunPod: the document of `--config`."""
+
+    platform: Literal["runpod"] = "runpod"
+    endpoints: tuple[EndpointSettings, ...] = Field((EndpointSettings(),), min_length=1)

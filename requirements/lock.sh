@@ -29,14 +29,14 @@ for name in cpu gpu worker builder; do cp "requirements/$name.lock" "$made/$name
 cat requirements/cpu.lock requirements/dev.lock > "$made/all"
 
 # PyTorch's CPU build is on an index of its own, or in a directory; only these two may look there.
-cpu=(pyproject.toml --python-version 3.11 --extra cpu)
+cpu=(pyproject.toml --python-version 3.11 --extra cpu --extra spirit)
 compile cpu "${cpu[@]}"
 compile all "${cpu[@]}" --extra dev --constraint "$made/cpu"
 unset UV_FIND_LINKS
 gpu=(--no-config --override requirements/gpu-overrides.txt --python-platform x86_64-manylinux_2_28)
-compile gpu pyproject.toml --extra gpu "${gpu[@]}" --python-version 3.11
+compile gpu pyproject.toml --extra gpu --extra spirit "${gpu[@]}" --python-version 3.11
 # For the Python of any image that has vLLM.
-compile worker pyproject.toml --no-config --override requirements/gpu-overrides.txt --constraint "$made/gpu" \
+compile worker pyproject.toml --extra spirit --no-config --override requirements/gpu-overrides.txt --constraint "$made/gpu" \
     --universal --python-version 3.11
 compile vllm <(grep '^vllm==' "$made/gpu") "${gpu[@]}" --constraint "$made/gpu" --python-version 3.11
 extra='import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["builder"])'
@@ -46,5 +46,5 @@ write cpu < "$made/cpu"
 grep -vxFf "$made/cpu" "$made/all" | write dev
 write gpu < "$made/gpu"
 { grep -E '^(bitsandbytes|vllm-bnb-plugin)==' "$made/gpu"; cat "$made/worker"; } |
-    grep -vEf <(names "$made/vllm" | sed 's/.*/^&[=; ]/') | write worker
+    grep -vEf <(names "$made/vllm" | sed 's/.*/^&[=; ]/') | grep -v "sys_platform == 'never'" | write worker
 write builder < "$made/builder"

@@ -48,9 +48,12 @@ async def put_faults(request: Request) -> Response:
     except ValidationError as error:
         raise BadRequestError(describe_validation_error(error)) from None
     context = context_of(request)
-    context.faults.set(settings)
+    try:
+        context.faults.set(settings)
+    except ValueError as error:
+        raise BadRequestError(str(error)) from None
     for endpoint in context.endpoints.values():
-        endpoint.duplicates.clear()
+        endpoint.forget_duplicates()
     return JSONResponse(context.faults.document())
 
 

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from emulator.core.endpoint import Endpoint
 from emulator.core.faults import Faults
+from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.errors import NotFoundError, UnauthorizedError
 
 
@@ -49,13 +50,13 @@ def authorize(request: Request) -> None:
         raise UnauthorizedError("no valid API key; send 'Authorization: Bearer KEY'")
 
 
-def endpoint_of(request: Request) -> Endpoint:
+def endpoint_of(request: Request) -> RunPodEndpoint:
     """Return the endpoint that the path names.
 
     Raises:
         NotFoundError: there is no such endpoint.
     """
     endpoint = context_of(request).endpoints.get(request.path_params["endpoint"])
-    if endpoint is None:
+    if not isinstance(endpoint, RunPodEndpoint):
         raise NotFoundError(f"endpoint {request.path_params['endpoint']} not found")
     return endpoint

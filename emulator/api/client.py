@@ -12,7 +12,6 @@ from starlette.routing import Route
 
 from emulator.api.auth import authorize, endpoint_of
 from emulator.api.bodies import JSONResponse, describe_validation_error, parse_json, read_body
-from emulator.core.endpoint import Endpoint
 from emulator.core.job import (
     MAX_RUN_BODY_BYTES,
     MAX_RUNSYNC_BODY_BYTES,
@@ -25,6 +24,7 @@ from emulator.core.job import (
 )
 from emulator.core.job_queue import job_topic
 from emulator.core.long_poll import client_disconnect
+from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.errors import BadRequestError
 from emulator.integers import parse_integer
 
@@ -32,17 +32,17 @@ from emulator.integers import parse_integer
 _STREAM_WAIT_S = 1.0
 _RESULT_TTL_RANGE_MS = (0, 7 * 24 * 3600 * 1000)
 
-_Operation = Callable[[Request, Endpoint], Awaitable[Response]]
+_Operation = Callable[[Request, RunPodEndpoint], Awaitable[Response]]
 
 
-async def run(request: Request, endpoint: Endpoint) -> Response:
+async def run(request: Request, endpoint: RunPodEndpoint) -> Response:
     """POST /run: queue a job and respond at once."""
     submission = await _read_submission(request, MAX_RUN_BODY_BYTES)
     job = endpoint.queue.submit(submission, retention_s=RUN_RETENTION_S)
     return JSONResponse({"id": job.id, "status": job.status})
 
 
-async def runsync(request: Request, endpoint: Endpoint) -> Response:
+async def runsync(request: Request, endpoint: RunPodEndpoint) -> Response:
     """POST /runsync?wait=ms: queue a job and respond when it has ended, or with its state after the wait."""
     wait_s = _milliseconds(request, "wait", RUNSYNC_WAIT_MS, RUNSYNC_WAIT_RANGE_MS) / 1000
     submission = await _read_submission(request, MAX_RUNSYNC_BODY_BYTES)
@@ -52,7 +52,7 @@ async def runsync(request: Request, endpoint: Endpoint) -> Response:
     return JSONResponse(job.document())
 
 
-async def status(request: Request, endpoint: Endpoint) -> Response:
+async def status(request: Request, endpoint: RunPodEndpoint) -> Response:
     """GET /status/{id}?ttl=ms: the job's state; `ttl` shortens or extends how long its result is kept."""
     job = _job(request, endpoint)
     if "ttl" in request.query_params:
@@ -60,7 +60,7 @@ async def status(request: Request, endpoint: Endpoint) -> Response:
     return JSONResponse(job.document())
 
 
-async def stream(request: Request, endpoint: Endpoint) -> Response:
+async def stream(request: Request, endpoint: RunPodEndpoint) -> Response:
     """GET /stream/{id}: the outputs since the last call; each is returned once."""
     job = _job(request, endpoint)
 
@@ -76,24 +76,24 @@ async def stream(request: Request, endpoint: Endpoint) -> Response:
     return JSONResponse({"status": job.status, "stream": [{"output": output} for output in outputs]})
 
 
-async def cancel(request: Request, endpoint: Endpoint) -> Response:
+async def cancel(request: Request, endpoint: RunPodEndpoint) -> Response:
     """POST /cancel/{id}: cancel a job that waits or runs."""
     job = endpoint.queue.cancel(request.path_params["job"])
     return JSONResponse({"id": job.id, "status": job.status})
 
 
-async def retry(request: Request, endpoint: Endpoint) -> Response:
+async def retry(request: Request, endpoint: RunPodEndpoint) -> Response:
     """POST /retry/{id}: queue a failed or timed-out job again."""
     job = endpoint.queue.retry(request.path_params["job"])
     return JSONResponse({"id": job.id, "status": job.status})
 
 
-async def purge_queue(_request: Request, endpoint: Endpoint) -> Response:
+async def purge_queue(_request: Request, endpoint: RunPodEndpoint) -> Response:
     """POST /purge-queue: cancel all waiting jobs."""
     return JSONResponse({"removed": endpoint.queue.purge(), "status": "completed"})
 
 
-async def health(_request: Request, endpoint: Endpoint) -> Response:
+async def health(_request: Request, endpoint: RunPodEndpoint) -> Response:
     """GET /health: counts of jobs and workers by state."""
     return JSONResponse({"jobs": endpoint.queue.health(), "workers": endpoint.fleet.health()})
 
@@ -124,7 +124,7 @@ async def _read_submission(request: Request, max_bytes: int) -> Submission:
     return submission
 
 
-def _job(request: Request, endpoint: Endpoint) -> Job:
+def _job(request: Request, endpoint: RunPodEndpoint) -> Job:
     return endpoint.queue.job(request.path_params["job"])
 
 

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from emulator.api.auth import context_of
 from emulator.api.bodies import JSONResponse
 from emulator.core.endpoint import Endpoint
-from emulator.core.job import Job
+from emulator.core.work import Work
 from emulator.core.worker import FleetWorker
 
 MAX_JOBS = 200
@@ -43,7 +43,7 @@ def _endpoint(endpoint: Endpoint, offset: float, history_since: float) -> dict[s
     settings = endpoint.settings
     return {
         "id": settings.id,
-        "openaiPath": f"/v2/{settings.id}/openai/v1",
+        **endpoint.page_document(),
         "scaler": {
             "type": settings.scaler_type,
             "value": settings.scaler_value,
@@ -77,7 +77,7 @@ def _worker(endpoint: Endpoint, worker: FleetWorker, offset: float) -> dict[str,
     }
 
 
-def _job(job: Job, offset: float) -> dict[str, Any]:
+def _job(job: Work, offset: float) -> dict[str, Any]:
     return {
         "id": job.id,
         "kind": job.kind,
@@ -89,9 +89,9 @@ def _job(job: Job, offset: float) -> dict[str, Any]:
         "endedAt": _wall_time(job.ended_at, offset),
         "delayTime": job.delay_ms,
         "executionTime": job.execution_ms,
-        "outputs": len(job.outputs),
+        "outputs": job.output_count,
         "retries": job.retries,
-        "lowPriority": job.low_priority,
+        **job.platform_document(),
     }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -50,20 +51,36 @@ class DroppableProtocol(HttpToolsProtocol):
             self.loop.call_later(_CLOSE_NOTIFY_S, self.transport.abort)
 
 
-class FaultInjectionMiddleware:
-    """ASGI middleware that injects the active faults; `request.state.faults` has the rules that apply."""
+@dataclass(frozen=True)
+class RouteName:
+    """What faults know of a request: its endpoint and route, and the worker that sent it; empty if there is none."""
 
-    def __init__(self, app: ASGIApp, context: AppContext) -> None:
+    endpoint: str = ""
+    route: str = ""
+    worker: str = ""
+
+
+class FaultInjectionMiddleware:
+    """ASGI middleware that injects the active faults; `request.state.faults` has the rules that apply.
+
+    Args:
+        app: the app.
+        context: its context.
+        name: returns what faults know of a request.
+    """
+
+    def __init__(self, app: ASGIApp, context: AppContext, name: Callable[[Scope], RouteName]) -> None:
         self._app = app
         self._context = context
+        self._name = name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, with its faults."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        endpoint, route = _endpoint_and_route(scope["path"])
-        rules = self._context.faults.match(endpoint, route) if route else []
+        name = self._name(scope)
+        rules = self._context.faults.match(name.endpoint, name.route) if name.route else []
         scope.setdefault("state", {})["faults"] = rules
         for rule in rules:
             if rule.when is FaultTiming.BEFORE and await self._inject(rule, scope, receive, send):
@@ -89,22 +106,21 @@ class FaultInjectionMiddleware:
                 await _send_error(rule.status, send)
                 return True
             case FaultKind.DROP:
-                await _drop(scope, receive)
+                await drop_connection(scope, receive)
                 return True
             case FaultKind.KILL:
-                self._kill_worker(scope["path"])
-                await _drop(scope, receive)
+                self._kill_worker(self._name(scope))
+                await drop_connection(scope, receive)
                 return True
-            case FaultKind.DUPLICATE:
-                return False  # The job-take route does it.
+            case FaultKind.DUPLICATE | FaultKind.UNHEALTHY | FaultKind.ALTER:
+                return False  # The take's route does it.
 
-    def _kill_worker(self, path: str) -> None:
+    def _kill_worker(self, name: RouteName) -> None:
         """Kill the worker that sends the request; an external one cannot be killed, and only loses its connection."""
-        segments = path.split("/")
-        endpoint = self._context.endpoints.get(segments[_ENDPOINT_SEGMENT])
+        endpoint = self._context.endpoints.get(name.endpoint)
         if endpoint is not None:
             with suppress(NotFoundError):
-                endpoint.fleet.kill(segments[_WORKER_SEGMENT])
+                endpoint.fleet.kill(name.worker)
 
 
 class _BufferedResponse:
@@ -122,22 +138,25 @@ class _BufferedResponse:
             await self._send(message)
 
 
-def _endpoint_and_route(path: str) -> tuple[str, str]:
-    """Return the endpoint and the route that a path names; an empty route if it names none.
+def runpod_route_name(scope: Scope) -> RouteName:
+    """Return what a path of RunPod names.
 
     A batch take counts as a take. The OpenAI gateway's path `/v1/...` names no endpoint.
     """
+    path: str = scope["path"]
     if path.startswith("/v1/"):
-        return "", "openai"
+        return RouteName(route="openai")
     segments = path.split("/")
     if len(segments) <= _ROUTE_SEGMENT or segments[1] != "v2":
-        return "", ""
+        return RouteName()
     route = segments[_ROUTE_SEGMENT]
     if route == "job-take-batch":
         route = "job-take"
-    if route in WORKER_ROUTES and len(segments) <= _WORKER_SEGMENT:
-        return "", ""
-    return segments[_ENDPOINT_SEGMENT], route
+    if route not in WORKER_ROUTES:
+        return RouteName(segments[_ENDPOINT_SEGMENT], route)
+    if len(segments) <= _WORKER_SEGMENT:
+        return RouteName()
+    return RouteName(segments[_ENDPOINT_SEGMENT], route, segments[_WORKER_SEGMENT])
 
 
 async def _send_error(status: int, send: Send) -> None:
@@ -147,7 +166,7 @@ async def _send_error(status: int, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def _drop(scope: Scope, receive: Receive) -> None:
+async def drop_connection(scope: Scope, receive: Receive) -> None:
     """Close the connection without a response."""
     state: Mapping[str, Any] = scope["state"]
     state["transport"].abort()

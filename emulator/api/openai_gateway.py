@@ -23,10 +23,10 @@ from starlette.types import Receive, Scope, Send
 
 from emulator.api.auth import authorize, context_of, endpoint_of, key_of
 from emulator.api.bodies import CLIENT_CLOSED_REQUEST, JSONResponse, parse_json, read_body
-from emulator.core.endpoint import Endpoint
 from emulator.core.job import MAX_RUNSYNC_BODY_BYTES, RUNSYNC_RETENTION_S, Job, JobStatus, Submission
 from emulator.core.job_queue import job_topic
 from emulator.core.long_poll import Disconnect, client_disconnect
+from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.errors import APIError, BadRequestError, UnauthorizedError
 
 logger = logging.getLogger(__name__)
@@ -95,28 +95,29 @@ async def route_by_key(request: Request) -> Response:
     return await _serve(request, _endpoint_of_key)
 
 
-async def _serve(request: Request, find_endpoint: Callable[[Request], Endpoint]) -> Response:
+async def _serve(request: Request, find_endpoint: Callable[[Request], RunPodEndpoint]) -> Response:
     try:
         return await _run_job(request, find_endpoint(request))
     except APIError as error:
         return Failure.of(error.status, str(error), error.type).response()
 
 
-def _endpoint_of_path(request: Request) -> Endpoint:
+def _endpoint_of_path(request: Request) -> RunPodEndpoint:
     authorize(request)
     return endpoint_of(request)
 
 
-def _endpoint_of_key(request: Request) -> Endpoint:
+def _endpoint_of_key(request: Request) -> RunPodEndpoint:
     context = context_of(request)
     key = key_of(request)
     for name, endpoint in context.endpoints.items():
-        if key.startswith(f"{name}-") and context.is_api_key(key.removeprefix(f"{name}-")):
+        is_key = key.startswith(f"{name}-") and context.is_api_key(key.removeprefix(f"{name}-"))
+        if is_key and isinstance(endpoint, RunPodEndpoint):
             return endpoint
     raise UnauthorizedError("no valid endpoint and API key; send 'Authorization: Bearer ENDPOINT-KEY'")
 
 
-async def _run_job(request: Request, endpoint: Endpoint) -> Response:
+async def _run_job(request: Request, endpoint: RunPodEndpoint) -> Response:
     with ExitStack() as rate_limit:
         # The documentation limits POST only. A stream counts until its end.
         if endpoint.settings.rate_limits and request.method == "POST":
@@ -131,7 +132,7 @@ async def _run_job(request: Request, endpoint: Endpoint) -> Response:
         return JSONResponse(_response_body(job)) if failure is None else failure.response()
 
 
-async def _submit(request: Request, endpoint: Endpoint) -> tuple[Job, bool]:
+async def _submit(request: Request, endpoint: RunPodEndpoint) -> tuple[Job, bool]:
     """Submit the request's job; return it, and whether its response streams."""
     route = f"/v1/{request.path_params['path']}"
     query = f"?{request.url.query}" if request.url.query else ""
@@ -155,7 +156,7 @@ def _is_true(value: Any) -> bool:
         return False
 
 
-async def _wait_for_status(request: Request, endpoint: Endpoint, job: Job, *, streaming: bool) -> bool:
+async def _wait_for_status(request: Request, endpoint: RunPodEndpoint, job: Job, *, streaming: bool) -> bool:
     """Wait until the response's status is known: for a stream's first output, or for the job's end.
 
     Returns:
@@ -188,7 +189,7 @@ class _EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, endpoint: Endpoint, job: Job, rate_limit: ExitStack) -> None:
+    def __init__(self, endpoint: RunPodEndpoint, job: Job, rate_limit: ExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-cache"})
         # The response's length is not known.
         del self.headers["content-length"]

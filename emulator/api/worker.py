@@ -14,11 +14,11 @@ from starlette.routing import Route
 
 from emulator.api.auth import context_of, endpoint_of, key_of
 from emulator.api.bodies import JSONResponse, describe_validation_error, parse_json, read_body
-from emulator.core.endpoint import Endpoint
 from emulator.core.faults import FaultKind, FaultRule
 from emulator.core.job import MAX_CHUNK_BYTES, MAX_RESULT_BYTES, Job, JobStatus
 from emulator.core.job_queue import JOBS_QUEUED_TOPIC, job_stop_topic
 from emulator.core.long_poll import client_disconnect, is_disconnected
+from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.core.worker import TAKING_STATES
 from emulator.errors import BadRequestError, ContentTooLargeError, UnauthorizedError
 from emulator.integers import parse_integer
@@ -133,12 +133,12 @@ async def _take(request: Request, count: int) -> list[Job]:
     return jobs
 
 
-def _poll_timeout_s(endpoint: Endpoint, worker: str) -> float:
+def _poll_timeout_s(endpoint: RunPodEndpoint, worker: str) -> float:
     """Return the maximum duration of this worker's long poll."""
     return _STOPPING_POLL_S if endpoint.fleet.is_stopping(worker) else endpoint.settings.long_poll_s
 
 
-def _authenticate(request: Request) -> tuple[Endpoint, str]:
+def _authenticate(request: Request) -> tuple[RunPodEndpoint, str]:
     """Return the endpoint and the id of the worker that sent the request.
 
     A managed worker's id is enough, since the SDK prefers the key of the user's own credentials file, if there is one,

@@ -1,118 +1,120 @@
-"""One endpoint: its queue, its workers, its rate limits, and its recent history."""
+"""What an endpoint has on any platform: its queue, its workers, and its recent history."""
 
 from __future__ import annotations
 
-import secrets
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from emulator.core.faults import Faults
 from emulator.core.fleet import Fleet
-from emulator.core.job import Job
-from emulator.core.job_queue import JOBS_QUEUED_TOPIC, JobQueue, job_stop_topic
 from emulator.core.long_poll import LongPoll
 from emulator.core.process import StartProcess
-from emulator.core.rate_limits import RateLimiter
-from emulator.core.webhooks import Webhooks
+from emulator.core.work import WorkQueue
 from emulator.redaction import Redaction
-from emulator.settings import EndpointSettings
+from emulator.settings import FleetSettings
 
 _MAX_EVENTS = 100
 _MAX_HISTORY_POINTS = 600
 
 
-class Endpoint:
-    """An endpoint as the HTTP interfaces see it; the listener of its queue and of its fleet.
+@dataclass(frozen=True)
+class Surroundings:
+    """What all endpoints of an emulator share, so that a test can replace each.
 
     Args:
-        settings: settings of the endpoint.
-        base_url: URL of the emulator, for workers.
-        ca_environment: variables that make workers trust the emulator's TLS certificate.
         clock: monotonic time in seconds.
-        wall_clock: seconds since 1970, for times that are shown.
+        wall_clock: seconds since 1970.
         start: starts worker processes.
         faults: faults of the emulator.
-        webhooks: notify clients of finished jobs.
         redaction: removes secrets from log lines.
-        event_log: receives the timeline's lines: `(endpoint, line)`.
+        event_log: receives the timelines' lines: `(endpoint, line)`.
         worker_log: receives workers' log lines: `(worker, line)`.
     """
 
-    def __init__(  # noqa: PLR0913 (all collaborators, so that a test can replace each)
-        self,
-        settings: EndpointSettings,
-        *,
-        base_url: str,
-        ca_environment: Mapping[str, str],
-        clock: Callable[[], float],
-        wall_clock: Callable[[], float],
-        start: StartProcess,
-        faults: Faults,
-        webhooks: Webhooks,
-        redaction: Redaction,
-        event_log: Callable[[str, str], None],
-        worker_log: Callable[[str, str], None],
-    ) -> None:
+    clock: Callable[[], float]
+    wall_clock: Callable[[], float]
+    start: StartProcess
+    faults: Faults
+    redaction: Redaction
+    event_log: Callable[[str, str], None]
+    worker_log: Callable[[str, str], None]
+
+
+class Endpoint(ABC):
+    """An endpoint as the HTTP interfaces see it; the listener of its fleet, and of its queue's changes.
+
+    A platform's endpoint has its queue in `queue`, and makes its `fleet` with `_create_fleet`.
+    """
+
+    queue: WorkQueue
+    fleet: Fleet
+
+    def __init__(self, settings: FleetSettings, surroundings: Surroundings) -> None:
         self.settings = settings
         self.long_poll = LongPoll()
-        self.limiter = RateLimiter(clock)
-        self.queue = JobQueue(settings.queue_settings(), clock, self)
-        # Workers authenticate with a key of their own, which no client has.
-        self.worker_key = secrets.token_urlsafe(24)
         self.events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
         self.history: deque[dict[str, float]] = deque(maxlen=_MAX_HISTORY_POINTS)
-        self.duplicates: list[list[Job]] = []
         self.changes = 0
-        self._event_log = event_log
-        self._worker_log = worker_log
-        self._wall_clock = wall_clock
-        self._webhooks = webhooks
-        self.fleet = Fleet(
-            settings,
+        self._surroundings = surroundings
+
+    def _create_fleet(self, environment: Callable[[str], Mapping[str, str]], redaction: Redaction) -> Fleet:
+        shared = self._surroundings
+        return Fleet(
+            self.settings,
             self.queue,
             self,
-            base_url=base_url,
-            worker_key=self.worker_key,
-            ca_environment=ca_environment,
-            clock=clock,
-            start=start,
-            faults=faults,
+            environment=environment,
+            clock=shared.clock,
+            start=shared.start,
+            faults=shared.faults,
             redaction=redaction,
         )
+
+    @abstractmethod
+    def page_document(self) -> dict[str, str | None]:
+        """Return how the page reaches the endpoint's APIs.
+
+        `openaiPath`: base of the OpenAI API; `authorization`: the header's value, with `{key}` for the API key;
+        `cancelPath`: with `{job}` for the id; None if running jobs cannot be cancelled.
+        """
+
+    @abstractmethod
+    def forget_duplicates(self) -> None:
+        """Drop what a fault would still give out a second time."""
+
+    @abstractmethod
+    def on_worker_stopping(self, worker: str) -> None:
+        """Notify the worker's long polls, so that they end."""
+
+    @abstractmethod
+    def on_worker_exited(self, worker: str) -> None:
+        """Release what the platform keeps for a worker."""
 
     def on_change(self, topic: str) -> None:
         """Notify the long polls of the topic."""
         self._count_change()
         self.long_poll.notify(topic)
 
-    def on_job_ended(self, job: Job) -> None:
-        """Call the job's webhook."""
-        if job.submission.webhook is not None:
-            self._webhooks.send(str(job.submission.webhook), job.document())
-
     def on_event(self, line: str) -> None:
         """Add a line to the timeline."""
-        self.events.append({"at": round(self._wall_clock(), 3), "text": line})
+        self.events.append({"at": round(self._surroundings.wall_clock(), 3), "text": line})
         self._count_change()
-        self._event_log(self.settings.id, line)
+        self._surroundings.event_log(self.settings.id, line)
 
     def on_worker_log(self, worker: str, line: str) -> None:
         """Pass a worker's log line on."""
         self._count_change()
-        self._worker_log(worker, line)
-
-    def on_worker_stopping(self, worker: str) -> None:
-        """Notify the worker's long polls, so that they end."""
-        self.long_poll.notify(JOBS_QUEUED_TOPIC)
-        self.long_poll.notify(job_stop_topic(worker))
+        self._surroundings.worker_log(worker, line)
 
     def sample(self) -> None:
         """Add a point to the queue's history; to be called once a second."""
         workers = self.fleet.health()
         self.history.append(
             {
-                "at": round(self._wall_clock(), 3),
+                "at": round(self._surroundings.wall_clock(), 3),
                 "inQueue": self.queue.in_queue,
                 "inProgress": self.queue.in_progress,
                 "workers": workers["idle"] + workers["running"],

@@ -11,6 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 WorkerRoute = Literal["job-take", "job-stream", "job-done", "job-stop", "ping"]
 ClientRoute = Literal["run", "runsync", "status", "stream", "cancel", "retry", "purge-queue", "health", "openai"]
 WORKER_ROUTES: Final = frozenset(get_args(WorkerRoute))
+RUNPOD_ROUTES: Final = WORKER_ROUTES | frozenset(get_args(ClientRoute))
+
+AgentRoute = Literal["request", "request-ack", "request-metric", "request-result", "request-proxy", "heartbeat"]
+GatewayRoute = Literal["sync", "async", "status", "proxy"]
+AGENT_ROUTES: Final = frozenset(get_args(AgentRoute))
+SPIRIT_ROUTES: Final = AGENT_ROUTES | frozenset(get_args(GatewayRoute))
+
+_ALL: Final = "*"
+_ALL_AGENT_ROUTES: Final = "agent"
+_TAKES: Final = frozenset({"job-take", "request"})
 
 
 class FaultKind(StrEnum):
@@ -21,6 +31,8 @@ class FaultKind(StrEnum):
     DROP = "drop"
     DUPLICATE = "duplicate"
     KILL = "kill"
+    UNHEALTHY = "unhealthy"
+    ALTER = "alter"
 
 
 class FaultTiming(StrEnum):
@@ -39,7 +51,10 @@ class FaultRule(BaseModel):
             drop: the connection is closed without a response.
             duplicate: the jobs of a take are given out again, to the next worker that asks.
             kill: the worker that sent the request is killed.
-        route: path segment after the endpoint. `*` matches all.
+            unhealthy: Spirit's agent says that it is unhealthy: before, without a task; after, with one if there is.
+            alter: the task that Spirit's agent gives out has other `headers` (None removes one) or another `body`.
+        route: RunPod: path segment after the endpoint. Spirit: path segment after `/apis/v1` of the agent, operation of
+            the gateway, or `proxy` for `/v1/...` and `/api/...`. `*` matches all, `agent` all of Spirit's agent.
         rate: probability from 0 to 1.
         times: maximum number of injections; None: no maximum.
         endpoint: id of the only endpoint that it applies to; None: all.
@@ -48,22 +63,29 @@ class FaultRule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: FaultKind
-    route: Literal["*", ClientRoute, WorkerRoute] = "*"
+    route: Literal["*", "agent", ClientRoute, WorkerRoute, AgentRoute, GatewayRoute] = "*"
     rate: float = Field(1.0, ge=0, le=1)
     when: FaultTiming = FaultTiming.BEFORE
     status: int = Field(500, ge=400, le=599)
     latency_ms: int = Field(0, ge=0)
     times: int | None = Field(None, ge=0)
     endpoint: str | None = None
+    headers: dict[str, str | None] = {}
+    body: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.kind is FaultKind.DUPLICATE and self.route != "job-take":
-            raise ValueError("duplicate requires the route job-take")
-        if self.kind is FaultKind.KILL and self.route not in WORKER_ROUTES:
+        if self.kind is FaultKind.DUPLICATE and self.route not in _TAKES:
+            raise ValueError("duplicate requires the route job-take, or request on Spirit")
+        if self.kind is FaultKind.KILL and self.route not in WORKER_ROUTES | AGENT_ROUTES | {_ALL_AGENT_ROUTES}:
             raise ValueError(
-                "kill requires a route that workers call: job-take, job-stream, job-done, job-stop or ping"
+                "kill requires a route that workers call: job-take, job-stream, job-done, job-stop or ping; on Spirit "
+                "request, request-ack, request-metric, request-result, request-proxy, heartbeat or agent"
             )
+        if self.kind in (FaultKind.UNHEALTHY, FaultKind.ALTER) and self.route != "request":
+            raise ValueError(f"{self.kind} requires the route request")
+        if (self.kind is FaultKind.ALTER) != bool(self.headers or self.body is not None):
+            raise ValueError("alter requires headers or a body, which no other kind has")
         if self.kind is FaultKind.LATENCY and not self.latency_ms:
             raise ValueError("latency requires latency_ms")
         return self
@@ -80,13 +102,32 @@ class FaultSettings(BaseModel):
 
 
 class Faults:
-    """The faults that are active now."""
+    """The faults that are active now.
 
-    def __init__(self, settings: FaultSettings | None = None) -> None:
+    Args:
+        settings: the first faults.
+        routes: the platform's routes.
+
+    Raises:
+        ValueError: a rule is for a route that the platform does not have.
+    """
+
+    def __init__(self, settings: FaultSettings | None = None, routes: frozenset[str] = RUNPOD_ROUTES) -> None:
+        self._routes = routes
         self.set(settings or FaultSettings())
 
     def set(self, settings: FaultSettings) -> None:
-        """Replace all faults; each rule's random sequence starts again."""
+        """Replace all faults; each rule's random sequence starts again.
+
+        Raises:
+            ValueError: a rule is for a route that the platform does not have.
+        """
+        named = {rule.route for rule in settings.rules} - {_ALL}
+        if self._routes >= AGENT_ROUTES:
+            named -= {_ALL_AGENT_ROUTES}
+        if unknown := named - self._routes:
+            routes = ", ".join(sorted(self._routes))
+            raise ValueError(f"the platform has no route {', '.join(sorted(unknown))}; it has {routes}")
         self.settings = settings
         # One sequence per rule: requests of one route do not change which requests of another get a fault.
         self._sequences = [random.Random(f"{settings.seed}/{index}") for index in range(len(settings.rules))]  # noqa: S311
@@ -101,7 +142,8 @@ class Faults:
         """Return the rules to apply to this request, and count them."""
         matched = []
         for index, rule in enumerate(self.settings.rules):
-            if rule.route not in ("*", route) or rule.endpoint not in (None, endpoint):
+            of_agent = rule.route == _ALL_AGENT_ROUTES and route in AGENT_ROUTES
+            if not (rule.route in (_ALL, route) or of_agent) or rule.endpoint not in (None, endpoint):
                 continue
             if rule.times is not None and self._injected[index] >= rule.times:
                 continue
@@ -112,4 +154,8 @@ class Faults:
 
     def document(self) -> dict[str, object]:
         """Return the settings, and in `struck` how often each rule's fault was injected."""
-        return {**self.settings.model_dump(mode="json"), "struck": self._injected}
+        document = self.settings.model_dump(mode="json")
+        for rule in document["rules"]:
+            if rule["kind"] != FaultKind.ALTER:
+                del rule["headers"], rule["body"]
+        return {**document, "struck": self._injected}

@@ -11,18 +11,19 @@ from typing import Protocol
 
 from emulator.core.autoscaler import decide
 from emulator.core.faults import Faults
-from emulator.core.job_queue import JobQueue
-from emulator.core.process import StartProcess, worker_environment
+from emulator.core.process import StartProcess
+from emulator.core.work import WorkQueue
 from emulator.core.worker import ACTIVE_STATES, TAKING_STATES, FleetWorker, WorkerState
 from emulator.errors import NotFoundError
 from emulator.redaction import Redaction
-from emulator.settings import EndpointSettings
+from emulator.settings import FleetSettings
 
 _MAX_EXITED_WORKERS = 10
 _MAX_LINE_CHARACTERS = 4000
 _ID_LETTERS = 14
 # "The system automatically retries with exponential backoff."
 _MAX_BACKOFF_S = 60.0
+_PLATFORM_VARIABLES = ("RUNPOD_WEBHOOK", "EASE_AGENT_URL")
 
 
 class FleetListener(Protocol):
@@ -37,6 +38,9 @@ class FleetListener(Protocol):
     def on_worker_stopping(self, worker: str) -> None:
         """Handle a worker that was asked to stop: its long polls must end."""
 
+    def on_worker_exited(self, worker: str) -> None:
+        """Handle a worker whose process has exited."""
+
 
 class Fleet:
     """Keeps as many workers as the endpoint's settings ask for.
@@ -47,9 +51,7 @@ class Fleet:
         settings: settings of the endpoint.
         queue: jobs of the endpoint.
         listener: is notified of events.
-        base_url: URL of the emulator, for workers.
-        worker_key: API key of the workers.
-        ca_environment: variables that make workers trust the emulator's TLS certificate.
+        environment: returns the variables by which the worker with this id finds the platform.
         clock: monotonic time in seconds.
         start: starts a process.
         faults: how many workers are throttled.
@@ -58,13 +60,11 @@ class Fleet:
 
     def __init__(  # noqa: PLR0913 (all collaborators, so that a test can replace each)
         self,
-        settings: EndpointSettings,
-        queue: JobQueue,
+        settings: FleetSettings,
+        queue: WorkQueue,
         listener: FleetListener,
         *,
-        base_url: str,
-        worker_key: str,
-        ca_environment: Mapping[str, str],
+        environment: Callable[[str], Mapping[str, str]],
         clock: Callable[[], float],
         start: StartProcess,
         faults: Faults,
@@ -73,13 +73,11 @@ class Fleet:
         self._settings = settings
         self._queue = queue
         self._listener = listener
-        self._base_url = base_url
-        self._worker_key = worker_key
-        self._ca_environment = ca_environment
+        self._environment = environment
         self._clock = clock
         self._start = start
         self._faults = faults
-        self._redaction = redaction.including(worker_key)
+        self._redaction = redaction
         self._workers: dict[str, FleetWorker] = {}
         self._exited: deque[FleetWorker] = deque(maxlen=_MAX_EXITED_WORKERS)
         self._consecutive_failures = 0
@@ -278,15 +276,15 @@ class Fleet:
             self._listener.on_event(f"worker {worker_id} throttled")
             return
         settings = self._settings
-        # RUNPOD_WEBHOOK_* in the emulator's own environment belong to another platform.
-        env = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
-        env |= worker_environment(self._base_url, settings.id, worker_id, self._worker_key, settings.ping_interval_ms)
-        env |= self._ca_environment
+        # These variables in the emulator's own environment belong to another platform.
+        env = {name: value for name, value in os.environ.items() if not name.startswith(_PLATFORM_VARIABLES)}
         try:
+            env |= self._environment(worker_id)
             worker.process = self._start(
                 settings.command, env | settings.env, settings.cwd, _FleetProcessListener(self, worker)
             )
         except (OSError, ValueError) as error:  # ValueError: a variable's name or value is not valid.
+            self._listener.on_worker_exited(worker_id)
             worker.log.append(f"{settings.command[0]} cannot be started: {error}")
             self._mark_unhealthy(worker, "cannot be started")
             return
@@ -319,6 +317,7 @@ class Fleet:
         """Handle the exit of a worker's process."""
         worker.process = None
         worker.exit_code = code
+        self._listener.on_worker_exited(worker.id)
         self._queue.on_worker_lost(worker.id)
         expected = worker.state is WorkerState.STOPPING or (code == 0 and worker.ready_at is not None)
         self._listener.on_event(f"worker {worker.id} exited with {code}")

@@ -114,6 +114,11 @@ class Job:
         return self.submission.policy.low_priority
 
     @property
+    def output_count(self) -> int:
+        """How many outputs its worker has streamed in this run."""
+        return len(self.outputs)
+
+    @property
     def delay_ms(self) -> int | None:
         """Time from the submission to the start of the last run; None before the first run."""
         return None if self.taken_at is None else round((self.taken_at - self.submitted_at) * 1000)
@@ -124,6 +129,10 @@ class Job:
         if self.taken_at is None or self.ended_at is None:
             return None
         return round((self.ended_at - self.taken_at) * 1000)
+
+    def platform_document(self) -> dict[str, Any]:
+        """Return what only RunPod has: `lowPriority`."""
+        return {"lowPriority": self.low_priority}
 
     def worker_document(self) -> dict[str, Any]:
         """Return the job as a worker receives it: `{"id", "input"}`, and `s3Config` if the client sent one."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from emulator.core.job import Job, JobStatus, Submission
+from emulator.core.work import QueueLoad
 from emulator.errors import JobNotAssignedError, JobStateError, NotFoundError, TooManyRequestsError
 
 # "Requests receive a 429 status if queue size exceeds 50 jobs and exceeds MAX_WORKERS * 500."
@@ -71,15 +72,6 @@ class QueueSettings:
     stop_grace_s: float = 30.0
     max_retries: int = 1
     max_workers: int = 3
-
-
-@dataclass(frozen=True)
-class QueueLoad:
-    """Input of the autoscaler: counts of jobs of normal priority, and the longest time that one has waited."""
-
-    waiting: int
-    running: int
-    longest_wait_s: float
 
 
 class JobQueue:

@@ -172,13 +172,14 @@ class WorkerProcess:
 
 
 def format_log_line(line: str) -> str:
-    """Return a log line as plain text: the SDK writes JSON when RUNPOD_ENDPOINT_ID is set, as it is on the platform."""
-    if line.startswith('{"requestId":'):
+    """Return a log line as plain text: both SDKs write JSON, RunPod's when RUNPOD_ENDPOINT_ID is set."""
+    if line.startswith(('{"requestId":', '{"message":')):
         try:
             entry: Any = json.loads(line)
         except ValueError:
             return line
-        job = f"{entry['requestId']} | " if entry.get("requestId") else ""
+        job_id = entry.get("requestId") or entry.get("requestID")
+        job = f"{job_id} | " if job_id else ""
         return f"{str(entry.get('level', '')).ljust(7)}| {job}{entry.get('message', '')}"
     return line
 

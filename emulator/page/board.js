@@ -33,9 +33,12 @@ function renderFigures({ health: { jobs, workers }, scaler }) {
 
 function describeScaling({ type, value, workersMin, workersMax, idleTimeout }) {
   const range = workersMin === workersMax ? count(workersMax, "worker") : `${workersMin} to ${count(workersMax, "worker")}`;
-  const rule = type === "QUEUE_DELAY"
-    ? `one is added when a job has waited ${value} s`
-    : `one per ${value === 1 ? "job" : `${value} jobs`} waiting or in progress`;
+  const jobs = value === 1 ? "job" : `${value} jobs`;
+  const rule = {
+    QUEUE_DELAY: `one is added when a job has waited ${value} s`,
+    REQUEST_COUNT: `one per ${jobs} waiting or in progress`,
+    QUEUE_LENGTH: `one is added per ${jobs} waiting`,
+  }[type];
   return `${range}: ${rule}; idle workers stop after ${idleTimeout} s.`;
 }
 
@@ -129,8 +132,8 @@ function timesOf(job, now) {
 function renderJobs(endpoint, now) {
   const timed = endpoint.jobs.map((job) => ({ ...job, ...timesOf(job, now) }));
   const scale = scaleOf(timed.map((job) => job.delay + (job.execution ?? 0)));
-  reconcile($("jobs"), timed, (job) => job.id, (job) => createJob(endpoint.id, job), (row, job) => {
-    const live = job.status === "IN_QUEUE" || job.status === "IN_PROGRESS";
+  reconcile($("jobs"), timed, (job) => job.id, (job) => createJob(endpoint.cancelPath, job), (row, job) => {
+    const live = job.endedAt == null;
     const cells = row.children;
     const state = cells[2].firstChild;
     setText(state, job.status);
@@ -146,7 +149,7 @@ function renderJobs(endpoint, now) {
     const cancel = cells[10].firstChild;
     // If the button that is about to be hidden has the focus, move it to the table, not to the top of the page.
     if (!live && cancel === document.activeElement) row.closest(".scroll").focus();
-    cancel.hidden = !live;
+    cancel.hidden = !live || !endpoint.cancelPath;
   }, scale);
   $("no-jobs").hidden = endpoint.jobs.length > 0;
   $("jobs").closest(".scroll").hidden = !endpoint.jobs.length;
@@ -159,9 +162,9 @@ function scaleOf(times) {
   return [1, 2, 5, 10].map((factor) => factor * power).find((scale) => scale >= percentile);
 }
 
-function createJob(endpointId, job) {
+function createJob(cancelPath, job) {
   const cancel = createElement("button", { type: "button", class: "plain", "aria-label": `Cancel job ${shortId(job.id)}`,
-    onclick: () => postAction(`/v2/${encodeURIComponent(endpointId)}/cancel/${encodeURIComponent(job.id)}`) }, "Cancel");
+    onclick: () => postAction(cancelPath.replace("{job}", encodeURIComponent(job.id))) }, "Cancel");
   const contents = { 0: shortId(job.id), 1: job.kind, 2: createElement("span", { class: "state" }),
     7: createElement("div", {}, createElement("i"), createElement("i"), createElement("i")), 10: cancel };
   const row = createElement("tr", { role: "row" }, ...LABELS.map((label, index) =>

@@ -4,6 +4,7 @@ import { $, createElement, duration, key, request, setText } from "/page/dom.js"
 
 const conversation = [];
 let selectedEndpoint = () => undefined;
+const authorization = (endpoint) => ({ Authorization: endpoint.authorization.replace("{key}", key()) });
 /** The response in progress, if there is one. */
 let inProgress = null;
 
@@ -26,7 +27,7 @@ export async function loadModels(endpoint) {
   attempted = attempt;
   let models = [];
   try {
-    const document = await (await request(`${endpoint.openaiPath}/models`)).json();
+    const document = await (await request(`${endpoint.openaiPath}/models`, { headers: authorization(endpoint) })).json();
     models = document.data.map((model) => model.id);
     loaded = source;
   } catch {
@@ -163,7 +164,8 @@ async function stream(endpoint, answer) {
     ...($("temperature").value !== "" && { temperature: $("temperature").valueAsNumber }),
   };
   const response = await request(`${endpoint.openaiPath}/chat/completions`, {
-    method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
+    method: "POST", body: JSON.stringify(body),
+    headers: { "Content-Type": "application/json", ...authorization(endpoint) },
     signal: answer.abortController.signal,
   });
   for await (const event of eventsOf(response)) {

@@ -14,6 +14,7 @@ import pytest
 
 from emulator.app import Emulator, run_in_thread
 from emulator.core.faults import FaultSettings
+from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.settings import EmulatorSettings, EndpointSettings
 
 KEY = "a-key-of-the-tests"
@@ -39,7 +40,13 @@ class Site:
 
         self.client = client("/v2/ep", f"Bearer {KEY}")
         self.root = client("", f"Bearer {KEY}")
-        self.worker = client("/v2/ep", emulator.endpoints["ep"].worker_key)
+        self.worker = client("/v2/ep", self.endpoint.worker_key)
+
+    @property
+    def endpoint(self) -> RunPodEndpoint:
+        endpoint = self.emulator.endpoints["ep"]
+        assert isinstance(endpoint, RunPodEndpoint)
+        return endpoint
 
     def submit(self, job_input: Any = "hello", **fields: Any) -> str:
         job_id: str = self.client.post("/run", json={"input": job_input, **fields}).raise_for_status().json()["id"]

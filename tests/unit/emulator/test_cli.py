@@ -13,7 +13,8 @@ import pytest
 from emulator import cli
 from emulator.app import Emulator
 from emulator.errors import SettingsError
-from emulator.settings import EmulatorSettings
+from emulator.settings import EmulatorSettings, EndpointSettings
+from emulator.spirit.settings import SpiritEndpointSettings
 
 
 def write(path: Path, document: Any) -> str:
@@ -89,6 +90,7 @@ def test_every_option_sets_its_setting() -> None:
     assert {name: getattr(endpoint, name) for _, name, _ in options.values()} == {
         name: value for _, name, value in options.values()
     }
+    assert isinstance(endpoint, EndpointSettings)
     assert not endpoint.rate_limits
     assert (settings.host, settings.port, settings.api_keys) == ("0.0.0.0", 0, ("k1", "k2"))
     assert options.keys() == cli._ENDPOINT_OPTIONS.keys()
@@ -187,3 +189,81 @@ def test_a_port_of_an_emulator_that_does_not_serve_yet_is_in_use() -> None:
     first = Emulator(EmulatorSettings(port=0))
     with first._socket, pytest.raises(SettingsError, match="Address already in use"):
         Emulator(EmulatorSettings(port=first._socket.getsockname()[1]))
+
+
+def test_every_option_of_spirit_sets_its_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {
+        "--heartbeat-interval": ("2", "heartbeat_interval_s", 2),
+        "--sync-ttl": ("3", "sync_ttl_s", 3),
+        "--async-ttl": ("4", "async_ttl_s", 4),
+        "--first-byte": ("5", "first_byte_s", 5),
+        "--transfer": ("6", "transfer_s", 6),
+    }
+    argv = ["--platform", "spirit", "--command", "x", "--scaler-type", "QUEUE_LENGTH", "--max-retries", "0"]
+    for option, (text, _, _) in options.items():
+        argv += [option, text]
+    argv += ["--agent-port", "8087", "--agent-port", "0", "--accept-bearer", "--answer-early"]
+    settings, _ = cli.read_settings(argv)
+    (endpoint,) = settings.endpoints
+    assert isinstance(endpoint, SpiritEndpointSettings)
+    assert {name: getattr(endpoint, name) for _, name, _ in options.values()} == {
+        name: value for _, name, value in options.values()
+    }
+    assert options.keys() == cli._SPIRIT_OPTIONS.keys()
+    assert (endpoint.agent_ports, endpoint.accept_bearer, endpoint.answer_early) == ((8087, 0), True, True)
+    assert (endpoint.scaler_type, endpoint.max_retries) == ("QUEUE_LENGTH", 0)
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    help_text = capsys.readouterr().out
+    assert all(option in help_text for option in cli._SPIRIT_OPTIONS)
+
+
+def test_spirits_limits_are_the_documented_ones_unless_a_file_has_others(tmp_path: Path) -> None:
+    endpoint = SpiritEndpointSettings()
+    assert (endpoint.sync_ttl_s, endpoint.async_ttl_s) == (3 * 60, 15 * 60)
+    assert (endpoint.first_byte_s, endpoint.transfer_s) == (3 * 60, 3 * 60)
+    assert (endpoint.max_body_bytes, endpoint.retention_s) == (20 * 2**20, 30 * 60)
+    assert (endpoint.max_sync_result_bytes, endpoint.max_async_result_bytes) == (10 * 2**20, 2 * 2**20)
+    config = write(tmp_path / "config", {"platform": "spirit", "endpoints": [{"id": "a", "maxBody": 5}]})
+    (changed,) = cli.read_settings(["--config", config])[0].endpoints
+    assert isinstance(changed, SpiritEndpointSettings)
+    assert changed.max_body_bytes == 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--platform", "spirit", "--command", "x", "--ping-interval", "2000"], "pingInterval: Extra inputs"),
+        (
+            ["--platform", "spirit", "--command", "x", "--lost-after", "5"],
+            "lostAfter=5 must exceed heartbeatInterval",
+        ),
+        (["--platform", "spirit", "--command", "x", "--scaler-type", "REQUEST_COUNT"], "scalerType"),
+        (["--platform", "spirit", "--command", "x", "--async-ttl", "86400"], "asyncTtl"),
+        (["--command", "x", "--scaler-type", "QUEUE_LENGTH"], "scalerType"),
+        (["--command", "x", "--sync-ttl", "5"], "syncTtl: Extra inputs"),
+        (["--platform", "spirit", "--agent-port", "70000"], "agentPorts.0: Input should be less than"),
+    ],
+)
+def test_a_setting_of_the_other_platform_is_refused_in_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_fault_of_the_other_platform_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faults = write(tmp_path / "faults", {"rules": [{"kind": "error", "route": "heartbeat"}]})
+    assert cli.main(["--command", "x", "--port", "0", "--faults", faults]) == 1
+    assert "the platform has no route heartbeat; it has cancel, health," in capsys.readouterr().err
+
+
+def test_an_agents_port_in_use_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert cli.main(["--platform", "spirit", "--port", "0", "--agent-port", str(port)]) == 1
+    assert f"no agent can listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err

@@ -52,7 +52,7 @@ class Poll:
         # Shutting this down bypasses TLS: no close_notify is sent, and data from the server can still be read.
         self.raw = self.tcp.dup()
         self.stream = site.tls.wrap_socket(self.tcp, server_hostname=url.hostname) if site.tls else self.tcp
-        waiters = site.emulator.endpoints["ep"].long_poll._waiters
+        waiters = site.endpoint.long_poll._waiters
         count = sum(map(len, waiters.values()))
         request = f"GET /v2/ep{path} HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\n\r\n"
         self.stream.sendall(request.encode())
@@ -90,7 +90,7 @@ def test_a_half_closed_poll_ends_at_once_and_takes_no_job(site: Site) -> None:
 
 def test_a_job_queued_just_as_the_poll_is_half_closed_is_not_taken(site: Site) -> None:
     """The event loop reads the end of file one iteration before the waiting take polls for a job."""
-    endpoint = site.emulator.endpoints["ep"]
+    endpoint = site.endpoint
     with closing(Poll(site, "/job-take/closing?gpu=x")) as poll:
         jobs: list[str] = []
 

@@ -20,11 +20,13 @@ def test_the_state_has_workers_and_jobs_without_inputs_outputs_or_keys(site: Sit
     response = site.root.get("/state")
     assert "private" not in response.text
     assert KEY not in response.text
-    assert site.emulator.endpoints["ep"].worker_key not in response.text
+    assert site.endpoint.worker_key not in response.text
     (endpoint,) = response.json()["endpoints"]
     assert endpoint.keys() == {
         "id",
         "openaiPath",
+        "authorization",
+        "cancelPath",
         "scaler",
         "health",
         "history",

@@ -160,7 +160,7 @@ def test_an_error_event_of_the_worker_is_not_repeated(site: Site, event: dict[st
 def test_a_stream_whose_worker_is_lost_ends_with_an_error_event(site: Site) -> None:
     def work(job: dict[str, Any]) -> None:
         site.stream(job["id"], "data: 1\n\n")
-        endpoint = site.emulator.endpoints["ep"]
+        endpoint = site.endpoint
         deadline = time.monotonic() + 5
         while f"job/{job['id']}" not in endpoint.long_poll._waiters:
             assert time.monotonic() < deadline
@@ -196,11 +196,11 @@ def test_a_stream_ends_at_the_done_event_and_its_job_is_not_cancelled(site: Site
 
     assert with_worker(site, work, request).text == "data: 1\n\ndata: [DONE]\n\n"
     assert site.status(jobs[0])["status"] == "COMPLETED"
-    assert site.emulator.endpoints["ep"].limiter._running["openai"] == 0
+    assert site.endpoint.limiter._running["openai"] == 0
 
 
 def test_a_stream_read_after_its_jobs_retention_ends_without_an_error(site: Site) -> None:
-    endpoint = site.emulator.endpoints["ep"]
+    endpoint = site.endpoint
     job = Job("removed", submission(), 0, 0, 60, "run", status=JobStatus.COMPLETED, outputs=["data: 1\n\n"])
     sent: list[Any] = []
 
@@ -232,7 +232,7 @@ def test_a_client_disconnect_cancels_its_running_job(start: Start, stream: bool)
     with_worker(site, work, request)
     assert site.worker.get("/job-stop/w1?gpu=x").json() == {"jobsToStop": jobs}
     assert site.status(jobs[0])["status"] == "CANCELLED"
-    assert site.emulator.endpoints["ep"].limiter._running["openai"] == 0
+    assert site.endpoint.limiter._running["openai"] == 0
 
 
 def test_a_client_disconnect_cancels_its_waiting_job(site: Site) -> None:

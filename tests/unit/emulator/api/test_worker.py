@@ -48,7 +48,7 @@ def test_an_invalid_batch_size_is_a_bad_request(site: Site, size: str) -> None:
 
 def test_a_disconnected_worker_gets_no_job(start: Start) -> None:
     site = start(longPoll=20)
-    polls = site.emulator.endpoints["ep"].long_poll._waiters
+    polls = site.endpoint.long_poll._waiters
     disconnect_when(lambda: polls, site.worker, "GET", "/job-take/w1?gpu=x")
     wait_until(lambda: not polls)  # The server notices the disconnect a moment later.
     job_id = site.submit()

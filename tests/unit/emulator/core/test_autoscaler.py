@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from emulator.core.autoscaler import ScalingDecision, decide
-from emulator.core.job_queue import QueueLoad
+from emulator.core.work import QueueLoad
 from emulator.core.worker import FleetWorker, WorkerState
 from emulator.settings import EndpointSettings
+from emulator.spirit.settings import SpiritEndpointSettings
 
 NOW = 1000.0
 
@@ -118,3 +119,16 @@ def test_runpod_init_timeout_overrides_the_init_timeout() -> None:
     rules = settings(env={"RUNPOD_INIT_TIMEOUT": "800"})
     workers = [worker("a", "initializing", 799.9), worker("b", "initializing", 800)]
     assert decide(rules, QueueLoad(0, 0, 0), workers, NOW).init_timed_out == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "starting", "started"), [(0, 0, 0), (3, 0, 0), (4, 0, 1), (8, 0, 2), (8, 1, 1), (8, 2, 0)]
+)
+def test_queue_length_adds_a_worker_for_so_many_waiting_tasks_less_those_that_start(
+    waiting: int, starting: int, started: int
+) -> None:
+    """A worker that runs tasks does not count: what waits is what it has no room for."""
+    document = {"workersMax": 9, "scalerType": "QUEUE_LENGTH", "scalerValue": 4}
+    rules = SpiritEndpointSettings.model_validate(document)
+    workers = [worker("running", "running"), *(worker(f"{number}", "initializing") for number in range(starting))]
+    assert decide(rules, QueueLoad(waiting, 1, 99), workers, NOW).start == started

@@ -22,7 +22,7 @@ from tests.unit.emulator.fakes import FakeClock, FakeProcess, RecordingListener,
 class FleetHarness:
     """A fleet with fake processes and a fake clock; also its listener."""
 
-    def __init__(self, ca_environment: dict[str, str] | None = None, **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         self.clock = FakeClock()
         self.settings = EndpointSettings.model_validate(
             {"command": "worker --fast", "workersMax": 2, "scalerType": "REQUEST_COUNT", "scalerValue": 1, **settings}
@@ -33,13 +33,12 @@ class FleetHarness:
         self.events: list[str] = []
         self.log_lines: list[tuple[str, str]] = []
         self.stopping: list[str] = []
+        self.exited: list[str] = []
         self.fleet = Fleet(
             self.settings,
             self.queue,
             self,
-            base_url="http://127.0.0.1:1",
-            worker_key="worker-key",
-            ca_environment=ca_environment or {},
+            environment=self.environment,
             clock=self.clock,
             start=self.start,
             faults=self.faults,
@@ -54,6 +53,12 @@ class FleetHarness:
 
     def on_worker_stopping(self, worker: str) -> None:
         self.stopping.append(worker)
+
+    def on_worker_exited(self, worker: str) -> None:
+        self.exited.append(worker)
+
+    def environment(self, worker: str) -> dict[str, str]:
+        return {"WORKER": worker, "OVERRIDDEN": "by-platform"}
 
     def start(
         self, command: Sequence[str], env: Mapping[str, str], cwd: str | None, listener: ProcessListener
@@ -86,37 +91,22 @@ class FleetHarness:
         self.fleet.tick()
 
 
-def test_a_worker_is_started_with_the_variables_that_the_sdk_requires() -> None:
-    harness = FleetHarness(id="ep", env={"MODEL_NAME": "tiny"}, cwd="/srv")
-    harness.ready_worker()
+def test_a_worker_is_started_with_the_platforms_and_its_endpoints_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An endpoint's own variables come last; those of another platform in the emulator's environment are left out."""
+    monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "https://elsewhere")
+    monkeypatch.setenv("EASE_AGENT_URL", "http://elsewhere")
+    harness = FleetHarness(env={"MODEL_NAME": "tiny", "OVERRIDDEN": "by-endpoint"}, cwd="/srv")
+    worker = harness.ready_worker()
     (process,) = harness.processes
-    worker = harness.fleet.workers()[0].id
-    root = "http://127.0.0.1:1/v2/ep"
-    expected = {
-        "RUNPOD_WEBHOOK_GET_JOB": f"{root}/job-take/$ID?gpu=EMULATED",
-        "RUNPOD_WEBHOOK_POST_OUTPUT": f"{root}/job-done/$RUNPOD_POD_ID/$ID?gpu=EMULATED",
-        "RUNPOD_WEBHOOK_POST_STREAM": f"{root}/job-stream/$RUNPOD_POD_ID/$ID?gpu=EMULATED",
-        "RUNPOD_WEBHOOK_PING": f"{root}/ping/$RUNPOD_POD_ID",
-        "RUNPOD_PING_INTERVAL": "10000",
-        "RUNPOD_AI_API_KEY": "worker-key",
-        "RUNPOD_ENDPOINT_ID": "ep",
-        "RUNPOD_POD_ID": worker,
-        "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-        "RUNPOD_SKIP_GPU_CHECK": "true",
-        "MODEL_NAME": "tiny",
-    }
-    assert {name: process.env[name] for name in expected} == expected
     assert (process.command, process.cwd) == (("worker", "--fast"), "/srv")
-
-
-def test_a_worker_trusts_the_emulators_ca_unless_its_endpoint_sets_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", "/system/ca.pem")
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/system/ca.pem")
-    ca_environment = {"SSL_CERT_FILE": "/emulator/ca.pem", "REQUESTS_CA_BUNDLE": "/emulator/ca.pem"}
-    harness = FleetHarness(ca_environment, env={"REQUESTS_CA_BUNDLE": "/endpoint/ca.pem"})
-    harness.ready_worker()
-    env = harness.processes[0].env
-    assert (env["SSL_CERT_FILE"], env["REQUESTS_CA_BUNDLE"]) == ("/emulator/ca.pem", "/endpoint/ca.pem")
+    assert (process.env["WORKER"], process.env["OVERRIDDEN"], process.env["MODEL_NAME"]) == (
+        worker.id,
+        "by-endpoint",
+        "tiny",
+    )
+    assert not {"RUNPOD_WEBHOOK_GET_JOB", "EASE_AGENT_URL"} & process.env.keys()
 
 
 def test_a_worker_is_initializing_then_idle_then_running_then_idle() -> None:
@@ -312,13 +302,6 @@ def test_secrets_are_redacted_in_log_lines() -> None:
     harness.processes[0].listener.on_log_line("token is hf_very_secret, done")
     assert list(worker.log) == ["token is ***, done"]
     assert harness.log_lines == [(worker.id, "token is ***, done")]
-
-
-def test_the_workers_own_key_is_redacted() -> None:
-    harness = FleetHarness()
-    worker = harness.ready_worker()
-    harness.processes[0].listener.on_log_line("RUNPOD_AI_API_KEY=worker-key")
-    assert list(worker.log) == ["RUNPOD_AI_API_KEY=***"]
 
 
 def test_a_long_line_is_cut_after_its_secrets_are_redacted() -> None:
