@@ -101,6 +101,17 @@ def test_a_change_of_the_code_rebuilds_only_the_last_layer(path: str, build: Any
     assert hub.sent_bytes == sent, "the model is not downloaded again"
 
 
+def test_an_image_without_a_model_downloads_nothing(buildah: Buildah, options: list[str], hub: Hub) -> None:
+    """Its worker gets the model's name, and downloads it at its start."""
+    requests = len(hub.requests)
+    empty = [f"--build-arg={name}=" for name in ("MODEL_NAME", "QUANTIZATION", "DTYPE")]
+    buildah.build("no-model", "--target=model", "--layers", *empty, *options)
+    files = buildah.files(buildah.container("no-model"))
+    assert list((files / "model").iterdir()) == []
+    assert json.loads((files / "settings.json").read_bytes()) == {}
+    assert len(hub.requests) == requests
+
+
 def test_no_secret_is_in_any_layer_history_or_environment(image: dict[str, Any], buildah: Buildah) -> None:
     """Search all bytes of the image storage: each layer of each stage, and each configuration."""
     assert TOKEN not in json.dumps(image)
