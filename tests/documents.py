@@ -14,13 +14,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# Text that is replaced before a test runs it: an endpoint on RunPod becomes the one that `make up` starts, and its
-# model the tiny one. (For DIR, the reader's own model, a test makes one.)
-REPLACED = {"https://api.runpod.ai/": "http://127.0.0.1:8000/", '"phi-4"': '"tiny"'}
+# The platforms of the documents, and the command that starts each on this machine.
+LOCAL_PLATFORMS = {
+    "https://api.runpod.ai/": "make up",
+    "https://api-serverless.datastone.cn/": 'make up ARGS="--platform spirit"',
+}
+# Text that is replaced before a test runs it: an endpoint on a platform becomes the one on this machine, and its model
+# the tiny one. (For DIR, the reader's own model, a test makes one.)
+REPLACED = {**dict.fromkeys(LOCAL_PLATFORMS, "http://127.0.0.1:8000/"), '"phi-4"': '"tiny"'}
 # Values that a reader knows from an account.
-ACCOUNT = {"ENDPOINT_ID": "local", "RUNPOD_API_KEY": "local", "SERVERLESS_ID": "id", "SERVERLESS_KEY": "key"}
-DEPLOYED = next(iter(REPLACED))
-LOCAL_PLATFORM = "make up"
+ACCOUNT = dict.fromkeys(("ENDPOINT_ID", "RUNPOD_API_KEY", "SERVERLESS_ID", "SERVERLESS_KEY"), "local")
 
 _DOCKER = "needs Docker; `make image-test` builds the images"
 _NAMES = "is the name of a program, not a command"
@@ -170,9 +173,9 @@ def _steps(document: Path) -> Iterator[Step]:
         language, written = ("", part["span"]) if part["span"] else (part["language"], part["text"])
         if part["title"] or (part["span"] and not _COMMAND.fullmatch(written)):
             continue
-        local_platform = LOCAL_PLATFORM if language and DEPLOYED in written else ""
+        named = [command for address, command in LOCAL_PLATFORMS.items() if language and address in written]
         line = text.count("\n", 0, part.start()) + 1
-        step = Step(document.name, line, title, language, written, local_platform or platform, before, setup)
+        step = Step(document.name, line, title, language, written, (*named, platform)[0], before, setup)
         yield step
         if step.not_run or not language:
             continue
