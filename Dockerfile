@@ -13,7 +13,7 @@ ARG BASE_URL=docker.io
 # An image with vLLM 0.32, or one with CUDA and Python 3.11 or later, into which vLLM is installed.
 ARG BASE_IMAGE=${BASE_URL}/vllm/vllm-openai:v0.32.0
 ARG PYTHON_IMAGE=${BASE_URL}/library/python:3.11.14-slim-bookworm
-# The model, on the hub.
+# The model, on the hub; empty for an image without a model.
 ARG MODEL_NAME=unsloth/phi-4-bnb-4bit
 ARG MODEL_REVISION=main
 # What `warm` adds to: an image, or a target above it.
@@ -42,6 +42,7 @@ ARG MODEL_NAME
 ARG MODEL_REVISION
 ARG HF_ENDPOINT=https://huggingface.co
 RUN --mount=type=secret,id=HF_TOKEN --mount=type=cache,target=/cache \
+    if [ -z "$MODEL_NAME" ]; then mkdir /model; exit; fi; \
     python3 -m builder download "$MODEL_NAME" "/cache/$MODEL_NAME/$MODEL_REVISION" --revision "$MODEL_REVISION" --update \
     && cp -r "/cache/$MODEL_NAME/$MODEL_REVISION" /model \
     && python3 -m builder verify /model
@@ -142,10 +143,16 @@ RUN is_new="import sys; sys.exit(sys.version_info < (3, 11))"; \
     { python3 -c "$is_new" && python3 -m pip --version; } >/dev/null 2>&1 \
     || { echo "BASE_IMAGE has no Python from 3.11 with pip" >&2; exit 1; }
 COPY requirements/gpu.lock requirements/worker.lock requirements/
-# If the base has vLLM, its packages are not changed: worker.lock has only what the worker needs in addition.
+# If the base has vLLM, its packages are not changed: worker.lock has only what the worker needs in addition. Otherwise
+# gpu.lock is installed beside the base's packages, not over them: an older torch has libraries that are built for it.
+ENV PATH=/opt/packages/bin:${PATH}
 RUN --mount=type=cache,target=/root/.cache/pip \
-    lock=$(python3 -c 'from importlib.util import find_spec; print("worker" if find_spec("vllm") else "gpu")') \
-    && python3 -m pip install --quiet --no-deps --requirement "requirements/$lock.lock"
+    if python3 -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("vllm") is None)'; \
+    then python3 -m pip install --quiet --no-deps --requirement requirements/worker.lock; \
+    else pip=$(python3 -c 'import pip; print(*pip.__path__)') \
+        && python3 -m venv --without-pip /opt/packages && hash -r \
+        && python3 "$pip" install --quiet --no-deps --ignore-installed --requirement requirements/gpu.lock; \
+    fi
 # The packages' bytecode, as in `cpu-packages`: vLLM's image has none.
 RUN python3 -W ignore -c 'import compileall, os, py_compile, sys; \
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH; \

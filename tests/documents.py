@@ -14,13 +14,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# Text that is replaced before a test runs it: an endpoint on RunPod becomes the one that `make up` starts, and its
-# model the tiny one. (For DIR, the reader's own model, a test makes one.)
-REPLACED = {"https://api.runpod.ai/": "http://127.0.0.1:8000/", '"phi-4"': '"tiny"'}
+# The platforms of the documents, and the command that starts each on this machine.
+LOCAL_PLATFORMS = {
+    "https://api.runpod.ai/": "make up",
+    "https://api-serverless.datastone.cn/": 'make up ARGS="--platform spirit"',
+}
+# Text that is replaced before a test runs it: an endpoint on a platform becomes the one on this machine, and its model
+# the tiny one. (For DIR, the reader's own model, a test makes one.)
+REPLACED = {**dict.fromkeys(LOCAL_PLATFORMS, "http://127.0.0.1:8000/"), '"phi-4"': '"tiny"'}
 # Values that a reader knows from an account.
-ACCOUNT = {"ENDPOINT_ID": "local", "RUNPOD_API_KEY": "local", "SERVERLESS_ID": "id", "SERVERLESS_KEY": "key"}
-DEPLOYED = next(iter(REPLACED))
-LOCAL_PLATFORM = "make up"
+ACCOUNT = dict.fromkeys(("ENDPOINT_ID", "RUNPOD_API_KEY", "SERVERLESS_ID", "SERVERLESS_KEY"), "local")
 
 _DOCKER = "needs Docker; `make image-test` builds the images"
 _NAMES = "is the name of a program, not a command"
@@ -28,11 +31,13 @@ _CI = "includes this test, or CI runs it as well"
 _LONG = "takes up to an hour, and has its own tests (tests/unit/bench/test_bench.py, tests/soak)"
 _IMPORTS = "leaves results in the checkout; tests/integration/test_imports.py runs it"
 _BENCH = "takes minutes, and measures; tests/integration/test_bench.py runs it in small"
-_ACCOUNT = "needs an account: it creates something on RunPod or Spirit, and costs money"
+_ACCOUNT = "needs an account: it creates something on RunPod or Spirit, or asks a worker there, and costs money"
 _HUB = "needs the hub, or the reader's own model; tests/integration/test_builder.py runs it"
 _NETWORK = "changes this checkout, or downloads what a test need not; tests/unit/tools has what can be tested of it"
 
 _HEADERS = '-H "Authorization: Bearer $RUNPOD_API_KEY" -H "Content-Type: application/json"'
+_REGISTRY = "registry-serverless.datastone.cn"
+_SPIRIT_BASE = f"{_REGISTRY}/library/cuda-12.1.1-cudnn-devel-ubuntu22.04:py311-builder-torch251"
 
 # Commands and blocks that are not run, by document and first line, and the reason. What can be checked without running
 # them is checked: syntax, flags, make targets, services, stages and build arguments.
@@ -42,6 +47,9 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "docker compose --profile local up"): _DOCKER,
     ("README.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
     ("README.md", "docker build --target cpu ."): _DOCKER,
+    ("README.md", f"registry={_REGISTRY} tenant=YOUR_TENANT tag=1 docker compose build vllm"): _DOCKER,
+    ("README.md", "curl -s https://api-serverless.datastone.cn/v1/chat/completions \\"): _ACCOUNT,
+    ("README.md", "from os import environ"): _ACCOUNT,
     ("README.md", "python -m builder download REPO DIR"): _HUB,
     ("README.md", "python -m builder verify DIR"): _HUB,
     ("README.md", "python -m builder manifest DIR"): _HUB,
@@ -60,8 +68,13 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("deploy.md", "docker login docker.io"): _DOCKER,
     ("deploy.md", "runpodctl registry create --name NAME --username USER --password TOKEN"): _ACCOUNT,
     ("deploy.md", f"curl -s https://rest.runpod.io/v1/templates {_HEADERS} \\"): _ACCOUNT,
-    ("deploy.md", "registry=registry-serverless.datastone.cn tenant=YOUR_TENANT docker compose build vllm"): _DOCKER,
+    ("deploy.md", f"registry={_REGISTRY} tenant=YOUR_TENANT tag=2026-11-23 docker compose build vllm"): _DOCKER,
+    ("deploy.md", f"base={_SPIRIT_BASE}"): _DOCKER,
+    ("deploy.md", "docker images"): _NAMES,
+    ("deploy.md", "docker build --build-arg MODEL_NAME= --build-arg QUANTIZATION= --build-arg DTYPE= \\"): _DOCKER,
     ("deploy.md", "curl -s https://api-serverless.datastone.cn/v1/chat/completions \\"): _ACCOUNT,
+    ("deploy.md", "from os import environ"): _ACCOUNT,
+    ("deploy.md", 'curl -s "https://api-serverless.datastone.cn/v1/$SERVERLESS_ID/sync" \\'): _ACCOUNT,
     ("performance.md", "python -m bench --peer WORKER_VLLM_CHECKOUT                     # 16 minutes"): _LONG,
     ("performance.md", "python -m bench --full --rounds 2"): _LONG,
     ("performance.md", "python -m bench imports"): _IMPORTS,
@@ -169,9 +182,9 @@ def _steps(document: Path) -> Iterator[Step]:
         language, written = ("", part["span"]) if part["span"] else (part["language"], part["text"])
         if part["title"] or (part["span"] and not _COMMAND.fullmatch(written)):
             continue
-        local_platform = LOCAL_PLATFORM if language and DEPLOYED in written else ""
+        named = [command for address, command in LOCAL_PLATFORMS.items() if language and address in written]
         line = text.count("\n", 0, part.start()) + 1
-        step = Step(document.name, line, title, language, written, local_platform or platform, before, setup)
+        step = Step(document.name, line, title, language, written, (*named, platform)[0], before, setup)
         yield step
         if step.not_run or not language:
             continue

@@ -1,7 +1,7 @@
 """Builds the images with buildah on substitutes for the base images, without a registry and without the real hub.
 
 The CPU image's base is a Debian with Python. The GPU image's base also has vLLM's packages, copied from this
-environment, as `vllm-openai` has them.
+environment, as `vllm-openai` has them; or CUDA and an older torch, as the base images of Spirit's templates.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-serverless" / "image-test"
 _DEBIAN = "python3,python3-pip,ca-certificates,procps"
 _PIP = "/etc/pip.conf"
+_WHEELS = "/wheels"
 
 
 class Buildah:
@@ -150,6 +151,49 @@ def build_vllm_base(buildah: Buildah, directory: Path, python: str, *, real: boo
     tag = f"test-base/vllm-{'real' if real else 'empty'}"
     buildah.build(tag, context=packages.parent)
     return f"localhost/{tag}"
+
+
+def build_cuda_base(buildah: Buildah, directory: Path, python: str) -> str:
+    """Build the substitute for an image with CUDA, Python 3.11 and torch 2.5.1 on Ubuntu 22.04, without vLLM.
+
+    There, `python3` is an older Python; here it fails. The packages fail when they are imported.
+    """
+    context = directory / "cuda"
+    for name, version in (("torch", "2.5.1"), ("torchvision", "0.20.1")):
+        information = context / "packages" / f"{name}-{version}.dist-info"
+        information.mkdir(parents=True)
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (information / "METADATA").write_text(metadata, encoding="utf-8")
+        (context / "packages" / f"{name}.py").write_text(f"raise RuntimeError('{name} of the base')", encoding="utf-8")
+    # In place of the CUDA build, the CPU build is installed, which needs a library.
+    lines = [
+        f"FROM {python}",
+        "RUN apt-get update && apt-get install --yes libnuma1",
+        "COPY packages /usr/local/lib/python3.11/dist-packages",
+        "RUN ln -sf /bin/false /usr/bin/python3",
+        "ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64",
+    ]
+    (context / "Dockerfile").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    buildah.build("test-base/cuda", context=context)
+    return "localhost/test-base/cuda"
+
+
+def checkout_for_cpu(directory: Path) -> tuple[Path, str]:
+    """Copy the build context, with the CPU build of vLLM in gpu.lock; return the copy, and an option of the build.
+
+    PyTorch's own index is asked for torch only, as by `make`.
+    """
+    checkout, wheels = directory / "checkout-cpu", directory / "wheels"
+    ignore = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", ".hypothesis")
+    shutil.copytree(ROOT, checkout, ignore=ignore)
+    lock = (ROOT / "requirements" / "cpu.lock").read_text(encoding="utf-8")
+    (torch,) = re.findall("^torch==.*$", lock, re.MULTILINE)
+    index = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries=1", f"--extra-index-url={index}"]
+    subprocess.run([*pip, f"--dest={wheels}", torch], check=True)
+    text = f"--find-links {_WHEELS}\n{lock}"
+    (checkout / "requirements" / "gpu.lock").write_text(text, encoding="utf-8")
+    return checkout, f"--volume={wheels}:{_WHEELS}:ro"
 
 
 def _link(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from bench import imports
 from builder.tiny_model.corpus import example
 from emulator.app import run_in_thread
-from tests.image.builds import Buildah, build_vllm_base
+from tests.image.builds import ROOT, Buildah, build_cuda_base, build_vllm_base, checkout_for_cpu
 from tests.image.conftest import NAME
 from tests.integration.emulator.conftest import Site, settings_with
 from tests.model_hub import Hub
@@ -23,27 +23,42 @@ START_S = 400.0
 
 
 @pytest.fixture
-def base(buildah: Buildah, directory: Path, python: str) -> Callable[[], str]:
-    """Builds the substitute for vLLM's image, which is large."""
-    return lambda: build_vllm_base(buildah, directory, python, real=True)
+def on_base(buildah: Buildah, directory: Path, python: str) -> Callable[[str], tuple[Path, list[str]]]:
+    """Builds the substitute for a base image, which is large; returns the context and the options of a build on it."""
+
+    def build(base: str) -> tuple[Path, list[str]]:
+        if not base:
+            return ROOT, []
+        if base == "vllm":
+            return ROOT, [f"--build-arg=BASE_IMAGE={build_vllm_base(buildah, directory, python, real=True)}"]
+        context, wheels = checkout_for_cpu(directory)
+        return context, [f"--build-arg=BASE_IMAGE={build_cuda_base(buildah, directory, python)}", wheels]
+
+    return build
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("target", "name"),
-    [("cpu", "tiny"), ("gpu", NAME), ("cpu-hub", NAME)],
-    ids=["CPU image with the tiny model", "GPU image", "CPU image with a model of the hub"],
+    ("target", "base", "name"),
+    [("cpu", "", "tiny"), ("gpu", "vllm", NAME), ("gpu", "cuda", NAME), ("cpu-hub", "", NAME)],
+    ids=[
+        "CPU image with the tiny model",
+        "GPU image",
+        "GPU image on a base with CUDA and an older torch",
+        "CPU image with a model of the hub",
+    ],
 )
 def test_the_images_command_answers_a_job_of_the_emulator(  # noqa: PLR0913, PLR0917
     target: str,
+    base: str,
     name: str,
     buildah: Buildah,
     options: list[str],
-    base: Callable[[], str],
+    on_base: Callable[[str], tuple[Path, list[str]]],
     hub: Hub,
 ) -> None:
-    given = [f"--build-arg=BASE_IMAGE={base()}"] if target == "gpu" else []
-    buildah.build(target, f"--target={target}", *given, *options)
+    context, given = on_base(base)
+    buildah.build(target, f"--target={target}", *given, *options, context=context)
     requests = len(hub.requests)
     command = buildah.inspect(target)["Docker"]["config"]["Cmd"]
     container = buildah.container(target)

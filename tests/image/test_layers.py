@@ -119,6 +119,17 @@ def test_compiled_code_is_added_to_a_finished_image(image: dict[str, Any], build
     assert {path.stat().st_uid for path in (unpacked, *list(unpacked.parents)[:3])} == {10001}
 
 
+def test_an_image_without_a_model_downloads_nothing(buildah: Buildah, options: list[str], hub: Hub) -> None:
+    """Its worker gets the model's name, and downloads it at its start."""
+    requests = len(hub.requests)
+    empty = [f"--build-arg={name}=" for name in ("MODEL_NAME", "QUANTIZATION", "DTYPE")]
+    buildah.build("no-model", "--target=model", "--layers", *empty, *options)
+    files = buildah.files(buildah.container("no-model"))
+    assert list((files / "model").iterdir()) == []
+    assert json.loads((files / "settings.json").read_bytes()) == {}
+    assert len(hub.requests) == requests
+
+
 def test_no_secret_is_in_any_layer_history_or_environment(image: dict[str, Any], buildah: Buildah) -> None:
     """Search all bytes of the image storage: each layer of each stage, and each configuration."""
     assert TOKEN not in json.dumps(image)

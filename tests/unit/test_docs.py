@@ -38,6 +38,8 @@ PLATFORM = {
     "RUNPOD_INIT_TIMEOUT",
     "RUNPOD_API_KEY",
     "EASE_AGENT_URL",
+    "HTTP_PROXY",
+    "NO_PROXY",
 }
 API = {"REQUEST_COUNT", "QUEUE_DELAY"}
 PLACEHOLDERS = {
@@ -142,7 +144,8 @@ def test_the_names_in_a_docker_command_exist(command: str) -> None:
     words = shlex.split(command)
     if "compose" in words:
         variables = [word.partition("=")[0] for word in words[: words.index("docker")]]
-        assert [name for name in variables if f"${{{name}" not in compose] == []
+        passed = {name for service in services.values() for name in service["build"]["args"]}
+        assert [name for name in variables if f"${{{name}" not in compose and name not in passed] == []
         profiles = {profile for service in services.values() for profile in service["profiles"]}
         assert set(words[words.index("--profile") + 1 :][:1] if "--profile" in words else ()) <= profiles
         assert set(words[words.index("build") + 1 :] if "build" in words else ()) <= set(services)
