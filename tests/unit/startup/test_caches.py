@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.backend import startup_plan
 from engine.backend.startup_phases import CompileCache
 from engine.startup import caches
 from engine.startup.caches import DIRECTORIES, Caches
@@ -300,7 +301,7 @@ def test_a_volume_of_another_user_is_reported_with_what_to_do(
 @pytest.mark.parametrize(
     ("package", "file", "names"),
     [
-        ("vllm", "envs.py", ["VLLM_CACHE_ROOT", "VLLM_ENABLE_STARTUP_PLAN"]),
+        ("vllm", "envs.py", ["VLLM_CACHE_ROOT", startup_plan.ENABLE]),
         ("vllm", "utils/deep_gemm.py", ["VLLM_CACHE_ROOT"]),
         ("vllm", "v1/worker/startup_plan.py", ["VLLM_CACHE_ROOT"]),
         ("torch", "_inductor/runtime/cache_dir_utils.py", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"]),
