@@ -31,14 +31,8 @@ from bench.scenarios import Scenario
 from bench.shapes import Shape
 from bench.stages import Budget, Outcome, Stage, StageError
 from bench.systems import OURS, EmulatedPlatform, Setup, StartError, SystemUnderTest
+from engine.startup.caches import DIRECTORIES
 
-# What a server keeps between two starts, by the variables of vLLM, triton, torch and CUDA.
-_CACHES = {
-    "VLLM_CACHE_ROOT": "vllm",
-    "TRITON_CACHE_DIR": "triton",
-    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
-    "CUDA_CACHE_PATH": "cuda",
-}
 FIGURES = (
     "requests_per_s",
     "tokens_per_s",
@@ -256,7 +250,9 @@ class Bench:
     def _setup(self, model: Path, flags: Mapping[str, str], caches: str) -> Setup:
         """Return a server's setup; `caches` names the directory of its caches, which begins empty."""
         directory = self.work / "caches" / caches
-        environment = {name: str(directory / cache) for name, cache in _CACHES.items()}
+        # The libraries' own variables, which vLLM alone and the peer follow too; the worker adds nothing to them.
+        environment = {name: str(directory / cache) for name, cache in DIRECTORIES.items()}
+        environment["COMPILE_CACHE_DIR"] = str(directory)
         return Setup(model, {**self.plan.flags, **flags}, environment, max(self.budget.left_s, 1.0))
 
     @property

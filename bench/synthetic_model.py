@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize_file
 
 from bench.systems import tiny_model
-from builder.tiny_model.cache import cache_root, cached, key_of
+from builder.layout import cache_root
+from builder.tiny_model.cache import cached, key_of
 
 _HIDDEN, _INTERMEDIATE, _LAYERS = 2048, 8192, 9
 _HEADS, _KV_HEADS = 16, 4

@@ -19,9 +19,12 @@ from typing import IO
 
 from builder.console import log
 from builder.errors import DiskSpaceError, IntegrityError
+from builder.layout import PARTIAL, is_compiled_code
 from builder.process_lock import process_lock
 
 MAX_BYTES = 4 << 30
+# What unpacking leaves free, for the libraries' next files.
+RESERVE_BYTES = 1 << 30
 _BUFFER_BYTES = 1 << 20
 # A partial file that is older was left by a process that was killed.
 _LEFTOVER_S = 3600
@@ -35,7 +38,7 @@ def pack(directory: Path, file: Path, names: Iterable[str] | None = None, max_by
     Args:
         directory: the files are below it.
         file: the archive.
-        names: paths of the files relative to the directory; by default, all of them.
+        names: paths of the files relative to the directory; by default, those of `files_below`.
         max_bytes: maximum size of all packed files.
 
     Returns:
@@ -49,7 +52,7 @@ def pack(directory: Path, file: Path, names: Iterable[str] | None = None, max_by
     with process_lock(file.with_name(f"{file.name}.lock"), f"packing {file}"), _open_existing(file) as old:
         kept = {} if old is None else {member.name: member for member in old.getmembers() if member.isreg()}
         added = {}
-        for name in _files_below(directory) if names is None else names:
+        for name in files_below(directory) if names is None else names:
             with suppress(OSError):  # A temporary file, which is gone by now.
                 path = directory / name
                 if name not in kept or old is None or not _is_same(path, old, kept[name]):
@@ -62,7 +65,7 @@ def pack(directory: Path, file: Path, names: Iterable[str] | None = None, max_by
         if sum(added.values()) + sum(member.size for member in kept.values()) > max_bytes:
             log(f"{file} is full ({max_bytes:,} bytes): starting it anew")
             kept = {}
-        _remove_leftovers(file)
+        _remove_leftovers(file.parent.glob(f".{file.name}.*{PARTIAL}"))
         with _replacing(file) as opened, tarfile.open(fileobj=opened, mode="w", dereference=True) as new:
             for member in kept.values():
                 new.addfile(member, old.extractfile(member) if old is not None else None)
@@ -81,10 +84,13 @@ def unpack(file: Path, directory: Path) -> tuple[int, int]:
         The number of files unpacked, and their size in bytes.
 
     Raises:
+        DiskSpaceError: the directory has no space for the archive and `RESERVE_BYTES`; nothing is unpacked.
         IntegrityError: the archive is damaged; the files before the damage are unpacked.
-        OSError: it cannot be read, or the directory not be written.
+        OSError: it cannot be read, or the directory not be written; what was unpacked is deleted again.
     """
-    count = size_bytes = 0
+    unpacked: list[Path] = []
+    size_bytes = 0
+    _remove_leftovers(directory.rglob(f".*{PARTIAL}"))
     try:
         # Not tarfile's streams: they copy the rest of their buffer at each read.
         with file.open("rb", _BUFFER_BYTES) as opened_file, tarfile.open(fileobj=opened_file, mode="r:") as archive:
@@ -96,23 +102,36 @@ def unpack(file: Path, directory: Path) -> tuple[int, int]:
                 if content is None or target.exists():
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
+                if not unpacked:
+                    _check_space(file, directory)
                 with _replacing(target, synced=False) as opened:
                     shutil.copyfileobj(content, opened, _BUFFER_BYTES)
                     os.fchmod(opened.fileno(), member.mode & 0o777 | 0o600)
-                    opened.flush()
-                    # Build tools compare times, and the worker knows by them what is new.
-                    os.utime(opened.fileno(), (member.mtime, member.mtime))
-                count += 1
+                unpacked.append(target)
+                # Build tools compare times, and the worker knows by them what is new.
+                os.utime(target, (member.mtime, member.mtime))
                 size_bytes += member.size
     except tarfile.TarError as error:
         raise IntegrityError(f"{file} is damaged ({error}): it is written anew after the next compilation") from error
-    return count, size_bytes
+    except OSError:
+        for path in unpacked:
+            path.unlink(missing_ok=True)
+        raise
+    return len(unpacked), size_bytes
 
 
-def _files_below(directory: Path) -> Iterator[str]:
+def files_below(directory: Path) -> Iterator[str]:
+    """Yield the paths of the files that may be packed, relative to the directory."""
     for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            yield path.relative_to(directory).as_posix()
+        name = path.relative_to(directory).as_posix()
+        if is_compiled_code(name) and path.is_file():
+            yield name
+
+
+def _check_space(file: Path, directory: Path) -> None:
+    needed_bytes, free_bytes = file.stat().st_size + RESERVE_BYTES, shutil.disk_usage(directory).free
+    if free_bytes < needed_bytes:
+        raise DiskSpaceError(f"{directory} has {free_bytes:,} bytes free; unpacking {file} needs {needed_bytes:,}")
 
 
 def _is_inside(name: str) -> bool:
@@ -150,7 +169,7 @@ def _is_same(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> b
 @contextmanager
 def _replacing(file: Path, *, synced: bool = True) -> Iterator[IO[bytes]]:
     """Open a new file that gets its name at the end of the block, if that has no error."""
-    descriptor, partial = tempfile.mkstemp(prefix=f".{file.name[:100]}.", suffix=".partial", dir=file.parent)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{file.name[:100]}.", suffix=PARTIAL, dir=file.parent)
     try:
         with os.fdopen(descriptor, "wb") as opened:
             yield opened
@@ -165,8 +184,8 @@ def _replacing(file: Path, *, synced: bool = True) -> Iterator[IO[bytes]]:
         raise
 
 
-def _remove_leftovers(file: Path) -> None:
-    for path in file.parent.glob(f".{file.name}.*.partial"):
+def _remove_leftovers(partial_files: Iterable[Path]) -> None:
+    for path in partial_files:
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _LEFTOVER_S:
                 path.unlink()

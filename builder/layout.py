@@ -1,4 +1,4 @@
-"""Names and patterns of the files in a model directory, for the builder and the worker.
+"""Places, names and patterns of files that the builder and the worker share: of models and of compiled code.
 
 Standard library only, and no other module of the builder: the worker imports it at startup.
 """
@@ -6,8 +6,9 @@ Standard library only, and no other module of the builder: the worker imports it
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 # Written last by a download: a directory of ours without it may be incomplete.
@@ -15,6 +16,10 @@ MANIFEST = "model-manifest.json"
 # Incomplete files of a download, and its lock.
 PARTIAL_DIR = ".unfinished"
 LOCK = ".lock"
+# The end of the name of a file that is not complete.
+PARTIAL = ".partial"
+# Downloads below a directory of compiled code, which are none and may be large.
+_DOWNLOADS = "vllm/assets/"
 # No loader accepts a directory without one of these; params.json is Mistral's.
 CONFIG_FILES = ("config.json", "params.json")
 
@@ -134,3 +139,22 @@ def _has_all_shards(name: str, names: list[str]) -> bool:
         return True
     stem, count, suffix, width = shard["stem"], shard["count"], shard["suffix"], len(shard["number"])
     return all(f"{stem}-{number:0{width}}-of-{count}{suffix}" in names for number in range(1, int(count) + 1))
+
+
+def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return this project's cache directory; an empty variable counts as unset, as in the XDG specification."""
+    if own := environment.get("VLLM_SERVERLESS_CACHE"):
+        return Path(own)
+    if shared := environment.get("XDG_CACHE_HOME"):
+        return Path(shared) / "vllm-serverless"
+    return Path.home() / ".cache" / "vllm-serverless"
+
+
+def compiled_dir(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the directory of compiled code where `COMPILE_CACHE_DIR` is not set."""
+    return cache_root(environment) / "compiled"
+
+
+def is_compiled_code(name: str) -> bool:
+    """Return whether a file may be packed; its name is relative to the directory that one worker compiles into."""
+    return not name.endswith(PARTIAL) and not name.startswith(_DOWNLOADS)

@@ -14,7 +14,7 @@ from pathlib import Path
 from builder import cache_file
 from builder.console import log
 from builder.errors import WorkerError
-from builder.tiny_model.cache import cache_root
+from builder.layout import compiled_dir
 
 STDOUT = "-"
 # Sampling as most clients use it, so that its kernels are compiled too.
@@ -26,7 +26,10 @@ JOB = json.dumps(
         }
     }
 )
-_HANDLER = Path(__file__).resolve().parents[1] / "handler.py"
+_ROOT = Path(__file__).resolve().parents[1]
+_HANDLER = _ROOT / "handler.py"
+# Prints the name of the worker's own directory, next to those of other versions and GPUs.
+_KEY = ("-m", "engine.startup.caches")
 
 
 def warm(file: str | None = None, job: str = JOB, environment: Mapping[str, str] = os.environ) -> Path:
@@ -41,10 +44,11 @@ def warm(file: str | None = None, job: str = JOB, environment: Mapping[str, str]
         The directory of caches.
 
     Raises:
-        WorkerError: the worker did not start, or the job failed. Nothing is packed then.
-        OSError: the archive cannot be written.
+        WorkerError: the worker did not start, the job failed, or there is nothing to pack. An archive that was there
+            before stays.
+        OSError: the archive cannot be written; the same.
     """
-    directory = Path(environment.get("COMPILE_CACHE_DIR") or cache_root(environment) / "compiled")
+    directory = Path(environment.get("COMPILE_CACHE_DIR") or compiled_dir(environment)).absolute()
     log(f"starting the worker, which compiles into {directory}: this may take minutes")
     done = subprocess.run(
         [sys.executable, str(_HANDLER), "--test_input", job],
@@ -54,19 +58,30 @@ def warm(file: str | None = None, job: str = JOB, environment: Mapping[str, str]
     )
     if done.returncode:
         raise WorkerError(f"the worker ended with {done.returncode}, see above: nothing was packed")
-    if file == STDOUT:
-        with tempfile.TemporaryDirectory() as temporary:
-            archive = Path(temporary) / "compiled.tar"
-            _pack(directory, archive)
-            with archive.open("rb") as content:
-                shutil.copyfileobj(content, sys.stdout.buffer)
-    elif file is not None:
-        Path(file).unlink(missing_ok=True)
-        _pack(directory, Path(file))
+    if file is not None:
+        _pack(directory, file)
     return directory
 
 
-def _pack(directory: Path, archive: Path) -> None:
-    count = cache_file.pack(directory, archive)
-    archive.with_name(f"{archive.name}.lock").unlink(missing_ok=True)  # It is for archives that workers share.
-    log(f"packed {count} files, {archive.stat().st_size / 1e6:.1f} MB")
+def _pack(directory: Path, file: str) -> None:
+    """Pack what the worker that has just run has in the directory."""
+    key = subprocess.run(
+        [sys.executable, *_KEY], cwd=_ROOT, stdout=subprocess.PIPE, check=True, text=True
+    ).stdout.strip()
+    names = [f"{key}/{name}" for name in cache_file.files_below(directory / key)]
+    if not names:
+        raise WorkerError(
+            f"the worker has compiled nothing into {directory / key}: nothing was packed. Unset ENFORCE_EAGER, and "
+            "variables such as VLLM_CACHE_ROOT that name other places"
+        )
+    if file != STDOUT:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=None if file == STDOUT else Path(file).parent, prefix=".") as temporary:
+        archive = Path(temporary) / "compiled.tar"
+        count = cache_file.pack(directory, archive, names)
+        log(f"packed {count} files, {archive.stat().st_size / 1e6:.1f} MB")
+        if file != STDOUT:
+            archive.replace(file)
+            return
+        with archive.open("rb") as content:
+            shutil.copyfileobj(content, sys.stdout.buffer)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import importlib.metadata
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.console import log
 from builder.errors import DestinationError, MissingPackageError
-from builder.layout import MANIFEST
+from builder.layout import MANIFEST, cache_root
 from builder.process_lock import process_lock
 
 if TYPE_CHECKING:
@@ -46,15 +45,6 @@ def tiny_model(directory: Path | None = None) -> Path:
         return model
     copy_into(model, directory)
     return directory
-
-
-def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return this project's cache directory; an empty variable counts as unset, as in the XDG specification."""
-    if own := environment.get("VLLM_SERVERLESS_CACHE"):
-        return Path(own)
-    if shared := environment.get("XDG_CACHE_HOME"):
-        return Path(shared) / "vllm-serverless"
-    return Path.home() / ".cache" / "vllm-serverless"
 
 
 def versions_of(packages: tuple[str, ...]) -> dict[str, str]:

@@ -27,6 +27,8 @@ CPU_KV_CACHE_BYTES = 1 * GIB_BYTES
 
 # The largest CUDA graph that vLLM captures by default, in tokens (0.32, `VllmConfig._set_cudagraph_sizes`).
 _MAX_GRAPH_SIZE = 512
+# One job may be many requests: with `n`, beams, or a list of prompts. Graphs up to this size are few.
+_MIN_GRAPH_LIMIT = 64
 _GRAPH_SIZE = "max_cudagraph_capture_size"
 # Flags that say which CUDA graphs are captured, or how many tokens a request has in a step.
 _GRAPH_FLAGS = {
@@ -54,8 +56,6 @@ class _FlagsError(ValueError):
 def set_environment() -> None:
     """Set the variables that vLLM reads when it is imported, unless the user has set them."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # What a start has measured of the GPU's memory is kept with the compiled code, and spares the next one the same.
-    os.environ.setdefault("VLLM_ENABLE_STARTUP_PLAN", "1")
     # vLLM's app would require this key of the worker's own calls; clients authenticate with the platform.
     os.environ.pop("VLLM_API_KEY", None)
 
@@ -73,12 +73,13 @@ def flags() -> Flags:
 
 
 def limit_graphs(flags: Flags, max_concurrency: int | Literal["auto"]) -> None:
-    """Let vLLM capture no CUDA graphs for more requests than the worker runs at once, unless flags say which.
+    """Let vLLM capture no CUDA graphs for many more requests than the worker runs at once, unless flags say which.
 
     vLLM itself captures graphs of up to twice `max_num_seqs` tokens, and at most 512; this is the same for a smaller
-    number of requests. With speculative decoding a request has several tokens in a step: that is left to vLLM.
+    number of requests, but at least 64 tokens. With speculative decoding a request has several tokens in a step: that
+    is left to vLLM.
     """
-    size = _MAX_GRAPH_SIZE if max_concurrency == "auto" else 2 * max_concurrency
+    size = _MAX_GRAPH_SIZE if max_concurrency == "auto" else max(2 * max_concurrency, _MIN_GRAPH_LIMIT)
     max_num_seqs = flags.value("max_num_seqs")
     more_are_captured = size < _MAX_GRAPH_SIZE and (max_num_seqs is None or 2 * max_num_seqs > size)
     if more_are_captured and _GRAPH_FLAGS.isdisjoint(flags.values):
@@ -110,8 +111,7 @@ def engine_config(flags: Flags, args: Any, model: Model) -> tuple[Any, Any]:
         serve_args = args if tried is flags else _parse(tried, model)
         arguments = AsyncEngineArgs.from_cli_args(serve_args)
         config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        if config.model_config.runner_type != "generate" and tried.is_default(_GRAPH_SIZE):
-            # A request of a pooling model has all its tokens in one step.
+        if tried.is_default(_GRAPH_SIZE) and _has_large_steps(config):
             return attempt(tried.without(_GRAPH_SIZE))
         _raise_if_any(
             _check_loading(config),
@@ -147,6 +147,11 @@ def _parse(flags: Flags, model: Model) -> Any:
     compat.cli_args().validate_parsed_serve_args(args)
     _raise_if_any(_check_parsers(args), _check_adapters(args), _check_app(args))
     return args
+
+
+def _has_large_steps(config: Any) -> bool:
+    """Return whether a request has several tokens in each step, as of a pooling or a diffusion model."""
+    return bool(config.model_config.runner_type != "generate" or config.uniform_decode_query_len > 1)
 
 
 def _raise_if_any(*checks: Iterable[tuple[str, str]]) -> None:

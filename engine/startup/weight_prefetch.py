@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ OWN_READERS = (
     "runai_streamer",
     "tensorizer",
 )
+# The option's value on a command line or in a file of flags, but not in a comment.
+_LOAD_FORMAT = re.compile(r"""^(?:[^#\n]*\s)?-{0,2}load[-_]format(?:\s*[:=]\s*|\s+)["']?(\w+)""", re.MULTILINE)
 _BUFFER_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
@@ -32,11 +35,17 @@ _log = logging.getLogger(__name__)
 
 def has_own_reader(variables: Mapping[str, Variable]) -> bool:
     """Return whether the variables, or the file of flags, name such a loader; vLLM's parser is not imported yet."""
-    texts = [variables[name].value for name in ("LOAD_FORMAT", EXTRA_ARGS) if name in variables]
+    file = ""
     if CONFIG_FILE in variables:
         with contextlib.suppress(OSError, ValueError):  # What is wrong with the file is reported later.
-            texts.append(Path(variables[CONFIG_FILE].value).read_text(encoding="utf-8"))
-    return any(reader in text for text in texts for reader in OWN_READERS)
+            file = Path(variables[CONFIG_FILE].value).read_text(encoding="utf-8")
+    found = _LOAD_FORMAT.findall(file)
+    # Later sources win (`engine.config.vllm_flags`).
+    if "LOAD_FORMAT" in variables:
+        found.append(variables["LOAD_FORMAT"].value)
+    if EXTRA_ARGS in variables:
+        found += _LOAD_FORMAT.findall(variables[EXTRA_ARGS].value)
+    return bool(found) and found[-1] in OWN_READERS
 
 
 def start(directory: Path) -> None:

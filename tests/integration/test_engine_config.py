@@ -6,17 +6,19 @@ The GPUs are fake: vLLM is told of one only where it chooses the sizes of a step
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from enum import Enum
 from typing import Any, Literal
 
 import pytest
 
-from engine.backend import compat, vllm_args
+from engine.backend import compat, startup_plan, vllm_args
 from engine.config import environment
 from engine.config.environment import Variable
 from engine.config.model import Model
 from engine.config.settings import Settings
+from engine.startup import configure
 
 pytestmark = [pytest.mark.in_process, pytest.mark.filterwarnings("ignore")]
 GIB = 1 << 30
@@ -231,10 +233,16 @@ def graph_sizes(tiny_model: str, max_concurrency: int | Literal["auto"], *argume
     return sizes
 
 
-def test_graphs_for_a_few_jobs_are_those_of_vllm_for_as_many_requests(gpu: str, tiny_model: str) -> None:
+@pytest.mark.parametrize(("max_concurrency", "requests", "largest"), [(1, 32, 64), (8, 32, 64), (40, 40, 80)])
+def test_graphs_for_a_few_jobs_are_those_of_vllm_for_as_many_requests(
+    max_concurrency: int, requests: int, largest: int, gpu: str, tiny_model: str
+) -> None:
+    """At least those for 32 requests: one job may have that many, as with `n`."""
     del gpu
+    sizes = graph_sizes(tiny_model, max_concurrency)
 
-    assert graph_sizes(tiny_model, 8) == graph_sizes(tiny_model, "auto", "--max-num-seqs=8") == [1, 2, 4, 8, 16]
+    assert sizes == graph_sizes(tiny_model, "auto", f"--max-num-seqs={requests}")
+    assert sizes[-1] == largest
 
 
 @pytest.mark.parametrize(
@@ -242,9 +250,10 @@ def test_graphs_for_a_few_jobs_are_those_of_vllm_for_as_many_requests(gpu: str, 
     [
         (300, ()),
         (8, ("--max-num-seqs=4",)),
+        (8, ("--max-num-seqs=16",)),
         (8, ("--cudagraph-capture-sizes", "1", "100")),
-        (8, ("--max-cudagraph-capture-size=64",)),
-        (8, ("--compilation-config", "'{\"max_cudagraph_capture_size\": 64}'")),
+        (8, ("--max-cudagraph-capture-size=96",)),
+        (8, ("--compilation-config", "'{\"max_cudagraph_capture_size\": 96}'")),
         (8, ("--runner=pooling",)),
     ],
 )
@@ -257,6 +266,19 @@ def test_graphs_are_left_to_vllm_where_it_has_fewer_or_the_user_says_which(
     assert graph_sizes(tiny_model, max_concurrency, *arguments) == graph_sizes(tiny_model, "auto", *arguments)
 
 
+def test_graphs_of_a_diffusion_model_are_left_to_vllm(
+    gpu: str, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request has several tokens in each step. The tiny model is no such model: only what vLLM says of it is."""
+    from vllm.config import VllmConfig
+
+    del gpu
+    assert isinstance(VllmConfig.uniform_decode_query_len, property)
+    monkeypatch.setattr(VllmConfig, "uniform_decode_query_len", property(lambda _: 17))
+
+    assert graph_sizes(tiny_model, 8) == graph_sizes(tiny_model, "auto")
+
+
 def test_graphs_of_speculative_decoding_are_left_to_vllm() -> None:
     """A request has several tokens in each step."""
     flags = vllm_args.flags()
@@ -266,3 +288,97 @@ def test_graphs_of_speculative_decoding_are_left_to_vllm() -> None:
     vllm_args.limit_graphs(flags, 8)
 
     assert flags.value("max_cudagraph_capture_size") is None
+
+
+# Flags that are not in the hash of vLLM's startup plan either, and do not change what the KV cache may have of the
+# GPU's memory: names, files, the network, the host's memory, and how requests are scheduled into steps.
+NO_GPU_MEMORY = {
+    "allowed_local_media_path", "allowed_media_domains", "async_scheduling", "collect_detailed_traces",
+    "config_format", "cudagraph_metrics", "custom_histogram_buckets", "data_parallel_backend",
+    "data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_rank", "data_parallel_rpc_port",
+    "data_parallel_size_local", "disable_cascade_attn", "disable_hybrid_kv_cache_manager", "download_dir",
+    "enable_layerwise_nvtx_tracing", "enable_logging_iteration_details", "enable_mamba_shared_prefix_checkpoint",
+    "enable_mfu_metrics", "enable_prefix_caching", "enable_shm_tensor_arena", "ignore_patterns",
+    "interleave_mm_strings", "io_processor_plugin", "jit_monitor_mode", "jit_monitor_verbose", "kv_cache_metrics",
+    "kv_cache_metrics_sample", "long_prefill_token_threshold", "long_prefill_token_threshold_adaptive",
+    "master_addr", "master_port", "max_cpu_loras", "max_num_active_seqs", "max_num_queued_reqs",
+    "max_num_queued_tokens", "max_num_scheduled_tokens", "max_parallel_loading_workers",
+    "mm_encoder_fp8_scale_save_margin", "mm_encoder_fp8_scale_save_path", "mm_hasher_algorithm",
+    "mm_processor_cache_gb", "mm_processor_cache_type", "mm_shm_cache_max_object_size_mb", "nnodes", "node_rank",
+    "num_gpu_blocks_override", "numa_bind", "numa_bind_cpus", "numa_bind_nodes", "otlp_traces_endpoint",
+    "per_request_spec_decode_metrics", "prefill_schedule_interval", "prefix_cache_retention_interval",
+    "prefix_caching_hash_algo", "prefix_match_unit", "pt_load_map_location", "ray_workers_use_nsight",
+    "reasoning_parser", "reasoning_parser_plugin", "safetensors_load_strategy", "safetensors_prefetch_block_size",
+    "safetensors_prefetch_num_threads", "scheduler_reserve_full_isl", "seed", "served_model_name",
+    "show_hidden_metrics_for_version", "skip_tokenizer_init", "stream_interval", "swa_bounded_replay", "tokenizer",
+    "tokenizer_mode", "tokenizer_revision", "use_tqdm_on_load", "watermark",
+}  # fmt: skip
+# vLLM makes no plan with the first, and with the second none that fits: it changes the hash by other values.
+NO_PLAN = {"kv_cache_memory_bytes", "enforce_eager"}
+
+
+def not_in_hash(config: Any) -> set[str]:
+    """Return the values of a configuration, and of its parts, that do not change its hash: whatever they are."""
+    whole, found = config.compute_hash(), set()
+    for part in (getattr(config, field.name, None) for field in dataclasses.fields(config)):
+        if not dataclasses.is_dataclass(part):
+            continue
+        for name in (field.name for field in dataclasses.fields(part)):
+            before = getattr(part, name, None)
+            object.__setattr__(part, name, "another value")
+            try:
+                if config.compute_hash() == whole:
+                    found.add(name)
+            except AttributeError:  # A part of the part, which is in the hash with its own values.
+                pass
+            finally:
+                object.__setattr__(part, name, before)
+    return found
+
+
+def test_a_flag_that_is_not_in_the_hash_of_vllms_startup_plan_is_known(tiny_model: str) -> None:
+    """With such a flag, a plan of another start would be used though it does not fit. A new vLLM may have more."""
+    from vllm.config import MultiModalConfig
+
+    config = of_this_worker(tiny_model, {})[1]
+    multimodal = {field.name for field in dataclasses.fields(MultiModalConfig)} - {"language_model_only"}
+    unknown = (not_in_hash(config) | multimodal) & vllm_args.flags().actions.keys()
+
+    assert "gpu_memory_utilization" in unknown
+    assert unknown - startup_plan.NOT_IN_HASH - NO_GPU_MEMORY - NO_PLAN == set()
+    assert startup_plan.NOT_IN_HASH - vllm_args.flags().actions.keys() == set()
+
+
+def test_a_plan_would_be_found_with_another_share_of_the_memory(tiny_model: str) -> None:
+    """If vLLM's hash gets to include it, the worker can leave it out of its list."""
+    config, other = (of_this_worker(tiny_model, one)[1] for one in ({}, {"GPU_MEMORY_UTILIZATION": "0.5"}))
+
+    assert config.compute_hash() == other.compute_hash()
+
+
+@pytest.mark.parametrize(
+    ("variables", "enabled"),
+    [
+        ({}, "1"),
+        ({"MAX_MODEL_LEN": "1024", "MAX_CONCURRENCY": "8"}, "1"),
+        ({"GPU_MEMORY_UTILIZATION": "0.5"}, None),
+        ({"VLLM_EXTRA_ARGS": "--limit-mm-per-prompt '{\"image\": 1}'"}, None),
+    ],
+)
+def test_vllm_makes_and_uses_plans_only_where_they_fit(
+    variables: dict[str, str], enabled: str | None, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(startup_plan.ENABLE, "x")  # So that it is restored.
+    monkeypatch.delenv(startup_plan.ENABLE)
+
+    configure.read(environment.read({"MODEL_NAME": tiny_model, **variables}))
+
+    assert os.environ.get(startup_plan.ENABLE) == enabled
+
+
+def test_what_the_user_says_of_plans_stands(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(startup_plan.ENABLE, "0")
+
+    configure.read(environment.read({"MODEL_NAME": tiny_model}))
+
+    assert os.environ[startup_plan.ENABLE] == "0"

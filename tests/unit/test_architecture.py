@@ -21,6 +21,7 @@ ORDER = ("engine", "engine.queue", "engine.jobs", "engine.backend", "engine.conf
 SHARED = {"engine.child_processes", "engine.cold_start", "engine.errors", "engine.json_codec"}
 STARTUP_MAY_IMPORT = {"engine.backend", "engine.config"}
 ACROSS = {
+    ("engine.startup.caches", "builder.layout"),
     ("engine.startup.model_store", "builder.layout"),
     ("engine.startup.weight_prefetch", "builder.layout"),
     ("handler", "emulator.cli"),

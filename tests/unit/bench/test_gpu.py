@@ -31,6 +31,7 @@ from bench.stages import Budget, Outcome, Stage, StageError, run_stages
 from bench.synthetic_model import TOKENIZER_FILES, tensor_shapes
 from bench.systems import OURS, PEER, ROOT, VLLM, StartError, SystemUnderTest
 from builder.tiny_model.corpus import CORPUS
+from engine.startup.caches import DIRECTORIES
 
 Changed = Callable[[], None]
 
@@ -220,11 +221,11 @@ def test_a_warm_start_is_measured_after_another_one_if_nothing_is_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: list[str] = []
-    caches: list[str] = []
+    caches: list[tuple[str, ...]] = []
 
     @contextmanager
     def emulator(_: str, options: list[str], __: Path) -> Iterator[tuple[None, None]]:
-        caches.extend(option for option in options if "TRITON_CACHE_DIR" in option)
+        caches.append(tuple(option for option in options if f"={tmp_path}/caches/3b" in option))
         yield None, None
 
     async def first_token(*_: object) -> ColdStart:
@@ -240,6 +241,8 @@ def test_a_warm_start_is_measured_after_another_one_if_nothing_is_cached(
     assert first.lines[0] == "first token 2 s after the exec"
     assert second.figures["start"]["first_token_s"] == 3.0
     assert len(set(caches)) == 1, "they share their caches"
+    names = {option.removeprefix("--env=").partition("=")[0] for option in caches[0]}
+    assert names == {*DIRECTORIES, "COMPILE_CACHE_DIR"}, "nothing that a library keeps is elsewhere"
 
 
 def test_the_log_of_a_worker_that_does_not_answer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

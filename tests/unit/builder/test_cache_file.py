@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,3 +176,66 @@ def test_a_full_file_starts_anew_with_what_was_just_compiled(tmp_path: Path) -> 
     with pytest.raises(DiskSpaceError, match="too much"):
         cache_file.pack(source, file, max_bytes=100)
     assert unpacked(file, tmp_path / "target") == {"new": b"y" * 60}
+
+
+def disk_with(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
+    """Have the system report so much free space."""
+
+    class Usage:
+        free = free_bytes
+
+    def disk_usage(_path: Path) -> type[Usage]:
+        return Usage
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+
+
+def test_nothing_is_unpacked_onto_a_disk_that_would_be_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The libraries' own next files would fail, and with them the start."""
+    source, file, target = write(tmp_path / "source", {"a": b"a" * 5000}), tmp_path / "file.tar", tmp_path / "target"
+    cache_file.pack(source, file)
+
+    disk_with(monkeypatch, cache_file.RESERVE_BYTES + 5000)
+    assert main(["unpack", str(file), str(target)]) == DiskSpaceError.exit_code
+    assert f"unpacking {file} needs" in capsys.readouterr().err
+    assert content(target) == {}
+
+    disk_with(monkeypatch, cache_file.RESERVE_BYTES + file.stat().st_size)
+    assert unpacked(file, target) == content(source)
+    disk_with(monkeypatch, 0)
+    assert cache_file.unpack(file, target) == (0, 0), "all is there already"
+
+
+def test_what_was_unpacked_onto_a_disk_that_is_full_is_deleted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, file = write(tmp_path / "source", {"a": b"1", "b": b"2", "c": b"3"}), tmp_path / "file.tar"
+    cache_file.pack(source, file)
+    target = write(tmp_path / "target", {"a": b"here before"})
+    copy = shutil.copyfileobj
+
+    def copy_until_full(content: IO[bytes], opened: IO[bytes], length: int) -> None:
+        copy(content, opened, length)
+        if Path(f"/proc/self/fd/{opened.fileno()}").readlink().name.startswith(".c."):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", copy_until_full)
+
+    with pytest.raises(OSError, match="No space left"):
+        cache_file.unpack(file, target)
+    assert content(target) == {"a": b"here before"}
+
+
+def test_what_a_killed_unpacking_has_left_is_not_packed_and_then_removed(tmp_path: Path) -> None:
+    """Not while another process may still be writing it."""
+    directory = write(tmp_path / "source", {"a": b"1", "b/.kernel.abcdefgh.partial": b"2"})
+    (partial,) = directory.rglob("*.partial")
+
+    assert cache_file.pack(directory, tmp_path / "file.tar") == 1
+    cache_file.unpack(tmp_path / "file.tar", directory)
+    assert partial.exists()
+    os.utime(partial, (time.time() - 7200,) * 2)
+    cache_file.unpack(tmp_path / "file.tar", directory)
+    assert not partial.exists()

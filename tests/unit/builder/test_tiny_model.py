@@ -20,6 +20,7 @@ import pytest
 from filelock import FileLock
 
 from builder import __main__ as command_line
+from builder import layout
 from builder.errors import BuilderError, DestinationError, MissingPackageError
 from builder.tiny_model import cache
 from builder.tiny_model.corpus import CORPUS, HELPFUL, Example, example
@@ -205,9 +206,9 @@ def test_a_missing_package_is_named() -> None:
 
 
 def test_the_environment_sets_the_cache_directory() -> None:
-    assert cache.cache_root({"VLLM_SERVERLESS_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
-    assert cache.cache_root({"VLLM_SERVERLESS_CACHE": "", "XDG_CACHE_HOME": "/b"}) == Path("/b/vllm-serverless")
-    assert cache.cache_root({}) == Path.home() / ".cache" / "vllm-serverless"
+    assert layout.cache_root({"VLLM_SERVERLESS_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
+    assert layout.cache_root({"VLLM_SERVERLESS_CACHE": "", "XDG_CACHE_HOME": "/b"}) == Path("/b/vllm-serverless")
+    assert layout.cache_root({}) == Path.home() / ".cache" / "vllm-serverless"
 
 
 # The cache

@@ -17,17 +17,23 @@ from builder.errors import WorkerError
 WORKER = """
 import os, pathlib, sys
 print("an answer")
+if os.environ.get("COMPILES") == "0":
+    sys.exit()
 caches = pathlib.Path(os.environ["COMPILE_CACHE_DIR"], "key", "triton")
 caches.mkdir(parents=True, exist_ok=True)
 (caches / "kernel").write_text(" ".join(sys.argv[1:]))
 sys.exit(int(os.environ.get("STATUS", "0")))
 """
 
+KEY = ("-c", "print('key')")
+
 
 @pytest.fixture(autouse=True)
 def _worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(warm, "_HANDLER", tmp_path / "worker.py")
+    monkeypatch.setattr(warm, "_KEY", KEY)
+    monkeypatch.delenv("COMPILES", raising=False)
     monkeypatch.setenv("COMPILE_CACHE_DIR", str(tmp_path / "caches"))
     monkeypatch.delenv("STATUS", raising=False)
 
@@ -53,7 +59,8 @@ def test_what_the_worker_has_compiled_is_packed(tmp_path: Path, capfd: pytest.Ca
 
 def test_the_archive_can_be_stdout(tmp_path: Path) -> None:
     """So that a container needs no directory of the host. The worker's answer is not in it."""
-    code = f"from builder import __main__, warm; warm._HANDLER = {str(tmp_path / 'worker.py')!r}; __main__.main()"
+    handler = str(tmp_path / "worker.py")
+    code = f"from builder import __main__, warm; warm._HANDLER, warm._KEY = {handler!r}, {KEY!r}; __main__.main()"
     root = Path(__file__).parents[3]
 
     done = subprocess.run([sys.executable, "-c", code, "warm", "-"], cwd=root, capture_output=True, check=True)
@@ -91,3 +98,38 @@ def test_without_cache_dir_the_worker_and_the_builder_mean_the_same_place(
 
     assert capfd.readouterr().out == f"{tmp_path / 'own' / 'compiled'}\n"
     assert (tmp_path / "own/compiled/key/triton/kernel").is_file()
+
+
+def test_only_what_this_worker_can_use_is_packed(tmp_path: Path) -> None:
+    """Nothing of older versions, no downloads, and nothing incomplete."""
+    for name in ("key of an older vLLM/kernel", "key/vllm/assets/picture", "key/triton/.kernel.abcdefgh.partial"):
+        (tmp_path / "caches" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "caches" / name).touch()
+
+    assert main(["warm", str(tmp_path / "file.tar")]) == 0
+
+    assert packed(tmp_path / "file.tar").keys() == {"key/triton/kernel"}
+
+
+def test_a_worker_that_compiles_nothing_is_an_error_and_an_earlier_archive_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMPILES", "0")
+    (tmp_path / "file.tar").write_bytes(b"of an earlier call")
+
+    assert main(["warm", str(tmp_path / "file.tar")]) == WorkerError.exit_code
+
+    assert f"the worker has compiled nothing into {tmp_path / 'caches/key'}: nothing was" in capfd.readouterr().err
+    assert (tmp_path / "file.tar").read_bytes() == b"of an earlier call"
+    assert main(["warm"]) == 0, "nothing is to be packed"
+
+
+def test_the_key_is_the_workers() -> None:
+    from engine.startup import caches
+
+    code = "from builder import warm; import subprocess, sys; subprocess.run([sys.executable, *warm._KEY])"
+    root = Path(__file__).parents[3]
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True, text=True)
+
+    assert done.stdout == f"{caches.key()}\n"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.backend import startup_plan
 from engine.backend.startup_phases import CompileCache
 from engine.startup import caches
 from engine.startup.caches import DIRECTORIES, Caches
@@ -22,7 +23,7 @@ OLD = 1_000_000_000
 
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*DIRECTORIES, "XDG_CACHE_HOME"):
+    for name in (*DIRECTORIES, "VLLM_SERVERLESS_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
     monkeypatch.setattr(caches, "_PACK_AFTER_S", (0.0,))
@@ -182,17 +183,48 @@ def test_an_unpacking_that_hangs_does_not_hinder_a_start(
 
 
 def test_a_directory_that_cannot_be_used_is_reported_once_and_left_alone(
-    tmp_path: Path, volume: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
 
-    started = Caches(tmp_path / "file", volume, MODEL)
+    started = Caches(tmp_path / "file", tmp_path / "nowhere", MODEL)
     started.wait()
+    started.log_usage(None)
     pack(started)
 
     assert not DIRECTORIES.keys() & os.environ.keys()
     assert caplog.text.count("Set COMPILE_CACHE_DIR to a") == 1
-    assert list(volume.iterdir()) == []
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_instead_of_a_directory_that_cannot_be_used_the_volume_is(
+    tmp_path: Path, volume: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All such workers use the same directory, and nothing is packed."""
+    (tmp_path / "file").touch()
+
+    started = Caches(tmp_path / "file", volume, MODEL)
+    compile_kernel("TRITON_CACHE_DIR")
+    pack(started)
+
+    assert started.directory == volume / "compiled" / caches.key()
+    assert (started.directory / "triton/a/kernel").is_file()
+    assert caplog.text.count(f": using {started.directory}. Set COMPILE_CACHE_DIR to a") == 1
+    assert list(volume.rglob("*.tar")) == []
+
+
+def test_what_a_killed_unpacking_has_left_is_neither_packed_nor_counted(
+    tmp_path: Path, volume: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    started = Caches(tmp_path / "caches", volume, MODEL)
+    (started.directory / ".kernel.abcdefgh.partial").write_text("co")
+
+    started.log_usage(None)
+    pack(started)
+
+    assert "0 files (0.0 MB) new" in caplog.text
+    assert list(volume.rglob("*.tar")) == []
 
 
 def test_without_a_volume_there_is_nothing_to_pack(tmp_path: Path) -> None:
@@ -300,7 +332,7 @@ def test_a_volume_of_another_user_is_reported_with_what_to_do(
 @pytest.mark.parametrize(
     ("package", "file", "names"),
     [
-        ("vllm", "envs.py", ["VLLM_CACHE_ROOT", "VLLM_ENABLE_STARTUP_PLAN"]),
+        ("vllm", "envs.py", ["VLLM_CACHE_ROOT", startup_plan.ENABLE]),
         ("vllm", "utils/deep_gemm.py", ["VLLM_CACHE_ROOT"]),
         ("vllm", "v1/worker/startup_plan.py", ["VLLM_CACHE_ROOT"]),
         ("torch", "_inductor/runtime/cache_dir_utils.py", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"]),

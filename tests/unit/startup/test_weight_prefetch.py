@@ -96,6 +96,12 @@ def test_a_link_to_nothing_is_passed_over(tmp_path: Path, asked: list[str]) -> N
         ({"LOAD_FORMAT": "safetensors"}, False),
         ({"LOAD_FORMAT": "fastsafetensors"}, True),
         ({"VLLM_EXTRA_ARGS": "--load-format runai_streamer"}, True),
+        ({"VLLM_EXTRA_ARGS": "--seed 1 --load_format='dummy' --max-num-seqs=4"}, True),
+        ({"VLLM_EXTRA_ARGS": "--served-model-name dummy-8b"}, False),
+        ({"VLLM_EXTRA_ARGS": "--load-format auto --served-model-name dummy"}, False),
+        ({"LOAD_FORMAT": "dummy", "VLLM_EXTRA_ARGS": "--load-format auto"}, False),
+        ({"LOAD_FORMAT": "auto", "VLLM_CONFIG_FILE": "file"}, False),
+        ({"VLLM_CONFIG_FILE": "other"}, False),
         ({"VLLM_CONFIG_FILE": "nowhere"}, False),
         ({"VLLM_CONFIG_FILE": "file"}, True),
     ],
@@ -105,7 +111,8 @@ def test_a_loader_that_reads_by_itself_is_known_before_vllm_is(
 ) -> None:
     """Next to it, all weights would be read twice."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("load-format: instanttensor\n")
+    (tmp_path / "file").write_text("seed: 1\nload-format: instanttensor\nmodel: a\n")
+    (tmp_path / "other").write_text("served-model-name: dummy\n# load-format: dummy\n")
 
     found = weight_prefetch.has_own_reader({name: Variable(text, "environment") for name, text in variables.items()})
 
