@@ -3,6 +3,7 @@
 WorkerError
 ├── ConfigurationError        the worker cannot start with this configuration
 ├── RateLimitedError          the platform asks the worker to wait
+├── UnusableQueueError        the platform gives this worker no job any more
 ├── DeliveryError             a delivery did not arrive; another attempt may succeed
 ├── RefusedDeliveryError      the platform does not accept a delivery, and will not
 └── JobError                  one job ends with this error; the worker continues
@@ -47,6 +48,10 @@ class ConfigurationError(WorkerError):
 
 class RateLimitedError(WorkerError):
     """The platform asks the worker to wait."""
+
+
+class UnusableQueueError(WorkerError):
+    """The platform says that this worker gets no job any more; the message is the reason."""
 
 
 class DeliveryError(WorkerError):
@@ -180,7 +185,7 @@ class TimedOutError(JobError):
     type = "TimeoutError"
 
     def __init__(self, limit_s: float) -> None:
-        super().__init__(f"the job has run for {limit_s:g} s, the limit that EXECUTION_TIMEOUT_S sets")
+        super().__init__(f"the job has run for {limit_s:g} s, the limit that EXECUTION_TIMEOUT_S or the platform sets")
 
 
 def error_text(output: Any) -> str | None:

@@ -24,7 +24,8 @@ import aiohttp
 import uvloop
 
 from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError, safe_str
-from engine.queue.protocol import TAKE_TIMEOUT_S, PostKind
+from engine.queue.delivery import JobDelivery
+from engine.queue.protocol import TAKE_TIMEOUT_S, Delivery, PostKind
 from engine.queue.take_response import TakeResponse
 
 TESTED_VERSIONS = ("1.12.",)
@@ -135,6 +136,10 @@ class RunPodClient:
             return []
         except self._rate_limited:
             raise RateLimitedError("the platform answered with status 429") from None
+
+    def delivery(self, job_id: str, deadline: float) -> Delivery:
+        """Return the delivery of a job: each output as it comes, then all of them as the result."""
+        return JobDelivery(self.post, job_id, deadline)
 
     async def post(self, kind: PostKind, job_id: str, body: bytes) -> None:
         """Deliver a JSON body for a job, in one attempt.
