@@ -11,6 +11,7 @@ WorkerError
     ├── RouteNotAllowedError  403: jobs may not call the route
     ├── UnknownRouteError     404: vLLM has no such route
     ├── EngineResponseError   vLLM answered with an error status, or ended a stream with an error; passed on unchanged
+    ├── ExpiredError          408: the job waited in the queue for longer than its client allows
     ├── TooLargeError         413: the job's result, or an output, is larger than the platform accepts
     ├── RefusedOutputError    500: the platform does not accept an output or the result of the job, and will not
     ├── InternalError         500: the worker failed at this job, and would fail again
@@ -132,6 +133,13 @@ class EngineResponseError(JobError):
     def document(self) -> dict[str, Any]:
         """Return vLLM's own error body with `status` and `retryable` added."""
         return {**self._body, "status": self._status, "retryable": self._status in _RETRYABLE_STATUSES}
+
+
+class ExpiredError(JobError):
+    """The job waited in the queue for longer than its client allows."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    type = "TimeoutError"
 
 
 class InternalError(JobError):
