@@ -187,8 +187,12 @@ class AnswerBody:
         return bytes(self._data)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the body until it is complete; each chunk is all that has come since the last one."""
+        """Yield the body until it is complete; each chunk is all that has come since the last one.
+
+        The first one is empty: with it aiohttp sends the headers, which it would else keep until there is a body.
+        """
         position = 0
+        yield b""
         while True:
             if position < len(self._data):
                 chunk = bytes(self._data[position:])
@@ -226,14 +230,17 @@ class ProxiedDelivery(_TaskDelivery):
         self._posting: asyncio.Task[None] | None = None
 
     async def stream(self, output: AnswerStart | bytes) -> None:
-        """Deliver the start of the answer, or bytes of its body; without waiting until they have arrived."""
-        if isinstance(output, AnswerStart):
-            self._start = output
+        """Deliver the start of the answer, or bytes of its body; without waiting until they have arrived.
+
+        The POST of a stream begins with its start, so that a client that leaves before the first event is noticed.
+        """
+        if not isinstance(output, AnswerStart):
+            self._body.append(output)
+            self.delivered_count += 1
             return
-        self._body.append(output)
-        self.delivered_count += 1
-        if self._posting is None and self._start is not None and self._start.content_type.startswith(_EVENT_STREAM):
-            self._posting = asyncio.create_task(self._post(self._start), name=f"answer {self._task.id}")
+        self._start = output
+        if output.content_type.startswith(_EVENT_STREAM):
+            self._posting = asyncio.create_task(self._post(output), name=f"answer {self._task.id}")
             self._posting.add_done_callback(self._posting_ended)
 
     async def finish(self, error: JobError | None = None, *, replace_worker: bool = False) -> str:
