@@ -163,9 +163,14 @@ def _poll_spirit(variables: Mapping[str, Variable], settings: Settings) -> int:
     running = spirit_sdk.start_heartbeat()
     serving = worker.current(variables)
     if running is None:
+        from engine import health
         from engine.queue.spirit_proxy_mode import ProxyMode
 
-        return ProxyMode(serving.engine, serving.max_concurrency, settings.drain_timeout_s).serve()
+        engine = serving.engine
+        mode = ProxyMode(
+            engine, serving.max_concurrency, settings.drain_timeout_s, lambda: [health.heartbeat(engine.failure)]
+        )
+        return mode.serve()
 
     async def run(queue: JobQueue) -> int:
         return await serving.serve(queue, handler)

@@ -12,13 +12,12 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import uvicorn
 
-from engine import health
 from engine.backend.app import App, Message, Receive, Send
 from engine.errors import JobError, RouteNotAllowedError, UnknownRouteError, safe_str
 
@@ -65,9 +64,17 @@ class ProxyMode:
         engine: loaded.
         concurrency: most requests at once.
         drain_s: how long running requests may continue after SIGTERM, in seconds.
+        background: returns what else runs in the event loop while it serves.
     """
 
-    def __init__(self, engine: Engine, concurrency: int, drain_s: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        concurrency: int,
+        drain_s: float,
+        background: Callable[[], list[Coroutine[Any, Any, None]]] = list,
+    ) -> None:
+        self._background = background
         self._engine = engine
         self._concurrency = min(concurrency, MAX_CONCURRENCY)
         self._drain_s = drain_s
@@ -105,11 +112,7 @@ class ProxyMode:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop)
-            for work in (
-                self._server.serve([self._listener]),
-                self._watch_engine(),
-                health.heartbeat(self._engine.failure),
-            ):
+            for work in (self._server.serve([self._listener]), self._watch_engine(), *self._background()):
                 self._tasks.append(loop.create_task(work))
         return self._server.started
 

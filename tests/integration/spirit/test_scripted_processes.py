@@ -1,4 +1,4 @@
-"""Worker processes on Spirit, with the real SDK and a scripted engine: signals, deaths, many streams, the proxy mode."""
+"""Worker processes on Spirit, with the real SDK and a scripted engine: signals, deaths, many streams, proxy mode."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.integration.emulator.conftest import REPOSITORY, eventually
-from tests.integration.emulator.spirit.conftest import Site, site_with
+from tests.integration.emulator.spirit.conftest import ID, KEY, Site, site_with
 from tests.integration.emulator.spirit.test_stock_proxy import events
 
 Start = Callable[..., Site]
@@ -34,10 +35,9 @@ def start() -> Iterator[Start]:
         yield site
 
 
-def words(site: Site, text: str, timeout_s: float = 60.0) -> list[str]:
+def words(site: Site, text: str, client: httpx.Client | None = None) -> list[str]:
     """Return the events of a streamed answer."""
-    body = site.chat(text, stream=True)
-    with site.openai.stream("POST", "/chat/completions", json=body, timeout=timeout_s) as response:
+    with (client or site.openai).stream("POST", "/chat/completions", json=site.chat(text, stream=True)) as response:
         assert response.status_code == 200, response.read()
         return [text.strip() for text in events(response.iter_lines())]
 
@@ -120,11 +120,16 @@ def test_a_hundred_and_fifty_streams_run_at_once(start: Start) -> None:
     """The SDK's own session stops at 100."""
     site = start({"PAUSE_S": "1"})
     site.idle_worker()
-    with ThreadPoolExecutor(150) as pool:
-        asking = [pool.submit(words, site, " ".join(f"{number}.{one}" for one in range(8))) for number in range(150)]
+    texts = [" ".join(f"{number}.{one}" for one in range(8)) for number in range(150)]
+    limits, key = httpx.Limits(max_connections=None), {"Authorization": f"{ID}-{KEY}"}
+    with (
+        ThreadPoolExecutor(150) as pool,
+        httpx.Client(base_url=f"{site.url}/v1", headers=key, limits=limits, timeout=60) as client,
+    ):
+        asking = [pool.submit(words, site, text, client) for text in texts]
         eventually(lambda: site.state()["health"]["jobs"]["inProgress"] == 150)
         answers = [one.result(60) for one in asking]
-    assert answers == [[*(f"{number}.{one}" for one in range(8)), "[DONE]"] for number in range(150)]
+    assert answers == [[*text.split(), "[DONE]"] for text in texts]
     assert {tuple(task["answers"]) for task in site.ended(150)} == {(200,)}
 
 
