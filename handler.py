@@ -1,7 +1,7 @@
 """The worker's entry points: `handler`, which the SDK registers, and the command line.
 
-    python handler.py                                     runs the job of test_input.json; on the platform, which sets
-                                                          RUNPOD_WEBHOOK_GET_JOB, takes jobs from its queue
+    python handler.py                                     runs the job of test_input.json; on a platform (PLATFORM, or
+                                                          its own variables), takes jobs from its queue
     python handler.py --test_input '{"input": {...}}'     runs that job
     python handler.py --print-config                      prints the effective configuration
     python handler.py --rp_serve_api                      starts the emulator of the platform with one such worker
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
     from engine.config.environment import Variable
+    from engine.config.settings import Settings
     from engine.queue.protocol import JobQueue
 
 TEST_INPUT = Path(__file__).with_name("test_input.json")
@@ -99,7 +100,7 @@ def main() -> int:
             signal.signal(number, lambda *_: sys.exit(0))
         if polling:
             sys.argv[1:] = rest
-            return _poll(variables)
+            return _poll_spirit(variables, settings) if settings.queue == "spirit" else _poll_runpod(variables)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if arguments.print_config:
@@ -139,8 +140,8 @@ def _answer(variables: Mapping[str, Variable], test_input: str | None) -> int:
     return asyncio.run(local.answer(job, handler, worker.current(variables).engine))
 
 
-def _poll(variables: Mapping[str, Variable]) -> int:
-    """Take jobs from the platform's queue until a signal asks the worker to stop."""
+def _poll_runpod(variables: Mapping[str, Variable]) -> int:
+    """Take jobs from RunPod's queue until a signal asks the worker to stop."""
     from engine import worker
     from engine.queue import runpod_client
     from engine.startup import fitness
@@ -152,6 +153,29 @@ def _poll(variables: Mapping[str, Variable]) -> int:
         return await serving.serve(queue, handler)
 
     return runpod_client.serve(handler, run, serving.max_concurrency, serving.engine.failure)
+
+
+def _poll_spirit(variables: Mapping[str, Variable], settings: Settings) -> int:
+    """Take jobs from Spirit's agent until a signal asks the worker to stop; heartbeats begin before the load."""
+    from engine import worker
+    from engine.queue import spirit_client, spirit_sdk
+
+    running = spirit_sdk.start_heartbeat()
+    serving = worker.current(variables)
+    if running is None:
+        from engine import health
+        from engine.queue.spirit_proxy_mode import ProxyMode
+
+        engine = serving.engine
+        mode = ProxyMode(
+            engine, serving.max_concurrency, settings.drain_timeout_s, lambda: [health.heartbeat(engine.failure)]
+        )
+        return mode.serve()
+
+    async def run(queue: JobQueue) -> int:
+        return await serving.serve(queue, handler)
+
+    return spirit_client.serve(run, running, settings.spirit_request_timeout_s)
 
 
 def _set_logging() -> None:

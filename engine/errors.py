@@ -3,6 +3,7 @@
 WorkerError
 ├── ConfigurationError        the worker cannot start with this configuration
 ├── RateLimitedError          the platform asks the worker to wait
+├── UnusableQueueError        the platform gives this worker no job any more
 ├── DeliveryError             a delivery did not arrive; another attempt may succeed
 ├── RefusedDeliveryError      the platform does not accept a delivery, and will not
 └── JobError                  one job ends with this error; the worker continues
@@ -10,6 +11,7 @@ WorkerError
     ├── RouteNotAllowedError  403: jobs may not call the route
     ├── UnknownRouteError     404: vLLM has no such route
     ├── EngineResponseError   vLLM answered with an error status, or ended a stream with an error; passed on unchanged
+    ├── ExpiredError          408: the job waited in the queue for longer than its client allows
     ├── TooLargeError         413: the job's result, or an output, is larger than the platform accepts
     ├── RefusedOutputError    500: the platform does not accept an output or the result of the job, and will not
     ├── InternalError         500: the worker failed at this job, and would fail again
@@ -47,6 +49,10 @@ class ConfigurationError(WorkerError):
 
 class RateLimitedError(WorkerError):
     """The platform asks the worker to wait."""
+
+
+class UnusableQueueError(WorkerError):
+    """The platform says that this worker gets no job any more; the message is the reason."""
 
 
 class DeliveryError(WorkerError):
@@ -129,6 +135,13 @@ class EngineResponseError(JobError):
         return {**self._body, "status": self._status, "retryable": self._status in _RETRYABLE_STATUSES}
 
 
+class ExpiredError(JobError):
+    """The job waited in the queue for longer than its client allows."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    type = "TimeoutError"
+
+
 class InternalError(JobError):
     """The worker failed at this job, and would fail again."""
 
@@ -180,7 +193,7 @@ class TimedOutError(JobError):
     type = "TimeoutError"
 
     def __init__(self, limit_s: float) -> None:
-        super().__init__(f"the job has run for {limit_s:g} s, the limit that EXECUTION_TIMEOUT_S sets")
+        super().__init__(f"the job has run for {limit_s:g} s, the limit that EXECUTION_TIMEOUT_S or the platform sets")
 
 
 def error_text(output: Any) -> str | None:

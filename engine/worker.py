@@ -226,7 +226,7 @@ def _import_app_in_background(settings: Settings) -> Iterator[None]:
         from engine.queue import runpod_client
 
         vllm_engine.import_app()
-        if settings.on_platform:
+        if settings.queue == "runpod":
             runpod_client.import_sdk()
 
     process = os.getpid()

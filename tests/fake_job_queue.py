@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError
-from engine.queue.protocol import POLL_CANCEL_GRACE_S, PostKind
+from engine.queue.delivery import JobDelivery
+from engine.queue.protocol import POLL_CANCEL_GRACE_S, Delivery, PostKind
 
 # How long a poll is held open; the same as the platform's.
 LONG_POLL_S = 30.0
@@ -196,6 +197,9 @@ class FakeJobQueue:
             if self._is_serving() and job_id not in self._posting_result:
                 self.must_not_post.add(job_id)
         return job_ids
+
+    def delivery(self, job_id: str, deadline: float) -> Delivery:
+        return JobDelivery(self.post, job_id, deadline)
 
     async def post(self, kind: PostKind, job_id: str, body: bytes) -> None:
         fault = self.post_faults.popleft() if self.post_faults else NO_FAULT

@@ -1,6 +1,7 @@
 """A worker process with the real SDK and the real job loop, whose engine repeats the prompt, or a chat's last message.
 
 A streamed answer comes word by word, `PAUSE_S` apart. With `LOOP=stock`, the handler runs under the SDK's own loop.
+With `PLATFORM=spirit`, that SDK is Spirit's.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from engine.backend.statistics import Statistics
 from engine.backend.vllm_engine import VLLMEngine
 from engine.config.settings import Settings
 from engine.jobs import pipeline
-from engine.queue import runpod_client
+from engine.queue import runpod_client, spirit_client, spirit_sdk
 from engine.queue.protocol import JobQueue
+from engine.queue.spirit_proxy_mode import ProxyMode
 from engine.worker import Worker
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
@@ -91,13 +93,19 @@ async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
 def main() -> int:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     logging.basicConfig(level=logging.INFO)
+    settings = Settings.read()
     if os.environ.get("LOOP") == "stock":
-        vars(runpod_client)["missing_interface"] = lambda: "set by a test"
-    worker = Worker(cast("VLLMEngine", ENGINE), Settings.read())
+        vars(spirit_sdk if settings.queue == "spirit" else runpod_client)["missing_interface"] = lambda: "set by a test"
+    worker = Worker(cast("VLLMEngine", ENGINE), settings)
 
     async def run(queue: JobQueue) -> int:
         return await worker.serve(queue, handler)
 
+    if settings.queue == "spirit":
+        running = spirit_sdk.start_heartbeat()
+        if running is None:
+            return ProxyMode(ENGINE, worker.max_concurrency, settings.drain_timeout_s).serve()
+        return spirit_client.serve(run, running, settings.spirit_request_timeout_s)
     return runpod_client.serve(handler, run, worker.max_concurrency, ENGINE.failure)
 
 

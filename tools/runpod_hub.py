@@ -53,6 +53,7 @@ MACHINE: dict[str, Any] = {
     "allowedCudaVersions": ["13.0"],
 }
 
+_NOT_OFFERED = ("baked_", "compile_cache_dir", "ease_", "platform", "spirit_")
 _UNITS = {"_S": " (seconds)", "_MS": " (milliseconds)"}
 _SPELLING = {"Vllm": "vLLM", "Gpu": "GPU", "Dtype": "Data type"}
 
@@ -66,13 +67,14 @@ def setting_inputs() -> list[dict[str, Any]]:
     """The worker's own settings, as inputs of the hub's form.
 
     Left out are secrets, which the form would show (they belong in the platform's secrets, or are set by the platform
-    itself), and what the image was built with: an empty input of the form would hide it.
+    itself), what the image was built with, which an empty input of the form would hide, and what is for another
+    platform.
     """
     properties = Settings.model_json_schema()["properties"]
     return [
         _input(name.upper(), schema["description"], _kind(schema), schema.get("default"))
         for name, schema in properties.items()
-        if not is_secret(name) and not name.startswith("baked_") and name != "compile_cache_dir"
+        if not is_secret(name) and not name.startswith(_NOT_OFFERED)
     ]
 
 

@@ -69,6 +69,12 @@ class Settings(BaseModel):
         description="Delivery timeout in seconds, from a job's start: failed deliveries are retried until then. Set it "
         "to the endpoint's execution timeout.",
     )
+    spirit_request_timeout_s: float = Field(
+        170,
+        gt=0,
+        description="Spirit: seconds after which a sync or proxied request ends with an error, and its stream in "
+        "order; the platform cuts it off at 180 s.",
+    )
     execution_timeout_s: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Execution timeout of a job in seconds, after which it ends with an error. If not set, only the "
@@ -110,15 +116,35 @@ class Settings(BaseModel):
     )
     hf_token: SecretStr | None = Field(None, description="Hugging Face token, for gated or private models.")
 
+    platform: Literal["auto", "runpod", "spirit"] = Field(
+        "auto",
+        description="Platform that the worker takes jobs from: RunPod (its SDK's queue) or Spirit (spirit-gpu's "
+        "agent). `auto`: RunPod if `RUNPOD_WEBHOOK_GET_JOB` is set, else Spirit if `EASE_AGENT_URL` is set, else none.",
+    )
     runpod_webhook_get_job: SecretStr | None = Field(
         None,
-        description="URL that jobs are taken from. Set by the platform; when present, the worker polls the queue.",
+        description="RunPod: URL that jobs are taken from. Set by the platform; when present, the worker polls the "
+        "queue.",
     )
+    ease_agent_url: str | None = Field(
+        None,
+        examples=["http://localhost:8087"],
+        description="Spirit: URL of the agent beside the worker; `http://localhost:8087` with `PLATFORM=spirit`.",
+    )
+
+    @property
+    def queue(self) -> Literal["runpod", "spirit"] | None:
+        """The platform whose queue the worker polls, if any."""
+        if self.platform == "spirit":
+            return "spirit"
+        if self.runpod_webhook_get_job is not None:
+            return "runpod"
+        return "spirit" if self.platform == "auto" and self.ease_agent_url is not None else None
 
     @property
     def on_platform(self) -> bool:
         """Whether the worker polls a platform's queue."""
-        return self.runpod_webhook_get_job is not None
+        return self.queue is not None
 
     @classmethod
     def read(cls, variables: Mapping[str, Variable] | None = None) -> Self:

@@ -25,11 +25,17 @@ _log = logging.getLogger(__name__)
 
 
 class Response:
-    """The app's response: status, content type, and a body that is still arriving."""
+    """The app's response: status, content type, and a body that is still arriving.
+
+    Attributes:
+        content_type: without parameters.
+        content_type_header: as the app wrote it.
+    """
 
     def __init__(self) -> None:
         self.status = 0
         self.content_type = ""
+        self.content_type_header = ""
         self._body = bytearray()
         self._complete = False
         self._changed = asyncio.Event()
@@ -93,7 +99,8 @@ class _ASGIConnection(Response):
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = {name.lower(): value for name, value in message.get("headers", ())}
-            self.content_type = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip()
+            self.content_type_header = headers.get(b"content-type", b"").decode("latin-1")
+            self.content_type = self.content_type_header.partition(";")[0].strip()
         elif message["type"] == "http.response.body":
             self._body += message.get("body", b"")
             if not message.get("more_body", False):

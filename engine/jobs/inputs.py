@@ -13,7 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, T
 
 from engine.backend import merging
 from engine.backend.routes import GET_ONLY, SERVING
-from engine.errors import InvalidInputError, RouteNotAllowedError, UnknownRouteError
+from engine.errors import ExpiredError, InvalidInputError, RouteNotAllowedError, UnknownRouteError
+from engine.jobs.proxied import ProxiedRequest
+from engine.json_codec import decode
 
 ACCEPTED_INPUTS = """\
 {"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
@@ -68,6 +70,7 @@ class Request:
         native: whether the job is in the top-level format, whose stream is dicts with the new text, not SSE text.
         warnings: what was ignored, for the client and the log.
         mergeable: whether vLLM may put several tokens into one event, as in a stream of plain text.
+        proxied: whether the outputs are the answer as it is (`engine.jobs.proxied`).
     """
 
     method: str
@@ -77,10 +80,17 @@ class Request:
     native: bool = False
     warnings: tuple[str, ...] = ()
     mergeable: bool = False
+    proxied: bool = False
 
 
 class UnreadableInput(str):
     """The reason why a job's input cannot be read; it replaces the input."""
+
+    __slots__ = ()
+
+
+class ExpiredInput(UnreadableInput):
+    """The reason why a job has expired; it replaces the input."""
 
     __slots__ = ()
 
@@ -222,10 +232,15 @@ def parse(
             accepted.
         RouteNotAllowedError: jobs may not call the route.
         UnknownRouteError: vLLM has no such route.
+        ExpiredError: the job waited for too long.
     """
     value = job.get("input")
+    if isinstance(value, ExpiredInput):
+        raise ExpiredError(value)
     if isinstance(value, UnreadableInput):
         raise InvalidInputError(f"the job's input cannot be read: {value}")
+    if isinstance(value, ProxiedRequest):
+        return _proxied(value, open_routes, event_tokens, has_route)
     if not isinstance(value, dict):
         raise InvalidInputError(f"the job's input must be a JSON object. Accepted:\n{ACCEPTED_INPUTS}")
     warnings = list(_ignored(value))
@@ -238,12 +253,7 @@ def parse(
     except ValidationError as error:
         faults = "; ".join(f"{_field_path(fault['loc'])}: {fault['msg']}" for fault in error.errors())
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED_INPUTS}") from None
-    if call.path not in open_routes:
-        raise (
-            RouteNotAllowedError(call.path, sorted(open_routes))
-            if has_route(call.path)
-            else UnknownRouteError(call.path)
-        )
+    _check_route(call.path, open_routes, has_route)
     if call.document is None:
         return Request(call.method, call.path, call.query, None, call.native, tuple(warnings))
     body = {name: part for name, part in call.document.items() if name != "extra_body"} | _extra_body(call.document)
@@ -256,6 +266,36 @@ def parse(
     encoded = _encode(document)
     return Request(
         call.method, call.path, call.query, encoded, call.native, tuple(warnings), mergeable=tokens is not None
+    )
+
+
+def _check_route(path: str, open_routes: frozenset[str], has_route: Callable[[str], bool]) -> None:
+    if path not in open_routes:
+        raise RouteNotAllowedError(path, sorted(open_routes)) if has_route(path) else UnknownRouteError(path)
+
+
+def _proxied(
+    value: ProxiedRequest,
+    open_routes: frozenset[str],
+    event_tokens: Callable[[str], int | None],
+    has_route: Callable[[str], bool],
+) -> Request:
+    """Return the request as its client wrote it, in today's names. Whether its body is valid is for vLLM to say."""
+    call = _openai_request("the request's URI", value["route"], None)
+    _check_route(call.path, open_routes, has_route)
+    method, body = value["method"], value.content
+    try:
+        document = decode(body)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        return Request(method, call.path, call.query, body or None, proxied=True)
+    given = {name: part for name, part in document.items() if name != "extra_body"} | _extra_body(document)
+    document, removed = _with_current_names(call.path, given)
+    # Its client gets each token as an event, unless it is slower than the engine, as with vLLM's own server.
+    mergeable = merging.is_plain_text(call.path, document) and event_tokens(call.path) is not None
+    return Request(
+        method, call.path, call.query, _encode(document), warnings=tuple(removed), mergeable=mergeable, proxied=True
     )
 
 

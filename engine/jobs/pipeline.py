@@ -16,6 +16,7 @@ from engine.backend.app import App
 from engine.errors import EngineResponseError, InternalError, InvalidInputError, JobError, WorkerShutdownError
 from engine.jobs import asgi, deltas, inputs
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES, EventBatcher
+from engine.jobs.proxied import AnswerStart
 from engine.json_codec import decode
 
 _log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
     """Run a job and yield its outputs, ready for JSON.
 
     A streamed OpenAI job yields SSE text in runs of complete events; a streamed top-level job yields dicts
-    (`engine.jobs.deltas`); any other job yields one output. A job that fails yields `{"error": JSON text}` last
+    (`engine.jobs.deltas`); a proxied job yields the answer as it is (`engine.jobs.proxied`), also if it is an error of
+    the app; any other job yields one output. A job that fails yields `{"error": JSON text}` last
     (`engine.errors`), after its request has ended in the engine: the SDK reads nothing more after an error. Closing the
     generator aborts the request in the engine.
 
@@ -71,14 +73,10 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
         for warning in request.warnings:
             _log.warning("Job %s: %s", job.get("id"), warning)
         async with asgi.stream(app, request, str(job.get("id", ""))) as response:
-            await _check(response)
-            if response.content_type == "text/event-stream":
-                async with aclosing(_stream(response, engine, request)) as outputs:
-                    async for output in outputs:
-                        yield output
-            else:
-                document = _document(response.content_type, await response.body(), request.path)
-                yield deltas.add_worker_vllm_fields(document, request.warnings) if request.native else document
+            answer = _answer(response) if request.proxied else _outputs(response, engine, request)
+            async with aclosing(answer) as outputs:
+                async for output in outputs:
+                    yield output
     except JobError as error:
         failure = error
     except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)
@@ -115,6 +113,29 @@ async def aclosing_on_task_exit(outputs: AsyncGenerator[Any, None]) -> AsyncIter
     finally:
         consumer.remove_done_callback(close)
         await (asyncio.wait(closings) if closings else outputs.aclose())
+
+
+async def _answer(response: asgi.Response) -> AsyncGenerator[AnswerStart | bytes, None]:
+    """Yield the app's answer: each event as soon as the app sends it."""
+    yield AnswerStart(response.status, response.content_type_header)
+    async for chunk in response.chunks():
+        yield chunk
+
+
+async def _outputs(response: asgi.Response, engine: Engine, request: inputs.Request) -> AsyncGenerator[Any, None]:
+    """Yield the outputs of a job that is no proxied request.
+
+    Raises:
+        EngineResponseError: the app answered with an error, or the stream ended with one.
+    """
+    await _check(response)
+    if response.content_type == "text/event-stream":
+        async with aclosing(_stream(response, engine, request)) as outputs:
+            async for output in outputs:
+                yield output
+    else:
+        document = _document(response.content_type, await response.body(), request.path)
+        yield deltas.add_worker_vllm_fields(document, request.warnings) if request.native else document
 
 
 async def _stream(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from engine.errors import RateLimitedError, safe_str
+from engine.errors import RateLimitedError, UnusableQueueError, safe_str
 
 # The SDK waits as long after status 429.
 RATE_LIMIT_WAIT_S = 5.0
@@ -36,12 +36,18 @@ class PollBackoff:
 
     @contextmanager
     def attempt(self, failure: str) -> Iterator[None]:
-        """Run one call; log its error after the text `failure`, and set `wait_s`."""
+        """Run one call; log its error after the text `failure`, and set `wait_s`.
+
+        Raises:
+            UnusableQueueError: no further call can succeed.
+        """
         begun = time.monotonic()
         self.result, self.wait_s = (), 0.0
         longest_s = _MAX_IDLE_WAIT_S
         try:
             yield
+        except UnusableQueueError:
+            raise
         except RateLimitedError as error:
             _log.warning("%s: %s; next attempt in %.0f s", failure, error, RATE_LIMIT_WAIT_S)
             self.wait_s = RATE_LIMIT_WAIT_S

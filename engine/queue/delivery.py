@@ -50,6 +50,8 @@ class JobDelivery:
         delivered_count: how many outputs have arrived.
     """
 
+    time_limit_s: float | None = None
+
     def __init__(self, post: Post, job_id: str, deadline: float) -> None:
         self._post = post
         self._job_id = job_id
@@ -110,6 +112,9 @@ class JobDelivery:
             _log.error("Job %s: the result could not be delivered (%s)", self._job_id, failure)
             return "undelivered"
         return "completed" if error is None else "failed"
+
+    async def stopped(self) -> None:
+        """Deliver nothing: the platform, which has stopped the job, wants no result."""
 
     async def _deliver(self, kind: PostKind, body: bytes, until: float) -> None:
         try:

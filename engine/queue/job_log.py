@@ -16,9 +16,10 @@ def log_started(job_id: str, job: dict[str, Any], *, with_input: bool) -> None:
     """Log that a job has started, with its input if the user wants to see it."""
     line = {"job": job_id, **_batch(job), "route": _route(job), "status": "started"}
     try:
-        _log.info("%s", json.dumps(line | {"input": job.get("input")} if with_input else line))
+        text = json.dumps(line | {"input": job.get("input")} if with_input else line)
     except RecursionError:  # An input that is nested too deeply can be read but not written.
-        _log.info("%s", json.dumps(line | {"input": "nested too deeply"}))
+        text = json.dumps(line | {"input": "nested too deeply"})
+    _log.info("%s", text, extra={"job_id": job_id})
 
 
 def log_ended(  # noqa: PLR0913 (the fields of the line)
@@ -54,7 +55,7 @@ def log_ended(  # noqa: PLR0913 (the fields of the line)
         "duration_s": round(duration_s, 4),
         "batches": outputs,
     }
-    _log.info("%s", json.dumps(line))
+    _log.info("%s", json.dumps(line), extra={"job_id": job_id})
 
 
 def _batch(job: dict[str, Any]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from engine.errors import (
     InternalError,
     JobError,
     TimedOutError,
+    UnusableQueueError,
     WorkerShutdownError,
     error_text,
     safe_str,
@@ -32,8 +33,7 @@ from engine.errors import (
 from engine.queue import job_log
 from engine.queue.admission import Admission
 from engine.queue.backoff import PollBackoff
-from engine.queue.delivery import JobDelivery
-from engine.queue.protocol import POLL_CANCEL_GRACE_S, TAKE_TIMEOUT_S, JobQueue
+from engine.queue.protocol import POLL_CANCEL_GRACE_S, TAKE_TIMEOUT_S, Delivery, JobQueue
 
 _WATCH_INTERVAL_S = 0.25
 # How long the last deliveries may take when the worker ends, and after that, what is left of the jobs' tasks.
@@ -77,6 +77,7 @@ class RunningJob:
 
     Attributes:
         id: the platform's.
+        delivery: of its outputs.
         started_at: when it was taken, by `time.monotonic()`.
         has_run: whether its task has run. A task that is cancelled before would never run, nor remove the job.
         abort_error: the error that it ends with, if it was aborted.
@@ -84,6 +85,7 @@ class RunningJob:
     """
 
     id: str
+    delivery: Delivery
     started_at: float
     state: JobState = JobState.RUNNING
     has_run: bool = False
@@ -225,8 +227,11 @@ class JobLoop:
             if not slots:
                 await self._wait_or_shutdown(self._changed.wait())
                 continue
-            with backoff.attempt("Polling for jobs failed"):
-                backoff.result = [job for job in await self._take(slots) if self._start_job(job)]
+            try:
+                with backoff.attempt("Polling for jobs failed"):
+                    backoff.result = [job for job in await self._take(slots) if self._start_job(job)]
+            except UnusableQueueError as error:
+                self.fail(str(error))
             if backoff.wait_s:
                 await self._wait_or_shutdown(asyncio.sleep(backoff.wait_s))
 
@@ -271,11 +276,14 @@ class JobLoop:
             return False
         if self._cold_start is not None:
             self._cold_start.mark("first_take")
-        running = RunningJob(job_id, time.monotonic())
+        started_at = time.monotonic()
+        delivery = self._queue.delivery(job_id, started_at + self._timeouts.delivery_s)
+        running = RunningJob(job_id, delivery, started_at)
         self._jobs[job_id] = running
         self._queue.add_in_progress(job_id)
-        if (limit_s := self._timeouts.execution_s) is not None:
-            running.timer = asyncio.get_running_loop().call_later(limit_s, self._time_out, running, limit_s)
+        limits_s = [limit_s for limit_s in (self._timeouts.execution_s, delivery.time_limit_s) if limit_s is not None]
+        if limits_s:
+            running.timer = asyncio.get_running_loop().call_later(min(limits_s), self._time_out, running, min(limits_s))
         running.task = self._create_task(self._run_job(job, running), f"job {job_id}")
         job_log.log_started(job_id, job, with_input=self._log_inputs)
         return True
@@ -283,16 +291,16 @@ class JobLoop:
     # Running a job
 
     async def _run_job(self, job: dict[str, Any], running: RunningJob) -> None:
-        delivery = JobDelivery(self._queue.post, running.id, running.started_at + self._timeouts.delivery_s)
         running.has_run = True
         error = running.abort_error
         if running.state is JobState.RUNNING:
-            error = await self._run_handler(job, running, delivery)
+            error = await self._run_handler(job, running)
         if running.timer is not None:
             running.timer.cancel()
         try:
             if running.state is JobState.STOPPED:
                 running.outcome = "stopped"
+                await running.delivery.stopped()
             elif running.state is not JobState.ABANDONED:
                 running.state = JobState.FINISHING
                 reason = self._fail_if_engine_failed()
@@ -300,15 +308,15 @@ class JobLoop:
                     error = WorkerShutdownError(f"the worker has failed: {reason}")
                 replace = reason is not None and await self._wait_to_request_replacement(running)
                 running.state = JobState.DELIVERING
-                running.outcome = await delivery.finish(error, replace_worker=replace)
+                running.outcome = await running.delivery.finish(error, replace_worker=replace)
         finally:
-            self._remove_job(job, running, delivery.delivered_count)
+            self._remove_job(job, running)
 
-    async def _run_handler(self, job: dict[str, Any], running: RunningJob, delivery: JobDelivery) -> JobError | None:
+    async def _run_handler(self, job: dict[str, Any], running: RunningJob) -> JobError | None:
         """Run the handler; return the error that the job ends with, if it does not complete."""
         error: JobError | None
         try:
-            error = await self._deliver_outputs(job, running, delivery)
+            error = await self._deliver_outputs(job, running)
         except asyncio.CancelledError:
             error = WorkerShutdownError("the job was cancelled in the worker; try again")
         except JobError as own_error:
@@ -321,9 +329,7 @@ class JobLoop:
         # Whatever the handler made of its cancellation.
         return running.abort_error or error
 
-    async def _deliver_outputs(
-        self, job: dict[str, Any], running: RunningJob, delivery: JobDelivery
-    ) -> JobError | None:
+    async def _deliver_outputs(self, job: dict[str, Any], running: RunningJob) -> JobError | None:
         """Deliver the handler's outputs as they come; return the error that it reports.
 
         The jobs of one take start one turn of the event loop after another. Started together, each would wait until
@@ -340,7 +346,7 @@ class JobLoop:
                     self._mark_first_output()
                 if (text := error_text(output)) is not None:
                     return HandlerError(text)
-                await delivery.stream(output)
+                await running.delivery.stream(output)
         if running.state is not JobState.RUNNING:
             # The handler has suppressed its cancellation: it has not come to its own end, or goes on.
             raise asyncio.CancelledError
@@ -359,7 +365,7 @@ class JobLoop:
             await asyncio.wait(others, timeout=max(self._ending_since + _REPLACEMENT_DELAY_S - time.monotonic(), 0))
         return True
 
-    def _remove_job(self, job: dict[str, Any], running: RunningJob, outputs: int) -> None:
+    def _remove_job(self, job: dict[str, Any], running: RunningJob) -> None:
         del self._jobs[running.id]
         self._queue.remove_in_progress(running.id)
         self._changed.set()
@@ -371,7 +377,7 @@ class JobLoop:
                 tokens=self._pop_token_counts(running.id),
                 first_output_s=running.first_output_s,
                 duration_s=time.monotonic() - running.started_at,
-                outputs=outputs,
+                outputs=running.delivery.delivered_count,
             )
         except Exception:  # noqa: BLE001 (a line of the log is not worth the worker)
             _log.exception("Job %s: its end could not be logged", running.id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, Protocol
 
+from engine.errors import JobError
+
 # A take that the platform holds open for longer is given up, as the SDK does.
 TAKE_TIMEOUT_S = 90.0
 # How long a take may still bring a job after `stop_polling`: as a rule, the platform answers after one round trip.
@@ -20,6 +22,40 @@ class PostKind(Enum):
     RESULT = "result"
 
 
+class Delivery(Protocol):
+    """Delivers one job's outputs and its end, in the form that the platform wants.
+
+    Attributes:
+        delivered_count: how many outputs have arrived.
+        time_limit_s: how long the job may run for the platform's sake, in seconds; None for no limit.
+    """
+
+    delivered_count: int
+    time_limit_s: float | None
+
+    async def stream(self, output: Any) -> None:
+        """Deliver an output.
+
+        Raises:
+            JobError: the platform refuses it; the job ends with this error.
+            DeliveryError: it did not arrive in time.
+        """
+
+    async def finish(self, error: JobError | None = None, *, replace_worker: bool = False) -> str:
+        """Deliver the job's end. What cannot be delivered is logged.
+
+        Args:
+            error: why the job failed.
+            replace_worker: ask the platform to replace this worker, if it can be asked.
+
+        Returns:
+            The outcome of the job: "completed", "failed", "stopped" or "undelivered".
+        """
+
+    async def stopped(self) -> None:
+        """End the delivery of a job that was stopped: it has no result."""
+
+
 class JobQueue(Protocol):
     """A platform's queue, seen from one worker."""
 
@@ -32,6 +68,7 @@ class JobQueue(Protocol):
 
         Raises:
             RateLimitedError: the platform asks to wait.
+            UnusableQueueError: no job will come any more; the worker ends.
             Exception: the platform cannot be reached; the loop logs it and tries again.
         """
 
@@ -46,12 +83,12 @@ class JobQueue(Protocol):
             Exception: the platform cannot be reached; the loop logs it and tries again.
         """
 
-    async def post(self, kind: PostKind, job_id: str, body: bytes) -> None:
-        """Deliver a JSON body for a job, in one attempt.
+    def delivery(self, job_id: str, deadline: float) -> Delivery:
+        """Return the delivery of a job that starts now.
 
-        Raises:
-            RefusedDeliveryError: the platform does not accept it, and will not.
-            DeliveryError: it did not arrive, or this cannot be known; another attempt may succeed.
+        Args:
+            job_id: the job's.
+            deadline: when the job's time is over, by `time.monotonic()`; deliveries are tried until then.
         """
 
     def add_in_progress(self, job_id: str) -> None:

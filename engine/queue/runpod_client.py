@@ -11,11 +11,10 @@ import importlib
 import inspect
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from http import HTTPStatus
 from typing import Any, Self
 from urllib.parse import quote
@@ -24,8 +23,10 @@ import aiohttp
 import uvloop
 
 from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError, safe_str
+from engine.queue.delivery import JobDelivery
 from engine.queue.http_client import HTTPClient
-from engine.queue.protocol import TAKE_TIMEOUT_S, PostKind
+from engine.queue.protocol import TAKE_TIMEOUT_S, Delivery, PostKind
+from engine.queue.take_connector import TakeConnector
 from engine.queue.take_response import TakeResponse
 
 TESTED_VERSIONS = ("1.12.",)
@@ -38,26 +39,6 @@ _MAX_ERROR_BODY_BYTES = 200
 _RETRYABLE_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 
 _log = logging.getLogger(__name__)
-
-
-class _TakeConnector(aiohttp.TCPConnector):
-    """A connector that remembers its one connection, so that it can be closed for writing.
-
-    While it is not `polling` it opens none: aiohttp repeats a GET once by itself when its connection ends.
-    """
-
-    transport: asyncio.Transport | None = None
-    polling = True
-
-    async def connect(self, *arguments: Any, **options: Any) -> aiohttp.connector.Connection:
-        if not self.polling:
-            raise aiohttp.ClientConnectionError("polling has stopped")
-        connection = await super().connect(*arguments, **options)
-        if not self.polling:  # It stopped while the connection was opened.
-            connection.close()
-            raise aiohttp.ClientConnectionError("polling has stopped")
-        self.transport = connection.transport
-        return connection
 
 
 class RunPodClient:
@@ -73,7 +54,7 @@ class RunPodClient:
         self._in_progress = JobsProgress()
         self._headers = get_auth_header()
         self._urls = {PostKind.OUTPUT: rp_http.JOB_STREAM_URL, PostKind.RESULT: rp_http.JOB_DONE_URL}
-        self._connector = _TakeConnector()
+        self._connector = TakeConnector()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -109,19 +90,8 @@ class RunPodClient:
             raise RateLimitedError("the platform answered with status 429") from None
 
     def stop_polling(self) -> None:
-        """Close the connection for writing only, so that a job that was already sent still arrives.
-
-        A server that has not answered yet sees the end of its client's stream and sends no job. The socket is shut down
-        below TLS, as asyncio's transports cannot half-close it. RFC 8446, section 6.1, allows either side to end its
-        own direction, and what was sent before is still decrypted.
-        """
-        self._connector.polling = False
-        transport, self._connector.transport = self._connector.transport, None
-        if transport is None or transport.is_closing():
-            return
-        # OSError: the connection has just ended by itself.
-        with suppress(OSError), socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
-            connection.shutdown(socket.SHUT_WR)
+        """Close the take's connection for writing only, so that a job that was already sent still arrives."""
+        self._connector.stop_polling()
 
     async def stop_signals(self) -> list[str]:
         """Return the ids of jobs to stop.
@@ -137,6 +107,10 @@ class RunPodClient:
             return []
         except self._rate_limited:
             raise RateLimitedError("the platform answered with status 429") from None
+
+    def delivery(self, job_id: str, deadline: float) -> Delivery:
+        """Return the delivery of a job: each output as it comes, then all of them as the result."""
+        return JobDelivery(self.post, job_id, deadline)
 
     async def post(self, kind: PostKind, job_id: str, body: bytes) -> None:
         """Deliver a JSON body for a job, in one attempt.

@@ -119,6 +119,13 @@ def test_only_the_queue_imports_the_sdk() -> None:
     assert importers <= {"engine.queue.runpod_client", "engine.startup.fitness"}
 
 
+def test_only_modules_for_spirit_import_its_sdk() -> None:
+    importers = {one.importer for one in IMPORTS if one.imported.split(".")[0] == "spirit_gpu"}
+
+    assert importers
+    assert {name.removeprefix("engine.queue.").partition("_")[0] for name in importers} == {"spirit"}
+
+
 def test_engine_builder_and_emulator_do_not_import_each_other() -> None:
     tops = {*PACKAGES, "handler"}
     across = {

@@ -51,16 +51,13 @@ def test_every_flag_that_is_offered_is_in_the_readmes_table() -> None:
     assert list(INPUTS)[: len(runpod_hub.FLAGS)] == list(runpod_hub.FLAGS)
 
 
-def test_no_secret_and_nothing_of_the_images_build_is_offered() -> None:
+def test_no_secret_and_nothing_of_the_images_build_or_of_another_platform_is_offered() -> None:
     left_out = {name.upper() for name in Settings.model_fields} - INPUTS.keys()
 
-    assert left_out == {
-        "BAKED_MODEL_DIR",
-        "BAKED_SETTINGS_FILE",
-        "COMPILE_CACHE_DIR",
-        "HF_TOKEN",
-        "RUNPOD_WEBHOOK_GET_JOB",
-    }
+    secret = {"HF_TOKEN", "RUNPOD_WEBHOOK_GET_JOB"}
+    spirits = {"EASE_AGENT_URL", "PLATFORM", "SPIRIT_REQUEST_TIMEOUT_S"}
+    of_the_image = {"BAKED_MODEL_DIR", "BAKED_SETTINGS_FILE", "COMPILE_CACHE_DIR"}
+    assert left_out == {*of_the_image, *secret, *spirits}
     assert not [name for name in INPUTS if name.lower() in Settings.model_fields and is_secret(name.lower())]
 
 
