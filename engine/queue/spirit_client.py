@@ -20,7 +20,8 @@ import uvloop
 from engine.errors import DeliveryError, RefusedDeliveryError, UnusableQueueError, WorkerShutdownError
 from engine.queue.protocol import Delivery
 from engine.queue.spirit_agent import SpiritAgent, until_delivered
-from engine.queue.spirit_delivery import HandlerDelivery, ProxiedDelivery
+from engine.queue.spirit_answer import ProxiedDelivery
+from engine.queue.spirit_delivery import HandlerDelivery
 from engine.queue.spirit_sdk import Concurrency, log_through_sdk
 from engine.queue.spirit_task import SpiritTask, read_task
 

@@ -68,6 +68,7 @@ class Signals(threading.Thread):
         self._random = random.Random(4)  # noqa: S311 (which worker, when)
         self.stopped = threading.Event()
         self.sent: Counter[str] = Counter()
+        self._signalled: set[int] = set()
 
     def run(self) -> None:
         while not self.stopped.wait(self._random.uniform(1, 5)):

@@ -80,10 +80,17 @@ def test_an_unknown_option_is_an_error() -> None:
     assert "--tset_input" in done.stderr
 
 
-def test_without_a_model_a_worker_on_the_platform_exits_with_an_error() -> None:
+@pytest.mark.parametrize(
+    "platform",
+    [
+        {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/job-take/$ID?x=1"},
+        {"PLATFORM": "spirit", "EASE_AGENT_URL": "http://127.0.0.1:9"},
+    ],
+)
+def test_without_a_model_a_worker_on_a_platform_exits_with_an_error(platform: dict[str, str]) -> None:
     done = run(
         "handler.py",
-        RUNPOD_WEBHOOK_GET_JOB="http://127.0.0.1:9/job-take/$ID?x=1",
+        **platform,
         MODEL_NAME="",
         BAKED_MODEL_DIR="/nowhere",
     )

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from builder.tiny_model.corpus import example
+from tests.integration.conftest import FLAGS
 from tests.integration.emulator.conftest import LLM_START_S, REPOSITORY, eventually
 from tests.integration.emulator.spirit.conftest import ID, KEY, Site, Webhook, site_with, webhook
 from tests.integration.emulator.spirit.test_stock_proxy import _CURL
@@ -27,12 +28,18 @@ GREEDY = {"temperature": 0, "max_tokens": 8}
 
 
 @pytest.fixture(scope="module")
-def site(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Return a site whose worker serves a model from a directory of the name that the template's image has."""
-    baked = tmp_path_factory.mktemp("image") / "workspace" / "vllm" / "phi-4-bnb-4bit"
-    baked.parent.mkdir(parents=True)
-    baked.symlink_to(tiny_model)
-    variables = {**VLLM_ENVIRONMENT, "MODEL_NAME": str(baked), "SERVED_MODEL_NAME": "tiny"}
+def baked(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the model's directory, with the name that it has in the template's image."""
+    directory = tmp_path_factory.mktemp("image") / "workspace" / "vllm" / "phi-4-bnb-4bit"
+    directory.parent.mkdir(parents=True)
+    directory.symlink_to(tiny_model)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def site(baked: Path) -> Iterator[Site]:
+    """Return a site whose worker serves that model, with the flags of `vllm_server`."""
+    variables = {**VLLM_ENVIRONMENT, **FLAGS, "MODEL_NAME": str(baked), "SERVED_MODEL_NAME": "tiny"}
     settings = {
         "command": [sys.executable, "handler.py"],
         "cwd": str(REPOSITORY),
@@ -46,9 +53,8 @@ def site(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_templates_curl_works(site: Site, stream: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_templates_curl_works(site: Site, stream: bool, baked: Path) -> None:
     """Word for word but for the address, and the directory in which this machine has the model."""
-    (baked,) = tmp_path_factory.getbasetemp().glob("image*/workspace/vllm/phi-4-bnb-4bit")
     command = _CURL.replace("{severless-id}", ID).replace("{serverless-key}", KEY)
     command = command.replace("https://api-serverless.datastone.cn", site.url)
     command = command.replace("/workspace/vllm/phi-4-bnb-4bit", str(baked))

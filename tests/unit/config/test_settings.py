@@ -150,3 +150,24 @@ def test_routes_are_a_list_of_json_or_with_commas(value: str) -> None:
 def test_routes_with_spaces_between_them_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="ALLOWED_ROUTES="):
         Settings.read({"ALLOWED_ROUTES": Variable("/metrics /sleep", "file")})
+
+
+@pytest.mark.parametrize(
+    ("variables", "queue"),
+    [
+        ({}, None),
+        ({"EASE_AGENT_URL": "http://localhost:8087"}, "spirit"),
+        ({"EASE_AGENT_URL": "http://localhost:8087", "RUNPOD_WEBHOOK_GET_JOB": "http://queue/"}, "runpod"),
+        ({"PLATFORM": "spirit"}, "spirit"),
+        ({"PLATFORM": "spirit", "RUNPOD_WEBHOOK_GET_JOB": "http://queue/"}, "spirit"),
+        ({"PLATFORM": "runpod", "RUNPOD_WEBHOOK_GET_JOB": "http://queue/"}, "runpod"),
+        ({"PLATFORM": "runpod", "EASE_AGENT_URL": "http://localhost:8087"}, None),
+    ],
+)
+def test_the_platform_is_the_one_that_is_named_or_whose_variable_is_set(
+    variables: dict[str, str], queue: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    assert Settings.read().queue == queue
