@@ -25,8 +25,9 @@ from engine.queue.spirit_delivery import HandlerDelivery
 from engine.queue.spirit_sdk import Concurrency, log_through_sdk
 from engine.queue.spirit_task import SpiritTask, read_task
 
-# Where the agent does not hold a take open: the SDK's pause between two of them, and how long one take of ours asks.
-IDLE_POLL_S = 0.2
+# Where the agent does not hold a take open: the pause between two calls, which the SDK makes while tasks come (without
+# tasks it pauses for 0.25 s), and how long one take of ours asks.
+IDLE_POLL_S = 0.05
 _TAKE_S = 30.0
 # How many tasks are remembered as answered; one that is given out again is only acknowledged.
 _MAX_ANSWERED = 10_000
