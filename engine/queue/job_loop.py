@@ -30,6 +30,7 @@ from engine.errors import (
     error_text,
     safe_str,
 )
+from engine.jobs.proxied import AnswerStart
 from engine.queue import job_log
 from engine.queue.admission import Admission
 from engine.queue.backoff import PollBackoff
@@ -341,7 +342,7 @@ class JobLoop:
             async for output in outputs:
                 if running.state is not JobState.RUNNING:
                     break
-                if running.first_output_s is None:
+                if running.first_output_s is None and not isinstance(output, AnswerStart):
                     running.first_output_s = time.monotonic() - running.started_at
                     self._mark_first_output()
                 if (text := error_text(output)) is not None:

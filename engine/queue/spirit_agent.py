@@ -25,6 +25,7 @@ _CALL_TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 10.0
 _FIRST_WAIT_S = 0.1
 _MAX_WAIT_S = 5.0
+_MIN_ATTEMPT_S = 1.0
 # How much of the body of a refusal is logged.
 _MAX_ERROR_BODY_BYTES = 200
 _RETRYABLE_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
@@ -156,7 +157,7 @@ class SpiritAgent:
         try:
             async with session.post(url, data=body, headers=headers, params=query, allow_redirects=False) as answer:
                 text = await answer.read()
-        except aiohttp.InvalidURL:
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, ValueError):  # A webhook's URL is the client's.
             raise RefusedDeliveryError("the URL is not valid") from None
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise DeliveryError(safe_str(error)) from None
@@ -170,7 +171,7 @@ class SpiritAgent:
 
 
 async def until_delivered(attempt: Callable[[], Awaitable[None]], until: Callable[[], float]) -> None:
-    """Make attempts until one succeeds or the time is over.
+    """Make attempts until one succeeds or the time is over, also for one that gets no answer.
 
     Args:
         attempt: raises `DeliveryError` if another one may succeed.
@@ -187,7 +188,11 @@ async def until_delivered(attempt: Callable[[], Awaitable[None]], until: Callabl
         reraise=True,
     ):
         with state:
-            await attempt()
+            try:
+                async with asyncio.timeout(max(until() - time.monotonic(), _MIN_ATTEMPT_S)):
+                    await attempt()
+            except TimeoutError:
+                raise DeliveryError("no answer in time") from None
 
 
 def _refusal(status: int, body: bytes) -> str:

@@ -10,13 +10,15 @@ from http import HTTPStatus
 
 from engine.errors import DeliveryError, EngineError, InternalError, JobError, RefusedDeliveryError, safe_str
 from engine.jobs.proxied import AnswerStart
-from engine.queue.delivery import MIN_RESULT_TIMEOUT_S
 from engine.queue.spirit_agent import ConnectionLostError, SpiritAgent
 from engine.queue.spirit_delivery import TaskDelivery, error_answer, message_of
 from engine.queue.spirit_task import SpiritTask
 
 # An answer whose connection ends sooner may not have reached its client at all.
 EARLY_S = 0.25
+# A complete answer is tried for so long, as its client waits: an agent that is away, and a client that has gone, look
+# the same by then.
+ANSWER_TIMEOUT_S = 30.0
 _EVENT_STREAM = "text/event-stream"
 _DONE = b"data: [DONE]\n\n"
 
@@ -124,7 +126,7 @@ class ProxiedDelivery(TaskDelivery):
         An error ends a stream that has begun as vLLM's own would: with an event that says so.
         """
         del replace_worker
-        self._deadline = max(self._deadline, time.monotonic() + MIN_RESULT_TIMEOUT_S)
+        self._deadline = time.monotonic() + ANSWER_TIMEOUT_S
         if self._posting is None:
             self._posting = asyncio.create_task(self._post_at_once(error))
         else:
@@ -132,10 +134,13 @@ class ProxiedDelivery(TaskDelivery):
                 self._body.append(b"data: %b\n\n%b" % (error_answer(error)[1], _DONE))
             self._body.complete()
         try:
-            await self._posting
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self._posting
         except ClientGoneError:
             await self.stopped()
             return "stopped"
+        except TimeoutError:
+            return await self._give_up(DeliveryError("no answer in time"))
         except (DeliveryError, RefusedDeliveryError) as failure:
             return await self._give_up(failure)
         status = self._start.status if self._start is not None else HTTPStatus.INTERNAL_SERVER_ERROR

@@ -32,7 +32,7 @@ _TAKE_S = 30.0
 # How many tasks are remembered as answered; one that is given out again is only acknowledged.
 _MAX_ANSWERED = 10_000
 # How long the answers may take to tasks that came too late to be run.
-_REFUSE_TIMEOUT_S = 3.0
+_REFUSE_TIMEOUT_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class SpiritClient:
         self._request_timeout_s = request_timeout_s
         self._agent = SpiritAgent(SETTINGS.agent_url(), HEADER_HEALTH)
         self._tasks: dict[str, SpiritTask] = {}
+        self._repeated: set[str] = set()
         self._answered: OrderedDict[str, None] = OrderedDict()
         self._gone: asyncio.Queue[str] = asyncio.Queue()
         self._polling_stopped = asyncio.Event()
@@ -66,7 +67,7 @@ class SpiritClient:
         late = [task for name, task in self._tasks.items() if name not in self._running]
         with suppress(TimeoutError):
             async with asyncio.timeout(_REFUSE_TIMEOUT_S):
-                await asyncio.gather(*(self._refuse(task) for task in late))
+                await asyncio.gather(*(self._refuse(task) for task in late), return_exceptions=True)
         await self._agent.__aexit__(*exception)
 
     async def _refuse(self, task: SpiritTask) -> None:
@@ -86,10 +87,8 @@ class SpiritClient:
         until = time.monotonic() + _TAKE_S
         while not self._polling_stopped.is_set():
             document, is_healthy = await self._agent.take()
-            if document is not None:
-                if job := self._job(read_task(document)):
-                    return [job]
-                continue
+            if document is not None and (job := self._job(read_task(document))):
+                return [job]
             if not is_healthy and not self._tasks:
                 raise UnusableQueueError("the platform's agent says that it is unhealthy (X-Agent-Health: false)")
             if time.monotonic() >= until:
@@ -102,13 +101,15 @@ class SpiritClient:
     def _job(self, task: SpiritTask) -> dict[str, Any] | None:
         """Return a task as a job; None for one that runs or has been answered here."""
         if task.id in self._tasks:
-            _log.warning("Job %s: given out again while it runs; the copy is ignored", task.id)
+            if task.id not in self._repeated:
+                self._repeated.add(task.id)
+                _log.warning("Job %s: given out again while it runs; copies are ignored", task.id)
             return None
         if task.id in self._answered:
             _log.warning("Job %s: given out again after its answer; it is acknowledged again", task.id)
             self._agent.run_in_background(self._acknowledge(task.id))
             return None
-        if task.id:
+        if task.id and task.id.isprintable():  # The loop refuses another.
             self._tasks[task.id] = task
         return {"id": task.id, "input": task.input}
 
@@ -150,6 +151,7 @@ class SpiritClient:
     def remove_in_progress(self, job_id: str) -> None:
         """Stop naming the task."""
         self._running.discard(job_id)
+        self._repeated.discard(job_id)
         self._tasks.pop(job_id, None)
 
 

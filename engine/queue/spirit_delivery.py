@@ -66,8 +66,9 @@ class TaskDelivery:
         self.on_answered()
         await self._executing
         await self._report("failed" if error else "succeed", error or "succeed")
+        until = time.monotonic() + MIN_RESULT_TIMEOUT_S
         try:
-            await self._until_delivered(lambda: self._agent.call("request-ack", self._task.id, b""))
+            await until_delivered(lambda: self._agent.call("request-ack", self._task.id, b""), lambda: until)
         except (DeliveryError, RefusedDeliveryError) as failure:
             _log.error("Job %s: it could not be acknowledged (%s)", self._task.id, failure)
 

@@ -174,7 +174,7 @@ async def test_answers_wait_for_an_agent_that_is_away(monkeypatch: Monkey) -> No
 async def test_a_task_that_was_answered_is_only_acknowledged_when_it_comes_again(monkeypatch: Monkey) -> None:
     """Its acknowledgement was lost for so long that its lease ended."""
     async with spirit_site(monkeypatch, lostAfter=2, heartbeatInterval=1, delivery_s=0.1) as site:
-        monkeypatch.setattr("engine.queue.spirit_answer.MIN_RESULT_TIMEOUT_S", 0.3)
+        monkeypatch.setattr("engine.queue.spirit_delivery.MIN_RESULT_TIMEOUT_S", 0.3)
         await site.faults({"kind": "error", "route": "request-ack"})
         await ask(site, "answer")
         await site.until(lambda: retried(site))
