@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl
 
+from emulator.core.work import Durations
+
 # "Maximum payload size" of /run and of /runsync.
 MAX_RUN_BODY_BYTES: Final = 10 * 1024 * 1024
 MAX_RUNSYNC_BODY_BYTES: Final = 20 * 1024 * 1024
@@ -76,7 +78,7 @@ class Submission(BaseModel):
 
 
 @dataclass(eq=False)
-class Job:
+class Job(Durations):
     """One job, from its submission to the end of its retention. All times are the queue's clock, in seconds.
 
     Args:
@@ -117,18 +119,6 @@ class Job:
     def output_count(self) -> int:
         """How many outputs its worker has streamed in this run."""
         return len(self.outputs)
-
-    @property
-    def delay_ms(self) -> int | None:
-        """Time from the submission to the start of the last run; None before the first run."""
-        return None if self.taken_at is None else round((self.taken_at - self.submitted_at) * 1000)
-
-    @property
-    def execution_ms(self) -> int | None:
-        """Duration of the last run; None if no run has ended."""
-        if self.taken_at is None or self.ended_at is None:
-            return None
-        return round((self.ended_at - self.taken_at) * 1000)
 
     def platform_document(self) -> dict[str, Any]:
         """Return what only RunPod has: `lowPriority`."""

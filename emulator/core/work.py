@@ -16,6 +16,26 @@ class QueueLoad:
     longest_wait_s: float
 
 
+class Durations:
+    """How long a job or task has waited and run, from its times."""
+
+    submitted_at: float
+    taken_at: float | None
+    ended_at: float | None
+
+    @property
+    def delay_ms(self) -> int | None:
+        """Time from the submission to the start of the last run; None before the first run."""
+        return None if self.taken_at is None else round((self.taken_at - self.submitted_at) * 1000)
+
+    @property
+    def execution_ms(self) -> int | None:
+        """Duration of the last run; None if no run has ended."""
+        if self.taken_at is None or self.ended_at is None:
+            return None
+        return round((self.ended_at - self.taken_at) * 1000)
+
+
 class Work(Protocol):
     """One job or task, as the page shows it. All times are the queue's clock, in seconds."""
 

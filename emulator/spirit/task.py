@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+from emulator.core.work import Durations
+
 Mode = Literal["sync", "async"]
 
 
@@ -31,7 +33,7 @@ class Answer:
 
 
 @dataclass(eq=False)
-class Task:
+class Task(Durations):
     """One task, from its submission to the end of its retention. Times are the queue's clock, in seconds.
 
     Args:
@@ -75,18 +77,6 @@ class Task:
     answers: list[Answer] = field(default_factory=list)
     output_count: int = 0
     retries: int = 0
-
-    @property
-    def delay_ms(self) -> int | None:
-        """Time from the submission to the start of the last run; None before the first run."""
-        return None if self.taken_at is None else round((self.taken_at - self.submitted_at) * 1000)
-
-    @property
-    def execution_ms(self) -> int | None:
-        """Duration of the last run; None if no run has ended."""
-        if self.taken_at is None or self.ended_at is None:
-            return None
-        return round((self.ended_at - self.taken_at) * 1000)
 
     def platform_document(self) -> dict[str, Any]:
         """Return what only Spirit has: `answers`, the statuses of all that workers have posted."""

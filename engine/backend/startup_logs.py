@@ -41,11 +41,6 @@ class StartupLogs:
         return _read(self._directory / "errors")
 
     @property
-    def lines(self) -> str:
-        """Messages of all other records, one per line."""
-        return "".join(f"{record.message}\n" for record in self.records)
-
-    @property
     def records(self) -> list[Line]:
         """All other records, in order."""
         fields = (_LINE.fullmatch(line) for line in _read(self._directory / "lines").splitlines())

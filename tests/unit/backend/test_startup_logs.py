@@ -22,14 +22,14 @@ def test_errors_are_captured_although_vllm_configures_its_logging_later() -> Non
             logger.exception("EngineCore failed to start.")
 
         assert "ValueError: the reason" in captured.errors
-        assert captured.lines == "loading took 1.50 seconds\n"
         (line,) = captured.records
+        assert line.message == "loading took 1.50 seconds"
         assert line.process == os.getpid()
         assert 0 <= time.time() - line.time_s < 60
         assert (
             startup_errors.explain(RuntimeError("see above"), captured.errors, "org/model") == "ValueError: the reason"
         )
-    assert captured.errors == captured.lines == ""
+    assert (captured.errors, captured.records) == ("", [])
     assert startup_logs._DIRECTORY not in os.environ
 
 
