@@ -19,6 +19,7 @@ from engine.config import environment
 from engine.config.settings import Settings
 from engine.errors import ConfigurationError
 from engine.queue.admission import Admission
+from engine.run_clock import CLOCK
 from engine.startup import configure, model_resolver, weight_prefetch
 from engine.startup.caches import Caches
 
@@ -134,7 +135,8 @@ class Worker:
         if self._caches is not None:
             self._caches.pack_later()
         jobs.supervise(health.heartbeat(engine.failure), "heartbeat")
-        return await jobs.run()
+        with CLOCK.watched(jobs.on_thaw):
+            return await jobs.run()
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
@@ -267,9 +269,7 @@ def _stop_on_signals(stop: Callable[[], None], drain_timeout_s: float) -> None:
             os._exit(1)  # The engine's processes end with this one.
         stopping.set()
         stop()
-        overdue = threading.Timer(limit_s, _end_overdue, (limit_s,))
-        overdue.daemon = True
-        overdue.start()
+        threading.Thread(target=_end_overdue, args=(limit_s,), name="end overdue", daemon=True).start()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -277,5 +277,6 @@ def _stop_on_signals(stop: Callable[[], None], drain_timeout_s: float) -> None:
 
 
 def _end_overdue(limit_s: float) -> None:
+    CLOCK.sleep(limit_s)
     _log.error("The worker has not ended %.0f s after it was asked to stop: ending it now", limit_s)
     os._exit(1)

@@ -75,6 +75,7 @@ class FakeJobQueue:
         waiting: jobs in the queue.
         take_faults, stop_faults, post_faults: of the next calls; without one left, calls succeed.
         down: whether every post fails.
+        reconnects: how often the loop has asked for new connections.
         take_counts: how many jobs each take asked for.
         in_progress: jobs that the pings would name.
         taken_late: jobs that a take has brought after the loop began to end.
@@ -102,6 +103,7 @@ class FakeJobQueue:
         self.stop_faults: deque[Fault] = deque()
         self.post_faults: deque[Fault] = deque()
         self.down = False
+        self.reconnects = 0
         self.take_counts: list[int] = []
         self.in_progress: set[str] = set()
         self.taken_late: set[str] = set()
@@ -180,6 +182,11 @@ class FakeJobQueue:
         self._polling_stopped.set()
         if not self._is_serving() and self._ended_at is None:
             self._ended_at = time.monotonic()
+
+    def reconnect(self) -> None:
+        """End the poll in progress, as a closed connection does; a job that is on its way arrives."""
+        self.reconnects += 1
+        self._polling_stopped.set()
 
     async def stop_signals(self) -> list[str]:
         fault = self.stop_faults.popleft() if self.stop_faults else NO_FAULT

@@ -11,7 +11,6 @@ import json
 import logging
 import signal
 import socket
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ import uvicorn
 
 from engine.backend.app import App, Message, Receive, Send
 from engine.errors import JobError, RouteNotAllowedError, UnknownRouteError, safe_str
+from engine.run_clock import CLOCK
 
 # The SDK's session has 100 connections, for polls and acknowledgements too.
 MAX_CONCURRENCY = 95
@@ -130,7 +130,7 @@ class ProxyMode:
                     )
             finally:
                 self._running -= 1
-                self._last_active = time.monotonic()
+                self._last_active = CLOCK.now()
 
         return serve
 
@@ -142,9 +142,9 @@ class ProxyMode:
         self._tasks.append(asyncio.get_running_loop().create_task(self._drain()))
 
     async def _drain(self) -> None:
-        self._last_active = time.monotonic()
-        until = time.monotonic() + self._drain_s
-        while time.monotonic() < until and (self._running or time.monotonic() - self._last_active < _QUIET_S):  # noqa: ASYNC110 (a request may come meanwhile)
+        self._last_active = CLOCK.now()
+        until = CLOCK.now() + self._drain_s
+        while CLOCK.now() < until and (self._running or CLOCK.now() - self._last_active < _QUIET_S):  # noqa: ASYNC110 (a request may come meanwhile)
             await asyncio.sleep(0.05)
         raise SystemExit(0)
 

@@ -49,7 +49,7 @@ async def client_of(
         async with RunPodClient() as client:
             client._urls = {kind: f"{url}/{kind.value}/$ID?key=secret" for kind in PostKind}
             if client_tls is not None:
-                client._connector._ssl = client_tls
+                client._connections._take_connector._ssl = client_tls
             yield client
     finally:
         await runner.cleanup()
