@@ -16,6 +16,7 @@ from typing import Any
 from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError
 from engine.queue.delivery import JobDelivery
 from engine.queue.protocol import POLL_CANCEL_GRACE_S, Delivery, PostKind
+from engine.run_clock import CLOCK
 
 # How long a poll is held open; the same as the platform's.
 LONG_POLL_S = 30.0
@@ -141,7 +142,7 @@ class FakeJobQueue:
     async def take(self, count: int) -> list[Any]:
         self._expect(not self._is_taking, "two takes at once")
         self._expect(count > 0, "a take asks for no job")
-        is_late = self._ended_at is not None and time.monotonic() - self._ended_at > LATE_TAKE_S
+        is_late = self._ended_at is not None and CLOCK.now() - self._ended_at > LATE_TAKE_S
         self._expect(not is_late, "a take after the loop began to end")
         self.take_counts.append(count)
         self._polling_stopped.clear()
@@ -161,7 +162,7 @@ class FakeJobQueue:
             await asyncio.sleep(fault.latency_s)
         except asyncio.CancelledError:
             # After the grace period the loop may cancel the call. The platform delivers its jobs again.
-            is_overdue = self._ended_at is not None and time.monotonic() >= self._ended_at + POLL_CANCEL_GRACE_S
+            is_overdue = self._ended_at is not None and CLOCK.now() >= self._ended_at + POLL_CANCEL_GRACE_S
             self._expect(not jobs or is_overdue, "a take was cancelled as it brought jobs")
             raise
         if fault.after:
@@ -181,7 +182,7 @@ class FakeJobQueue:
     def stop_polling(self) -> None:
         self._polling_stopped.set()
         if not self._is_serving() and self._ended_at is None:
-            self._ended_at = time.monotonic()
+            self._ended_at = CLOCK.now()
 
     def reconnect(self) -> None:
         """End the poll in progress, as a closed connection does; a job that is on its way arrives."""
