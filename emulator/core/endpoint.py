@@ -93,6 +93,14 @@ class Endpoint(ABC):
     def on_worker_exited(self, worker: str) -> None:
         """Release what the platform keeps for a worker."""
 
+    @abstractmethod
+    def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
+        """Close the worker's connections, if the platform has its own."""
+
+    @abstractmethod
+    def on_worker_thawed(self, worker: str) -> None:
+        """Notify the worker's long polls, so that they are given jobs again."""
+
     def on_change(self, topic: str) -> None:
         """Notify the long polls of the topic."""
         self._count_change()

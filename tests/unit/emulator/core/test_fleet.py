@@ -34,6 +34,8 @@ class FleetHarness:
         self.log_lines: list[tuple[str, str]] = []
         self.stopping: list[str] = []
         self.exited: list[str] = []
+        self.frozen: list[tuple[str, bool]] = []
+        self.thawed: list[str] = []
         self.fleet = Fleet(
             self.settings,
             self.queue,
@@ -56,6 +58,12 @@ class FleetHarness:
 
     def on_worker_exited(self, worker: str) -> None:
         self.exited.append(worker)
+
+    def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
+        self.frozen.append((worker, drops_connections))
+
+    def on_worker_thawed(self, worker: str) -> None:
+        self.thawed.append(worker)
 
     def environment(self, worker: str) -> dict[str, str]:
         return {"WORKER": worker, "OVERRIDDEN": "by-platform"}
