@@ -111,6 +111,7 @@ class Worker:
         Returns:
             The exit status: 0 if the worker was asked to stop, 1 if the engine has failed.
         """
+        from engine.jobs import warm_up
         from engine.queue.job_loop import JobLoop, Timeouts
 
         engine, settings = self.engine, self._settings
@@ -131,6 +132,10 @@ class Worker:
         _stop_on_signals(jobs.stop, settings.drain_timeout_s)
         await engine.app()
         cold_start.WORKER.mark("app")
+        if settings.warm_up:
+            await warm_up.run(engine)
+            engine.pop_token_counts(warm_up.JOB_ID)
+            cold_start.WORKER.mark("warm_up")
         cold_start.WORKER.log("Cold start")
         if self._caches is not None:
             self._caches.pack_later()
