@@ -135,7 +135,7 @@ class Worker:
         if settings.warm_up:
             await warm_up.run(engine)
             engine.pop_token_counts(warm_up.JOB_ID)
-            cold_start.WORKER.mark("warm_up")
+            cold_start.WORKER.mark("first_request")
         cold_start.WORKER.log("Cold start")
         if self._caches is not None:
             self._caches.pack_later()

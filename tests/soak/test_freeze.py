@@ -22,7 +22,7 @@ FREEZES = 500
 JOBS = 1000
 WORKERS = 8
 # How many workers are frozen at once, at most, and how many jobs are in progress or wait.
-FREEZERS = 5
+FREEZERS = 6
 CLIENTS = 12
 IDLE_FREEZES = 30
 REAL_FREEZES = 20
@@ -89,8 +89,8 @@ def run_job(site: Site, value: dict[str, Any], expected: str) -> tuple[str, str]
             break
     status = site.status(job)
     result = "right" if is_right(status, expected) else f"{status['status']}: {str(status.get('error'))[:200]}"
-    if status.get("retries"):
-        return result, "given out again"
+    if status.get("retries") and outputs[-len(status["output"]) :] == status["output"]:
+        return result, "exact since it was given out again"
     if outputs == status.get("output"):
         return result, "exact"
     distinct = [one for index, one in enumerate(outputs) if index == 0 or one != outputs[index - 1]]
@@ -163,7 +163,7 @@ def test_five_hundred_freezes_while_a_thousand_jobs_run_lose_double_and_spoil_no
     )
     assert results == {"right": results.total()}
     assert counts["completed"] == results.total() >= JOBS
-    assert streams.keys() <= {"exact", "given out again", "a piece twice"}
+    assert streams.keys() <= {"exact", "exact since it was given out again", "a piece twice"}
     # Only where a connection was dropped while an output was on its way.
     assert streams["a piece twice"] <= freezes["dropped"] // 10
 
