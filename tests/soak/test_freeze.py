@@ -189,6 +189,8 @@ def test_an_idle_worker_that_is_thawed_answers_at_once(show: Show) -> None:
 @pytest.mark.timeout(1800)
 def test_freezes_of_the_real_engine_lose_double_and_spoil_none(tiny_model: str, show: Show) -> None:
     settings = real_worker_settings(tiny_model) | {"lostAfter": 20, "workersMin": 1, "workersMax": 1}
+    # Less than a freeze may last.
+    settings["env"] |= {"ENGINE_STALL_TIMEOUT_S": "4"}
 
     results, streams, freezes, answers_s, counts, seconds = run_frozen(
         settings, [known_job(number) for number in range(60)], REAL_FREEZES, 1, tls=True
