@@ -71,6 +71,11 @@ class ColdStart:
         self._caches[phase] = found
 
     @property
+    def started_at(self) -> float:
+        """When it began, by `time.monotonic()`."""
+        return self._started_at
+
+    @property
     def total_s(self) -> float:
         """Time from the start to the end of the last phase, in seconds."""
         return self._last - self._started_at

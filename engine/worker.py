@@ -22,6 +22,7 @@ from engine.queue.admission import Admission
 from engine.run_clock import CLOCK
 from engine.startup import configure, model_resolver, weight_prefetch
 from engine.startup.caches import Caches
+from engine.telemetry.costs import Costs
 
 if TYPE_CHECKING:
     from engine.backend.configuration import Configuration
@@ -54,6 +55,7 @@ class Worker:
         self.engine = engine
         self._settings = settings
         self._caches = caches
+        self._costs = Costs(cold_start.WORKER.started_at, settings.price_per_second)
 
     @classmethod
     def start(cls, variables: Mapping[str, Variable] | None = None, checks: Checks | None = None) -> Self:
@@ -124,9 +126,10 @@ class Worker:
             load_changed=engine.statistics.changed,
             failure=engine.failure,
             timeouts=Timeouts(settings.drain_timeout_s, settings.delivery_timeout_s, settings.execution_timeout_s),
-            pop_token_counts=engine.pop_token_counts,
+            pop_request_stats=engine.pop_request_stats,
             log_inputs=settings.log_job_inputs,
             cold_start=cold_start.WORKER,
+            costs=self._costs,
         )
         cold_start.WORKER.mark("sdk")
         _stop_on_signals(jobs.stop, settings.drain_timeout_s)
@@ -134,7 +137,7 @@ class Worker:
         cold_start.WORKER.mark("app")
         if settings.warm_up:
             await warm_up.run(engine)
-            engine.pop_token_counts(warm_up.JOB_ID)
+            engine.pop_request_stats(warm_up.JOB_ID)
             cold_start.WORKER.mark("first_request")
         cold_start.WORKER.log("Cold start")
         if self._caches is not None:
@@ -148,6 +151,7 @@ class Worker:
         if self._caches is not None:
             self._caches.close()
         self.engine.shutdown()
+        self._costs.log_summary()
 
 
 _lock = threading.Lock()

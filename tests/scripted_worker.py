@@ -24,6 +24,7 @@ from engine.jobs import pipeline
 from engine.queue import runpod_client, spirit_client, spirit_sdk
 from engine.queue.protocol import JobQueue
 from engine.queue.spirit_proxy_mode import ProxyMode
+from engine.telemetry.job_times import RequestStats
 from engine.worker import Worker
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
@@ -53,7 +54,7 @@ class ScriptedEngine:
         del path
         return 1
 
-    def pop_token_counts(self, job_id: str) -> tuple[int, int] | None:
+    def pop_request_stats(self, job_id: str) -> RequestStats | None:
         del job_id
         return None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from engine.telemetry.job_times import RequestStats
+
 if TYPE_CHECKING:
     from engine.backend.statistics import Statistics
 
@@ -25,9 +27,14 @@ def recorder_of(statistics: Statistics) -> Any:
             if iteration_stats is not None:
                 statistics.generation_tokens += iteration_stats.num_generation_tokens
                 for request in iteration_stats.finished_requests:
-                    statistics.on_finished(
-                        str(request.request_id), request.num_prompt_tokens, request.num_generation_tokens
+                    stats = RequestStats(
+                        request.num_prompt_tokens,
+                        request.num_generation_tokens,
+                        request.queued_time,
+                        request.prefill_time,
+                        request.decode_time,
                     )
+                    statistics.on_finished(str(request.request_id), stats)
             if scheduler_stats is not None:
                 statistics.on_scheduler_stats(
                     self._engine,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.run_clock import CLOCK
+from engine.telemetry.job_times import RequestStats
 
 # Window of the exponential moving averages, in requests or steps.
 EMA_WINDOW = 16
@@ -37,7 +38,7 @@ class Statistics:
 
     Attributes:
         changed: is set at each step of an engine.
-        finished: tokens in and out of finished requests, by request id, until `VLLMEngine.pop_token_counts`.
+        finished: finished requests, by request id, until `VLLMEngine.pop_request_stats`.
     """
 
     output_tokens: Callable[[], int] = lambda: 0
@@ -46,7 +47,7 @@ class Statistics:
     avg_prompt_tokens: float = 512.0
     avg_output_tokens: float = 512.0
     """Moving averages over finished requests, first a guess."""
-    finished: dict[str, tuple[int, int]] = field(default_factory=dict)
+    finished: dict[str, RequestStats] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -93,11 +94,11 @@ class Statistics:
         engine = self._engine(index)
         engine.running, engine.waiting, engine.kv_cache_usage = running, waiting, kv_cache_usage
 
-    def on_finished(self, request_id: str, prompt_tokens: int, output_tokens: int) -> None:
+    def on_finished(self, request_id: str, stats: RequestStats) -> None:
         """Record that a request has finished."""
-        self.avg_prompt_tokens += (prompt_tokens - self.avg_prompt_tokens) / EMA_WINDOW
-        self.avg_output_tokens += (output_tokens - self.avg_output_tokens) / EMA_WINDOW
-        self.finished[request_id] = (prompt_tokens, output_tokens)
+        self.avg_prompt_tokens += (stats.prompt_tokens - self.avg_prompt_tokens) / EMA_WINDOW
+        self.avg_output_tokens += (stats.output_tokens - self.avg_output_tokens) / EMA_WINDOW
+        self.finished[request_id] = stats
         if len(self.finished) > MAX_FINISHED_ENTRIES:
             del self.finished[next(iter(self.finished))]
 

@@ -11,6 +11,8 @@ import importlib
 import logging
 import os
 import re
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 from engine.backend import app as vllm_app
@@ -25,6 +27,7 @@ from engine.run_clock import CLOCK
 if TYPE_CHECKING:
     from engine.backend.app import App
     from engine.backend.configuration import Configuration
+    from engine.telemetry.job_times import RequestStats
 
 SHUTDOWN_TIMEOUT_S = 5.0
 # The first step may compile kernels: it may take this many times longer than a later one.
@@ -152,8 +155,8 @@ class VLLMEngine:
         """Return whether vLLM's app has a route of this path, for any method; call it once the app is made."""
         return self._app is None or vllm_app.has_route(self._app, path)
 
-    def pop_token_counts(self, job_id: str) -> tuple[int, int] | None:
-        """Return and forget the tokens in and out of a job that has ended.
+    def pop_request_stats(self, job_id: str) -> RequestStats | None:
+        """Return and forget what vLLM says of a job's requests that have finished; None if it has none.
 
         vLLM's request ids contain the job's: `chatcmpl-JOB`, `cmpl-JOB-0`, and `chatcmpl-JOB_0` of a batch of chats.
         """
@@ -161,8 +164,7 @@ class VLLMEngine:
         whole_id = re.compile(rf"(?:^|[-_]){re.escape(job_id)}(?:[-_]|$)")
         # The search for the text first: it is ten times faster, and most requests are of other jobs.
         request_ids = [one for one in finished if job_id in one and whole_id.search(one)]
-        found = [finished.pop(request_id) for request_id in request_ids]
-        return (sum(tokens[0] for tokens in found), sum(tokens[1] for tokens in found)) if found else None
+        return reduce(add, [finished.pop(request_id) for request_id in request_ids]) if request_ids else None
 
     async def app(self) -> App:
         """Return vLLM's OpenAI app, made at the first call, on the calling event loop.

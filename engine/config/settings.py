@@ -94,6 +94,12 @@ class Settings(BaseModel):
         description="Additional vLLM routes that jobs may call (comma-separated).",
     )
     log_job_inputs: bool = Field(default=False, description="Log the input of each job.")
+    price_per_second: float | None = Field(
+        None,
+        ge=0,
+        description="Price of a second of the worker, in any currency. With it, the log, the metrics and, on request, a "
+        "job's output say what each job cost.",
+    )
     vllm_config_file: _File | None = Field(
         None, description="YAML file of vLLM's flags, in the format of `vllm serve --config`."
     )

@@ -27,11 +27,13 @@ class PollBackoff:
     Attributes:
         result: what the last call brought; set by the caller within `attempt`.
         wait_s: how long to wait before the next call, in seconds.
+        has_failed: whether the last call has.
     """
 
     def __init__(self) -> None:
         self.result: Sequence[object] = ()
         self.wait_s = 0.0
+        self.has_failed = False
         self._next_s = _FIRST_WAIT_S
 
     @contextmanager
@@ -42,7 +44,7 @@ class PollBackoff:
             UnusableQueueError: no further call can succeed.
         """
         begun = CLOCK.now()
-        self.result, self.wait_s = (), 0.0
+        self.result, self.wait_s, self.has_failed = (), 0.0, True
         longest_s = _MAX_IDLE_WAIT_S
         try:
             yield
@@ -56,6 +58,7 @@ class PollBackoff:
             _log.warning("%s: %s", failure, safe_str(error))
             longest_s = _MAX_ERROR_WAIT_S
         else:
+            self.has_failed = False
             if self.result or CLOCK.now() - begun > _MIN_LONG_POLL_S:
                 self._next_s = _FIRST_WAIT_S
                 return

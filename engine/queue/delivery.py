@@ -17,6 +17,7 @@ from engine.jobs.event_batcher import MAX_OUTPUT_BYTES
 from engine.json_codec import encode
 from engine.queue.protocol import MAX_RESULT_BYTES, PostKind
 from engine.run_clock import CLOCK
+from engine.telemetry.counters import COUNTERS
 
 # A result is tried for at least as long, however late the job is: without one, its client waits in vain. So is a post
 # that the platform refuses for a reason that may pass.
@@ -76,6 +77,7 @@ class JobDelivery:
         try:
             await self._deliver(PostKind.OUTPUT, body, self._deadline)
         except RefusedDeliveryError as refusal:
+            COUNTERS.refused += 1
             _log.error("Job %s: the platform refused an output (%s)", self._job_id, refusal)
             raise _error_for_refusal("output", len(body), refusal) from None
         self.delivered_count += 1
@@ -104,6 +106,7 @@ class JobDelivery:
         try:
             await self._deliver(PostKind.RESULT, body, max(self._deadline, self._finishing_until))
         except RefusedDeliveryError as refusal:
+            COUNTERS.refused += 1
             _log.error("Job %s: the platform refused the result (%s)", self._job_id, refusal)
             if error is not None:
                 return "undelivered"
@@ -142,7 +145,11 @@ class JobDelivery:
             retry=retry_if_exception(should_retry),
             reraise=True,
         )
-        await attempts(self._post, kind, self._job_id, body)
+        await attempts(self._attempt_again, kind, body)
+
+    async def _attempt_again(self, kind: PostKind, body: bytes) -> None:
+        COUNTERS.retries += 1
+        await self._post(kind, self._job_id, body)
 
 
 def _error_for_refusal(what: str, size_bytes: int, refusal: RefusedDeliveryError) -> JobError:

@@ -6,6 +6,8 @@ import json
 import logging
 from typing import Any
 
+from engine.telemetry.job_times import JobTimes
+
 # In characters; every route of vLLM is much shorter.
 _MAX_ROUTE_LENGTH = 100
 
@@ -22,40 +24,28 @@ def log_started(job_id: str, job: dict[str, Any], *, with_input: bool) -> None:
     _log.info("%s", text, extra={"job_id": job_id})
 
 
-def log_ended(  # noqa: PLR0913 (the fields of the line)
-    job_id: str,
-    job: dict[str, Any],
-    status: str,
-    *,
-    tokens: tuple[int, int] | None,
-    first_output_s: float | None,
-    duration_s: float,
-    outputs: int,
-) -> None:
+def log_ended(job: dict[str, Any], times: JobTimes, costs: dict[str, Any], outputs: int) -> None:
     """Log how a job ended.
 
     Args:
-        job_id: its id.
         job: as it was taken.
-        status: "completed", "failed", "stopped" or "undelivered".
-        tokens: in and out, if the engine knows them.
-        first_output_s: from the take to its first output, in seconds; None without output.
-        duration_s: from the take to the end of its last delivery, in seconds.
+        times: of the job.
+        costs: where its time went, as `Costs.document` has it.
         outputs: how many were delivered.
     """
-    tokens_in, tokens_out = tokens or (None, None)
+    requests, first_output_s = times.requests, times.first_output_s
     line = {
-        "job": job_id,
+        "job": times.job_id,
         **_batch(job),
         "route": _route(job),
-        "status": status,
-        "tokens_in": tokens_in,
-        "tokens_out": tokens_out,
+        "status": times.outcome,
+        "tokens_in": requests and requests.prompt_tokens,
+        "tokens_out": requests and requests.output_tokens,
         "first_output_s": None if first_output_s is None else round(first_output_s, 4),
-        "duration_s": round(duration_s, 4),
         "batches": outputs,
+        **costs,
     }
-    _log.info("%s", json.dumps(line), extra={"job_id": job_id})
+    _log.info("%s", json.dumps(line), extra={"job_id": times.job_id})
 
 
 def _batch(job: dict[str, Any]) -> dict[str, str]:

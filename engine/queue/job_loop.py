@@ -37,6 +37,9 @@ from engine.queue.admission import Admission
 from engine.queue.backoff import PollBackoff
 from engine.queue.protocol import POLL_CANCEL_GRACE_S, TAKE_TIMEOUT_S, Delivery, JobQueue
 from engine.run_clock import CLOCK, Timer
+from engine.telemetry.costs import Costs
+from engine.telemetry.counters import COUNTERS
+from engine.telemetry.job_times import CURRENT, JobTimes, RequestStats
 
 _WATCH_INTERVAL_S = 0.25
 # How long the last deliveries may take when the worker ends, and after that, what is left of the jobs' tasks.
@@ -81,7 +84,7 @@ class RunningJob:
     Attributes:
         id: the platform's.
         delivery: of its outputs.
-        started_at: when it was taken, by `engine.run_clock`.
+        times: its times.
         has_run: whether its task has run. A task that is cancelled before would never run, nor remove the job.
         abort_error: the error that it ends with, if it was aborted.
         redelivered_job: the same job, taken again while this run was ending. It runs when this run is over.
@@ -89,15 +92,18 @@ class RunningJob:
 
     id: str
     delivery: Delivery
-    started_at: float
+    times: JobTimes
     state: JobState = JobState.RUNNING
     has_run: bool = False
     task: asyncio.Task[None] | None = None
     timer: Timer | None = None
     abort_error: JobError | None = None
-    first_output_s: float | None = None
-    outcome: str = "undelivered"
     redelivered_job: dict[str, Any] | None = None
+
+    @property
+    def started_at(self) -> float:
+        """When it was taken, by `engine.run_clock`."""
+        return self.times.taken_at
 
     def abort(self, state: JobState, error: JobError | None = None) -> None:
         """Cancel its task and move on to `state`."""
@@ -131,9 +137,11 @@ class JobLoop:
         load_changed: is set when the answer of `admission` may have changed; the loop clears it.
         failure: returns what is wrong with the engine for good, or None.
         timeouts: how long things may take.
-        pop_token_counts: returns and forgets the tokens of a job's prompt and answer, if the engine knows them.
+        pop_request_stats: returns and forgets what the engine says of a job's requests that have finished.
         log_inputs: whether the log shows the inputs of jobs.
         cold_start: is marked when the first job was taken, and when its first output was there.
+        costs: counts what each job costs.
+        on_ended: is called with the times of each job that has ended.
     """
 
     def __init__(  # noqa: PLR0913 (all that it depends on, so that a test can replace each)
@@ -145,9 +153,11 @@ class JobLoop:
         load_changed: asyncio.Event | None = None,
         failure: Callable[[], str | None] = lambda: None,
         timeouts: Timeouts | None = None,
-        pop_token_counts: Callable[[str], tuple[int, int] | None] = lambda _: None,
+        pop_request_stats: Callable[[str], RequestStats | None] = lambda _: None,
         log_inputs: bool = False,
         cold_start: ColdStart | None = None,
+        costs: Costs | None = None,
+        on_ended: Callable[[JobTimes], None] = lambda _: None,
     ) -> None:
         self._queue = queue
         self._handler = handler
@@ -155,9 +165,11 @@ class JobLoop:
         self._changed = load_changed or asyncio.Event()
         self._failure = failure
         self._timeouts = timeouts or Timeouts()
-        self._pop_token_counts = pop_token_counts
+        self._pop_request_stats = pop_request_stats
         self._log_inputs = log_inputs
         self._cold_start = cold_start
+        self._costs = costs or Costs(CLOCK.now())
+        self._on_ended = on_ended
         self._cold_start_ended = "First output"
         self._thawed = asyncio.Event()
         self._thawed_at = 0.0
@@ -209,6 +221,7 @@ class JobLoop:
 
     def _begin_ending(self, state: LoopState) -> None:
         self.state = state
+        COUNTERS.drains += state is LoopState.DRAINING
         self._ending_since = CLOCK.now()
         self._ending.set()
         # Before anything else is posted: a client may answer to that with another job, which would come here.
@@ -219,6 +232,7 @@ class JobLoop:
 
         If it is cancelled, it abandons the running jobs.
         """
+        self._costs.seconds.ready()
         taking = self.supervise(self._take_jobs(), "take jobs")
         self.supervise(self._watch_stop_signals(), "watch for stop signals")
         self.supervise(self._watch_engine(), "watch the engine")
@@ -239,13 +253,16 @@ class JobLoop:
         while not self._ending.is_set():
             self._changed.clear()
             self._thawed.clear()
-            slots = self._admission.available_slots(len(self._jobs))
+            COUNTERS.slots = slots = self._admission.available_slots(len(self._jobs))
             if not slots:
+                COUNTERS.full += 1
                 await self._wait_or_shutdown(self._changed.wait())
                 continue
             try:
+                COUNTERS.takes += 1
                 with backoff.attempt("Polling for jobs failed"):
                     backoff.result = [job for job in await self._take(slots) if self._start_job(job)]
+                COUNTERS.failed_takes += backoff.has_failed
             except UnusableQueueError as error:
                 self.fail(str(error))
             if backoff.wait_s:
@@ -304,9 +321,11 @@ class JobLoop:
             return False
         if self._cold_start is not None:
             self._cold_start.mark("first_take")
-        started_at = CLOCK.now()
-        delivery = self._queue.delivery(job_id, started_at + self._timeouts.delivery_s)
-        running = RunningJob(job_id, delivery, started_at)
+        times = JobTimes(job_id, submitted_at_s=job.get("submitted_at_s"))
+        COUNTERS.jobs_taken += 1
+        self._costs.begin(times)
+        delivery = self._queue.delivery(job_id, times.taken_at + self._timeouts.delivery_s)
+        running = RunningJob(job_id, delivery, times)
         self._jobs[job_id] = running
         self._queue.add_in_progress(job_id)
         limits_s = [limit_s for limit_s in (self._timeouts.execution_s, delivery.time_limit_s) if limit_s is not None]
@@ -320,6 +339,7 @@ class JobLoop:
 
     async def _run_job(self, job: dict[str, Any], running: RunningJob) -> None:
         running.has_run = True
+        CURRENT.set(running.times)
         error = running.abort_error
         if running.state is JobState.RUNNING:
             error = await self._run_handler(job, running)
@@ -327,7 +347,7 @@ class JobLoop:
             running.timer.cancel()
         try:
             if running.state is JobState.STOPPED:
-                running.outcome = "stopped"
+                running.times.outcome = "stopped"
                 await running.delivery.stopped()
             elif running.state is not JobState.ABANDONED:
                 running.state = JobState.FINISHING
@@ -336,7 +356,9 @@ class JobLoop:
                     error = WorkerShutdownError(f"the worker has failed: {reason}")
                 replace = reason is not None and await self._wait_to_request_replacement(running)
                 running.state = JobState.DELIVERING
-                running.outcome = await running.delivery.finish(error, replace_worker=replace)
+                begun_at = CLOCK.now()
+                running.times.outcome = await running.delivery.finish(error, replace_worker=replace)
+                running.times.add_delivery(begun_at)
         finally:
             self._remove_job(job, running)
 
@@ -370,12 +392,14 @@ class JobLoop:
                 if running.state is not JobState.RUNNING:
                     break
                 if not isinstance(output, AnswerStart):
-                    if running.first_output_s is None:
-                        running.first_output_s = CLOCK.now() - running.started_at
+                    if running.times.first_output_at is None:
+                        running.times.first_output_at = CLOCK.now()
                     self._mark_first_output()
                 if (text := error_text(output)) is not None:
                     return HandlerError(text)
+                begun_at = CLOCK.now()
                 await running.delivery.stream(output)
+                running.times.add_delivery(begun_at)
         if running.state is not JobState.RUNNING:
             # The handler has suppressed its cancellation: it has not come to its own end, or goes on.
             raise asyncio.CancelledError
@@ -398,16 +422,14 @@ class JobLoop:
         del self._jobs[running.id]
         self._queue.remove_in_progress(running.id)
         self._changed.set()
+        times = running.times
+        times.ended_at = CLOCK.now()
+        COUNTERS.lost += times.outcome == "undelivered"
         try:
-            job_log.log_ended(
-                running.id,
-                job,
-                running.outcome,
-                tokens=self._pop_token_counts(running.id),
-                first_output_s=running.first_output_s,
-                duration_s=CLOCK.now() - running.started_at,
-                outputs=running.delivery.delivered_count,
-            )
+            times.add_requests(self._pop_request_stats(running.id))
+            self._costs.end(times)
+            job_log.log_ended(job, times, self._costs.document(times), running.delivery.delivered_count)
+            self._on_ended(times)
         except Exception:  # noqa: BLE001 (a line of the log is not worth the worker)
             _log.exception("Job %s: its end could not be logged", running.id)
         if running.redelivered_job is not None:

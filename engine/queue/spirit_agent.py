@@ -20,6 +20,7 @@ from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError,
 from engine.json_codec import decode
 from engine.queue.take_connector import TakeConnector
 from engine.run_clock import CLOCK
+from engine.telemetry.counters import COUNTERS
 
 _CALL_TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 10.0
@@ -188,6 +189,7 @@ async def until_delivered(attempt: Callable[[], Awaitable[None]], until: Callabl
         reraise=True,
     ):
         with state:
+            COUNTERS.retries += state.retry_state.attempt_number > 1
             try:
                 async with asyncio.timeout(max(until() - CLOCK.now(), _MIN_ATTEMPT_S)):
                     await attempt()

@@ -111,7 +111,10 @@ class SpiritClient:
             return None
         if task.id and task.id.isprintable():  # The loop refuses another.
             self._tasks[task.id] = task
-        return {"id": task.id, "input": task.input}
+        job = {"id": task.id, "input": task.input}
+        if (enqueued_ms := task.header.enqueue_at) > 0:
+            job["submitted_at_s"] = enqueued_ms / 1000
+        return job
 
     async def _acknowledge(self, task_id: str) -> None:
         until = CLOCK.now() + _TAKE_S

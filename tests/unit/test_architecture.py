@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("builder", "emulator", "engine", "runpod_api")
 # A package of the worker may import itself and those after it. `engine` stands for the modules at its root.
-ORDER = ("engine", "engine.queue", "engine.jobs", "engine.backend", "engine.config")
+ORDER = ("engine", "engine.queue", "engine.jobs", "engine.backend", "engine.telemetry", "engine.config")
 # All may import these, which import only each other.
 SHARED = {"engine.child_processes", "engine.cold_start", "engine.errors", "engine.json_codec", "engine.run_clock"}
 STARTUP_MAY_IMPORT = {"engine.backend", "engine.config"}

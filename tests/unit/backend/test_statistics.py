@@ -10,6 +10,7 @@ from engine.backend import compat
 from engine.backend.statistics import MAX_FINISHED_ENTRIES, Statistics
 from engine.backend.vllm_engine import VLLMEngine
 from engine.queue.admission import Admission
+from engine.telemetry.job_times import RequestStats
 
 CACHE_TOKENS = 4096
 
@@ -85,7 +86,7 @@ def test_statistics_are_zero_before_the_first_step() -> None:
 def test_unread_entries_of_finished_requests_are_limited() -> None:
     statistics = Statistics()
     for number in range(MAX_FINISHED_ENTRIES + 10):
-        statistics.on_finished(str(number), 1, 1)
+        statistics.on_finished(str(number), RequestStats(1, 1))
 
     assert len(statistics.finished) == MAX_FINISHED_ENTRIES
 
@@ -98,8 +99,8 @@ def test_the_token_counts_of_a_job_are_those_of_its_own_requests() -> None:
         ["chatcmpl-job-1-0a1b2c3d", "cmpl-job-1-0-0a1b2c3d", "cmpl-job-1-1-0a1b2c3d", "cmpl-job-11-0-0a1b2c3d",
          "chatcmpl-ajob-1-0a1b2c3d", "job-1", "chatcmpl-job-1_0"]
     ):  # fmt: skip
-        engine.statistics.on_finished(request_id, 10, tokens)
+        engine.statistics.on_finished(request_id, RequestStats(10, tokens, 1.0, 2.0, 3.0))
 
-    assert engine.pop_token_counts("job-1") == (50, 0 + 1 + 2 + 5 + 6)
-    assert engine.pop_token_counts("job-1") is None
-    assert engine.pop_token_counts("job-11") == (10, 3)
+    assert engine.pop_request_stats("job-1") == RequestStats(50, 0 + 1 + 2 + 5 + 6, 5.0, 10.0, 15.0)
+    assert engine.pop_request_stats("job-1") is None
+    assert engine.pop_request_stats("job-11") == RequestStats(10, 3, 1.0, 2.0, 3.0)

@@ -187,7 +187,7 @@ async def test_a_job_whose_end_cannot_be_logged_does_not_end_the_worker(caplog: 
     def fail(_job_id: str) -> None:
         raise ZeroDivisionError
 
-    vars(harness.loop)["_pop_token_counts"] = fail
+    vars(harness.loop)["_pop_request_stats"] = fail
     async with harness.running():
         for job_id in ("1", "2"):
             harness.submit(job_id)

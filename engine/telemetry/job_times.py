@@ -1,0 +1,122 @@
+"""The times of one job. Its log line, its costs and its spans are made from them."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from engine.run_clock import CLOCK
+from engine.telemetry.worker_seconds import Share
+
+# A long stream has thousands of deliveries: the first are kept one by one, all are summed.
+MAX_DELIVERIES = 64
+OTHER = "other"
+# https://www.w3.org/TR/trace-context/, version 00: trace id, parent id, flags.
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """What vLLM reports of a finished request (`FinishedRequestStats`); of several requests of a job, their sums.
+
+    Attributes:
+        prompt_tokens, output_tokens: their numbers.
+        queued_s: waiting in the engine.
+        prefill_s: from then to the first token.
+        decode_s: from then to the last one.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def __add__(self, other: RequestStats) -> RequestStats:
+        """Return the sums."""
+        return RequestStats(
+            self.prompt_tokens + other.prompt_tokens,
+            self.output_tokens + other.output_tokens,
+            self.queued_s + other.queued_s,
+            self.prefill_s + other.prefill_s,
+            self.decode_s + other.decode_s,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class JobTimes:
+    """The times of a job, from its submission to its end; instants by `engine.run_clock`, durations in seconds.
+
+    Attributes:
+        job_id: the platform's.
+        submitted_at_s: when its client submitted it, in seconds since 1970, if the platform says so.
+        taken_at: when it was taken.
+        taken_at_s: the same in seconds since 1970.
+        route: that it calls, once its input was read.
+        model: that its client named; read it only if the engine has answered, as it is the client's word till then.
+        served_model: the same once the engine has answered; `other` before, and for names beyond the first few.
+        traceparent: of the client's trace.
+        first_output_at: when its first output came.
+        deliveries: begin and end of the first deliveries.
+        delivery_s: duration of all deliveries.
+        requests: what the engine says of its requests that have finished.
+        ended_at: when its last delivery had ended.
+        outcome: of the job loop.
+        share: its share of the worker's seconds.
+    """
+
+    job_id: str
+    submitted_at_s: float | None = None
+    taken_at: float = field(default_factory=CLOCK.now)
+    taken_at_s: float = field(default_factory=time.time)
+    route: str | None = None
+    model: str | None = None
+    served_model: str = OTHER
+    traceparent: str | None = None
+    first_output_at: float | None = None
+    deliveries: list[tuple[float, float]] = field(default_factory=list)
+    delivery_s: float = 0.0
+    delivery_count: int = 0
+    requests: RequestStats | None = None
+    ended_at: float | None = None
+    outcome: str = "undelivered"
+    share: Share = field(default_factory=Share)
+
+    @property
+    def queue_s(self) -> float | None:
+        """Time in the platform's queue; None if the platform does not say when the job was submitted."""
+        return None if self.submitted_at_s is None else max(self.taken_at_s - self.submitted_at_s, 0.0)
+
+    @property
+    def first_output_s(self) -> float | None:
+        """Time from the take to the first output; None without output."""
+        return None if self.first_output_at is None else self.first_output_at - self.taken_at
+
+    @property
+    def duration_s(self) -> float:
+        """Time from the take to the end of the last delivery, or until now."""
+        return (CLOCK.now() if self.ended_at is None else self.ended_at) - self.taken_at
+
+    def add_delivery(self, begun_at: float) -> None:
+        """Add a delivery that ends now, by `engine.run_clock`."""
+        now = CLOCK.now()
+        self.delivery_count += 1
+        self.delivery_s += now - begun_at
+        if len(self.deliveries) < MAX_DELIVERIES:
+            self.deliveries.append((begun_at, now))
+
+    def add_requests(self, stats: RequestStats | None) -> None:
+        """Add what the engine says of requests of this job that have finished."""
+        if stats is not None:
+            self.requests = stats if self.requests is None else self.requests + stats
+
+
+CURRENT: ContextVar[JobTimes | None] = ContextVar("CURRENT", default=None)
+"""The times of the job that this task runs."""
+
+
+def is_traceparent(text: object) -> bool:
+    """Return whether this is a `traceparent` as W3C's Trace Context has it."""
+    return isinstance(text, str) and _TRACEPARENT.fullmatch(text) is not None
