@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.backend.app import App, Message, Receive, Send
 from engine.backend.routes import SERVING
+from engine.telemetry.job_times import RequestStats
 
 
 @dataclass
@@ -73,6 +74,9 @@ class ScriptedApp:
     def event_tokens(self, path: str) -> int | None:
         del path
         return self.tokens
+
+    def pop_request_stats(self, job_id: str) -> RequestStats | None:
+        return RequestStats(3, 2, 0.1, 0.2, 0.3) if job_id else None
 
     def has_route(self, path: str) -> bool:
         return path not in self.unknown_routes

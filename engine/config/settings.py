@@ -97,8 +97,8 @@ class Settings(BaseModel):
     price_per_second: float | None = Field(
         None,
         ge=0,
-        description="Price of a second of the worker, in any currency. With it, the log, the metrics and, on request, a "
-        "job's output say what each job cost.",
+        description="Price of a second of the worker, in any currency. The log, the metrics and, on request, a job's "
+        "output then say what each job cost.",
     )
     vllm_config_file: _File | None = Field(
         None, description="YAML file of vLLM's flags, in the format of `vllm serve --config`."

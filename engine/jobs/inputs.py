@@ -16,6 +16,7 @@ from engine.backend.routes import GET_ONLY, SERVING
 from engine.errors import ExpiredError, InvalidInputError, RouteNotAllowedError, UnknownRouteError
 from engine.jobs.proxied import ProxiedRequest
 from engine.json_codec import decode
+from engine.telemetry.job_times import is_traceparent
 
 ACCEPTED_INPUTS = """\
 {"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
@@ -71,6 +72,9 @@ class Request:
         warnings: what was ignored, for the client and the log.
         mergeable: whether vLLM may put several tokens into one event, as in a stream of plain text.
         proxied: whether the outputs are the answer as it is (`engine.jobs.proxied`).
+        model: that the body names; a client's own word.
+        wants_costs: whether the answer should say what the job cost (`engine.jobs.cost_report`).
+        traceparent: of the client's trace.
     """
 
     method: str
@@ -81,6 +85,9 @@ class Request:
     warnings: tuple[str, ...] = ()
     mergeable: bool = False
     proxied: bool = False
+    model: str | None = None
+    wants_costs: bool = False
+    traceparent: str | None = None
 
 
 class UnreadableInput(str):
@@ -93,6 +100,15 @@ class ExpiredInput(UnreadableInput):
     """The reason why a job has expired; it replaces the input."""
 
     __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnFields:
+    """The fields of an input, or of a request's body, that are the worker's own, and what of them is ignored."""
+
+    wants_costs: bool = False
+    traceparent: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +260,7 @@ def parse(
     if not isinstance(value, dict):
         raise InvalidInputError(f"the job's input must be a JSON object. Accepted:\n{ACCEPTED_INPUTS}")
     warnings = list(_ignored(value))
+    value, own = _without_own_fields(value)
     value = _normalized(value)
     form = next((_INPUT_TYPES[field] for field in _INPUT_TYPES if field in value), None)
     if form is None:
@@ -255,17 +272,26 @@ def parse(
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED_INPUTS}") from None
     _check_route(call.path, open_routes, has_route)
     if call.document is None:
-        return Request(call.method, call.path, call.query, None, call.native, tuple(warnings))
+        return Request(call.method, call.path, call.query, None, call.native, (*warnings, *own.warnings))
     body = {name: part for name, part in call.document.items() if name != "extra_body"} | _extra_body(call.document)
+    body, own = _without_own_fields(body, own)
     document, removed = _with_current_names(call.path, body)
     plain = merging.is_plain_text(call.path, document)
     tokens = event_tokens(call.path) if plain else None
     if tokens is not None and tokens > 1:
         document = {**document, "stream_interval": tokens}
-    warnings += removed
-    encoded = _encode(document)
+    warnings += [*removed, *own.warnings]
     return Request(
-        call.method, call.path, call.query, encoded, call.native, tuple(warnings), mergeable=tokens is not None
+        call.method,
+        call.path,
+        call.query,
+        _encode(document),
+        call.native,
+        tuple(warnings),
+        mergeable=tokens is not None,
+        model=_model(document),
+        wants_costs=own.wants_costs,
+        traceparent=own.traceparent,
     )
 
 
@@ -291,12 +317,50 @@ def _proxied(
     if not isinstance(document, dict):
         return Request(method, call.path, call.query, body or None, proxied=True)
     given = {name: part for name, part in document.items() if name != "extra_body"} | _extra_body(document)
+    given, own = _without_own_fields(given)
     document, removed = _with_current_names(call.path, given)
     # Its client gets each token as an event, unless it is slower than the engine, as with vLLM's own server.
     mergeable = merging.is_plain_text(call.path, document) and event_tokens(call.path) is not None
     return Request(
-        method, call.path, call.query, _encode(document), warnings=tuple(removed), mergeable=mergeable, proxied=True
+        method,
+        call.path,
+        call.query,
+        _encode(document),
+        warnings=(*removed, *own.warnings),
+        mergeable=mergeable,
+        proxied=True,
+        model=_model(document),
+        wants_costs=own.wants_costs,
+        traceparent=own.traceparent,
     )
+
+
+def _without_own_fields(value: dict[str, Any], outer: _OwnFields = _OwnFields()) -> tuple[dict[str, Any], _OwnFields]:
+    """Return the fields that are not the worker's own, and those that are: these, or else those of `outer`.
+
+    Raises:
+        InvalidInputError: `include_costs` is no boolean.
+    """
+    if "include_costs" not in value and "traceparent" not in value:
+        return value, outer
+    wants_costs = _as_bool(value.get("include_costs"))
+    if wants_costs is not None and not isinstance(wants_costs, bool):
+        raise InvalidInputError("include_costs must be true or false")
+    traceparent, warnings = value.get("traceparent"), outer.warnings
+    if traceparent is not None and not is_traceparent(traceparent):
+        traceparent, warnings = (
+            None,
+            (*warnings, "traceparent: ignored, as it is none of W3C's Trace Context, version 00"),
+        )
+    own = _OwnFields(
+        outer.wants_costs if wants_costs is None else wants_costs, traceparent or outer.traceparent, warnings
+    )
+    return {name: part for name, part in value.items() if name not in ("include_costs", "traceparent")}, own
+
+
+def _model(body: dict[str, Any]) -> str | None:
+    model = body.get("model")
+    return model if isinstance(model, str) else None
 
 
 def _ignored(value: dict[str, Any]) -> Iterator[str]:

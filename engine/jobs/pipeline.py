@@ -15,9 +15,11 @@ from typing import Any, Protocol
 from engine.backend.app import App
 from engine.errors import EngineResponseError, InternalError, InvalidInputError, JobError, WorkerShutdownError
 from engine.jobs import asgi, deltas, inputs
+from engine.jobs.cost_report import CostReport
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES, EventBatcher
 from engine.jobs.proxied import AnswerStart
-from engine.json_codec import decode
+from engine.json_codec import decode, encode
+from engine.telemetry.job_times import RequestStats
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +51,9 @@ class Engine(Protocol):
     def failure(self) -> str | None:
         """Return what is wrong with the engine for good, or None."""
 
+    def pop_request_stats(self, job_id: str) -> RequestStats | None:
+        """Return and forget what vLLM says of a job's requests that have finished; None if it has none."""
+
     async def app(self) -> App:
         """Return vLLM's OpenAI app."""
 
@@ -72,8 +77,9 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
         request = inputs.parse(job, engine.max_model_len, engine.open_routes, engine.event_tokens, engine.has_route)
         for warning in request.warnings:
             _log.warning("Job %s: %s", job.get("id"), warning)
+        costs = CostReport(str(job.get("id", "")), request, engine.pop_request_stats)
         async with asgi.stream(app, request, str(job.get("id", ""))) as response:
-            answer = _answer(response) if request.proxied else _outputs(response, engine, request)
+            answer = _answer(response, costs) if request.proxied else _outputs(response, engine, request, costs)
             async with aclosing(answer) as outputs:
                 async for output in outputs:
                     yield output
@@ -115,14 +121,19 @@ async def aclosing_on_task_exit(outputs: AsyncGenerator[Any, None]) -> AsyncIter
         await (asyncio.wait(closings) if closings else outputs.aclose())
 
 
-async def _answer(response: asgi.Response) -> AsyncGenerator[AnswerStart | bytes, None]:
+async def _answer(response: asgi.Response, costs: CostReport) -> AsyncGenerator[AnswerStart | bytes, None]:
     """Yield the app's answer: each event as soon as the app sends it."""
     yield AnswerStart(response.status, response.content_type_header)
+    if costs.wanted and response.content_type == "application/json":
+        yield encode(await costs.added_to(decode(await response.body())))
+        return
     async for chunk in response.chunks():
-        yield chunk
+        yield await costs.added_to_stream(chunk) if costs.wanted else chunk
 
 
-async def _outputs(response: asgi.Response, engine: Engine, request: inputs.Request) -> AsyncGenerator[Any, None]:
+async def _outputs(
+    response: asgi.Response, engine: Engine, request: inputs.Request, costs: CostReport
+) -> AsyncGenerator[Any, None]:
     """Yield the outputs of a job that is no proxied request.
 
     Raises:
@@ -130,16 +141,16 @@ async def _outputs(response: asgi.Response, engine: Engine, request: inputs.Requ
     """
     await _check(response)
     if response.content_type == "text/event-stream":
-        async with aclosing(_stream(response, engine, request)) as outputs:
+        async with aclosing(_stream(response, engine, request, costs)) as outputs:
             async for output in outputs:
                 yield output
     else:
-        document = _document(response.content_type, await response.body(), request.path)
+        document = await costs.added_to(_document(response.content_type, await response.body(), request.path))
         yield deltas.add_worker_vllm_fields(document, request.warnings) if request.native else document
 
 
 async def _stream(
-    response: asgi.Response, engine: Engine, request: inputs.Request
+    response: asgi.Response, engine: Engine, request: inputs.Request, costs: CostReport
 ) -> AsyncGenerator[str | deltas.Delta, None]:
     """Yield the outputs of a streamed job.
 
@@ -159,9 +170,11 @@ async def _stream(
                         yield part
             else:
                 error = error or deltas.error_in(batch)
-                yield batch
+                yield (await costs.added_to_stream(batch.encode())).decode() if costs.wanted else batch
     if error is not None:
         raise error
+    if request.native and costs.wanted:
+        yield await costs.added_to({})
 
 
 async def _batches(response: asgi.Response, engine: Engine, *, cut: bool) -> AsyncGenerator[str, None]:

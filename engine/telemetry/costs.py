@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine.run_clock import CLOCK
@@ -49,6 +50,7 @@ class Costs:
     def begin(self, times: JobTimes) -> None:
         """Begin to count for a job."""
         self.seconds.begin(times.share)
+        times.describe = partial(self.document, times)
 
     def end(self, times: JobTimes) -> None:
         """Set a job's share for good, and add it to the sums."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.run_clock import CLOCK
 from engine.telemetry.worker_seconds import Share
@@ -64,6 +66,7 @@ class JobTimes:
         requests: what the engine says of its requests that have finished.
         ended_at: when its last delivery had ended.
         outcome: of the job loop.
+        describe: returns where its time went and what it cost, as `Costs.document` has it.
         share: its share of the worker's seconds.
     """
 
@@ -82,6 +85,7 @@ class JobTimes:
     requests: RequestStats | None = None
     ended_at: float | None = None
     outcome: str = "undelivered"
+    describe: Callable[[], dict[str, Any]] | None = None
     share: Share = field(default_factory=Share)
 
     @property
