@@ -76,6 +76,11 @@ class ColdStart:
         return self._started_at
 
     @property
+    def phases_s(self) -> Mapping[str, float]:
+        """Durations of the phases that have ended, in order, in seconds."""
+        return self._phases
+
+    @property
     def total_s(self) -> float:
         """Time from the start to the end of the last phase, in seconds."""
         return self._last - self._started_at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from engine.run_clock import CLOCK
 from engine.startup import configure, model_resolver, weight_prefetch
 from engine.startup.caches import Caches
 from engine.telemetry.costs import Costs
+from engine.telemetry.identity import platform_identity
 
 if TYPE_CHECKING:
     from engine.backend.configuration import Configuration
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from engine.queue.job_loop import Handler
     from engine.queue.protocol import JobQueue
     from engine.startup.fitness import Checks
+    from engine.telemetry.export import Export
+    from engine.telemetry.job_times import JobHooks
 
 # vLLM tokenizes long requests in a thread. While it and the event loop are both busy, each waits this long for the GIL,
 # several times a request; Python's default is 5 ms.
@@ -56,6 +60,7 @@ class Worker:
         self._settings = settings
         self._caches = caches
         self._costs = Costs(cold_start.WORKER.started_at, settings.price_per_second)
+        self._export: Export | None = None
 
     @classmethod
     def start(cls, variables: Mapping[str, Variable] | None = None, checks: Checks | None = None) -> Self:
@@ -130,6 +135,7 @@ class Worker:
             log_inputs=settings.log_job_inputs,
             cold_start=cold_start.WORKER,
             costs=self._costs,
+            **self._start_export(),
         )
         cold_start.WORKER.mark("sdk")
         _stop_on_signals(jobs.stop, settings.drain_timeout_s)
@@ -140,11 +146,27 @@ class Worker:
             engine.pop_request_stats(warm_up.JOB_ID)
             cold_start.WORKER.mark("first_request")
         cold_start.WORKER.log("Cold start")
+        if self._export is not None:
+            self._export.cold_start_ended(cold_start.WORKER)
         if self._caches is not None:
             self._caches.pack_later()
         jobs.supervise(health.heartbeat(engine.failure), "heartbeat")
         with CLOCK.watched(jobs.on_thaw):
             return await jobs.run()
+
+    def _start_export(self) -> JobHooks:
+        """Start to export telemetry, if there is a collector; return what the job loop should tell the export."""
+        endpoint = self._settings.otel_exporter_otlp_endpoint
+        if endpoint is None:
+            return {}
+        from engine.telemetry.export import Export
+
+        engine = self.engine
+        identity = {**platform_identity(), **engine.device_attributes}
+        self._export = Export(
+            endpoint, identity, self._costs, engine.statistics, engine_is_traced=engine.exports_traces
+        )
+        return {"on_started": self._export.job_started, "on_ended": self._export.job_ended}
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
@@ -152,6 +174,8 @@ class Worker:
             self._caches.close()
         self.engine.shutdown()
         self._costs.log_summary()
+        if self._export is not None:
+            self._export.shutdown()
 
 
 _lock = threading.Lock()
@@ -237,6 +261,8 @@ def _import_app_in_background(settings: Settings) -> Iterator[None]:
         from engine.queue import runpod_client
 
         vllm_engine.import_app()
+        if settings.otel_exporter_otlp_endpoint is not None:
+            importlib.import_module("engine.telemetry.export")
         if settings.queue == "runpod":
             runpod_client.import_sdk()
 

@@ -75,8 +75,8 @@ class ScriptedApp:
         del path
         return self.tokens
 
-    def pop_request_stats(self, job_id: str) -> RequestStats | None:
-        return RequestStats(3, 2, 0.1, 0.2, 0.3) if job_id else None
+    def pop_request_stats(self, job_id: str) -> list[RequestStats]:
+        return [RequestStats(3, 2, 0.1, 0.2, 0.3)] if job_id else []
 
     def has_route(self, path: str) -> bool:
         return path not in self.unknown_routes

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncGenerator
+from types import MappingProxyType
 from typing import Any, cast
 
 from engine.backend.app import App, Message, Receive, Send
@@ -38,6 +39,8 @@ class ScriptedEngine:
     batch_interval_s = 0.0
     open_routes = SERVING
     cache_tokens = 10**6
+    exports_traces = False
+    device_attributes = MappingProxyType({"gpu.name": "cpu", "gpu.count": 1})
 
     def __init__(self) -> None:
         self.statistics = Statistics()
@@ -54,9 +57,9 @@ class ScriptedEngine:
         del path
         return 1
 
-    def pop_request_stats(self, job_id: str) -> RequestStats | None:
+    def pop_request_stats(self, job_id: str) -> list[RequestStats]:
         del job_id
-        return None
+        return []
 
     async def app(self) -> App:
         return self._respond

@@ -11,8 +11,6 @@ import importlib
 import logging
 import os
 import re
-from functools import reduce
-from operator import add
 from typing import TYPE_CHECKING, Any
 
 from engine.backend import app as vllm_app
@@ -112,6 +110,21 @@ class VLLMEngine:
         """Minimum time between two outputs of a stream, in seconds, at the current load."""
         return self._interval.seconds(self.statistics.running)
 
+    @property
+    def exports_traces(self) -> bool:
+        """Whether vLLM exports a span for each request (`--otlp-traces-endpoint`)."""
+        return self._engine.vllm_config.observability_config.otlp_traces_endpoint is not None
+
+    @property
+    def device_attributes(self) -> dict[str, str | int]:
+        """Name and number of the GPUs, for telemetry; `cpu` without any."""
+        from vllm.platforms import current_platform
+
+        return {
+            "gpu.name": str(current_platform.get_device_name()),
+            "gpu.count": int(self._engine.vllm_config.parallel_config.world_size_across_dp),
+        }
+
     def event_tokens(self, path: str) -> int | None:
         """Return how many tokens vLLM should put into an event of a stream of plain text that starts now on this route.
 
@@ -128,7 +141,8 @@ class VLLMEngine:
 
     def _stat_loggers(self) -> list[Any]:
         loggers = [stat_loggers.recorder_of(self.statistics)]
-        if "/metrics" not in self.open_routes:
+        exports_metrics = self._configuration.settings.otel_exporter_otlp_endpoint is not None
+        if "/metrics" not in self.open_routes and not exports_metrics:
             loggers.append(stat_loggers.no_metrics())
         return loggers
 
@@ -155,8 +169,8 @@ class VLLMEngine:
         """Return whether vLLM's app has a route of this path, for any method; call it once the app is made."""
         return self._app is None or vllm_app.has_route(self._app, path)
 
-    def pop_request_stats(self, job_id: str) -> RequestStats | None:
-        """Return and forget what vLLM says of a job's requests that have finished; None if it has none.
+    def pop_request_stats(self, job_id: str) -> list[RequestStats]:
+        """Return and forget what vLLM says of a job's requests that have finished.
 
         vLLM's request ids contain the job's: `chatcmpl-JOB`, `cmpl-JOB-0`, and `chatcmpl-JOB_0` of a batch of chats.
         """
@@ -164,7 +178,7 @@ class VLLMEngine:
         whole_id = re.compile(rf"(?:^|[-_]){re.escape(job_id)}(?:[-_]|$)")
         # The search for the text first: it is ten times faster, and most requests are of other jobs.
         request_ids = [one for one in finished if job_id in one and whole_id.search(one)]
-        return reduce(add, [finished.pop(request_id) for request_id in request_ids]) if request_ids else None
+        return [finished.pop(request_id) for request_id in request_ids]
 
     async def app(self) -> App:
         """Return vLLM's OpenAI app, made at the first call, on the calling event loop.

@@ -100,6 +100,12 @@ class Settings(BaseModel):
         description="Price of a second of the worker, in any currency. The log, the metrics and, on request, a job's "
         "output then say what each job cost.",
     )
+    otel_exporter_otlp_endpoint: str | None = Field(
+        None,
+        examples=["http://collector:4318"],
+        description="Collector that traces, metrics and logs are sent to by OTLP; OpenTelemetry's other variables are "
+        "read too ([telemetry](docs/telemetry.md)). If not set, nothing is sent.",
+    )
     vllm_config_file: _File | None = Field(
         None, description="YAML file of vLLM's flags, in the format of `vllm serve --config`."
     )

@@ -18,6 +18,7 @@ from engine.backend.merging import MERGEABLE
 from engine.errors import EngineError
 from engine.jobs.inputs import Request
 from engine.run_clock import CLOCK
+from engine.telemetry.job_times import CURRENT
 
 # How long the app may take to end its request after a disconnect, before its task is cancelled.
 DISCONNECT_GRACE_S = 5.0
@@ -162,6 +163,8 @@ def _scope(request: Request, request_id: str) -> Message:
         headers.append((b"content-length", str(len(request.body)).encode()))
     if request_id and request_id.isascii() and request_id.isprintable():
         headers.append((b"x-request-id", request_id.encode()))
+    if (times := CURRENT.get()) is not None and (traceparent := times.engine_traceparent) is not None:
+        headers.append((b"traceparent", traceparent.encode()))
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},

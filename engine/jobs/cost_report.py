@@ -31,13 +31,14 @@ class CostReport:
         wanted: whether the client asked for them, and they are counted: they are not under the SDK's own loop.
     """
 
-    def __init__(self, job_id: str, request: Request, pop_request_stats: Callable[[str], RequestStats | None]) -> None:
+    def __init__(self, job_id: str, request: Request, pop_request_stats: Callable[[str], list[RequestStats]]) -> None:
         self._job_id = job_id
         self._request = request
         self._pop_request_stats = pop_request_stats
         self._times = times = CURRENT.get()
         if times is not None:
-            times.route, times.model, times.traceparent = request.path, request.model, request.traceparent
+            times.route, times.model = request.path, request.model
+            times.join(request.traceparent)
         self.wanted = request.wants_costs and times is not None and times.describe is not None
 
     async def added_to(self, document: Any) -> Any:
@@ -68,8 +69,8 @@ class CostReport:
         if times is None or times.describe is None:
             raise RuntimeError("the costs of this job are not counted")
         turns = 0
-        while (stats := self._pop_request_stats(self._job_id)) is None and turns < _MAX_TURNS:
+        while not (stats := self._pop_request_stats(self._job_id)) and turns < _MAX_TURNS:
             turns += 1
             await asyncio.sleep(0)
-        times.add_requests(stats)
+        times.requests += stats
         return times.describe()

@@ -51,8 +51,8 @@ class Engine(Protocol):
     def failure(self) -> str | None:
         """Return what is wrong with the engine for good, or None."""
 
-    def pop_request_stats(self, job_id: str) -> RequestStats | None:
-        """Return and forget what vLLM says of a job's requests that have finished; None if it has none."""
+    def pop_request_stats(self, job_id: str) -> list[RequestStats]:
+        """Return and forget what vLLM says of a job's requests that have finished."""
 
     async def app(self) -> App:
         """Return vLLM's OpenAI app."""

@@ -141,6 +141,7 @@ class JobLoop:
         log_inputs: whether the log shows the inputs of jobs.
         cold_start: is marked when the first job was taken, and when its first output was there.
         costs: counts what each job costs.
+        on_started: is called with the times of each job that starts.
         on_ended: is called with the times of each job that has ended.
     """
 
@@ -153,10 +154,11 @@ class JobLoop:
         load_changed: asyncio.Event | None = None,
         failure: Callable[[], str | None] = lambda: None,
         timeouts: Timeouts | None = None,
-        pop_request_stats: Callable[[str], RequestStats | None] = lambda _: None,
+        pop_request_stats: Callable[[str], list[RequestStats]] = lambda _: [],
         log_inputs: bool = False,
         cold_start: ColdStart | None = None,
         costs: Costs | None = None,
+        on_started: Callable[[JobTimes], None] = lambda _: None,
         on_ended: Callable[[JobTimes], None] = lambda _: None,
     ) -> None:
         self._queue = queue
@@ -169,6 +171,7 @@ class JobLoop:
         self._log_inputs = log_inputs
         self._cold_start = cold_start
         self._costs = costs or Costs(CLOCK.now())
+        self._on_started = on_started
         self._on_ended = on_ended
         self._cold_start_ended = "First output"
         self._thawed = asyncio.Event()
@@ -324,6 +327,7 @@ class JobLoop:
         times = JobTimes(job_id, submitted_at_s=job.get("submitted_at_s"))
         COUNTERS.jobs_taken += 1
         self._costs.begin(times)
+        self._on_started(times)
         delivery = self._queue.delivery(job_id, times.taken_at + self._timeouts.delivery_s)
         running = RunningJob(job_id, delivery, times)
         self._jobs[job_id] = running
@@ -426,7 +430,7 @@ class JobLoop:
         times.ended_at = CLOCK.now()
         COUNTERS.lost += times.outcome == "undelivered"
         try:
-            times.add_requests(self._pop_request_stats(running.id))
+            times.requests += self._pop_request_stats(running.id)
             self._costs.end(times)
             job_log.log_ended(job, times, self._costs.document(times), running.delivery.delivered_count)
             self._on_ended(times)

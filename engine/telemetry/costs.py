@@ -44,7 +44,7 @@ class Costs:
         self, started_at: float, price_per_second: float | None = None, now: Callable[[], float] = CLOCK.now
     ) -> None:
         self.seconds = WorkerSeconds(started_at, now)
-        self._price = price_per_second
+        self.price_per_second = price_per_second
         self.by_model: dict[str, Sums] = defaultdict(Sums)
 
     def begin(self, times: JobTimes) -> None:
@@ -60,9 +60,8 @@ class Costs:
         sums.jobs += 1
         sums.worker_s += times.share.worker_s
         sums.start_s += times.share.start_s
-        if times.requests is not None:
-            sums.prompt_tokens += times.requests.prompt_tokens
-            sums.output_tokens += times.requests.output_tokens
+        sums.prompt_tokens += sum(request.prompt_tokens for request in times.requests)
+        sums.output_tokens += sum(request.output_tokens for request in times.requests)
 
     def document(self, times: JobTimes) -> dict[str, Any]:
         """Return where a job's time went and what it cost, so far or in total; docs/api.md has the fields."""
@@ -71,15 +70,15 @@ class Costs:
         requests, share = times.requests, times.share
         document: dict[str, Any] = {
             "queue_s": _rounded(times.queue_s),
-            "engine_queue_s": None if requests is None else _rounded(requests.queued_s),
-            "prefill_s": None if requests is None else _rounded(requests.prefill_s),
-            "decode_s": None if requests is None else _rounded(requests.decode_s),
+            "engine_queue_s": _rounded(sum(request.queued_s for request in requests)) if requests else None,
+            "prefill_s": _rounded(sum(request.prefill_s for request in requests)) if requests else None,
+            "decode_s": _rounded(sum(request.decode_s for request in requests)) if requests else None,
             "delivery_s": _rounded(times.delivery_s),
             "duration_s": _rounded(times.duration_s),
             "worker_s": _rounded(share.worker_s),
             "start_s": _rounded(share.start_s),
         }
-        if self._price is not None:
+        if self.price_per_second is not None:
             document["cost"] = self._cost(share.worker_s + share.start_s)
         return document
 
@@ -92,7 +91,7 @@ class Costs:
             "idle_s": _rounded(totals.idle_s),
             "jobs_s": _rounded(totals.jobs_s),
         }
-        if self._price is not None:
+        if self.price_per_second is not None:
             document["cost"] = self._cost(totals.worker_s)
         document["models"] = {
             name: {
@@ -101,7 +100,7 @@ class Costs:
                 "start_s": _rounded(sums.start_s),
                 "tokens_in": sums.prompt_tokens,
                 "tokens_out": sums.output_tokens,
-                **({} if self._price is None else {"cost": self._cost(sums.worker_s + sums.start_s)}),
+                **({} if self.price_per_second is None else {"cost": self._cost(sums.worker_s + sums.start_s)}),
             }
             for name, sums in self.by_model.items()
         }
@@ -112,11 +111,11 @@ class Costs:
         _log.info("Worker seconds %s", json.dumps(self.summary()))
 
     def _served_model(self, times: JobTimes) -> str:
-        name = times.model if times.requests is not None and times.model else OTHER
+        name = times.model if times.requests and times.model else OTHER
         return name if name in self.by_model or len(self.by_model) < MAX_MODELS else OTHER
 
     def _cost(self, seconds: float) -> float:
-        return float(f"{seconds * (self._price or 0.0):.6g}")
+        return float(f"{seconds * (self.price_per_second or 0.0):.6g}")
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -19,6 +19,7 @@ class Counters:
         refused: those that the platform has refused for good.
         lost: jobs that ended without a delivered result.
         drains: times that the worker was asked to stop.
+        dropped: jobs whose telemetry was dropped.
     """
 
     takes: int = 0
@@ -31,6 +32,7 @@ class Counters:
     refused: int = 0
     lost: int = 0
     drains: int = 0
+    dropped: int = 0
 
 
 COUNTERS = Counters()

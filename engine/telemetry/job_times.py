@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from engine.run_clock import CLOCK
 from engine.telemetry.worker_seconds import Share
@@ -21,13 +22,14 @@ _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """What vLLM reports of a finished request (`FinishedRequestStats`); of several requests of a job, their sums.
+    """What vLLM reports of a finished request (`FinishedRequestStats`).
 
     Attributes:
         prompt_tokens, output_tokens: their numbers.
         queued_s: waiting in the engine.
         prefill_s: from then to the first token.
         decode_s: from then to the last one.
+        finished_at: when vLLM reported it, by `engine.run_clock`, which is soon after the last token.
     """
 
     prompt_tokens: int
@@ -35,16 +37,7 @@ class RequestStats:
     queued_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-
-    def __add__(self, other: RequestStats) -> RequestStats:
-        """Return the sums."""
-        return RequestStats(
-            self.prompt_tokens + other.prompt_tokens,
-            self.output_tokens + other.output_tokens,
-            self.queued_s + other.queued_s,
-            self.prefill_s + other.prefill_s,
-            self.decode_s + other.decode_s,
-        )
+    finished_at: float = field(default_factory=CLOCK.now, compare=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +57,10 @@ class JobTimes:
         deliveries: begin and end of the first deliveries.
         delivery_s: duration of all deliveries.
         requests: what the engine says of its requests that have finished.
+        trace_id: of the client's trace, or of its own.
+        span_id: of its span.
+        has_span: whether the span is exported.
+        engine_is_traced: whether vLLM exports spans of its own.
         ended_at: when its last delivery had ended.
         outcome: of the job loop.
         describe: returns where its time went and what it cost, as `Costs.document` has it.
@@ -82,11 +79,34 @@ class JobTimes:
     deliveries: list[tuple[float, float]] = field(default_factory=list)
     delivery_s: float = 0.0
     delivery_count: int = 0
-    requests: RequestStats | None = None
+    requests: list[RequestStats] = field(default_factory=list)
+    trace_id: int = field(default_factory=lambda: secrets.randbits(128))
+    span_id: int = field(default_factory=lambda: secrets.randbits(64))
+    has_span: bool = False
+    engine_is_traced: bool = False
     ended_at: float | None = None
     outcome: str = "undelivered"
     describe: Callable[[], dict[str, Any]] | None = None
     share: Share = field(default_factory=Share)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the client's trace is recorded, as its flags say; a trace of its own is."""
+        return self.traceparent is None or bool(int(self.traceparent[-2:], 16) & 1)
+
+    def join(self, traceparent: str | None) -> None:
+        """Make the job a part of the client's trace, if there is one."""
+        if traceparent is not None:
+            self.traceparent, self.trace_id = traceparent, int(traceparent[3:35], 16)
+
+    @property
+    def engine_traceparent(self) -> str | None:
+        """The trace that vLLM's span of a request joins; None if vLLM exports none."""
+        if not self.engine_is_traced:
+            return None
+        if not self.has_span:
+            return self.traceparent
+        return f"00-{self.trace_id:032x}-{self.span_id:016x}-{int(self.is_sampled):02x}"
 
     @property
     def queue_s(self) -> float | None:
@@ -111,10 +131,12 @@ class JobTimes:
         if len(self.deliveries) < MAX_DELIVERIES:
             self.deliveries.append((begun_at, now))
 
-    def add_requests(self, stats: RequestStats | None) -> None:
-        """Add what the engine says of requests of this job that have finished."""
-        if stats is not None:
-            self.requests = stats if self.requests is None else self.requests + stats
+
+class JobHooks(TypedDict, total=False):
+    """What is called with the times of each job."""
+
+    on_started: Callable[[JobTimes], None]
+    on_ended: Callable[[JobTimes], None]
 
 
 CURRENT: ContextVar[JobTimes | None] = ContextVar("CURRENT", default=None)

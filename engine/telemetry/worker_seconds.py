@@ -7,6 +7,7 @@ on a worker that is kept ready, they are nobody's.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,6 +61,7 @@ class WorkerSeconds:
 
     def __init__(self, started_at: float, now: Callable[[], float] = CLOCK.now) -> None:
         self._now = now
+        self._lock = threading.Lock()  # A thread reads the totals.
         self._started_at = started_at
         self._ready_at: float | None = None
         self._last = started_at
@@ -72,20 +74,26 @@ class WorkerSeconds:
 
     def ready(self) -> None:
         """End the start: the worker takes jobs from now on."""
-        self._ready_at = self._last = self._now()
-        self._start_left_s = self._ready_at - self._started_at
+        with self._lock:
+            self._ready_at = self._last = self._now()
+            self._start_left_s = self._ready_at - self._started_at
 
     def begin(self, share: Share) -> None:
         """Begin to count for a job."""
-        self._advance()
-        self._running += 1
-        share.level_before = self._level
-        if self._ready_at is not None and self._last - self._ready_at <= START_GRACE_S:
-            share.waits_for_start = True
-            self._waiting_for_start += 1
+        with self._lock:
+            self._advance()
+            self._running += 1
+            share.level_before = self._level
+            if self._ready_at is not None and self._last - self._ready_at <= START_GRACE_S:
+                share.waits_for_start = True
+                self._waiting_for_start += 1
 
     def update(self, share: Share) -> None:
         """Set the share of a running job to what it is by now."""
+        with self._lock:
+            self._update(share)
+
+    def _update(self, share: Share) -> None:
         self._advance()
         share.worker_s = self._level - share.level_before
         if share.waits_for_start:
@@ -93,20 +101,22 @@ class WorkerSeconds:
 
     def end(self, share: Share) -> None:
         """Set the share of a job that ends, for good."""
-        self.update(share)
-        self._running -= 1
-        if share.waits_for_start:
-            self._start_left_s -= share.start_s
-            self._waiting_for_start -= 1
-            self._jobs_s += share.start_s
-            share.waits_for_start = False
+        with self._lock:
+            self._update(share)
+            self._running -= 1
+            if share.waits_for_start:
+                self._start_left_s -= share.start_s
+                self._waiting_for_start -= 1
+                self._jobs_s += share.start_s
+                share.waits_for_start = False
 
     def totals(self) -> Totals:
         """Return what all seconds so far were for."""
-        self._advance()
-        start_s = (self._last - self._started_at) if self._ready_at is None else self._start_left_s
-        taken_s = start_s if self._waiting_for_start else 0.0
-        return Totals(self._last - self._started_at, start_s - taken_s, self._idle_s, self._jobs_s + taken_s)
+        with self._lock:
+            self._advance()
+            start_s = (self._last - self._started_at) if self._ready_at is None else self._start_left_s
+            taken_s = start_s if self._waiting_for_start else 0.0
+            return Totals(self._last - self._started_at, start_s - taken_s, self._idle_s, self._jobs_s + taken_s)
 
     def _advance(self) -> None:
         now = self._now()

@@ -18,7 +18,7 @@ def job(costs: Costs, clock: Clock, model: str | None = "tiny", duration_s: floa
     costs.begin(times)
     clock.now_s += duration_s
     times.ended_at = clock()
-    times.add_requests(RequestStats(10, 5, 0.1, 0.2, 0.3))
+    times.requests.append(RequestStats(10, 5, 0.1, 0.2, 0.3))
     costs.end(times)
     return times
 

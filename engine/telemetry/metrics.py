@@ -1,0 +1,148 @@
+"""The worker's own metrics. vLLM's are added as they are (`engine.telemetry.prometheus_bridge`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Protocol
+
+from opentelemetry.metrics import CallbackOptions, Observation
+
+from engine.telemetry.counters import COUNTERS, Counters
+from engine.telemetry.semantics import metric_attributes
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
+
+    from engine.telemetry.costs import Costs
+    from engine.telemetry.job_times import JobTimes
+
+# What is last known, not a sum.
+_GAUGES = {"slots"}
+_DESCRIPTIONS = {
+    "takes": "Polls for jobs",
+    "failed_takes": "Polls for jobs that have failed",
+    "jobs_taken": "Jobs that were started",
+    "full": "Times that no job was taken as the engine had no room",
+    "slots": "Jobs that the engine has room for",
+    "deliveries": "Outputs and results that were delivered",
+    "retries": "Deliveries that were tried again",
+    "refused": "Outputs and results that the platform has refused",
+    "lost": "Jobs that ended without a delivered result",
+    "drains": "Times that the worker was asked to stop",
+    "dropped": "Jobs whose telemetry was dropped, as the export was too slow",
+}
+
+
+class EngineLoad(Protocol):
+    """The engine's load at its last step."""
+
+    @property
+    def running(self) -> int:
+        """Running requests."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait in the engine."""
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV cache in use, from 0 to 1."""
+
+
+class Metrics:
+    """Records what jobs report at their end; the rest is read when metrics are exported.
+
+    Args:
+        meter: makes the instruments.
+        costs: of the worker.
+        load: of the engine.
+    """
+
+    def __init__(self, meter: Meter, costs: Costs, load: EngineLoad) -> None:
+        self._duration = meter.create_histogram(
+            "gen_ai.server.request.duration", "s", "From the take of a job to the end of its last delivery"
+        )
+        self._first_output = meter.create_histogram(
+            "gen_ai.server.time_to_first_token", "s", "From the take of a job to its first output"
+        )
+        self._per_token = meter.create_histogram(
+            "gen_ai.server.time_per_output_token", "s", "Time for each output token after the first"
+        )
+        self._queue = meter.create_histogram("worker.job.queue.duration", "s", "Time in the platform's queue")
+        self._delivery = meter.create_histogram("worker.delivery.duration", "s", "Duration of one delivery")
+        for field in fields(Counters):
+            _observe_counter(meter, field.name)
+        _observe(meter.create_observable_gauge, "worker.engine.running", "{request}", lambda: load.running)
+        _observe(meter.create_observable_gauge, "worker.engine.waiting", "{request}", lambda: load.waiting)
+        _observe(meter.create_observable_gauge, "worker.engine.kv_cache.usage", "1", lambda: load.kv_cache_usage)
+        meter.create_observable_counter(
+            "worker.seconds",
+            [lambda _: _worker_seconds(costs)],
+            "s",
+            "Seconds of the worker's life: its start and idle time, if nobody's, and the jobs'",
+        )
+        meter.create_observable_counter(
+            "worker.jobs.seconds", [lambda _: _sums(costs, "worker_s")], "s", "Worker seconds of jobs, by model"
+        )
+        meter.create_observable_counter(
+            "worker.jobs.start.seconds", [lambda _: _sums(costs, "start_s")], "s", "Seconds of the start, by model"
+        )
+        meter.create_observable_counter(
+            "worker.jobs.tokens", [lambda _: _tokens(costs)], "{token}", "Tokens of jobs, by model"
+        )
+        self._jobs = meter.create_counter("worker.jobs", "{job}", "Jobs that have ended, by outcome and model")
+        if costs.price_per_second is not None:
+            price = costs.price_per_second
+            meter.create_observable_counter(
+                "worker.cost",
+                [lambda _: (Observation(price * one.value, one.attributes) for one in _worker_seconds(costs))],
+                "1",
+                "What the worker's seconds have cost, in the currency of PRICE_PER_SECOND",
+            )
+
+    def add_job(self, times: JobTimes) -> None:
+        """Record a job that has ended."""
+        attributes = metric_attributes(times)
+        self._jobs.add(1, {"outcome": times.outcome, "gen_ai.request.model": times.served_model})
+        self._duration.record(times.duration_s, attributes)
+        if times.first_output_s is not None:
+            self._first_output.record(times.first_output_s, attributes)
+        for request in times.requests:
+            if request.output_tokens > 1:
+                self._per_token.record(request.decode_s / (request.output_tokens - 1), attributes)
+        if times.queue_s is not None:
+            self._queue.record(times.queue_s)
+        for begun_at, ended_at in times.deliveries:
+            self._delivery.record(ended_at - begun_at)
+
+
+def _observe_counter(meter: Meter, name: str) -> None:
+    create = meter.create_observable_gauge if name in _GAUGES else meter.create_observable_counter
+    _observe(create, f"worker.{name}", "1", lambda: getattr(COUNTERS, name), _DESCRIPTIONS[name])
+
+
+def _observe(
+    create: Callable[..., object], name: str, unit: str, read: Callable[[], float], description: str = ""
+) -> None:
+    def observe(_: CallbackOptions) -> Iterable[Observation]:
+        yield Observation(read())
+
+    create(name, [observe], unit, description)
+
+
+def _worker_seconds(costs: Costs) -> Iterable[Observation]:
+    totals = costs.seconds.totals()
+    for kind, seconds in (("start", totals.start_s), ("idle", totals.idle_s), ("jobs", totals.jobs_s)):
+        yield Observation(seconds, {"kind": kind})
+
+
+def _sums(costs: Costs, name: str) -> Iterable[Observation]:
+    for model, sums in list(costs.by_model.items()):
+        yield Observation(getattr(sums, name), {"gen_ai.request.model": model})
+
+
+def _tokens(costs: Costs) -> Iterable[Observation]:
+    for model, sums in list(costs.by_model.items()):
+        for kind, tokens in (("input", sums.prompt_tokens), ("output", sums.output_tokens)):
+            yield Observation(tokens, {"gen_ai.request.model": model, "gen_ai.token.type": kind})

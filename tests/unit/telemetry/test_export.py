@@ -1,0 +1,232 @@
+"""Telemetry through OpenTelemetry's own exporters, over HTTP, to a collector that decodes it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+
+from engine.backend.statistics import Statistics
+from engine.cold_start import ColdStart
+from engine.run_clock import CLOCK
+from engine.telemetry.costs import Costs
+from engine.telemetry.counters import COUNTERS
+from engine.telemetry.export import Export
+from engine.telemetry.job_times import CURRENT, JobTimes, RequestStats
+from tests.otlp_receiver import OTLPReceiver, attributes, receiving
+from tests.unit.queue.fakes import LoopHarness
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture
+def receiver() -> Iterator[OTLPReceiver]:
+    with receiving() as one:
+        yield one
+
+
+@contextmanager
+def exporting(receiver: OTLPReceiver, costs: Costs | None = None, **options: Any) -> Iterator[Export]:
+    """Export during the block, and send what is left at its end."""
+    statistics = Statistics()
+    statistics.on_scheduler_stats(0, 3, 1, 0.25)
+    export = Export(
+        receiver.url,
+        {"service.instance.id": "worker-1", "gpu.name": "H100"},
+        costs or Costs(CLOCK.now()),
+        statistics,
+        variables={},
+        **options,
+    )
+    try:
+        yield export
+    finally:
+        export.shutdown(10.0)
+
+
+def ended_job(costs: Costs, **fields: Any) -> JobTimes:
+    """Return the times of a job that waited 2 s, ran for 1 s and was delivered twice."""
+    now, wall_s = CLOCK.now(), time.time()
+    times = JobTimes("job-1", submitted_at_s=wall_s - 3.0, taken_at=now - 1.0, taken_at_s=wall_s - 1.0, **fields)
+    costs.begin(times)
+    times.first_output_at = now - 0.8
+    times.deliveries += [(now - 0.7, now - 0.6), (now - 0.1, now)]
+    times.delivery_count, times.delivery_s = 2, 0.2
+    times.requests.append(RequestStats(10, 5, 0.1, 0.2, 0.4, finished_at=now - 0.2))
+    times.ended_at, times.outcome = now, "completed"
+    costs.end(times)
+    return times
+
+
+def test_a_jobs_spans_are_a_part_of_its_clients_trace(receiver: OTLPReceiver) -> None:
+    costs = Costs(CLOCK.now(), 0.5)
+    with exporting(receiver, costs) as export:
+        times = ended_job(costs, model="tiny", route="/v1/chat/completions")
+        export.job_started(times)
+        times.join(TRACEPARENT)
+        export.job_ended(times)
+
+    spans = receiver.spans
+    root = next(span for span in spans if span.name == "job")
+    assert {span.trace_id.hex() for span in spans} == {TRACEPARENT[3:35]}
+    assert root.parent_span_id.hex() == TRACEPARENT[36:52]
+    assert root.span_id.hex() == f"{times.span_id:016x}"
+    assert {span.parent_span_id for span in spans if span is not root} == {root.span_id}
+    durations_s = {span.name: (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9 for span in spans}
+    assert durations_s == pytest.approx(
+        {"job": 3.0, "queue": 2.0, "engine queue": 0.1, "prefill": 0.2, "decode": 0.4, "deliver": 0.1}, abs=1e-3
+    )
+    given = attributes(root)
+    assert (given["gen_ai.operation.name"], given["gen_ai.request.model"]) == ("chat", "tiny")
+    assert (given["gen_ai.usage.input_tokens"], given["gen_ai.usage.output_tokens"]) == (10, 5)
+    assert {"worker.job.worker_s", "worker.job.cost"} <= given.keys()
+    resource = receiver.resource()
+    assert (resource["service.name"], resource["gpu.name"]) == ("vllm-serverless", "H100")
+
+
+def test_a_trace_that_its_client_does_not_record_gets_no_spans(receiver: OTLPReceiver) -> None:
+    costs = Costs(CLOCK.now())
+    with exporting(receiver, costs) as export:
+        times = ended_job(costs)
+        times.join(TRACEPARENT[:-2] + "00")
+        export.job_ended(times)
+
+    assert receiver.spans == []
+
+
+def test_vllms_spans_of_a_request_join_the_jobs(receiver: OTLPReceiver) -> None:
+    costs = Costs(CLOCK.now())
+    with exporting(receiver, costs, engine_is_traced=True) as export:
+        times = JobTimes("job-1")
+        assert times.engine_traceparent is None
+        export.job_started(times)
+        assert times.engine_traceparent == f"00-{times.trace_id:032x}-{times.span_id:016x}-01"
+        times.join(TRACEPARENT)
+        assert times.engine_traceparent == f"{TRACEPARENT[:36]}{times.span_id:016x}-01"
+
+
+def test_the_start_is_a_trace_that_the_job_it_was_for_links_to(receiver: OTLPReceiver) -> None:
+    cold_start = ColdStart(time.monotonic() - 10.0)
+    for phase in ("imports", "engine", "app"):
+        cold_start.mark(phase)
+    costs = Costs(cold_start.started_at)
+    costs.seconds.ready()
+    with exporting(receiver, costs) as export:
+        export.cold_start_ended(cold_start)
+        export.job_ended(ended_job(costs))
+
+    spans = {span.name: span for span in receiver.spans}
+    start = spans["cold start"]
+    assert (start.end_time_unix_nano - start.start_time_unix_nano) / 1e9 == pytest.approx(10.0, abs=0.1)
+    assert {spans[name].parent_span_id for name in ("imports", "engine", "app")} == {start.span_id}
+    assert [link.span_id for link in spans["job"].links] == [start.span_id]
+
+
+def test_metrics_have_what_jobs_took_and_what_the_worker_did(receiver: OTLPReceiver) -> None:
+    costs = Costs(CLOCK.now() - 5.0, 0.5)
+    costs.seconds.ready()
+    with exporting(receiver, costs) as export:
+        export.job_ended(ended_job(costs, model="tiny", route="/v1/chat/completions"))
+
+    metrics = receiver.metrics
+    point = metrics["gen_ai.server.request.duration"].exponential_histogram.data_points[0]
+    assert (point.count, point.sum) == (1, pytest.approx(1.0, abs=0.01))
+    assert attributes(point)["gen_ai.request.model"] == "tiny"
+    assert metrics["worker.delivery.duration"].exponential_histogram.data_points[0].count == 2
+    assert metrics["worker.job.queue.duration"].exponential_histogram.data_points[0].sum == pytest.approx(2.0, abs=0.1)
+    seconds = {attributes(one)["kind"]: one.as_double for one in metrics["worker.seconds"].sum.data_points}
+    assert set(seconds) == {"start", "idle", "jobs"}
+    assert metrics["worker.engine.kv_cache.usage"].gauge.data_points[0].as_double == 0.25
+    tokens = {attributes(one)["gen_ai.token.type"]: one.as_int for one in metrics["worker.jobs.tokens"].sum.data_points}
+    assert tokens == {"input": 10, "output": 5}
+    assert {"worker.takes", "worker.retries", "worker.lost", "worker.drains", "worker.cost"} <= metrics.keys()
+
+
+def test_vllms_metrics_have_their_own_names(receiver: OTLPReceiver) -> None:
+    counter = Counter("vllm:prompt_tokens", "Tokens", ["model_name"])
+    counter.labels("tiny").inc(7)
+    gauge = Gauge("vllm:num_requests_running", "Requests")
+    gauge.set(3)
+    histogram = Histogram("vllm:time_to_first_token_seconds", "TTFT", buckets=(0.1, 1.0))
+    for value in (0.05, 0.5, 0.6, 5.0):
+        histogram.observe(value)
+    try:
+        with exporting(receiver):
+            pass
+    finally:
+        for one in (counter, gauge, histogram):
+            REGISTRY.unregister(one)
+
+    metrics = receiver.metrics
+    (tokens,) = metrics["vllm:prompt_tokens"].sum.data_points
+    assert (tokens.as_double, attributes(tokens)) == (7.0, {"model_name": "tiny"})
+    assert metrics["vllm:num_requests_running"].gauge.data_points[0].as_double == 3.0
+    (point,) = metrics["vllm:time_to_first_token_seconds"].histogram.data_points
+    assert (list(point.bucket_counts), list(point.explicit_bounds)) == ([1, 2, 1], [0.1, 1.0])
+    assert (point.count, point.sum) == (4, pytest.approx(6.15))
+    assert not [name for name in metrics if name.startswith("python_")]
+
+
+def test_log_records_say_which_job_they_are_about(receiver: OTLPReceiver) -> None:
+    logger = logging.getLogger("engine.queue.job_loop")
+    logger.setLevel(logging.INFO)
+    with exporting(receiver) as export:
+        times = JobTimes("job-1")
+        export.job_started(times)
+        token = CURRENT.set(times)
+        logger.warning("within %s", "the job")
+        CURRENT.reset(token)
+        logger.error("outside", extra={"job_id": "job-2"})
+
+    records = {record.body.string_value: record for record in receiver.logs}
+    within, outside = records["within the job"], records["outside"]
+    assert attributes(within)["worker.job.id"] == "job-1"
+    assert (within.trace_id.hex(), within.span_id.hex()) == (f"{times.trace_id:032x}", f"{times.span_id:016x}")
+    assert (within.severity_text, outside.severity_text) == ("WARN", "ERROR")
+    assert attributes(outside)["worker.job.id"] == "job-2"
+    assert outside.trace_id == b""
+
+
+@pytest.mark.anyio
+async def test_no_output_waits_for_a_collector_that_hangs(receiver: OTLPReceiver) -> None:
+    """All jobs end, and so does the export, before the collector answers anything."""
+    receiver.answers.clear()
+    export = Export(receiver.url, {}, Costs(CLOCK.now()), Statistics(), variables={})
+    harness = LoopHarness()
+    vars(harness.loop).update(_on_started=export.job_started, _on_ended=export.job_ended)
+    async with harness.running():
+        for number in range(50):
+            harness.submit(f"job-{number}", words=["a"] * 20)
+        for number in range(50):
+            assert await harness.queue.result(f"job-{number}") == {"output": ["a"] * 20}
+    export.shutdown(0.1)
+
+    assert receiver.asked.is_set()
+    assert receiver.spans == []
+
+
+def test_jobs_that_are_too_many_are_dropped_and_counted(receiver: OTLPReceiver) -> None:
+    before = COUNTERS.dropped
+    with exporting(receiver) as export:
+        waiting = vars(export)["_waiting"]
+        vars(export)["_waiting"] = queue.Queue(1)
+        for _ in range(3):
+            export.job_ended(JobTimes("job-1"))
+        vars(export)["_waiting"] = waiting
+
+    assert COUNTERS.dropped - before == 2
+
+
+def test_a_worker_without_a_collector_imports_nothing_of_it() -> None:
+    code = "import sys, handler, engine.worker, engine.queue.job_loop, engine.jobs.pipeline; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert not [name for name in done.stdout.split() if name.startswith(("opentelemetry", "prometheus_client"))]
