@@ -81,6 +81,7 @@ def main() -> int:
     from engine.config.settings import Settings
     from engine.errors import ConfigurationError
     from engine.startup import amx
+    from engine.telemetry import json_lines
 
     cold_start.WORKER.mark("interpreter")
     amx.request_permission()
@@ -100,7 +101,7 @@ def main() -> int:
             signal.signal(number, lambda *_: sys.exit(0))
         if polling:
             sys.argv[1:] = rest
-            return _poll_spirit(variables, settings) if settings.queue == "spirit" else _poll_runpod(variables)
+            return _serve(variables, settings)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if arguments.print_config:
@@ -119,6 +120,7 @@ def main() -> int:
         return 1
     finally:
         worker.shutdown()
+        json_lines.finish()
 
 
 def _print_configuration(variables: Mapping[str, Variable]) -> int:
@@ -138,6 +140,15 @@ def _answer(variables: Mapping[str, Variable], test_input: str | None) -> int:
 
     job = local.read_job(TEST_INPUT.read_text(encoding="utf-8") if test_input is None else test_input)
     return asyncio.run(local.answer(job, handler, worker.current(variables).engine))
+
+
+def _serve(variables: Mapping[str, Variable], settings: Settings) -> int:
+    """Serve the platform's clients until a signal asks the worker to stop."""
+    from engine.telemetry import json_lines
+
+    if settings.log_format == "json":
+        json_lines.redirect()
+    return _poll_spirit(variables, settings) if settings.queue == "spirit" else _poll_runpod(variables)
 
 
 def _poll_runpod(variables: Mapping[str, Variable]) -> int:

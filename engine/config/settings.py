@@ -94,6 +94,9 @@ class Settings(BaseModel):
         description="Additional vLLM routes that jobs may call (comma-separated).",
     )
     log_job_inputs: bool = Field(default=False, description="Log the input of each job.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Format of the log while the worker serves; `json` makes each line an object, also vLLM's."
+    )
     price_per_second: float | None = Field(
         None,
         ge=0,

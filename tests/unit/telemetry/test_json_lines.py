@@ -1,0 +1,58 @@
+"""Each line of the log as a JSON object, with `LOG_FORMAT=json`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from engine.telemetry.json_lines import record
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("INFO   | Engine ready", {"level": "INFO", "message": "Engine ready"}),
+        ('INFO   | {"job": "1", "status": "started"}', {"level": "INFO", "job": "1", "status": "started"}),
+        ("ERROR  | job-1 | the SDK's", {"level": "ERROR", "message": "job-1 | the SDK's"}),
+        (
+            "(EngineCore pid=12) WARNING 11-30 17:45:12 [core.py:100] a step",
+            {"level": "WARNING", "message": "a step", "process": "EngineCore pid=12", "source": "core.py:100"},
+        ),
+        (
+            '{"requestId": "1", "message": "m", "level": "WARN"}',
+            {"level": "WARN", "message": "m", "requestId": "1"},
+        ),
+        ("\x1b[31mred\x1b[0m {not json}", {"level": "INFO", "message": "red {not json}"}),
+        ("{not json}", {"level": "INFO", "message": "{not json}"}),
+    ],
+)
+def test_a_line_keeps_what_its_writer_says(line: str, expected: dict[str, str]) -> None:
+    assert record(line) == expected
+
+
+PROGRAM = r"""
+import os, subprocess, sys
+from engine.telemetry import json_lines
+json_lines.redirect()
+print("INFO   | from Python")
+sys.stderr.write("Loading: 50%\rLoading: 100%\n\n")
+os.write(1, b"from C\n")
+subprocess.run(["echo", "from a child"])
+sys.stderr.write("no newline at the end")
+json_lines.finish()
+os._exit(3)
+"""
+
+
+def test_all_that_a_process_and_its_children_write_is_json() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+
+    out = [json.loads(line) for line in done.stdout.splitlines()]
+    errors = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.returncode == 3
+    assert sorted(one["message"] for one in out) == ["from C", "from Python", "from a child"]
+    assert [one["message"] for one in errors] == ["Loading: 100%", "no newline at the end"]
+    assert all(one.keys() == {"time", "level", "message"} for one in out + errors)
