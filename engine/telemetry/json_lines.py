@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+# The last line of each stream. The end of the streams may come later: the SDK's ping has them open as well.
+_END = b"\0end\n"
 # How long the end of the worker waits for its last lines.
 _FINISH_TIMEOUT_S = 1.0
 _LEVELS = "DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|TRACE|TIP"
@@ -68,26 +70,28 @@ def redirect() -> None:
 
 
 def finish() -> None:
-    """Let the filter write the last lines, and wait for it; nothing more can be written."""
+    """Let the filter write the last lines, and wait for it; nothing that is written later is seen."""
     if _filter is None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)
-    with suppress(subprocess.TimeoutExpired):  # A process that is left has the streams open.
+    with suppress(BrokenPipeError, subprocess.TimeoutExpired):
+        for stream in (1, 2):
+            os.write(stream, _END)
         _filter.wait(_FINISH_TIMEOUT_S)
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> None:
-    for raw in source:
+    for raw in iter(source.readline, b""):
+        is_end = raw.endswith(_END)
         # Of a progress bar, which a carriage return draws anew, the last state.
-        line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
+        line = raw.removesuffix(_END).decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
         if line.strip():
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
             target.write(json.dumps({"time": time, **record(line)}, ensure_ascii=False).encode() + b"\n")
             target.flush()
+        if is_end:
+            return
 
 
 def _main() -> None:

@@ -119,7 +119,8 @@ class Metrics:
 
 def _observe_counter(meter: Meter, name: str) -> None:
     create = meter.create_observable_gauge if name in _GAUGES else meter.create_observable_counter
-    _observe(create, f"worker.{name}", "1", lambda: getattr(COUNTERS, name), _DESCRIPTIONS[name])
+    unit = "{job}" if name in _GAUGES else "1"
+    _observe(create, f"worker.{name}", unit, lambda: getattr(COUNTERS, name), _DESCRIPTIONS[name])
 
 
 def _observe(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
+from bench.collector import OTLPReceiver, attributes, receiving
 from engine.backend.statistics import Statistics
 from engine.cold_start import ColdStart
 from engine.run_clock import CLOCK
@@ -21,7 +22,6 @@ from engine.telemetry.costs import Costs
 from engine.telemetry.counters import COUNTERS
 from engine.telemetry.export import Export
 from engine.telemetry.job_times import CURRENT, JobTimes, RequestStats
-from tests.otlp_receiver import OTLPReceiver, attributes, receiving
 from tests.unit.queue.fakes import LoopHarness
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -41,6 +41,7 @@ print("INFO   | from Python")
 sys.stderr.write("Loading: 50%\rLoading: 100%\n\n")
 os.write(1, b"from C\n")
 subprocess.run(["echo", "from a child"])
+subprocess.Popen(["sleep", "20"])
 sys.stderr.write("no newline at the end")
 json_lines.finish()
 os._exit(3)
@@ -48,7 +49,7 @@ os._exit(3)
 
 
 def test_all_that_a_process_and_its_children_write_is_json() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=15)
 
     out = [json.loads(line) for line in done.stdout.splitlines()]
     errors = [json.loads(line) for line in done.stderr.splitlines()]
