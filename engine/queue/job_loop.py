@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
@@ -160,7 +161,7 @@ class JobLoop:
         self._cold_start = cold_start
         self._cold_start_ended = "First output"
         self._thawed = asyncio.Event()
-        self._thawed_at = 0.0
+        self._thawed_at = -math.inf
         self._jobs: dict[str, RunningJob] = {}
         self._supervised: set[asyncio.Task[None]] = set()
         self._ending = asyncio.Event()
