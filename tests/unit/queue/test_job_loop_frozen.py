@@ -118,6 +118,7 @@ async def test_a_delivery_that_failed_before_a_freeze_of_hours_is_tried_again() 
         await harness.handler.begins.wait()
         await asyncio.sleep(1)
         freeze_worker()
+        await asyncio.sleep(12)
         harness.queue.down = False
 
         assert await harness.queue.result("1") == {"output": ["a", "b"]}
