@@ -189,7 +189,7 @@ class JobLoop:
         self._cold_start, self._cold_start_ended = ColdStart(time.monotonic()), "First output since the restore"
         self._thawed_at = CLOCK.now()
         self._thawed.set()
-        if self.state is LoopState.SERVING:
+        if self.state is not LoopState.ENDED:
             self._queue.reconnect()
 
     def supervise(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
