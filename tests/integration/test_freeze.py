@@ -106,5 +106,5 @@ def test_a_job_that_another_worker_got_meanwhile_has_one_answer() -> None:
         assert ended["workerId"] != worker
         assert "".join(part["text"] for part in ended["output"]).split() == WORDS
         assert "".join(streamed).split()[-len(WORDS) :] == WORDS
-        eventually(lambda: lines_with(site, worker, "the platform refused"))
+        eventually(lambda: lines_with(site, worker, "the platform took it back"))
         assert site.health()["jobs"]["completed"] == 1
