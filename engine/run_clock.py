@@ -14,6 +14,7 @@ a deadline, but the wall clock or CLOCK_BOOTTIME shows the gap. (So does a wall 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -66,7 +67,10 @@ class RunClock:
         self._read = read
         self._lock = threading.Lock()
         self._last: Clocks | None = None
+        # When the process was last known to run, by the monotonic clock.
+        self._alive_at = -math.inf
         self._skipped_s = 0.0
+        self._thawed_at = -math.inf
         self._on_thaw: Callable[[float], object] = lambda _: None
 
     def now(self) -> float:
@@ -76,9 +80,15 @@ class RunClock:
             if self._last is None:
                 return time.monotonic() - self._skipped_s
             now_s = time.monotonic()
-            if not 0 <= now_s - self._last.monotonic_s < FREEZE_S:
+            if not 0 <= now_s - self._alive_at < FREEZE_S:
                 now_s = self._look()
+            # So that the clock goes on from here after a freeze, and never goes back.
+            self._alive_at = now_s
             return now_s - self._skipped_s
+
+    def was_frozen_since(self, since: float) -> bool:
+        """Return whether the process was frozen after this time, which is one of this clock."""
+        return since <= self._thawed_at
 
     def look(self) -> None:
         """Look for a freeze since the last look, also for one that only the wall clock shows."""
@@ -89,17 +99,20 @@ class RunClock:
         last, self._last = self._last, self._read()
         if last is None:
             return self._last.monotonic_s
-        gap_s = self._last.monotonic_s - last.monotonic_s
+        gap_s = self._last.monotonic_s - self._alive_at
+        self._alive_at = self._last.monotonic_s
         busy_s = self._last.busy_s - last.busy_s
         frozen_s = 0.0
         # A process that is restored on another machine may find an earlier time.
         if gap_s < 0 or (gap_s >= FREEZE_S and busy_s < _MAX_BUSY_SHARE * gap_s):
             self._skipped_s += gap_s
             frozen_s = max(gap_s, 0.0)
-        unseen_s = max(self._last.wall_s - last.wall_s, self._last.boot_s - last.boot_s) - gap_s
+        other_gaps_s = self._last.wall_s - last.wall_s, self._last.boot_s - last.boot_s
+        unseen_s = max(other_gaps_s) - (self._last.monotonic_s - last.monotonic_s)
         if unseen_s >= FREEZE_S:
             frozen_s += unseen_s
         if frozen_s or gap_s < 0:
+            self._thawed_at = self._last.monotonic_s - self._skipped_s
             self._on_thaw(frozen_s)
         return self._last.monotonic_s
 
@@ -119,6 +132,7 @@ class RunClock:
 
         with self._lock:
             self._last = self._read()
+            self._alive_at = self._last.monotonic_s
             self._on_thaw = lambda frozen_s: loop.call_soon_threadsafe(on_thaw, frozen_s)
         thread = threading.Thread(target=watch, name="watch for freezes", daemon=True)
         thread.start()

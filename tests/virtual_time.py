@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import selectors
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -40,6 +41,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         if CLOCK._last is not None:
             # The thread that watches the process has run meanwhile, and notices a freeze one turn after the thaw.
             CLOCK._last = replace(CLOCK._last, monotonic_s=CLOCK._last.monotonic_s + elapsed_s)
+            CLOCK._alive_at += elapsed_s
             if self.turns_to_look == 0:
                 CLOCK.look()
             self.turns_to_look -= 1
@@ -79,7 +81,10 @@ def watched_for_freezes(loop: asyncio.AbstractEventLoop, on_thaw: Callable[[floa
     def call_back(frozen_s: float) -> None:
         loop.call_soon(on_thaw, frozen_s)
 
-    with mock.patch.object(CLOCK, "_last", Clocks()), mock.patch.object(CLOCK, "_on_thaw", call_back):
+    now = Clocks()
+    with mock.patch.multiple(
+        CLOCK, _last=now, _alive_at=now.monotonic_s, _on_thaw=call_back, _skipped_s=0.0, _thawed_at=-math.inf
+    ):
         yield
 
 

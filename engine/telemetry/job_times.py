@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 from engine.run_clock import CLOCK
 from engine.telemetry.worker_seconds import Share
 
-# A long stream has thousands of deliveries: the first are kept one by one, all are summed.
+# A long stream has thousands of deliveries: the first ones and the last are kept one by one, all are summed.
 MAX_DELIVERIES = 64
 OTHER = "other"
 # https://www.w3.org/TR/trace-context/, version 00: trace id, parent id, flags.
@@ -54,7 +54,7 @@ class JobTimes:
         served_model: the same once the engine has answered; `other` before, and for names beyond the first few.
         traceparent: of the client's trace.
         first_output_at: when its first output came.
-        deliveries: begin and end of the first deliveries.
+        deliveries: begin and end of the first deliveries, and of the last.
         delivery_s: duration of all deliveries.
         requests: what the engine says of its requests that have finished.
         trace_id: of the client's trace, or of its own.
@@ -128,8 +128,9 @@ class JobTimes:
         now = CLOCK.now()
         self.delivery_count += 1
         self.delivery_s += now - begun_at
-        if len(self.deliveries) < MAX_DELIVERIES:
-            self.deliveries.append((begun_at, now))
+        if len(self.deliveries) == MAX_DELIVERIES:
+            self.deliveries.pop()
+        self.deliveries.append((begun_at, now))
 
 
 class JobHooks(TypedDict, total=False):

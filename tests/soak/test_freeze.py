@@ -89,12 +89,24 @@ def run_job(site: Site, value: dict[str, Any], expected: str) -> tuple[str, str]
             break
     status = site.status(job)
     result = "right" if is_right(status, expected) else f"{status['status']}: {str(status.get('error'))[:200]}"
-    if status.get("retries") and outputs[-len(status["output"]) :] == status["output"]:
+    expected_outputs = status.get("output") or []
+    if status.get("retries") and outputs[len(outputs) - len(expected_outputs) :] == expected_outputs:
         return result, "exact since it was given out again"
-    if outputs == status.get("output"):
+    if outputs == expected_outputs:
         return result, "exact"
-    distinct = [one for index, one in enumerate(outputs) if index == 0 or one != outputs[index - 1]]
-    return result, "a piece twice" if distinct == status.get("output") else f"wrong: {outputs}"
+    return result, "a piece twice" if is_with_repetitions(outputs, expected_outputs) else f"wrong: {outputs}"
+
+
+def is_with_repetitions(outputs: list[Any], expected: list[Any]) -> bool:
+    """Return whether the outputs are those that are expected, some of them twice in a row."""
+    left = list(expected)
+    last: Any = None
+    for output in outputs:
+        if left and output == left[0]:
+            last = left.pop(0)
+        elif output != last:
+            return False
+    return not left
 
 
 def run_frozen(
