@@ -166,7 +166,7 @@ def _draw_panels(url: str, path: Path) -> None:
         for target in panel["targets"]:
             query = (
                 target["expr"]
-                .replace("$__rate_interval", "10s")
+                .replace("$__rate_interval", "15s")
                 .replace("$__range", "5m")
                 .replace('instance=~"$instance"', "")
             )

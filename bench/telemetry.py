@@ -182,7 +182,7 @@ def main() -> None:
         with ExitStack() as workers:
             exported = {
                 "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
-                "OTEL_METRIC_EXPORT_INTERVAL": "2000",
+                "OTEL_METRIC_EXPORT_INTERVAL": "5000",
                 "PRICE_PER_SECOND": "0.0003",
             }
             # A job that waits for the start.
@@ -197,7 +197,7 @@ def main() -> None:
             )
             sys.stdout.write("\n")
             if prometheus is not None:
-                time.sleep(4)
+                time.sleep(8)
                 dashboard.draw(prometheus, receiver, arguments.pictures)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from engine.run_clock import CLOCK
+from engine.telemetry.counters import COUNTERS
 from engine.telemetry.worker_seconds import Share
 
 # A long stream has thousands of deliveries: the first ones and the last are kept one by one, all are summed.
@@ -126,6 +127,7 @@ class JobTimes:
     def add_delivery(self, begun_at: float) -> None:
         """Add a delivery that ends now, by `engine.run_clock`."""
         now = CLOCK.now()
+        COUNTERS.deliveries += 1
         self.delivery_count += 1
         self.delivery_s += now - begun_at
         if len(self.deliveries) == MAX_DELIVERIES:
