@@ -59,7 +59,7 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(
         description="A serverless worker with vLLM inside. On the platform it takes jobs from the queue or serves "
-        "HTTP; elsewhere it runs one job and prints the answer as it is generated, the job's output as JSON, and its speed.",
+        "HTTP; elsewhere it runs one job and prints the answer as it is generated, its output as JSON, and its speed.",
         epilog="Settings come from the environment; the README lists them. The SDK's own options are passed to it.",
     )
     parser.add_argument("--test_input", metavar="JSON", help=f"the job to run (default: that of {TEST_INPUT.name})")
