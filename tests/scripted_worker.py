@@ -2,7 +2,7 @@
 
 A streamed answer comes word by word, `PAUSE_S` apart. With `LOOP=stock`, the handler runs under the SDK's own loop.
 With `PLATFORM=spirit`, that SDK is Spirit's. On a load-balancing endpoint, the engine is served over HTTP; loading it
-takes `LOAD_S`.
+takes `LOAD_S`, and leaves a forked process with `FORKS`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class ScriptedEngine:
         return self._respond
 
     async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
-        del scope
+        if scope["type"] == "websocket":
+            await self._echo(receive, send)
+            return
         request = json.loads((await receive())["body"])
         text = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
         kind = b"text/event-stream" if request.get("stream") else b"application/json"
@@ -85,6 +87,12 @@ class ScriptedEngine:
         last = b"data: [DONE]\n\n" if request.get("stream") else json.dumps({"said": text}).encode()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
+    async def _echo(self, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": message["text"]})
+
 
 ENGINE = ScriptedEngine()
 
@@ -101,6 +109,9 @@ def serve_http(settings: Settings) -> int:
     own_port = settings.port_health if settings.port_health != settings.port else None
     check = HealthCheck(settings.health_check_path, own_port)
     with LoadingServer(listeners, check) as loading:
+        if "FORKS" in os.environ and os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
         time.sleep(float(os.environ.get("LOAD_S", "0")))
         worker = Worker(cast("VLLMEngine", ENGINE), settings)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
