@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Self
 
@@ -39,11 +40,14 @@ class Listeners:
             except OSError as error:
                 for one in sockets:
                     one.close()
-                address = f"{settings.listen_host}:{port}"
+                reason = os.strerror(error.errno or 0)
                 raise ConfigurationError(
-                    f"{name}={port}: the worker cannot listen on {address} ({error.strerror}); set {name} to a port "
-                    "that is free, and LISTEN_HOST to an address of this machine"
+                    f"{name}={port}: the worker cannot listen on {settings.listen_host}:{port} ({reason}); set {name} "
+                    "to a port that is free, and LISTEN_HOST to an address of this machine"
                 ) from None
+        for one in sockets:
+            # Duplicates share this: one that is made blocking would make the `accept` of all others block.
+            one.setblocking(False)
         return cls(sockets)
 
     def duplicates(self) -> list[socket.socket]:

@@ -36,6 +36,7 @@ class LoadingServer:
 
     def __init__(self, listeners: Listeners, health: HealthCheck) -> None:
         self._health = health
+        self._listeners = listeners
         self._sockets = listeners.duplicates()
         self._server = _ClosingServer(server_config(self._answer, http="httptools", loop="asyncio", ws="none"))
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -80,6 +81,7 @@ class LoadingServer:
 
     def _close_in_child(self) -> None:
         """Close what a forked process has of the sockets: it must not keep the port open when the worker has gone."""
+        self._listeners.close()
         for listener in self._sockets:
             listener.close()
         for connection in self._server.server_state.connections:
@@ -93,8 +95,15 @@ class _ClosingServer(Server):
     """Answers the connections that it has accepted before it closes them."""
 
     async def stop_accepting(self) -> None:
+        """Accept no more.
+
+        asyncio drops a connection, without closing it, whose server is closed right after it was accepted. So the
+        sockets are only no longer watched here.
+        """
+        loop = asyncio.get_running_loop()
         for server in self.servers:
-            server.close()
+            for listener in server.sockets:
+                loop.remove_reader(listener.fileno())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self.stop_accepting()
