@@ -34,7 +34,6 @@ class BalancedWorker:
         port_health: `PORT_HEALTH`, of its health check.
         status: of its last health check; 0 if it has not answered.
         initializing_at: when it first answered 204.
-        chosen: how many requests it was chosen for.
         checking: checks its health until it exits.
     """
 
@@ -43,7 +42,6 @@ class BalancedWorker:
     port_health: int
     status: int = 0
     initializing_at: float | None = None
-    chosen: int = 0
     checking: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
@@ -83,7 +81,9 @@ class BalancerEndpoint(Endpoint):
         try:
             port = ports.open(settings.id, port=settings.port)
         except OSError as error:
-            raise SettingsError(f"endpoint {settings.id} cannot listen on port {settings.port}: {error}") from None
+            raise SettingsError(
+                f"endpoint {settings.id} cannot listen on port {settings.port}: {error.strerror}"
+            ) from None
         self.url = f"{base_url.rpartition(':')[0]}:{port}"
         """The endpoint's own URL, in place of `https://ID.api.runpod.ai`."""
 
@@ -118,7 +118,8 @@ class BalancerEndpoint(Endpoint):
             if affinity.is_strict and affinity.worker not in self.workers:
                 raise AffinityWorkerGoneError("affinity_worker_gone")
             candidates = preferred if preferred or affinity.is_strict else healthy
-            return min(candidates, key=lambda one: (len(self.queue.running_jobs(one.id)), one.chosen), default=None)
+            taken = {one.id: one.jobs_taken for one in self.fleet.workers()}
+            return min(candidates, key=lambda one: (len(self.queue.running_jobs(one.id)), taken[one.id]), default=None)
 
         wait_s = settings.affinity_wait_s if affinity.is_strict else settings.no_worker_s
         worker = await self.long_poll.wait_for(WORKERS_TOPIC, poll, wait_s, disconnect)
@@ -126,8 +127,8 @@ class BalancerEndpoint(Endpoint):
             if affinity.is_strict:
                 raise BadRequestError("worker_timeout: timed out waiting for worker")
             raise NoWorkerError(f"no workers available for {wait_s:g} s")
-        if worker is not None:
-            worker.chosen += 1
+        for one in self.fleet.workers():
+            one.jobs_taken += worker is not None and one.id == worker.id
         return worker
 
     def healthy_workers(self) -> list[BalancedWorker]:
