@@ -47,7 +47,7 @@ class Listeners:
                 ) from None
         for one in sockets:
             # Duplicates share this: one that is made blocking would make the `accept` of all others block.
-            one.setblocking(False)
+            one.settimeout(0)
         return cls(sockets)
 
     def duplicates(self) -> list[socket.socket]:

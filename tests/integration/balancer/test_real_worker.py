@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -42,10 +43,10 @@ def client(site: Site) -> Iterator[openai.OpenAI]:
 
 def test_the_start_was_seen_by_health_checks(site: Site) -> None:
     """From the first 204, before vLLM is imported, to the first 200."""
-    (healthy,) = [event["text"] for event in site.state()["events"] if "cold start" in event["text"]]
-    (ready,) = [event["text"] for event in site.state()["events"] if "ready after" in event["text"]]
-    cold_start_s, ready_s = (float(text.split(" s")[0].rpartition(" ")[2]) for text in (healthy, ready))
-    assert ready_s - cold_start_s < 5
+    log = "\n".join(event["text"] for event in site.state()["events"])
+    (cold_start_s,) = map(float, re.findall(r"cold start ([\d.]+) s", log))
+    (ready_s,) = map(float, re.findall(r"ready after ([\d.]+) s", log))
+    assert cold_start_s > ready_s / 2
 
 
 def test_the_openai_client_chats_streams_and_calls_tools(client: openai.OpenAI) -> None:
