@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,6 +23,8 @@ from emulator.errors import AffinityWorkerGoneError, BadRequestError, NoWorkerEr
 from emulator.settings import BalancerSettings
 
 _HEALTH_TIMEOUT_S = 5.0
+# Below Linux' and BSD's ranges for outgoing connections, which begin at 32768 and 49152.
+_WORKER_PORTS = range(20_000, 32_768)
 
 
 @dataclass(eq=False)
@@ -230,7 +233,11 @@ class BalancerEndpoint(Endpoint):
 
 
 def _free_port() -> int:
-    """Return a port that was free a moment ago: the worker binds it itself, as on the platform."""
-    with socket.create_server((HOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """Return a port that is free now; the worker binds it itself, as on the platform.
+
+    Until it does, a connection of any program may be given a port of the system's own range.
+    """
+    while True:
+        port = random.SystemRandom().choice(_WORKER_PORTS)
+        with suppress(OSError), socket.create_server((HOST, port)):
+            return port

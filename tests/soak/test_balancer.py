@@ -87,10 +87,11 @@ def test_no_request_fails_when_workers_are_asked_to_stop(show: Show) -> None:
         begun = time.monotonic()
         ends, least = asyncio.run(load(site))
         seconds = time.monotonic() - begun
-        statuses = Counter(worker["exitCode"] for worker in site.state()["gone"])
+        gone = site.state()["gone"]
+        statuses = Counter(worker["exitCode"] for worker in gone)
         show(
             f"{SIGTERMS} SIGTERMs in {seconds:.0f} s, at least {least} other workers; {sum(ends.values())} requests: "
             f"{dict(ends)}; exit statuses of the last workers: {dict(statuses)}"
         )
     assert set(ends) == {"right"}
-    assert statuses.keys() == {0}
+    assert statuses.keys() == {0}, [worker["log"] for worker in gone if worker["exitCode"] != 0]
