@@ -177,5 +177,5 @@ def _join(name: str, first: Any, second: Any) -> Any:
 def ask(client: httpx.Client, case: Case, path: str) -> Answer:
     """Return the answer to a case over HTTP, with its content type: `(content type, body)`."""
     response = client.request("GET" if case.body is None else "POST", path, json=case.body)
-    kind = response.headers["content-type"]
+    kind = response.headers.get("content-type", "")
     return Answer(response.status_code, (kind, response.json() if kind == "application/json" else response.text))
