@@ -17,13 +17,16 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Scope
 
 from emulator.api import admin, client, dashboard, openai_gateway, worker
 from emulator.api.auth import AppContext
 from emulator.api.bodies import api_error_response, client_closed_request, http_exception_response
 from emulator.api.fault_middleware import DroppableProtocol, FaultInjectionMiddleware, RouteName, runpod_route_name
+from emulator.api.ports import Ports
+from emulator.balancer.endpoint import BalancerEndpoint
+from emulator.balancer.proxy import BalancerApp, MountedBalancerApp, balancer_route_name, endpoint_of_port
 from emulator.certificate import Certificate
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.faults import RUNPOD_ROUTES, SPIRIT_ROUTES, Faults
@@ -32,9 +35,8 @@ from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.core.webhooks import Webhooks
 from emulator.errors import APIError, SettingsError
 from emulator.redaction import Redaction
-from emulator.settings import EmulatorSettings, EndpointSettings
+from emulator.settings import BalancerSettings, EmulatorSettings, EndpointSettings
 from emulator.spirit import agent, gateway, proxy
-from emulator.spirit.agent_ports import AgentPorts
 from emulator.spirit.endpoint import SpiritEndpoint
 from emulator.spirit.route_names import agent_route_name, gateway_route_name
 from emulator.spirit.settings import SpiritEmulatorSettings, SpiritEndpointSettings
@@ -94,8 +96,9 @@ class Emulator:
         self.ca_file = self._certificate.ca_file if self._certificate else None
         """With TLS, the CA file that clients must trust; it is deleted at shutdown."""
         self._webhooks = Webhooks()
-        self.agents = AgentPorts()
+        self.agents = Ports()
         """Ports of the workers' agents, on Spirit."""
+        self._balancer_ports = Ports(host, self._certificate.context if self._certificate else None)
         environment = dict(os.environ)
         for endpoint in settings.endpoints:
             environment |= endpoint.env
@@ -115,6 +118,7 @@ class Emulator:
         except SettingsError:
             self._socket.close()
             self.agents.stop()
+            self._balancer_ports.stop()
             raise
         context = AppContext(self.endpoints, settings.api_keys, self.faults)
         own_routes = [*admin.routes, *dashboard.routes]
@@ -122,15 +126,24 @@ class Emulator:
             self.app = _app([*gateway.routes, *proxy.routes, *own_routes], context, gateway_route_name)
         else:
             # Routes are matched in this order: the most frequent first.
+            balancer = MountedBalancerApp(context)
+            path = "/balancer/{balancer}/{path:path}"
+            own_routes += [Route(path, balancer), WebSocketRoute(path, balancer)]
             routes = [*worker.routes, *openai_gateway.routes, *client.routes, *own_routes]
             self.app = _app(routes, context, runpod_route_name)
         self._agent_app = _app(agent.routes, context, agent_route_name(self.agents))
         self._agent_app.state.agents = self.agents
+        endpoint_of = endpoint_of_port(self._balancer_ports)
+        self._balancer_app = FaultInjectionMiddleware(
+            BalancerApp(context, endpoint_of), context, balancer_route_name(endpoint_of)
+        )
         self._stop_requested = asyncio.Event()
 
-    def _create_endpoint(self, settings: EndpointSettings | SpiritEndpointSettings) -> Endpoint:
+    def _create_endpoint(self, settings: EndpointSettings | BalancerSettings | SpiritEndpointSettings) -> Endpoint:
         if isinstance(settings, SpiritEndpointSettings):
             return SpiritEndpoint(settings, self._surroundings, self.agents)
+        if isinstance(settings, BalancerSettings):
+            return BalancerEndpoint(settings, self._surroundings, ports=self._balancer_ports, base_url=self.url)
         return RunPodEndpoint(
             settings,
             self._surroundings,
@@ -159,6 +172,7 @@ class Emulator:
         )
         server = _UvicornServer(config)
         self.agents.start(_server_config(self._agent_app), server.server_state)
+        self._balancer_ports.start(_server_config(self._balancer_app, ws="auto"), server.server_state)
         serving = asyncio.create_task(server.serve([self._socket]), name="serve")
         try:
             while not server.started and not self._stop_requested.is_set():
@@ -179,10 +193,12 @@ class Emulator:
                 endpoint.fleet.kill_all()
                 # No worker is left to run the jobs: cancelling them answers the clients that wait for one.
                 endpoint.queue.close()
+                await endpoint.close()
             if certificate is not None:
                 certificate.remove()
             await self._webhooks.close()
             self.agents.stop()
+            self._balancer_ports.stop()
             server.should_exit = True
             await serving
             for connection in server.server_state.connections:
@@ -227,14 +243,13 @@ def _server_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=DroppableProtocol,
-        ws="none",
+        **{"ws": "none", **options},
         lifespan="off",
         log_config=None,
         access_log=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
-        **options,
     )
 
 

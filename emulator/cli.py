@@ -22,8 +22,9 @@ from pydantic import ValidationError
 
 from emulator.api.bodies import describe_validation_error
 from emulator.app import Emulator
+from emulator.balancer.endpoint import BalancerEndpoint
 from emulator.errors import SettingsError
-from emulator.settings import EmulatorSettings, EndpointSettings, ScalerType
+from emulator.settings import BalancerSettings, EmulatorSettings, EndpointSettings, ScalerType
 from emulator.spirit.settings import SpiritEmulatorSettings, SpiritEndpointSettings
 
 _HANDLER = Path(__file__).parent.parent / "handler.py"
@@ -44,6 +45,14 @@ _ENDPOINT_OPTIONS: dict[str, tuple[str, type]] = {
     "--ping-interval": ("pingInterval", int),
     "--lost-after": ("lostAfter", float),
     "--max-retries": ("maxRetries", int),
+}
+# Those that only load-balancing endpoints have.
+_BALANCER_OPTIONS: dict[str, tuple[str, type]] = {
+    "--balancer-port": ("balancerPort", int),
+    "--health-interval": ("healthInterval", float),
+    "--no-worker": ("noWorker", float),
+    "--request-timeout": ("requestTimeout", float),
+    "--affinity-wait": ("affinityWait", float),
 }
 # Those that only Spirit has. The options of RunPod's that it does not have are refused with the settings.
 _SPIRIT_OPTIONS: dict[str, tuple[str, type]] = {
@@ -102,6 +111,17 @@ def parser() -> argparse.ArgumentParser:
             group.add_argument(option, dest=alias, choices=get_args(ScalerType), help=text)
         else:
             group.add_argument(option, dest=alias, type=kind, metavar="N", help=text)
+    balancer = result.add_argument_group("load-balancing endpoint")
+    balancer.add_argument(
+        "--endpoint-type",
+        dest="type",
+        choices=["queue", "load-balancer"],
+        help="kind of RunPod endpoint; a load-balancing one has a URL of its own (default: queue)",
+    )
+    fields = {field.alias: field for field in BalancerSettings.model_fields.values()}
+    for option, (alias, kind) in _BALANCER_OPTIONS.items():
+        text = f"{fields[alias].description} (default: {fields[alias].default})"
+        balancer.add_argument(option, dest=alias, type=kind, metavar="N", help=text)
     spirit = result.add_argument_group("endpoint on Spirit")
     fields = {field.alias: field for field in SpiritEndpointSettings.model_fields.values()}
     for option, (alias, kind) in _SPIRIT_OPTIONS.items():
@@ -123,11 +143,14 @@ def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings | Spirit
     """
     args = parser().parse_args(argv)
     document: dict[str, Any] = _read_json(args.config) if args.config else {}
-    aliases = [alias for alias, _ in (*_ENDPOINT_OPTIONS.values(), *_SPIRIT_OPTIONS.values())]
+    aliases = [
+        alias for alias, _ in (*_ENDPOINT_OPTIONS.values(), *_BALANCER_OPTIONS.values(), *_SPIRIT_OPTIONS.values())
+    ]
     aliases += ["flashboot", "agentPorts", "acceptBearer", "answerEarly"]
     endpoint = {alias: getattr(args, alias) for alias in aliases}
     endpoint |= {"id": args.endpoint, "command": args.command, "env": _parse_env(args.env)}
     endpoint |= {"rateLimits": False if args.no_rate_limits else None}
+    endpoint |= {"type": args.type and args.type.replace("-", "_").upper()}
     endpoint = {name: value for name, value in endpoint.items() if value is not None}
     if args.config and endpoint:
         raise SettingsError(f"--config defines the endpoints; remove the options for {', '.join(endpoint)}")
@@ -187,7 +210,8 @@ async def _run(settings: EmulatorSettings | SpiritEmulatorSettings, *, quiet: bo
         keys = "key: local" if settings.api_keys == ("local",) else f"{len(settings.api_keys)} API key(s)"
         for endpoint in emulator.endpoints.values():
             name, path = endpoint.settings.id, endpoint.page_document()["openaiPath"]
-            _print_line(f"OpenAI base URL of {name}: {emulator.url}{path} ({keys})")
+            base = endpoint.url + "/v1" if isinstance(endpoint, BalancerEndpoint) else f"{emulator.url}{path}"
+            _print_line(f"OpenAI base URL of {name}: {base} ({keys})")
             if isinstance(settings, SpiritEmulatorSettings):
                 _print_line(f"Its requests have the header 'Authorization: {name}-KEY', without Bearer")
             for worker, url in emulator.agents.urls(name).items():

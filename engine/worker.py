@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from engine.config.environment import Variable
     from engine.queue.job_loop import Handler
     from engine.queue.protocol import JobQueue
+    from engine.server.health_check import HealthCheck
+    from engine.server.listeners import Listeners
+    from engine.server.loading import LoadingServer
     from engine.startup.fitness import Checks
     from engine.telemetry.export import Export
     from engine.telemetry.job_times import JobHooks
@@ -122,12 +125,11 @@ class Worker:
         from engine.queue.job_loop import JobLoop, Timeouts
 
         engine, settings = self.engine, self._settings
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        gc.set_threshold(*GC_THRESHOLDS)
+        _tune_interpreter()
         jobs = JobLoop(
             queue,
             handler,
-            Admission(engine.statistics, self.max_concurrency, engine.cache_tokens, engine.max_model_len),
+            self._admission(),
             load_changed=engine.statistics.changed,
             failure=engine.failure,
             timeouts=Timeouts(settings.drain_timeout_s, settings.delivery_timeout_s, settings.execution_timeout_s),
@@ -167,6 +169,54 @@ class Worker:
             endpoint, identity, self._costs, engine.statistics, engine_is_traced=engine.exports_traces
         )
         return {"on_started": self._export.job_started, "on_ended": self._export.job_ended}
+
+    async def serve_http(self, listeners: Listeners, loading: LoadingServer, check: HealthCheck) -> int:
+        """Serve vLLM's app over HTTP until SIGTERM or SIGINT, or until the engine fails; a second signal ends at once.
+
+        Args:
+            listeners: are accepted on.
+            loading: has accepted on them until now.
+            check: answers the balancer.
+
+        Returns:
+            The exit status: 0 if the worker was asked to stop, 1 if the engine has failed.
+        """
+        from engine.server.app import ServerApp
+        from engine.server.limiter import Limiter
+        from engine.server.service import Service
+
+        engine, settings = self.engine, self._settings
+        _tune_interpreter()
+        limiter = Limiter(self._admission().available_slots, engine.statistics.changed)
+        app = ServerApp(
+            engine,
+            check,
+            limiter,
+            execution_timeout_s=settings.execution_timeout_s,
+            log_inputs=settings.log_job_inputs,
+            cold_start=cold_start.WORKER,
+            costs=self._costs,
+            **self._start_export(),
+        )
+        service = Service(app, check, limiter, engine.failure, settings.drain_timeout_s)
+        _stop_on_signals(service.stop, settings.drain_timeout_s)
+        await engine.app()
+        service.supervise(health.heartbeat(engine.failure), "heartbeat")
+
+        def on_ready() -> None:
+            cold_start.WORKER.mark("app")
+            cold_start.WORKER.log("Cold start")
+            self._costs.seconds.ready()
+            if self._export is not None:
+                self._export.cold_start_ended(cold_start.WORKER)
+            if self._caches is not None:
+                self._caches.pack_later()
+
+        return await service.run(listeners, loading, on_ready)
+
+    def _admission(self) -> Admission:
+        engine = self.engine
+        return Admission(engine.statistics, self.max_concurrency, engine.cache_tokens, engine.max_model_len)
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
@@ -231,6 +281,11 @@ def _load_engine(configuration: Configuration, caches: Caches) -> VLLMEngine:
             cold_start.WORKER.note_cache("compile", compile_cache)
         caches.log_usage(compile_cache)
     return engine
+
+
+def _tune_interpreter() -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 @contextmanager

@@ -101,6 +101,9 @@ class Endpoint(ABC):
     def on_worker_thawed(self, worker: str) -> None:
         """Notify the worker's long polls, so that they are given jobs again."""
 
+    async def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Release what the endpoint holds, once its workers have exited."""
+
     def on_change(self, topic: str) -> None:
         """Notify the long polls of the topic."""
         self._count_change()
