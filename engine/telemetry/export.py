@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from engine.telemetry.job_times import JobTimes
 
 SERVICE_NAME = "vllm-serverless"
-# How long the end of the worker waits for the last export.
-FLUSH_TIMEOUT_S = 2.0
 # Jobs that have ended and wait for the thread.
 MAX_WAITING_JOBS = 4096
 _LOGGERS = ("engine", "vllm")
@@ -116,7 +114,7 @@ class Export:
         except queue.Full:
             COUNTERS.dropped += 1
 
-    def shutdown(self, timeout_s: float = FLUSH_TIMEOUT_S) -> None:
+    def shutdown(self, timeout_s: float) -> None:
         """Send what is left; give up what a collector does not take within so many seconds."""
         until = time.monotonic() + timeout_s
         for name in _LOGGERS:
