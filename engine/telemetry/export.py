@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from opentelemetry import trace
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
 from opentelemetry.sdk.metrics import Histogram, MeterProvider
@@ -125,7 +126,10 @@ class Export:
             return
         self._thread.join(max(until - time.monotonic(), 0))
         # One after another, a collector that hangs would cost the others their time.
-        ends: tuple[Callable[[], Any], ...] = (self._traces.shutdown, self._meters.shutdown, self._logs.shutdown)
+        ends: list[Callable[[], Any]] = [self._traces.shutdown, self._meters.shutdown, self._logs.shutdown]
+        if self._engine_is_traced:  # vLLM's provider is the global one; the worker's exit leaves out its own flush.
+            vllms: Any = trace.get_tracer_provider()
+            ends.append(vllms.force_flush)
         threads = [threading.Thread(target=end, name="end of telemetry", daemon=True) for end in ends]
         for thread in threads:
             thread.start()
