@@ -212,7 +212,7 @@ def _draw_trace(receiver: OTLPReceiver, roots: list[Any], path: Path) -> None:
             (span.end_time_unix_nano - span.start_time_unix_nano) / scale,
         )
         axis.barh(row, max(duration, total / scale / 400), left=begun, color=_COLOURS[index], height=0.7)
-        axis.text(begun + duration, row, f" {duration:.3g} {unit}", va="center", fontsize=6)
+        axis.text(begun + duration, row, f" {duration:.3f} {unit}", va="center", fontsize=6)
     axis.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
     axis.invert_yaxis()
     axis.tick_params(axis="x", labelsize=7)

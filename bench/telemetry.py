@@ -1,6 +1,6 @@
 """What telemetry costs: two workers on the tiny model, one that exports and one that does not, asked in turns.
 
-    python -m bench.telemetry [--rounds 6] [--clients 16] [--prometheus PATH --pictures DIR]
+    python -m bench.telemetry [--rounds 6] [--clients 16] [--tokens 96] [--paced] [--prometheus PATH --pictures DIR]
 
 Prints the medians, and the ratios of pairs of rounds: tokens a second, time to the first token, processor time. With
 Prometheus' program, it also keeps the metrics, evaluates each query of the dashboard
@@ -33,7 +33,6 @@ from emulator.core.process import worker_environment
 from emulator.settings import EmulatorSettings
 
 ROOT = Path(__file__).parents[1]
-TOKENS = 96
 _KEY = "rpa_notarealkey"
 _START_S = 200.0
 _ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -54,6 +53,15 @@ class Round:
     cpu_ms_per_1000_tokens: float
 
 
+@dataclass(frozen=True)
+class Load:
+    """How many clients ask at once, for how long, and for how many tokens each time."""
+
+    clients: int
+    seconds: float
+    tokens: int
+
+
 class System:
     """One worker, with an endpoint of its own."""
 
@@ -68,9 +76,9 @@ class System:
         workers = (await client.get(f"{self.url}/health")).json()["workers"]
         return bool(workers["idle"] + workers["running"])
 
-    async def measure(self, client: httpx.AsyncClient, clients: int, seconds: float) -> Round:
-        """Send streamed chats in a closed loop, as many clients at once."""
-        until = time.monotonic() + seconds
+    async def measure(self, client: httpx.AsyncClient, load: Load) -> Round:
+        """Send streamed chats in a closed loop."""
+        until, tokens_each = time.monotonic() + load.seconds, load.tokens
         firsts_s: list[float] = []
         tokens = 0
 
@@ -79,7 +87,7 @@ class System:
             while time.monotonic() < until:
                 number += 1
                 prompt = f"{_PROMPTS[number % len(_PROMPTS)]} {number}"
-                body = {"model": "tiny", "stream": True, "max_tokens": TOKENS, "ignore_eos": True}
+                body = {"model": "tiny", "stream": True, "max_tokens": tokens_each, "ignore_eos": True}
                 body["messages"] = [{"role": "user", "content": prompt}]
                 begun = time.monotonic()
                 first_s = None
@@ -89,10 +97,10 @@ class System:
                             first_s = time.monotonic() - begun
                 if first_s is not None:
                     firsts_s.append(first_s)
-                    tokens += TOKENS
+                    tokens += tokens_each
 
         begun, cpu_s = time.monotonic(), self._cpu_s()
-        await asyncio.gather(*(run(1000 * number) for number in range(clients)))
+        await asyncio.gather(*(run(1000 * number) for number in range(load.clients)))
         cpu_ms = 1000 * (self._cpu_s() - cpu_s)
         return Round(tokens / (time.monotonic() - begun), statistics.median(firsts_s), 1000 * cpu_ms / tokens)
 
@@ -122,7 +130,7 @@ def worker(system: System, environment: dict[str, str], log: Path) -> Iterator[N
             process.wait(60)
 
 
-async def compare(off: System, on: System, rounds: int, clients: int, seconds: float) -> list[tuple[Round, Round]]:
+async def compare(off: System, on: System, rounds: int, load: Load) -> list[tuple[Round, Round]]:
     """Measure both in turns, in alternating order; the first pair is a warm-up."""
     pairs = []
     async with httpx.AsyncClient(headers={"Authorization": _KEY}, timeout=120) as client:
@@ -134,7 +142,7 @@ async def compare(off: System, on: System, rounds: int, clients: int, seconds: f
         for number in range(rounds + 1):
             found: dict[str, Round] = {}
             for system in (off, on) if number % 2 else (on, off):
-                found[system.name] = await system.measure(client, clients, seconds if number else 3.0)
+                found[system.name] = await system.measure(client, load)
             if number:
                 pairs.append((found[off.name], found[on.name]))
                 sys.stdout.write(f"{json.dumps([found[one.name].__dict__ for one in (off, on)])}\n")
@@ -161,6 +169,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--paced", action="store_true", help="with the steps of a GPU (`bench.paced_executor`)")
     parser.add_argument("--prometheus", type=Path)
     parser.add_argument("--pictures", type=Path)
     arguments = parser.parse_args()
@@ -169,6 +179,9 @@ def main() -> None:
     endpoints = [{"id": name, "rateLimits": False} for name in names]
     settings = EmulatorSettings.model_validate({"port": 0, "apiKeys": [_KEY], "endpoints": endpoints})
     shared = {"MODEL_NAME": model.stdout.decode().strip(), "SERVED_MODEL_NAME": "tiny"}
+    if arguments.paced:
+        shared |= {"DISTRIBUTED_EXECUTOR_BACKEND": "bench.paced_executor.PacedExecutor", "PYTHONPATH": str(ROOT)}
+    load = Load(arguments.clients, arguments.seconds, arguments.tokens)
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         receiver: OTLPReceiver = stack.enter_context(receiving())
@@ -192,9 +205,7 @@ def main() -> None:
             }
             httpx.post(f"{on.url}/run", json=job, headers={"Authorization": _KEY}).raise_for_status()
             workers.enter_context(worker(on, {**shared, **exported}, logs / "on"))
-            sys.stdout.write(
-                report(asyncio.run(compare(off, on, arguments.rounds, arguments.clients, arguments.seconds)))
-            )
+            sys.stdout.write(report(asyncio.run(compare(off, on, arguments.rounds, load))))
             sys.stdout.write("\n")
             if prometheus is not None:
                 time.sleep(8)

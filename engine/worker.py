@@ -45,6 +45,8 @@ SWITCH_INTERVAL_S = 0.001
 # gc.set_threshold: collect generation 0 after 20,000 net allocations (default 700), older ones every 20th time. 64
 # streams keep about 20,000 live objects.
 GC_THRESHOLDS = (20_000, 20, 20)
+# How long the end of the worker waits for a collector of telemetry.
+FLUSH_TIMEOUT_S = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +113,10 @@ class Worker:
         limit = self._settings.max_concurrency
         return self.engine.max_num_seqs if limit == "auto" else limit
 
+    @property
+    def _flush_timeout_s(self) -> float:
+        return 0.0 if self._settings.otel_exporter_otlp_endpoint is None else FLUSH_TIMEOUT_S
+
     async def serve(self, queue: JobQueue, handler: Handler) -> int:
         """Take jobs and run them until SIGTERM or SIGINT, or until the engine fails; a second signal ends at once.
 
@@ -140,7 +146,7 @@ class Worker:
             **self._start_export(),
         )
         cold_start.WORKER.mark("sdk")
-        _stop_on_signals(jobs.stop, settings.drain_timeout_s)
+        _stop_on_signals(jobs.stop, settings.drain_timeout_s + self._flush_timeout_s)
         await engine.app()
         cold_start.WORKER.mark("app")
         if settings.warm_up:
@@ -225,7 +231,7 @@ class Worker:
         self.engine.shutdown()
         self._costs.log_summary()
         if self._export is not None:
-            self._export.shutdown()
+            self._export.shutdown(self._flush_timeout_s)
 
 
 _lock = threading.Lock()
@@ -343,15 +349,19 @@ def _import_app_in_background(settings: Settings) -> Iterator[None]:
             importing.join()
 
 
-def _stop_on_signals(stop: Callable[[], None], drain_timeout_s: float) -> None:
+def _stop_on_signals(stop: Callable[[], None], own_timeout_s: float) -> None:
     """Call `stop` at the first SIGTERM or SIGINT, and end the process at the second, or when stopping takes too long.
 
     The limit holds whatever hangs: the platform kills a worker that does not end, and with it what was not delivered.
+
+    Args:
+        stop: begins the drain.
+        own_timeout_s: how long the drain, and the last export of telemetry, may take. The rest is constant.
     """
     from engine.backend.vllm_engine import SHUTDOWN_TIMEOUT_S
     from engine.queue.job_loop import ABANDON_TIMEOUT_S, FINAL_DELIVERY_TIMEOUT_S
 
-    limit_s = drain_timeout_s + FINAL_DELIVERY_TIMEOUT_S + ABANDON_TIMEOUT_S + SHUTDOWN_TIMEOUT_S
+    limit_s = own_timeout_s + FINAL_DELIVERY_TIMEOUT_S + ABANDON_TIMEOUT_S + SHUTDOWN_TIMEOUT_S
     stopping = threading.Event()
 
     def on_signal() -> None:

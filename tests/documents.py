@@ -54,6 +54,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "python -m builder warm"): "takes a minute; tests/integration/test_caches.py runs it",
     ("README.md", "python -m bench"): _LONG,
     ("telemetry.md", "python -m bench.telemetry --prometheus PROGRAM --pictures DIR"): _BENCH,
+    ("telemetry.md", "python -m bench.telemetry"): _BENCH,
     ("README.md", "make soak"): _LONG,
     ("deploy.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
     ("deploy.md", "docker build"): _NAMES,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from opentelemetry import trace
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
 from opentelemetry.sdk.metrics import Histogram, MeterProvider
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from engine.telemetry.job_times import JobTimes
 
 SERVICE_NAME = "vllm-serverless"
-# How long the end of the worker waits for the last export.
-FLUSH_TIMEOUT_S = 2.0
 # Jobs that have ended and wait for the thread.
 MAX_WAITING_JOBS = 4096
 _LOGGERS = ("engine", "vllm")
@@ -116,7 +115,7 @@ class Export:
         except queue.Full:
             COUNTERS.dropped += 1
 
-    def shutdown(self, timeout_s: float = FLUSH_TIMEOUT_S) -> None:
+    def shutdown(self, timeout_s: float) -> None:
         """Send what is left; give up what a collector does not take within so many seconds."""
         until = time.monotonic() + timeout_s
         for name in _LOGGERS:
@@ -127,7 +126,10 @@ class Export:
             return
         self._thread.join(max(until - time.monotonic(), 0))
         # One after another, a collector that hangs would cost the others their time.
-        ends: tuple[Callable[[], Any], ...] = (self._traces.shutdown, self._meters.shutdown, self._logs.shutdown)
+        ends: list[Callable[[], Any]] = [self._traces.shutdown, self._meters.shutdown, self._logs.shutdown]
+        if self._engine_is_traced:  # vLLM's provider is the global one; the worker's exit leaves out its own flush.
+            vllms: Any = trace.get_tracer_provider()
+            ends.append(vllms.force_flush)
         threads = [threading.Thread(target=end, name="end of telemetry", daemon=True) for end in ends]
         for thread in threads:
             thread.start()

@@ -10,8 +10,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from opentelemetry import trace
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
 from bench.collector import OTLPReceiver, attributes, receiving
@@ -102,8 +104,20 @@ def test_a_trace_that_its_client_does_not_record_gets_no_spans(receiver: OTLPRec
     assert receiver.spans == []
 
 
-def test_vllms_spans_of_a_request_join_the_jobs(receiver: OTLPReceiver) -> None:
+def test_opentelemetrys_sampler_applies(receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
     costs = Costs(CLOCK.now())
+    with exporting(receiver, costs) as export:
+        export.job_ended(ended_job(costs))
+
+    assert receiver.spans == []
+    assert "worker.jobs" in receiver.metrics
+
+
+def test_vllms_spans_of_a_request_join_the_jobs(receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = Costs(CLOCK.now())
+    vllms = Mock()
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: vllms)
     with exporting(receiver, costs, engine_is_traced=True) as export:
         times = JobTimes("job-1")
         assert times.engine_traceparent is None
@@ -111,6 +125,8 @@ def test_vllms_spans_of_a_request_join_the_jobs(receiver: OTLPReceiver) -> None:
         assert times.engine_traceparent == f"00-{times.trace_id:032x}-{times.span_id:016x}-01"
         times.join(TRACEPARENT)
         assert times.engine_traceparent == f"{TRACEPARENT[:36]}{times.span_id:016x}-01"
+
+    vllms.force_flush.assert_called_once()
 
 
 def test_the_start_is_a_trace_that_the_job_it_was_for_links_to(receiver: OTLPReceiver) -> None:
@@ -209,7 +225,7 @@ async def test_no_output_waits_for_a_collector_that_hangs(receiver: OTLPReceiver
             assert await harness.queue.result(f"job-{number}") == {"output": ["a"] * 20}
     export.shutdown(0.1)
 
-    assert receiver.asked.is_set()
+    assert receiver.asked.wait(30)
     assert receiver.spans == []
 
 
