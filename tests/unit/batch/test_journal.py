@@ -1,0 +1,205 @@
+"""A run's files after a kill at any point: what was written completely counts, and what was not does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch.errors import JournalError
+from batch.journal import Journal
+
+IDS = ["a", "b", "c"]
+ENDPOINT = "https://api.example/v2/ep"
+HEADER = {"version": 1, "input_sha256": "hash", "endpoint": ENDPOINT}
+
+
+def answer(custom_id: str) -> dict[str, Any]:
+    return {"id": f"batch_req_{custom_id}", "custom_id": custom_id, "response": {"body": "é\n\x00"}, "error": None}
+
+
+def open_journal(directory: Path, *, ids: list[str] = IDS, sha256: str = "hash", endpoint: str = ENDPOINT) -> Journal:
+    journal = Journal(directory / "out.jsonl", directory / "out.errors.jsonl")
+    try:
+        journal.open(ids, sha256, endpoint)
+    except BaseException:
+        journal.close()
+        raise
+    return journal
+
+
+def run(directory: Path) -> None:
+    """Do everything that is not done yet."""
+    journal = open_journal(directory)
+    for custom_id in IDS:
+        if custom_id not in journal.answered:
+            if custom_id not in journal.jobs:
+                journal.sent(custom_id, f"job-{custom_id}")
+            journal.answer(custom_id, answer(custom_id), failed=custom_id == "b")
+    journal.close(complete=True)
+
+
+def ids_in(path: Path) -> list[str]:
+    return [json.loads(line)["custom_id"] for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+# The records of a run in the order in which they are written: file and line.
+RECORDS: list[tuple[str, dict[str, Any]]] = [
+    ("out.jsonl.journal", HEADER),
+    ("out.jsonl.journal", {"custom_id": "a", "job": "job-a"}),
+    ("out.jsonl.journal", {"custom_id": "b", "job": "job-b"}),
+    ("out.jsonl", answer("a")),
+    ("out.errors.jsonl", answer("b")),
+    ("out.jsonl.journal", {"custom_id": "c", "job": "job-c"}),
+    ("out.jsonl", answer("c")),
+]
+LINES = [(name, json.dumps(record).encode() + b"\n") for name, record in RECORDS]
+
+
+def kills() -> Iterator[tuple[int, int]]:
+    """Each point at which a run can be killed: the number of complete records, and the bytes of the next."""
+    for complete, (_, line) in enumerate(LINES):
+        yield from ((complete, size) for size in range(len(line)))
+    yield len(LINES), 0
+
+
+def test_a_run_that_was_killed_at_any_byte_continues_where_it_was(tmp_path: Path) -> None:
+    for complete, torn in kills():
+        directory = tmp_path / f"{complete}-{torn}"
+        directory.mkdir()
+        written = LINES[:complete] + ([(LINES[complete][0], LINES[complete][1][:torn])] if torn else [])
+        for name, data in written:
+            with (directory / name).open("ab") as file:
+                file.write(data)
+
+        journal = open_journal(directory)
+
+        records = RECORDS[:complete]
+        assert journal.answered == {it["custom_id"] for name, it in records if not name.endswith(".journal")}
+        assert journal.failed == sum(name == "out.errors.jsonl" for name, _ in records)
+        assert journal.jobs == {it["custom_id"]: it["job"] for _, it in records if "job" in it}
+        journal.close()
+        run(directory)
+        assert sorted(ids_in(directory / "out.jsonl")) == ["a", "c"]
+        assert ids_in(directory / "out.errors.jsonl") == ["b"]
+        assert not (directory / "out.jsonl.journal").exists()
+
+
+def test_a_journal_whose_header_is_torn_begins_again(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.journal").write_bytes(b'{"version": 1, "inp')
+
+    journal = open_journal(tmp_path)
+    journal.sent("a", "job-a")
+    journal.close()
+
+    assert open_journal(tmp_path).jobs == {"a": "job-a"}
+
+
+def test_a_tail_of_zeros_as_a_power_failure_leaves_it_is_cut_off(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    journal.answer("a", answer("a"), failed=False)
+    journal.sent("b", "job-b")
+    journal.close()
+    for name in ("out.jsonl", "out.jsonl.journal"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(b"\0" * 4096)
+
+    journal = open_journal(tmp_path)
+    journal.answer("b", answer("b"), failed=False)
+    journal.close()
+
+    assert ids_in(tmp_path / "out.jsonl") == ["a", "b"]
+
+
+def test_a_complete_run_is_complete_when_it_is_started_again(tmp_path: Path) -> None:
+    run(tmp_path)
+
+    journal = open_journal(tmp_path)
+
+    assert (journal.answered, journal.failed) == ({"a", "b", "c"}, 1)
+    journal.close(complete=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.errors.jsonl", "out.jsonl"]
+
+
+def test_a_run_that_ends_before_it_has_sent_anything_leaves_no_file(tmp_path: Path) -> None:
+    open_journal(tmp_path).close()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_errors_file_that_had_a_torn_line_only_is_removed(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    journal.sent("a", "job-a")
+    journal.close()
+    (tmp_path / "out.errors.jsonl").write_bytes(b'{"id": "ba')
+
+    journal = open_journal(tmp_path)
+    for custom_id in IDS:
+        journal.answer(custom_id, answer(custom_id), failed=False)
+    journal.close(complete=True)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_only_one_process_may_run_a_batch(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+
+    with pytest.raises(JournalError, match="in use: another process runs this batch"):
+        open_journal(tmp_path)
+
+    journal.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sha256": "other"}, "is of another input file, or the input has changed"),
+        ({"endpoint": "https://api.example/v2/other"}, "is of the endpoint https://api.example/v2/ep"),
+    ],
+)
+def test_another_input_or_endpoint_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    journal.sent("a", "job-a")
+    journal.close()
+
+    with pytest.raises(JournalError, match=message):
+        open_journal(tmp_path, **changes)
+
+
+def test_files_of_others_are_refused_and_not_changed(tmp_path: Path) -> None:
+    content = json.dumps(answer("z")) + "\nnot a complete line"
+    for name in ("out.jsonl", "out.errors.jsonl"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(JournalError, match="exists already: remove it, or name another output"):
+            open_journal(tmp_path)
+        assert (tmp_path / name).read_text() == content
+        (tmp_path / name).unlink()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lines", [[answer("z")], [answer("a"), answer("a")], ["no answer"]])
+def test_an_output_that_others_have_changed_is_refused(lines: list[Any], tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    journal.sent("a", "job-a")
+    journal.close()
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    with pytest.raises(JournalError, match=r"out\.jsonl"):
+        open_journal(tmp_path)
+
+
+def test_a_damaged_line_in_the_journal_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.journal").write_text(json.dumps(HEADER) + "\n{damaged\n")
+
+    with pytest.raises(JournalError, match=r"out\.jsonl\.journal:2 is not a line of a batch's run"):
+        open_journal(tmp_path)
+
+
+def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.journal").write_text(json.dumps({**HEADER, "version": 2}) + "\n")
+
+    with pytest.raises(JournalError, match="another version"):
+        open_journal(tmp_path)
