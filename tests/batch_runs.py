@@ -18,7 +18,7 @@ from tests.processes import running
 
 
 def write_requests(path: Path, bodies: Sequence[dict[str, Any]], url: str = "/v1/chat/completions") -> None:
-    """Write a batch file; the lines are named `line-0`, `line-1`, …"""
+    """Write a batch file; line 3 is named `line-3`."""
     lines = (
         {"custom_id": f"line-{number}", "method": "POST", "url": url, "body": body}
         for number, body in enumerate(bodies)
@@ -114,9 +114,9 @@ def _is_right(line: dict[str, Any], texts: list[str]) -> bool:
 def _kill_a_busy_worker(site: Site) -> int:
     """Send SIGKILL to the worker that runs the most jobs; return how many those were."""
     while True:
-        workers = [worker for worker in site.state()["workers"] if worker["pid"] and worker["jobsInProgress"]]
+        workers = [worker for worker in site.state()["workers"] if worker["pid"] and worker["jobs"]]
         if workers:
-            worker = max(workers, key=lambda one: len(one["jobsInProgress"]))
+            worker = max(workers, key=lambda one: len(one["jobs"]))
             os.kill(worker["pid"], signal.SIGKILL)
-            return len(worker["jobsInProgress"])
+            return len(worker["jobs"])
         time.sleep(0.01)
