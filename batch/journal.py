@@ -78,21 +78,11 @@ class Journal:
             JournalError: the files are of another run, damaged, or in use.
             OSError: they cannot be read or written.
         """
-        expected = set(custom_ids)
-        header = _Header(_VERSION, input_sha256, endpoint)
-        begun = self._journal.path.exists()
-        if begun:
-            self._journal.open()
-            begun = self._read_journal(header)
-        self._read_answers(expected, ours=begun)
-        if begun:
-            for file in (self._output, self._errors):
-                if file.path.exists():
-                    file.open()
-        elif self.answered != expected:
-            self._journal.open()
-            self._journal.append(header)
-            self._journal.sync()
+        try:
+            self._open(set(custom_ids), _Header(_VERSION, input_sha256, endpoint))
+        except BaseException:
+            self._close_files()
+            raise
 
     def sent(self, custom_id: str, job: str) -> None:
         """Record that a job was sent for a request."""
@@ -117,8 +107,26 @@ class Journal:
             self._journal.path.unlink(missing_ok=True)
         if complete and not self.failed:  # it may have had the torn line of a request that was answered later
             self._errors.path.unlink(missing_ok=True)
+        self._close_files()
+
+    def _close_files(self) -> None:
         for file in (self._output, self._errors, self._journal):
             file.close()
+
+    def _open(self, expected: set[str], header: _Header) -> None:
+        begun = self._journal.path.exists()
+        if begun:
+            self._journal.open()
+            begun = self._read_journal(header)
+        self._read_answers(expected, ours=begun)
+        if begun:
+            for file in (self._output, self._errors):
+                if file.path.exists():
+                    file.open()
+        elif self.answered != expected:
+            self._journal.open()
+            self._journal.append(header)
+            self._journal.sync()
 
     def _read_journal(self, header: _Header) -> bool:
         """Read the jobs that were sent; return whether the journal has begun, as its first line is complete.

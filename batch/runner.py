@@ -143,7 +143,7 @@ class Run:
                 break
             wait_s = self._poll_interval_s(time.monotonic() - begun)
         if document is not None and document["status"] == "COMPLETED":
-            self._job_s = (document.get("delayTime", 0) + document.get("executionTime", 0)) / 1000
+            self._job_s = ((document.get("delayTime") or 0) + (document.get("executionTime") or 0)) / 1000
         return document
 
     def _poll_interval_s(self, elapsed_s: float) -> float:

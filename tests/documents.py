@@ -32,6 +32,7 @@ _LONG = "takes up to an hour, and has its own tests (tests/unit/bench/test_bench
 _IMPORTS = "leaves results in the checkout; tests/integration/test_imports.py runs it"
 _BENCH = "takes minutes, and measures; tests/integration/test_bench.py runs it in small"
 _ACCOUNT = "needs an account: it creates something on RunPod or Spirit, or asks a worker there, and costs money"
+_FILE = "needs the reader's own file; docs/api.md runs it with one"
 _HUB = "needs the hub, or the reader's own model; tests/integration/test_builder.py runs it"
 _NETWORK = "changes this checkout, or downloads what a test need not; tests/unit/tools has what can be tested of it"
 
@@ -44,6 +45,7 @@ _SPIRIT_BASE = f"{_REGISTRY}/library/cuda-12.1.1-cudnn-devel-ubuntu22.04:py311-b
 NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "$ make test"): _CI,
     ("README.md", "make check"): _CI,
+    ("README.md", "python -m batch run IN.jsonl -o OUT.jsonl --endpoint ENDPOINT_ID"): _FILE,
     ("README.md", "docker compose --profile local up"): _DOCKER,
     ("README.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
     ("README.md", "docker build --target cpu ."): _DOCKER,

@@ -23,11 +23,7 @@ def answer(custom_id: str) -> dict[str, Any]:
 
 def open_journal(directory: Path, *, ids: list[str] = IDS, sha256: str = "hash", endpoint: str = ENDPOINT) -> Journal:
     journal = Journal(directory / "out.jsonl", directory / "out.errors.jsonl")
-    try:
-        journal.open(ids, sha256, endpoint)
-    except BaseException:
-        journal.close()
-        raise
+    journal.open(ids, sha256, endpoint)
     return journal
 
 
@@ -167,6 +163,8 @@ def test_another_input_or_endpoint_is_refused(changes: dict[str, Any], message: 
 
     with pytest.raises(JournalError, match=message):
         open_journal(tmp_path, **changes)
+
+    assert open_journal(tmp_path).jobs == {"a": "job-a"}
 
 
 def test_files_of_others_are_refused_and_not_changed(tmp_path: Path) -> None:
