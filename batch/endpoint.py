@@ -14,9 +14,9 @@ from http import HTTPStatus
 from typing import Any, Final, Self
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
-from batch.errors import RefusedError, RejectedError, UnreachableError
+from batch.errors import RefusedError, RejectedError, ResultError, UnreachableError
 
 # Four fifths of "1000 requests per 10 seconds" for /run and of 2000 for /status; the rest is for the endpoint's others.
 RUNS_PER_S: Final = 80.0
@@ -84,12 +84,15 @@ class Endpoint:
             limits=httpx.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=_MAX_CONNECTIONS),
             transport=transport,
         )
+        # Without the platform's key.
+        self._buckets = httpx.AsyncClient(timeout=_CALL_TIMEOUT_S, transport=transport)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
+        await self._buckets.aclose()
 
     async def check(self) -> None:
         """Check URL and key, so that a wrong one is an error at once.
@@ -127,6 +130,39 @@ class Endpoint:
             return await self._call("GET", "status", job)
         except _NotFoundError:
             return None
+
+    async def result(self, link: str) -> Any:
+        """Return the result that a worker has stored in a bucket, as it is too large for the platform.
+
+        Args:
+            link: a presigned URL; it is a secret, and in no error.
+
+        Raises:
+            ResultError: the bucket does not answer, or with an error.
+        """
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(UnreachableError), wait=_wait_s, stop=stop_after_delay(60.0), reraise=True
+        )
+        try:
+            return await retrying(self._download, link)
+        except UnreachableError as error:
+            raise ResultError(str(error)) from None
+
+    async def _download(self, link: str) -> Any:
+        try:
+            response = await self._buckets.get(link)
+        except httpx.TransportError as error:
+            raise UnreachableError(f"the bucket of the result cannot be reached: {type(error).__name__}") from None
+        status = response.status_code
+        answer = f"the bucket of the result answered {status}"
+        if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise UnreachableError(answer, status, _retry_after_s(response))
+        if status != HTTPStatus.OK:
+            raise ResultError(answer)
+        try:
+            return response.json()
+        except ValueError:
+            raise ResultError(f"{answer}, but not with JSON") from None
 
     async def _call(
         self,

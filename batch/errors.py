@@ -5,6 +5,7 @@ BatchError
 ├── JournalError        the files beside the output are of another run, damaged, or in use
 ├── RefusedError        the platform refuses the key, the endpoint or the call
 ├── RejectedError       the platform refuses one request; its line fails, and the run goes on
+├── ResultError         the result of one job cannot be read from its bucket; the job is sent again
 ├── InputFileError      lines of the input file are invalid; nothing was sent
 ├── FailedLinesError    the run has ended, and some lines have failed
 └── UnreachableError    the platform does not answer, or asks to wait; another attempt may succeed
@@ -58,6 +59,10 @@ class RejectedError(BatchError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+class ResultError(BatchError):
+    """The result of one job cannot be read from the bucket that it is in."""
 
 
 class InputFileError(BatchError):

@@ -15,6 +15,7 @@ The journal is removed when every line is answered, or when a run ends before it
 from __future__ import annotations
 
 import fcntl
+import json
 import mmap
 import os
 from collections.abc import Iterable, Iterator
@@ -220,7 +221,7 @@ class _AppendedFile:
     def append(self, record: Any) -> None:
         """Write a line."""
         descriptor = self.open()
-        rest = memoryview(msgspec.json.encode(record) + b"\n")
+        rest = memoryview(_encode(record) + b"\n")
         self._synced = False
         while rest:
             rest = rest[os.write(descriptor, rest) :]
@@ -238,10 +239,17 @@ class _AppendedFile:
             self._descriptor = None
 
 
+def _encode(record: Any) -> bytes:
+    try:
+        return msgspec.json.encode(record)
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON has only as an escape
+        return json.dumps(record).encode()
+
+
 def _decode(line: bytes, kind: type[_Record], path: Path, number: int) -> _Record:
     try:
-        return msgspec.json.decode(line, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return msgspec.convert(json.loads(line), kind)
+    except (ValueError, msgspec.ValidationError) as error:
         raise JournalError(f"{path}:{number} is not a line of a batch's run: {error}") from None
 
 

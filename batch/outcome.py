@@ -116,6 +116,18 @@ class Outcome:
         }
 
 
+def result_link(document: dict[str, Any]) -> str | None:
+    """Return the link to a result that the worker has stored in a bucket; None if the result is in the document.
+
+    Such a job's only output is `{"output_url", "size_bytes", "expires_at"}`.
+    """
+    output = document.get("output")
+    link = output[0] if isinstance(output, list) and len(output) == 1 else output
+    if isinstance(link, dict) and link.keys() == {"output_url", "size_bytes", "expires_at"}:
+        return str(link["output_url"])
+    return None
+
+
 def _error_status(body: Any) -> int | None:
     """Return the status of an error body; None for any other body."""
     error = body.get("error") if isinstance(body, dict) else None

@@ -11,6 +11,7 @@ Source: OpenAI's API reference, "The request input object"; `vllm run-batch` rea
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ URLS: Final = (
 # The platform's "maximum payload size" of /run.
 MAX_JOB_BYTES: Final = 10 * 1024 * 1024
 _MAX_REPORTED = 20
+_HALF_PAIR = "a text has half of a surrogate pair (such as \\ud83d without \\ude00), and so is cut within a character"
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -147,7 +149,7 @@ class _Checker:
             line = _LINE.decode(text)
             body = _BODY.decode(line.body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            self._errors.append(f"{self._path}:{number}: {error}")
+            self._errors.append(f"{self._path}:{number}: {_HALF_PAIR if _has_half_pair(text) else error}")
             return
         problems = [*_problems(line, body), *self._conflicts(number, line, body)]
         self._errors += (f"{self._path}:{number}: {problem}" for problem in problems)
@@ -180,6 +182,17 @@ class _Checker:
             named, other = (f"model {name!r}" if name is not None else "no model" for name in (body.model, model))
             conflicts.append(f"{named}, but line {other_line} has {other}: a batch has one model")
         return conflicts
+
+
+def _has_half_pair(text: bytes) -> bool:
+    """Return whether a line is JSON but for half of a surrogate pair, which msgspec reports as truncated data."""
+    try:
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except ValueError:
+        return False
+    return False
 
 
 def _problems(line: _Line, body: _Body) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any, Final, Protocol
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_attempt, wait_exponential_jitter
 
 from batch.endpoint import Endpoint
-from batch.errors import RejectedError
+from batch.errors import RejectedError, ResultError
 from batch.journal import Journal
-from batch.outcome import FINAL_STATES, Outcome
+from batch.outcome import FINAL_STATES, Outcome, result_link
 from batch.request_file import Request, RequestFile
 
 _SYNC_INTERVAL_S: Final = 0.5
@@ -120,16 +120,21 @@ class Run:
     async def _attempt(self, request: Request) -> Outcome:
         """Send a job and wait for its end; collect the job of an earlier run first."""
         self._count(jobs=1)
+        job = self._sent.pop(request.custom_id, None)
         try:
-            job = self._sent.pop(request.custom_id, None)
             wait_s = 0.0
             if job is None:
                 job = await self._endpoint.run(self._requests.job(request))
                 self._journal.sent(request.custom_id, job)
                 wait_s = self._poll_interval_s(0.0)
-            return Outcome.of_job(job, await self._end_of(job, wait_s))
+            document = await self._end_of(job, wait_s)
+            if document is not None and (link := result_link(document)) is not None:
+                document["output"] = await self._endpoint.result(link)
+            return Outcome.of_job(job, document)
         except RejectedError as error:
             return Outcome.rejected(error.status, str(error))
+        except ResultError as error:
+            return Outcome.error("result_unavailable", str(error), retryable=True, job=job or "")
         finally:
             self._count(jobs=-1)
 

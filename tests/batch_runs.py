@@ -1,4 +1,4 @@
-"""Runs of `python -m batch` in which workers and the client itself are killed."""
+"""Runs of `python -m batch` in which calls fail, and workers and the client itself are killed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ from typing import Any
 from tests.chaos import worker_settings
 from tests.integration.emulator.conftest import KEY, Site, site_with
 from tests.processes import running
+
+# Some of the client's calls fail, before or after they take effect.
+FAULTS: list[dict[str, Any]] = [
+    {"kind": kind, "route": route, "rate": 0.005, "when": when, **fields}
+    for route in ("run", "status")
+    for kind, when, fields in (
+        ("error", "before", {"status": 429}),
+        ("error", "before", {"status": 500}),
+        ("error", "after", {"status": 502}),
+        ("drop", "before", {}),
+        ("drop", "after", {}),
+    )
+]
 
 
 def write_requests(path: Path, bodies: Sequence[dict[str, Any]], url: str = "/v1/chat/completions") -> None:
@@ -57,6 +70,8 @@ def run_with_kills(
 ) -> Outcome:
     """Run a batch of `count` lines on two scripted workers, over a platform that gives no job out again.
 
+    One in forty of the client's calls fails.
+
     Args:
         directory: for the files.
         count: number of lines.
@@ -74,6 +89,7 @@ def run_with_kills(
     logs = []
     with site_with(tls=tls, **settings) as site:
         site.idle_workers(2)
+        site.faults(*FAULTS)
         environment = {"RUNPOD_API_KEY": KEY, "SSL_CERT_FILE": str(site.ca_file) if tls else ""}
         arguments = ["-m", "batch", "run", str(directory / "in.jsonl"), "-o", str(output)]
         arguments += ["--base-url", f"{site.url}/v2", "--endpoint", "ep"]

@@ -14,6 +14,7 @@ import httpx
 
 COMPLETED = {"status": "COMPLETED", "output": [{"id": "chatcmpl-1"}], "delayTime": 1000, "executionTime": 1000}
 URL = "https://api.example/v2/ep"
+BUCKET = "bucket.example"
 KEY = "rpa_notarealkey"
 
 
@@ -28,6 +29,7 @@ class FakePlatform:
         submitted: how many jobs came with each input.
         running: jobs that have not ended.
         most_running: maximum of these at any time.
+        bucket: responses of the bucket that large results are in, in turn.
         calls: the time of each call, by operation.
     """
 
@@ -37,6 +39,7 @@ class FakePlatform:
     latency_s: float = 0.01
     submitted: Counter[str] = field(default_factory=Counter)
     calls: dict[str, list[float]] = field(default_factory=lambda: {"run": [], "status": [], "health": []})
+    bucket: list[httpx.Response] = field(default_factory=list)
     most_running: int = 0
     _jobs: dict[str, tuple[float, dict[str, Any] | int]] = field(default_factory=dict)
 
@@ -48,6 +51,9 @@ class FakePlatform:
         return sum(ends_at > time.monotonic() for ends_at, _ in self._jobs.values())
 
     async def _serve(self, request: httpx.Request) -> httpx.Response:
+        if request.url.host == BUCKET:
+            assert "Authorization" not in request.headers
+            return self.bucket.pop(0)
         assert request.headers["Authorization"] == f"Bearer {KEY}"
         operation, _, job = request.url.path.removeprefix("/v2/ep/").partition("/")
         calls = self.calls[operation]

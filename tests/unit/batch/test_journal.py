@@ -110,6 +110,16 @@ def test_a_tail_of_zeros_as_a_power_failure_leaves_it_is_cut_off(tmp_path: Path)
     assert ids_in(tmp_path / "out.jsonl") == ["a", "b"]
 
 
+def test_any_answer_can_be_written_and_read(tmp_path: Path) -> None:
+    document = {**answer("a"), "response": {"body": ["\ud83d", 10**40, 1e-300, "\x00\u2028"]}}
+    journal = open_journal(tmp_path)
+    journal.answer("a", document, failed=False)
+    journal.close()
+
+    assert open_journal(tmp_path).answered == {"a"}
+    assert json.loads((tmp_path / "out.jsonl").read_bytes()) == document
+
+
 def test_a_complete_run_is_complete_when_it_is_started_again(tmp_path: Path) -> None:
     run(tmp_path)
 

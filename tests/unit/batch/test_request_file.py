@@ -67,6 +67,7 @@ def test_a_last_line_without_its_end_is_a_line(file: Path) -> None:
         ({"custom_id": "b", "method": "POST", "url": CHAT}, "missing required field `body`"),
         (line("b", extra=1), "unknown field `extra`"),
         (line(7), "Expected `str`, got `int` - at `$.custom_id`"),  # type: ignore[arg-type]
+        (line("b", body={"model": "tiny", "prompt": "\ud83d"}), "half of a surrogate pair (such as \\ud83d without"),
         (line(""), "custom_id is empty"),
         (line("a"), "custom_id 'a' is that of line 1 too: each line needs its own"),
         (line("b", method="GET"), "method 'GET': only POST is supported"),

@@ -17,7 +17,7 @@ from batch.errors import RefusedError
 from batch.journal import Journal
 from batch.request_file import RequestFile
 from batch.runner import Limits, Run
-from tests.unit.batch.fake_platform import COMPLETED, KEY, URL, FakePlatform
+from tests.unit.batch.fake_platform import BUCKET, COMPLETED, KEY, URL, FakePlatform
 from tests.virtual_time import in_virtual_time
 
 RETRYABLE = {"status": "FAILED", "error": json.dumps({"error": {"message": "x"}, "status": 503, "retryable": True})}
@@ -131,6 +131,34 @@ async def test_a_request_that_the_platform_rejects_fails_alone(tmp_path: Path) -
     (failed,) = files.lines(files.errors)
     assert (failed["custom_id"], failed["response"]["status_code"]) == ("line-1", 413)
     assert sorted(files.answered) == ["line-0", "line-2"]
+
+
+LINK = {"output_url": f"https://{BUCKET}/a?signature=secret", "size_bytes": 7, "expires_at": "2026-11-30T12:00:00Z"}
+
+
+@in_virtual_time
+async def test_a_result_in_a_bucket_is_read_from_there(tmp_path: Path) -> None:
+    files = Files(tmp_path, 1)
+    platform = FakePlatform(ends=lambda _prompt, _before: {"status": "COMPLETED", "output": [LINK]})
+    platform.bucket = [httpx.Response(503), httpx.Response(200, json=[{"id": "large"}])]
+
+    await files.run(platform)
+
+    assert [line["response"]["body"] for line in files.lines(files.output)] == [{"id": "large"}]
+
+
+@in_virtual_time
+async def test_a_result_whose_link_has_expired_is_made_again_and_its_link_is_in_no_error(tmp_path: Path) -> None:
+    files = Files(tmp_path, 1)
+    platform = FakePlatform(ends=lambda _prompt, _before: {"status": "COMPLETED", "output": [LINK]})
+    platform.bucket = [httpx.Response(403), httpx.Response(200, text="<xml>")]
+
+    await files.run(platform, attempts=2)
+
+    (failed,) = files.lines(files.errors)
+    expected = {"code": "result_unavailable", "message": "the bucket of the result answered 200, but not with JSON"}
+    assert failed["error"] == expected
+    assert platform.submitted["line-0"] == 2
 
 
 @in_virtual_time
