@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(str(error))
         return BatchError.exit_code
     except KeyboardInterrupt:
-        log("interrupted; jobs that were sent go on, and the same command collects them for 30 minutes")
+        log("interrupted; jobs that were sent go on; the same command collects them, up to 30 minutes after their end")
         return 130
     return 0
 
