@@ -118,7 +118,10 @@ class Deployment:
         self.logs = WorkerLogs(surroundings.wall_clock)
         self._base = base
         self._model_dir = settings.model_dir
+        self._stand_in_note: str | None = None
         self._shared = surroundings
+        # Workers of the last version may still log its secrets: none is ever left out again.
+        self._redaction = surroundings.redaction.including(environment=config["env"])
         self._created_at = format_time(surroundings.wall_clock())
         self._releases: list[Release] = []
         self._release([])
@@ -126,6 +129,7 @@ class Deployment:
         host = Host(
             surroundings.start,
             image=lambda: str(self.config["image"]),
+            note=lambda: self._stand_in_note,
             log=lambda worker, line: self.logs.add(worker, "system", line),
             pull_s=settings.image_pull_s,
             is_missing=lambda image: image in faults.settings.missing_images,
@@ -133,7 +137,7 @@ class Deployment:
         self.surroundings = dataclasses.replace(
             surroundings,
             start=host.start_worker,
-            redaction=surroundings.redaction.including(environment=config["env"]),
+            redaction=self._redaction,
             worker_log=self._on_worker_log,
         )
         """What the endpoint is made with."""
@@ -144,7 +148,7 @@ class Deployment:
         return len(self._releases)
 
     def settings(self) -> EndpointSettings:
-        """Return the endpoint's settings by its configuration; the line about a stand-in goes to its timeline.
+        """Return the endpoint's settings by its configuration, with a stand-in for its model if there is one.
 
         Raises:
             BadRequestError: the configuration cannot be run.
@@ -152,8 +156,10 @@ class Deployment:
         result = endpoint_settings(self._base, self.id, self.config)
         if self._model_dir is None:
             return result
-        env, line = stand_in(result.env, self._model_dir)
-        self._shared.event_log(self.id, line)
+        env, note = stand_in(result.env, self._model_dir)
+        if note != self._stand_in_note:
+            self._stand_in_note = note
+            self._shared.event_log(self.id, note)
         return result.model_copy(update={"env": env})
 
     def update(self, config: Config) -> None:
@@ -167,8 +173,8 @@ class Deployment:
         self.config = config
         if changes:
             self._release(changes)
-        redaction = self._shared.redaction.including(environment=config["env"])
-        self.endpoint.update(self.settings(), redaction, self.version)
+        self._redaction = self._redaction.including(environment=config["env"])
+        self.endpoint.update(self.settings(), self._redaction, self.version)
 
     def document(self) -> dict[str, Any]:
         """Return the endpoint as the API shows it."""
