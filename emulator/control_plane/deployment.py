@@ -10,6 +10,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from emulator.api.bodies import describe_validation_error
+from emulator.balancer.endpoint import BalancerEndpoint
 from emulator.control_plane.catalog import Placement, place
 from emulator.control_plane.container import Host
 from emulator.control_plane.logs import WorkerLogs, format_time
@@ -21,8 +22,10 @@ from emulator.core.endpoint import Surroundings
 from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.core.worker import FleetWorker, WorkerState
 from emulator.errors import BadRequestError
-from emulator.settings import EndpointSettings
+from emulator.settings import BalancerSettings, RunPodEndpointSettings
 
+ManagedEndpoint = RunPodEndpoint | BalancerEndpoint
+"""What an endpoint of the API can be: `QUEUE` or `LOAD_BALANCER`."""
 _ID_BYTES: Final = 5
 _STATUSES: Final = {
     WorkerState.RUNNING: "RUNNING",
@@ -37,7 +40,7 @@ _MIN_QUEUE_DELAY_S: Final = 0.5
 _IDLE_TIMEOUT_RANGE_S: Final = (1, 3600)
 
 
-def endpoint_settings(base: EndpointSettings, endpoint_id: str, config: Config) -> EndpointSettings:
+def endpoint_settings(base: RunPodEndpointSettings, endpoint_id: str, config: Config) -> RunPodEndpointSettings:
     """Return an endpoint's settings: those of the base, with what the configuration says.
 
     Raises:
@@ -53,24 +56,31 @@ def endpoint_settings(base: EndpointSettings, endpoint_id: str, config: Config) 
         "scaler_type": scaling["type"],
         "scaler_value": scaling.get("queueDelay", scaling.get("requestCount")),
         "idle_timeout_s": workers["idleTimeout"],
-        "execution_timeout_ms": config["timeout"],
     }
+    if isinstance(base, BalancerSettings):
+        document["request_timeout_s"] = min(base.request_timeout_s, config["timeout"] / 1000)
+    else:
+        document["execution_timeout_ms"] = config["timeout"]
     try:
-        return EndpointSettings.model_validate(document)
+        return type(base).model_validate(document)
     except ValidationError as error:
         raise BadRequestError(describe_validation_error(error)) from None
 
 
-def config_of(settings: EndpointSettings) -> Config:
+def config_of(settings: RunPodEndpointSettings) -> Config:
     """Return the configuration of an endpoint that the emulator's options define, which have no image and no GPU."""
     value = settings.scaler_value
     scaling: dict[str, Any] = {"type": "QUEUE_DELAY", "queueDelay": max(value, _MIN_QUEUE_DELAY_S)}
     if settings.scaler_type == "REQUEST_COUNT":
         scaling = {"type": "REQUEST_COUNT", "requestCount": max(1, round(value))}
+    if isinstance(settings, BalancerSettings):
+        timeout_ms = settings.request_timeout_s * 1000
+    else:
+        timeout_ms = settings.execution_timeout_ms
     shortest, longest = _IDLE_TIMEOUT_RANGE_S
     return {
         "name": settings.id,
-        "type": "QUEUE",
+        "type": settings.type,
         "image": "local/worker:latest",
         "args": "",
         "disk": 20,
@@ -86,7 +96,7 @@ def config_of(settings: EndpointSettings) -> Config:
         "scaling": scaling,
         "dataCenterIds": [],
         "networkVolumes": [],
-        "timeout": round(settings.execution_timeout_ms),
+        "timeout": round(timeout_ms),
         "flashboot": "OFF",
     }
 
@@ -102,14 +112,14 @@ class Deployment:
         surroundings: what all endpoints share.
     """
 
-    endpoint: RunPodEndpoint
+    endpoint: ManagedEndpoint
     template_id: str
 
     def __init__(
         self,
         endpoint_id: str,
         config: Config,
-        base: EndpointSettings,
+        base: RunPodEndpointSettings,
         settings: ControlPlaneSettings,
         surroundings: Surroundings,
     ) -> None:
@@ -147,7 +157,7 @@ class Deployment:
         """The current version of what workers run."""
         return len(self._releases)
 
-    def settings(self) -> EndpointSettings:
+    def settings(self) -> RunPodEndpointSettings:
         """Return the endpoint's settings by its configuration, with a stand-in for its model if there is one.
 
         Raises:
