@@ -28,7 +28,7 @@ WORDS = "one two three four five six"
 @contextmanager
 def emulator(**endpoint: Any) -> Iterator[ControlPlaneClient]:
     """Run an emulator without endpoints; those that are created have these settings."""
-    base = {"command": SCRIPTED, "cwd": str(REPOSITORY), "longPoll": 5, "grace": 20, **endpoint}
+    base = {"command": SCRIPTED, "cwd": str(REPOSITORY), "longPoll": 5, "grace": 20, "healthInterval": 0.2, **endpoint}
     control_plane = {"endpoint": base, "rateLimits": None}
     document = {"port": 0, "apiKeys": [KEY], "endpoints": [], "controlPlane": control_plane}
     with ExitStack() as stack:
@@ -157,6 +157,48 @@ def test_deleting_an_endpoint_cancels_its_jobs_and_stops_its_workers(plane: Cont
     assert [answer["status"] for answer in answers] == ["CANCELLED"]
     # The worker was told to stop the job: it does not drain until it is killed.
     eventually(lambda: not alive(process), 10)
+
+
+def test_a_load_balancing_endpoint_is_created_released_and_deleted(plane: ControlPlaneClient) -> None:
+    endpoint = plane.create(
+        type="LOAD_BALANCER",
+        scaling={"type": "REQUEST_COUNT", "requestCount": 4},
+        workers={"min": 2, "max": 2, "idleTimeout": 60},
+        env={"PAUSE_S": "0.05", "HEALTH_CHECK_PATH": "/healthy"},
+    )
+    name, base = endpoint["id"], endpoint["requestUrls"]["base"]
+    assert endpoint["requestUrls"]["health"] == f"{base}/healthy"
+    eventually(lambda: rolled_out(plane, name, 1, 2))
+    statuses: list[int] = []
+    stopped = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(headers=plane.http.headers, timeout=60) as client:
+            while not stopped.wait(ARRIVAL_S / 2):
+                statuses.append(client.post(f"{base}/v1/completions", json={"prompt": "hello"}).status_code)
+
+    clients = [threading.Thread(target=ask) for _ in range(3)]
+    for client in clients:
+        client.start()
+    plane.patch(name, image="me/vllm:2")
+    eventually(lambda: rolled_out(plane, name, 2, 2), 60)
+    answered = len(statuses)
+    eventually(lambda: len(statuses) > answered)
+    stopped.set()
+    for client in clients:
+        client.join()
+    assert set(statuses) == {200}
+    processes = pids(plane, name)
+    plane.delete(name)
+    eventually(lambda: not any(map(alive, processes.values())))
+
+    def is_closed() -> bool:
+        try:
+            return not httpx.get(base)
+        except httpx.ConnectError:
+            return True
+
+    eventually(is_closed)
 
 
 def test_scaling_is_applied_to_running_workers_promptly(plane: ControlPlaneClient) -> None:

@@ -43,6 +43,19 @@ def test_the_descriptions_own_requests_are_accepted(plane: ControlPlaneClient, p
         assert plane.request(method.upper(), target, example["value"]).is_success
 
 
+def test_a_load_balancing_endpoint_has_a_url_of_its_own(plane: ControlPlaneClient) -> None:
+    scaling = {"type": "REQUEST_COUNT", "requestCount": 4}
+    endpoint = plane.create(type="LOAD_BALANCER", scaling=scaling, workers={"idleTimeout": 7})
+    base = endpoint["requestUrls"]["base"]
+    assert endpoint["requestUrls"] == {"base": base, "health": f"{base}/ping"}
+    assert endpoint["workers"] == {"min": 0, "max": 3, "idleTimeout": 7}
+    assert plane.http.get(base, headers={"Authorization": ""}).status_code == 401
+    changed = plane.patch(endpoint["id"], env={"HEALTH_CHECK_PATH": "/healthz"})
+    assert changed["requestUrls"] == {"base": base, "health": f"{base}/healthz"}
+    plane.delete(endpoint["id"])
+    assert endpoint["id"] not in [one["id"] for one in plane.get("serverless")["endpoints"]]
+
+
 def test_a_cpu_endpoint_has_the_memory_of_its_flavor_and_no_gpu(plane: ControlPlaneClient) -> None:
     endpoint = plane.create(gpu=None, cpu=[{"id": "cpu5g", "vcpuCount": 4}, {"id": "cpu3c", "vcpuCount": 2}])
     assert endpoint["cpu"] == [
