@@ -18,6 +18,7 @@ from emulator.control_plane.rules import Config
 from emulator.control_plane.settings import ControlPlaneSettings
 from emulator.control_plane.templates import Templates
 from emulator.core.endpoint import Endpoint, Surroundings
+from emulator.core.worker import WorkerState
 from emulator.errors import NotFoundError, SettingsError
 from emulator.settings import BalancerSettings, EndpointSettings, RunPodEndpointSettings
 
@@ -136,7 +137,10 @@ class ControlPlane:
         now, wall = self._surroundings.clock(), self._surroundings.wall_clock()
         elapsed_s, self._sampled_at = now - self._sampled_at, now
         for deployment in self.deployments.values():
-            workers = sum(worker.process is not None for worker in deployment.endpoint.fleet.workers())
+            workers = sum(
+                worker.process is not None and worker.state is not WorkerState.FROZEN
+                for worker in deployment.endpoint.fleet.workers()
+            )
             placed = deployment.placement()
             self._meter.add(
                 deployment.id,

@@ -22,6 +22,7 @@ from tests.integration.emulator.conftest import KEY, REPOSITORY, alive, eventual
 
 SCRIPTED = [sys.executable, "-m", "tests.scripted_worker"]
 ARRIVAL_S = 0.1
+SHORT_DELAY = {"type": "QUEUE_DELAY", "queueDelay": 0.5}
 WORDS = "one two three four five six"
 
 
@@ -199,6 +200,18 @@ def test_a_load_balancing_endpoint_is_created_released_and_deleted(plane: Contro
             return True
 
     eventually(is_closed)
+
+
+def test_a_frozen_worker_is_scaled_down_and_comes_back(plane: ControlPlaneClient) -> None:
+    endpoint = plane.create(flashboot="FLASHBOOT", workers={"max": 1, "idleTimeout": 1}, scaling=SHORT_DELAY)
+    name, run_sync = endpoint["id"], endpoint["requestUrls"]["runSync"]
+    job = {"input": {"openai_route": "/v1/completions", "openai_input": {"prompt": "hello"}}}
+    first = plane.http.post(run_sync, json=job).json()
+    eventually(lambda: plane.workers(name)["summary"]["total"] == 0)
+    second = plane.http.post(run_sync, json=job).json()
+    assert (first["status"], second["status"]) == ("COMPLETED", "COMPLETED")
+    assert first["workerId"] == second["workerId"]
+    plane.delete(name)
 
 
 def test_an_image_that_cannot_be_pulled_is_seen_in_the_systems_log_and_replaced(plane: ControlPlaneClient) -> None:

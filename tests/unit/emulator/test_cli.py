@@ -141,8 +141,10 @@ def test_every_option_sets_its_setting() -> None:
         "--ping-interval": ("2000", "ping_interval_ms", 2000),
         "--lost-after": ("13", "lost_after_s", 13),
         "--max-retries": ("6", "max_retries", 6),
+        "--frozen-timeout": ("14", "frozen_timeout_s", 14),
     }
     argv = ["--endpoint", "ep", "--command", "run 'a b'", "--env", "A=1=2", "--env", "B=", "--no-rate-limits"]
+    argv.append("--flashboot")
     for option, (text, _, _) in options.items():
         argv += [option, text]
     settings, _ = cli.read_settings([*argv, "--port", "0", "--host", "0.0.0.0", "--api-key", "k1", "--api-key", "k2"])
@@ -153,6 +155,7 @@ def test_every_option_sets_its_setting() -> None:
     }
     assert isinstance(endpoint, EndpointSettings)
     assert not endpoint.rate_limits
+    assert endpoint.flashboot
     assert (settings.host, settings.port, settings.api_keys) == ("0.0.0.0", 0, ("k1", "k2"))
     assert options.keys() == cli._ENDPOINT_OPTIONS.keys()
 
