@@ -104,7 +104,11 @@ class ControlPlane:
         self.templates.unbind(deployment.template_id)
         self.deleted[endpoint_id] = endpoint
         endpoint.queue.close()
+        workers = endpoint.fleet.workers()
         endpoint.fleet.close("the endpoint was deleted")
+        for worker in workers:
+            # Ends the streams of its log, unless a process of its own may still write to it.
+            deployment.logs.long_poll.notify(worker.id)
 
     def deployment(self, endpoint_id: str) -> Deployment:
         """Return an endpoint.
