@@ -140,10 +140,11 @@ def test_releases_roll_out_and_back_under_load_and_no_job_fails(plane: ControlPl
 
 
 def test_deleting_an_endpoint_cancels_its_jobs_and_stops_its_workers(plane: ControlPlaneClient) -> None:
-    endpoint = plane.create(env={"PAUSE_S": "600"}, workers={"min": 1, "max": 1})
+    endpoint = plane.create(env={"PAUSE_S": "0.2"}, workers={"min": 1, "max": 1})
     urls, name = endpoint["requestUrls"], endpoint["id"]
     answers: list[dict[str, Any]] = []
-    value = {"openai_route": "/v1/completions", "openai_input": {"prompt": WORDS, "stream": True}}
+    a_minute = {"prompt": "word " * 300, "stream": True}
+    value = {"openai_route": "/v1/completions", "openai_input": a_minute}
 
     def ask() -> None:
         response = httpx.post(urls["runSync"], json={"input": value}, headers=plane.http.headers, timeout=60)
@@ -156,7 +157,7 @@ def test_deleting_an_endpoint_cancels_its_jobs_and_stops_its_workers(plane: Cont
     plane.delete(name)
     client.join(10)
     assert [answer["status"] for answer in answers] == ["CANCELLED"]
-    # The worker was told to stop the job: it does not drain until it is killed.
+    # The worker was told to stop the job: it does not finish it first.
     eventually(lambda: not alive(process))
 
 
