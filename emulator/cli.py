@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from emulator.api.bodies import describe_validation_error
 from emulator.app import Emulator
 from emulator.balancer.endpoint import BalancerEndpoint
+from emulator.control_plane.settings import OF_REQUESTS
 from emulator.control_plane.stand_in import TINY_MODEL_VARIABLES
 from emulator.errors import SettingsError
 from emulator.settings import BalancerSettings, EmulatorSettings, EndpointSettings, ScalerType
@@ -269,7 +270,7 @@ def with_default_worker(endpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _control_plane(endpoint: dict[str, Any], *, load_models: bool) -> dict[str, Any]:
     """Return the settings of the control plane, whose endpoints have the same options and the same worker."""
-    base = {name: value for name, value in endpoint.items() if name not in ("id", "type", "balancerPort")}
+    base = {name: value for name, value in endpoint.items() if name not in OF_REQUESTS}
     limits = {} if endpoint.get("rateLimits", True) else {"rateLimits": None}
     if "command" in base:
         return {**limits, "endpoint": base}

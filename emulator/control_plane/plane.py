@@ -15,7 +15,7 @@ from emulator.control_plane.billing import Meter
 from emulator.control_plane.deployment import Deployment, ManagedEndpoint, config_of
 from emulator.control_plane.quotas import Quotas
 from emulator.control_plane.rules import Config
-from emulator.control_plane.settings import ControlPlaneSettings
+from emulator.control_plane.settings import OF_REQUESTS, ControlPlaneSettings
 from emulator.control_plane.templates import Templates
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.worker import WorkerState
@@ -166,14 +166,14 @@ def _bases(document: Mapping[str, Any]) -> dict[str, RunPodEndpointSettings]:
     """Return the settings of created endpoints, by type: each has those of the document that it knows.
 
     Raises:
-        SettingsError: one is invalid, or no type knows it.
+        SettingsError: one is invalid, is for each request to say, or is unknown to all types.
     """
     known = {
-        kind: {name for field, info in model.model_fields.items() for name in (field, info.alias)}
+        kind: {info.alias or name for name, info in model.model_fields.items()} - OF_REQUESTS
         for kind, model in _SETTINGS.items()
     }
     if unknown := sorted(document.keys() - set().union(*known.values())):
-        raise SettingsError(f"controlPlane.endpoint: unknown {', '.join(unknown)}")
+        raise SettingsError(f"controlPlane.endpoint: {', '.join(unknown)} cannot be set for all created endpoints")
     try:
         return {
             kind: model.model_validate({name: value for name, value in document.items() if name in known[kind]})

@@ -68,10 +68,21 @@ def test_created_endpoints_have_the_options_of_the_first_and_the_tiny_model(
 ) -> None:
     monkeypatch.setattr(cli, "_tiny_model_dir", lambda: "/models/tiny")
     monkeypatch.delenv("MODEL_NAME", raising=False)
-    settings = control_plane("--grace", "7", "--env", "A=1", "--endpoint", "first", "--no-rate-limits")
+    options = [
+        "--grace",
+        "7",
+        "--env",
+        "A=1",
+        "--endpoint",
+        "first",
+        "--no-rate-limits",
+        "--scaler-type",
+        "QUEUE_DELAY",
+    ]
+    settings = control_plane(*options)
     assert Path(settings.endpoint["command"][-1]).name == "handler.py"
     assert {name: settings.endpoint[name] for name in ("grace", "env")} == {"grace": 7, "env": {"A": "1"}}
-    assert "id" not in settings.endpoint
+    assert not {"id", "scalerType"} & settings.endpoint.keys()
     assert (settings.model_dir, settings.rate_limits) == ("/models/tiny", None)
 
 
@@ -109,7 +120,11 @@ def test_wrong_control_plane_settings_are_refused(tmp_path: Path, document: dict
 
 @pytest.mark.parametrize(
     ("endpoint", "message"),
-    [({"colour": 1}, "controlPlane.endpoint: unknown colour"), ({"grace": -1}, "controlPlane.endpoint: grace")],
+    [
+        ({"colour": 1}, "controlPlane.endpoint: colour cannot be set"),
+        ({"workersMax": 1}, "controlPlane.endpoint: workersMax cannot be set"),
+        ({"grace": -1}, "controlPlane.endpoint: grace"),
+    ],
 )
 def test_wrong_settings_of_created_endpoints_are_refused(endpoint: dict[str, Any], message: str) -> None:
     settings = EmulatorSettings.model_validate({"port": 0, "controlPlane": {"endpoint": endpoint}})
