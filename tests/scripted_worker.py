@@ -75,13 +75,17 @@ class ScriptedEngine:
         kind = b"text/event-stream" if request.get("stream") else b"application/json"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
         if request.get("stream"):
+            leaving = asyncio.ensure_future(receive())
             for word in text.split(" "):
                 if self.failure() is not None:
                     raise RuntimeError("the engine's process is dead")
                 event = {"choices": [{"index": 0, "delta": {"content": f"{word} "}, "finish_reason": None}]}
                 body = f"data: {json.dumps(event)}\n\n".encode()
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-                await asyncio.sleep(PAUSE_S)
+                await asyncio.wait({leaving}, timeout=PAUSE_S)
+                if leaving.done():
+                    return
+            leaving.cancel()
         else:
             await asyncio.sleep(PAUSE_S)
         last = b"data: [DONE]\n\n" if request.get("stream") else json.dumps({"said": text}).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +22,8 @@ from emulator.errors import AffinityWorkerGoneError, BadRequestError, NoWorkerEr
 from emulator.settings import BalancerSettings
 
 _HEALTH_TIMEOUT_S = 5.0
+# Below Linux' and BSD's ranges for outgoing connections, which begin at 32768 and 49152.
+_WORKER_PORTS = range(20_000, 32_768)
 
 
 @dataclass(eq=False)
@@ -33,7 +36,6 @@ class BalancedWorker:
         port_health: `PORT_HEALTH`, of its health check.
         status: of its last health check; 0 if it has not answered.
         initializing_at: when it first answered 204.
-        chosen: how many requests it was chosen for.
         checking: checks its health until it exits.
     """
 
@@ -42,7 +44,6 @@ class BalancedWorker:
     port_health: int
     status: int = 0
     initializing_at: float | None = None
-    chosen: int = 0
     checking: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
@@ -82,7 +83,9 @@ class BalancerEndpoint(Endpoint):
         try:
             port = ports.open(settings.id, port=settings.port)
         except OSError as error:
-            raise SettingsError(f"endpoint {settings.id} cannot listen on port {settings.port}: {error}") from None
+            raise SettingsError(
+                f"endpoint {settings.id} cannot listen on port {settings.port}: {error.strerror}"
+            ) from None
         self.url = f"{base_url.rpartition(':')[0]}:{port}"
         """The endpoint's own URL, in place of `https://ID.api.runpod.ai`."""
 
@@ -117,7 +120,8 @@ class BalancerEndpoint(Endpoint):
             if affinity.is_strict and affinity.worker not in self.workers:
                 raise AffinityWorkerGoneError("affinity_worker_gone")
             candidates = preferred if preferred or affinity.is_strict else healthy
-            return min(candidates, key=lambda one: (len(self.queue.running_jobs(one.id)), one.chosen), default=None)
+            taken = {one.id: one.jobs_taken for one in self.fleet.workers()}
+            return min(candidates, key=lambda one: (len(self.queue.running_jobs(one.id)), taken[one.id]), default=None)
 
         wait_s = settings.affinity_wait_s if affinity.is_strict else settings.no_worker_s
         worker = await self.long_poll.wait_for(WORKERS_TOPIC, poll, wait_s, disconnect)
@@ -125,8 +129,8 @@ class BalancerEndpoint(Endpoint):
             if affinity.is_strict:
                 raise BadRequestError("worker_timeout: timed out waiting for worker")
             raise NoWorkerError(f"no workers available for {wait_s:g} s")
-        if worker is not None:
-            worker.chosen += 1
+        for one in self.fleet.workers():
+            one.jobs_taken += worker is not None and one.id == worker.id
         return worker
 
     def healthy_workers(self) -> list[BalancedWorker]:
@@ -239,7 +243,11 @@ class BalancerEndpoint(Endpoint):
 
 
 def _free_port() -> int:
-    """Return a port that was free a moment ago: the worker binds it itself, as on the platform."""
-    with socket.create_server((HOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """Return a port that is free now; the worker binds it itself, as on the platform.
+
+    Until it does, a connection of any program may be given a port of the system's own range.
+    """
+    while True:
+        port = random.SystemRandom().choice(_WORKER_PORTS)
+        with suppress(OSError), socket.create_server((HOST, port)):
+            return port

@@ -160,7 +160,8 @@ class Settings(BaseModel):
     listen_host: str = Field(
         "0.0.0.0",
         examples=["127.0.0.1"],
-        description="Load balancer: address to listen on.",
+        description="Load balancer: address to listen on. The worker asks for no key, as the balancer checks it: on a "
+        "machine without one, use `127.0.0.1`.",
     )
     runpod_endpoint_id: str | None = Field(
         None, examples=["x7k2p9qwerty12"], description="RunPod: id of the endpoint. Set by the platform."

@@ -124,6 +124,8 @@ class ServerApp:
         inputs.check_route(path, routes, self._engine.has_route)
         app = await self._engine.app()
         body = await request.body() if _has_json_body(request.scope) else None
+        if request.has_left:
+            return
         if body is not None and self._log_inputs:
             described["input"]["body"] = _loggable(body)
         job_log.log_started(request.id, described, with_input=self._log_inputs)

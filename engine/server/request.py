@@ -37,6 +37,7 @@ class RunningRequest:
     Attributes:
         id: in the log, and of vLLM's request, which has it from the header `X-Request-Id`.
         error: why it was aborted.
+        has_left: whether its client has left.
     """
 
     def __init__(self, scope: Message, receive: Receive, send: Send, on_first_output: Callable[[], None]) -> None:
@@ -58,12 +59,12 @@ class RunningRequest:
         self._is_stream = False
         self._has_failed = False
         self._is_complete = False
-        self._has_left = False
+        self.has_left = False
 
     @property
     def outcome(self) -> str:
         """How it ended: "completed", "failed", or "stopped" by its client."""
-        if self._has_left and not self._is_complete:
+        if self.has_left and not self._is_complete:
             return "stopped"
         failed = self.error is not None or self._has_failed or self._status >= HTTPStatus.BAD_REQUEST
         return "completed" if self._is_complete and not failed else "failed"
@@ -74,7 +75,7 @@ class RunningRequest:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                self._has_left = True
+                self.has_left = True
                 break
             parts.append(message.get("body", b""))
             if not message.get("more_body", False):
@@ -114,7 +115,7 @@ class RunningRequest:
         """
         if self._cancelling is not None:
             self._cancelling.cancel()
-        if self.error is None or self._is_complete or self._has_left:
+        if self.error is None or self._is_complete or self.has_left:
             return
         with suppress(OSError, RuntimeError):  # The client has gone meanwhile.
             if not self._status:
@@ -153,7 +154,7 @@ class RunningRequest:
         if message["type"] == "websocket.disconnect" and self._status == HTTPStatus.SWITCHING_PROTOCOLS:
             self._is_complete = True  # A client ends a WebSocket so.
         elif message["type"].endswith(".disconnect"):
-            self._has_left = True
+            self.has_left = True
         return message
 
     async def _send_unless_aborted(self, message: Message) -> None:

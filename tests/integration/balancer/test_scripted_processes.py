@@ -44,7 +44,7 @@ def worker(tmp_path: Path) -> Iterator[StartWorker]:
 def ping(url: str) -> int | None:
     """Return the status of a health check on a connection of its own; None if it was refused."""
     try:
-        return httpx.get(f"{url}/ping", trust_env=False).status_code
+        return httpx.get(f"{url}/ping", timeout=30).status_code
     except httpx.ConnectError:
         return None
 
@@ -77,7 +77,7 @@ def test_no_health_check_is_refused_from_the_first_204_through_the_handover_to_t
 def test_a_request_while_the_worker_loads_is_told_to_come_back(worker: StartWorker) -> None:
     process, url = worker(LOAD_S="60")
     process.wait_for(lambda: ping(url) == 204)
-    response = httpx.post(f"{url}/v1/chat/completions", json=chat("a"))
+    response = httpx.post(f"{url}/v1/chat/completions", json=chat("a"), timeout=30)
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
 
 
@@ -103,7 +103,7 @@ def test_the_health_check_can_have_a_port_of_its_own(worker: StartWorker) -> Non
     health_url = f"http://127.0.0.1:{port}"
     process.wait_for(lambda: httpx.get(f"{health_url}/up").status_code == 200 if ping(health_url) else False)
     assert httpx.post(f"{health_url}/v1/chat/completions", json=chat("a")).status_code == 404
-    assert httpx.post(f"{url}/v1/chat/completions", json=chat("a")).json() == {"said": "a"}
+    assert httpx.post(f"{url}/v1/chat/completions", json=chat("a"), timeout=30).json() == {"said": "a"}
 
 
 def test_a_port_in_use_ends_the_worker_with_a_line_that_says_what_to_set(tmp_path: Path) -> None:
@@ -131,7 +131,8 @@ def test_sigterm_makes_the_worker_unhealthy_and_loses_no_request(start: Start) -
 def test_a_drain_ends_what_takes_longer_with_an_error(worker: StartWorker) -> None:
     process, url = worker(PAUSE_S="0.2", DRAIN_TIMEOUT_S="1")
     process.wait_for(lambda: ping(url) == 200)
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=chat("word " * 500, stream=True)) as response:
+    body = chat("word " * 500, stream=True)
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         process.popen.send_signal(signal.SIGTERM)
@@ -147,7 +148,7 @@ def test_a_worker_without_health_checks_drains_for_five_seconds_at_most(worker: 
     process.wait_for(lambda: ping(url) == 200)
     process.popen.send_signal(signal.SIGTERM)
     begun = time.monotonic()
-    assert httpx.post(f"{url}/v1/chat/completions", json=chat("a")).json() == {"said": "a"}
+    assert httpx.post(f"{url}/v1/chat/completions", json=chat("a"), timeout=30).json() == {"said": "a"}
     assert process.popen.wait(30) == 0
     assert time.monotonic() - begun >= 4
 
@@ -166,12 +167,16 @@ def test_a_dead_engine_makes_the_worker_unhealthy_and_end_with_1(start: Start) -
 def test_more_than_the_engine_can_run_is_refused_with_retry_after(start: Start) -> None:
     site = start(env={"CONCURRENCY": "2", "PAUSE_S": "0.3"}, workersMin=1, workersMax=1)
     site.idle_workers(1)
-    with ThreadPoolExecutor(4) as pool:
-        body = chat("a b c d e f g h", stream=True)
-        answers = list(pool.map(lambda _: site.client.post("/v1/chat/completions", json=body), range(4)))
-    assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429]
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert {answer.headers["retry-after"] for answer in refused} == {"1"}
+    body = chat("word " * 500, stream=True)
+    with ExitStack() as streams:
+        opened = [site.client.stream("POST", "/v1/chat/completions", json=body) for _ in range(2)]
+        lines = [streams.enter_context(one).iter_lines() for one in opened]
+        assert all(next(one) for one in lines)
+        refused = site.client.post("/v1/chat/completions", json=chat("a"))
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    # Its clients have left.
+    site.idle_workers(1)
+    assert words(site.client, "a b") == ["a", "b", "[DONE]"]
 
 
 def test_a_websocket_reaches_its_open_route_only(start: Start) -> None:

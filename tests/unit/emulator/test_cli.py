@@ -14,7 +14,7 @@ from emulator import cli
 from emulator.app import Emulator
 from emulator.control_plane.settings import ControlPlaneSettings
 from emulator.errors import SettingsError
-from emulator.settings import EmulatorSettings, EndpointSettings
+from emulator.settings import BalancerSettings, EmulatorSettings, EndpointSettings
 from emulator.spirit.settings import SpiritEndpointSettings
 
 
@@ -295,6 +295,49 @@ def test_every_option_of_spirit_sets_its_setting(capsys: pytest.CaptureFixture[s
         cli.main(["--help"])
     help_text = capsys.readouterr().out
     assert all(option in help_text for option in cli._SPIRIT_OPTIONS)
+
+
+def test_every_option_of_a_load_balancing_endpoint_sets_its_setting() -> None:
+    options = {
+        "--balancer-port": ("8001", "port", 8001),
+        "--health-interval": ("0.5", "health_interval_s", 0.5),
+        "--no-worker": ("3", "no_worker_s", 3),
+        "--request-timeout": ("4", "request_timeout_s", 4),
+        "--affinity-wait": ("5", "affinity_wait_s", 5),
+    }
+    argv = ["--endpoint-type", "load-balancer", "--command", "x", "--env", "HEALTH_CHECK_PATH=/up"]
+    for option, (text, _, _) in options.items():
+        argv += [option, text]
+    (endpoint,) = cli.read_settings(argv)[0].endpoints
+    assert isinstance(endpoint, BalancerSettings)
+    assert {name: getattr(endpoint, name) for _, name, _ in options.values()} == {
+        name: value for _, name, value in options.values()
+    }
+    assert options.keys() == cli._BALANCER_OPTIONS.keys()
+    assert (endpoint.scaler_type, endpoint.health_check_path) == ("REQUEST_COUNT", "/up")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--endpoint-type", "load-balancer", "--command", "x", "--long-poll", "5"], "longPoll: Extra inputs"),
+        (["--endpoint-type", "load-balancer", "--command", "x", "--scaler-type", "QUEUE_DELAY"], "scalerType"),
+        (["--command", "x", "--no-worker", "5"], "noWorker: Extra inputs"),
+    ],
+)
+def test_a_setting_of_the_other_type_of_endpoint_is_refused(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_balancers_port_in_use_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        argv = ["--endpoint-type", "load-balancer", "--command", "x", "--port", "0", "--balancer-port", port]
+        assert cli.main(argv) == 1
+    assert f"endpoint local cannot listen on port {port}: Address already in use" in capsys.readouterr().err
 
 
 def test_spirits_limits_are_the_documented_ones_unless_a_file_has_others(tmp_path: Path) -> None:

@@ -289,3 +289,20 @@ async def test_a_websocket_needs_an_open_route_too() -> None:
             await session.ws_connect(f"{site.url}/sleep")
 
     assert refused.value.status == 403
+
+
+async def test_a_client_that_leaves_while_it_sends_its_body_reaches_no_engine() -> None:
+    engine = Engine()
+
+    async with serve(engine) as site:
+        address = site.client.base_url
+        _, writer = await asyncio.open_connection(address.host, address.port)
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+        )
+        writer.write(head.encode())
+        await until(lambda: site.app.running)
+        writer.close()
+        await until(lambda: not site.app.running)
+
+    assert engine.requests == []

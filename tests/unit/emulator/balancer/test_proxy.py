@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,8 +110,10 @@ class Site:
     def __init__(self, emulator: Emulator, endpoint: BalancerEndpoint, stack: ExitStack, servers: list[Server]) -> None:
         self.emulator, self.endpoint, self.servers = emulator, endpoint, servers
         headers = {"Authorization": f"Bearer {KEY}"}
+        ca_file = emulator.ca_file
+        verify = NO_CERTIFICATES if ca_file is None else ssl.create_default_context(cafile=ca_file)
         self.client = stack.enter_context(
-            httpx.Client(base_url=endpoint.url, headers=headers, timeout=20, verify=NO_CERTIFICATES)
+            httpx.Client(base_url=endpoint.url, headers=headers, timeout=20, verify=verify)
         )
 
     def healthy(self, count: int) -> None:
@@ -135,8 +138,9 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
         def begin(**settings: Any) -> Site:
             document = {"id": "lb", "type": "LOAD_BALANCER", "command": "x", "workersMin": 1, **settings}
+            server = {"port": 0, "apiKeys": [KEY], "tls": document.pop("tls", False)}
             endpoints = [{"healthInterval": 0.02, **document}]
-            emulator_settings = EmulatorSettings.model_validate({"port": 0, "apiKeys": [KEY], "endpoints": endpoints})
+            emulator_settings = EmulatorSettings.model_validate({**server, "endpoints": endpoints})
             emulator = stack.enter_context(run_in_thread(emulator_settings))
             endpoint = emulator.endpoints["lb"]
             assert isinstance(endpoint, BalancerEndpoint)
@@ -162,6 +166,15 @@ def test_a_request_reaches_a_worker_as_it_was_sent(site: Site) -> None:
     assert (response.headers["x-type"], response.headers["x-key"]) == ("audio/wav", "False")
     assert response.headers["x-runpod-worker-id"] == worker.id
     assert site.server(worker.id).requests == ["PUT /echo?a=%2F&b"]
+
+
+def test_with_tls_the_endpoints_own_url_has_it_too(start: Start) -> None:
+    site = start(tls=True)
+    site.healthy(1)
+    assert site.endpoint.url.startswith("https://")
+    with site.client.stream("POST", "/stream", json={}) as response:
+        site.servers[0].let_go.set()
+        assert response.read() == b"firstsecond"
 
 
 def test_the_api_key_is_required(site: Site) -> None:
