@@ -14,6 +14,7 @@ a deadline, but the wall clock or CLOCK_BOOTTIME shows the gap. (So does a wall 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -67,6 +68,7 @@ class RunClock:
         self._lock = threading.Lock()
         self._last: Clocks | None = None
         self._skipped_s = 0.0
+        self._thawed_at = -math.inf
         self._on_thaw: Callable[[float], object] = lambda _: None
 
     def now(self) -> float:
@@ -79,6 +81,10 @@ class RunClock:
             if not 0 <= now_s - self._last.monotonic_s < FREEZE_S:
                 now_s = self._look()
             return now_s - self._skipped_s
+
+    def was_frozen_since(self, since: float) -> bool:
+        """Return whether the process was frozen after this time, which is one of this clock."""
+        return since <= self._thawed_at
 
     def look(self) -> None:
         """Look for a freeze since the last look, also for one that only the wall clock shows."""
@@ -100,6 +106,7 @@ class RunClock:
         if unseen_s >= FREEZE_S:
             frozen_s += unseen_s
         if frozen_s or gap_s < 0:
+            self._thawed_at = self._last.monotonic_s - self._skipped_s
             self._on_thaw(frozen_s)
         return self._last.monotonic_s
 

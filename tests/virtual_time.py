@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import selectors
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -79,7 +80,7 @@ def watched_for_freezes(loop: asyncio.AbstractEventLoop, on_thaw: Callable[[floa
     def call_back(frozen_s: float) -> None:
         loop.call_soon(on_thaw, frozen_s)
 
-    with mock.patch.object(CLOCK, "_last", Clocks()), mock.patch.object(CLOCK, "_on_thaw", call_back):
+    with mock.patch.multiple(CLOCK, _last=Clocks(), _on_thaw=call_back, _skipped_s=0.0, _thawed_at=-math.inf):
         yield
 
 

@@ -57,6 +57,7 @@ class JobDelivery:
         self._job_id = job_id
         self._deadline = deadline
         self._outputs: list[msgspec.Raw] = []
+        self._begun_at = CLOCK.now()
         self._finishing_until: float | None = None
         self.delivered_count = 0
 
@@ -83,7 +84,8 @@ class JobDelivery:
     async def finish(self, error: JobError | None = None, *, replace_worker: bool = False) -> str:
         """Deliver the result: all outputs, or the error. What cannot be delivered is logged.
 
-        A result that is too large, or refused, is replaced by an error that says how large it was.
+        A result that is too large, or refused, is replaced by an error that says how large it was; not if the worker
+        was frozen meanwhile, as the platform may have given the job out again.
 
         Args:
             error: why the job failed.
@@ -105,7 +107,7 @@ class JobDelivery:
             await self._deliver(PostKind.RESULT, body, max(self._deadline, self._finishing_until))
         except RefusedDeliveryError as refusal:
             _log.error("Job %s: the platform refused the result (%s)", self._job_id, refusal)
-            if error is not None:
+            if error is not None or _was_taken_back(refusal, self._begun_at):
                 return "undelivered"
             return await self.finish(_error_for_refusal("result", len(body), refusal), replace_worker=replace_worker)
         except DeliveryError as failure:
@@ -143,6 +145,11 @@ class JobDelivery:
             reraise=True,
         )
         await attempts(self._post, kind, self._job_id, body)
+
+
+def _was_taken_back(refusal: RefusedDeliveryError, begun_at: float) -> bool:
+    """Return whether the job may have been given out again: the error of this run would then end the other one."""
+    return refusal.status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE and CLOCK.was_frozen_since(begun_at)
 
 
 def _error_for_refusal(what: str, size_bytes: int, refusal: RefusedDeliveryError) -> JobError:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
@@ -26,6 +25,7 @@ from engine.errors import (
     EngineError,
     InternalError,
     JobError,
+    RefusedOutputError,
     TimedOutError,
     UnusableQueueError,
     WorkerShutdownError,
@@ -161,7 +161,6 @@ class JobLoop:
         self._cold_start = cold_start
         self._cold_start_ended = "First output"
         self._thawed = asyncio.Event()
-        self._thawed_at = -math.inf
         self._jobs: dict[str, RunningJob] = {}
         self._supervised: set[asyncio.Task[None]] = set()
         self._ending = asyncio.Event()
@@ -187,9 +186,8 @@ class JobLoop:
         """Go on after the process was frozen for so many seconds, on new connections: the old ones may be dead."""
         _log.info("Restored: the process did not run for %.1f s; %d jobs in progress", frozen_s, len(self._jobs))
         self._cold_start, self._cold_start_ended = ColdStart(time.monotonic()), "First output since the restore"
-        self._thawed_at = CLOCK.now()
         self._thawed.set()
-        if self.state is LoopState.SERVING:
+        if self.state is not LoopState.ENDED:
             self._queue.reconnect()
 
     def supervise(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -295,7 +293,7 @@ class JobLoop:
             if last.state is not JobState.RUNNING and last.redelivered_job is None:
                 last.redelivered_job = job
                 return True
-            if last.state is JobState.RUNNING and last.started_at <= self._thawed_at:
+            if last.state is JobState.RUNNING and CLOCK.was_frozen_since(last.started_at):
                 # The platform took the worker for lost, and has dropped what this run had delivered.
                 _log.warning("Job %s: given out again after the worker was frozen; it runs again", job_id)
                 last.redelivered_job = job
@@ -350,6 +348,10 @@ class JobLoop:
             error = WorkerShutdownError("the job was cancelled in the worker; try again")
         except JobError as own_error:
             error = own_error
+            if isinstance(error, RefusedOutputError) and CLOCK.was_frozen_since(running.started_at):
+                # It was given out again meanwhile. An error could end that run, if it is here: then it is accepted.
+                _log.warning("Job %s: the platform took it back while the worker was frozen", running.id)
+                running.state = JobState.STOPPED
         except DeliveryError as failure:
             error = EngineError(f"an output could not be delivered: {failure}")
         except Exception:  # noqa: BLE001 (whatever it is, it ends this job and no other)

@@ -89,11 +89,12 @@ def run_job(site: Site, value: dict[str, Any], expected: str) -> tuple[str, str]
             break
     status = site.status(job)
     result = "right" if is_right(status, expected) else f"{status['status']}: {str(status.get('error'))[:200]}"
-    if status.get("retries") and outputs[-len(status["output"]) :] == status["output"]:
+    expected_outputs = status.get("output") or []
+    if status.get("retries") and outputs[len(outputs) - len(expected_outputs) :] == expected_outputs:
         return result, "exact since it was given out again"
-    if outputs == status.get("output"):
+    if outputs == expected_outputs:
         return result, "exact"
-    return result, "a piece twice" if is_with_repetitions(outputs, status.get("output") or []) else f"wrong: {outputs}"
+    return result, "a piece twice" if is_with_repetitions(outputs, expected_outputs) else f"wrong: {outputs}"
 
 
 def is_with_repetitions(outputs: list[Any], expected: list[Any]) -> bool:

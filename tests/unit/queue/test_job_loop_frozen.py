@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine.queue.protocol import TAKE_TIMEOUT_S
+from engine.queue.protocol import TAKE_TIMEOUT_S, PostKind
 from engine.run_clock import CLOCK
 from tests.fake_job_queue import Fault
 from tests.unit.queue.fakes import LoopHarness, error_in
@@ -106,7 +106,7 @@ async def test_the_drain_timeout_counts_only_time_in_which_the_worker_ran() -> N
         harness.handler.go.set()
 
         assert await harness.queue.result("1") == {"output": ["a", "b"]}
-    assert harness.queue.reconnects == 0
+    assert harness.queue.reconnects == 1
 
 
 @in_virtual_time
@@ -118,6 +118,7 @@ async def test_a_delivery_that_failed_before_a_freeze_of_hours_is_tried_again() 
         await harness.handler.begins.wait()
         await asyncio.sleep(1)
         freeze_worker()
+        await asyncio.sleep(12)
         harness.queue.down = False
 
         assert await harness.queue.result("1") == {"output": ["a", "b"]}
@@ -164,6 +165,46 @@ async def test_a_job_that_is_given_out_twice_long_after_a_freeze_runs_once() -> 
         harness.handler.go.set()
         await harness.queue.result("1")
     assert harness.handler.begun == ["1"]
+
+
+@pytest.mark.parametrize("is_last", [False, True], ids=["an output is refused", "the result is refused"])
+def test_a_job_that_was_given_to_another_worker_meanwhile_gets_no_error_from_this_one(is_last: bool) -> None:
+    """It may have come back to this worker in the moment between the refusal and the error."""
+
+    @in_virtual_time
+    async def check() -> None:
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def handler(_: dict[str, Any]) -> AsyncGenerator[Any, None]:
+            yield "before"
+            begun.set()
+            await go.wait()
+            if not is_last:
+                yield "after"
+
+        harness = LoopHarness(handler)
+        posts: list[str] = []
+        post = harness.queue.post
+
+        async def recording_post(kind: PostKind, job_id: str, body: bytes) -> None:
+            posts.append(f"{kind.value} {body.decode()}")
+            await post(kind, job_id, body)
+
+        harness.queue.post = recording_post  # type: ignore[method-assign]
+        async with watched(harness) as freeze_worker:
+            harness.submit("1")
+            await begun.wait()
+            freeze_worker()
+            await asyncio.sleep(0)
+            harness.queue.unfinished.discard("1")
+            go.set()
+            await asyncio.sleep(1)
+            assert harness.queue.in_progress == set()
+
+        refused = 'result {"output":["before"]}' if is_last else 'output {"output":"after"}'
+        assert posts == ['output {"output":"before"}', refused]
+
+    check()
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["idle", "in mid-stream"])
