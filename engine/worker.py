@@ -19,6 +19,7 @@ from engine.config import environment
 from engine.config.settings import Settings
 from engine.errors import ConfigurationError
 from engine.queue.admission import Admission
+from engine.run_clock import CLOCK
 from engine.startup import configure, model_resolver, weight_prefetch
 from engine.startup.caches import Caches
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from engine.config.environment import Variable
     from engine.queue.job_loop import Handler
     from engine.queue.protocol import JobQueue
+    from engine.server.health_check import HealthCheck
+    from engine.server.listeners import Listeners
+    from engine.server.loading import LoadingServer
     from engine.startup.fitness import Checks
 
 # vLLM tokenizes long requests in a thread. While it and the event loop are both busy, each waits this long for the GIL,
@@ -110,15 +114,15 @@ class Worker:
         Returns:
             The exit status: 0 if the worker was asked to stop, 1 if the engine has failed.
         """
+        from engine.jobs import warm_up
         from engine.queue.job_loop import JobLoop, Timeouts
 
         engine, settings = self.engine, self._settings
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        gc.set_threshold(*GC_THRESHOLDS)
+        _tune_interpreter()
         jobs = JobLoop(
             queue,
             handler,
-            Admission(engine.statistics, self.max_concurrency, engine.cache_tokens, engine.max_model_len),
+            self._admission(),
             load_changed=engine.statistics.changed,
             failure=engine.failure,
             timeouts=Timeouts(settings.drain_timeout_s, settings.delivery_timeout_s, settings.execution_timeout_s),
@@ -130,11 +134,59 @@ class Worker:
         _stop_on_signals(jobs.stop, settings.drain_timeout_s)
         await engine.app()
         cold_start.WORKER.mark("app")
+        if settings.warm_up:
+            await warm_up.run(engine)
+            engine.pop_token_counts(warm_up.JOB_ID)
+            cold_start.WORKER.mark("first_request")
         cold_start.WORKER.log("Cold start")
         if self._caches is not None:
             self._caches.pack_later()
         jobs.supervise(health.heartbeat(engine.failure), "heartbeat")
-        return await jobs.run()
+        with CLOCK.watched(jobs.on_thaw):
+            return await jobs.run()
+
+    async def serve_http(self, listeners: Listeners, loading: LoadingServer, check: HealthCheck) -> int:
+        """Serve vLLM's app over HTTP until SIGTERM or SIGINT, or until the engine fails; a second signal ends at once.
+
+        Args:
+            listeners: are accepted on.
+            loading: has accepted on them until now.
+            check: answers the balancer.
+
+        Returns:
+            The exit status: 0 if the worker was asked to stop, 1 if the engine has failed.
+        """
+        from engine.server.app import ServerApp
+        from engine.server.limiter import Limiter
+        from engine.server.service import Service
+
+        engine, settings = self.engine, self._settings
+        _tune_interpreter()
+        limiter = Limiter(self._admission().available_slots, engine.statistics.changed)
+        app = ServerApp(
+            engine,
+            check,
+            limiter,
+            execution_timeout_s=settings.execution_timeout_s,
+            log_inputs=settings.log_job_inputs,
+            cold_start=cold_start.WORKER,
+        )
+        service = Service(app, check, limiter, engine.failure, settings.drain_timeout_s)
+        _stop_on_signals(service.stop, settings.drain_timeout_s)
+        await engine.app()
+        service.supervise(health.heartbeat(engine.failure), "heartbeat")
+
+        def on_ready() -> None:
+            cold_start.WORKER.mark("app")
+            cold_start.WORKER.log("Cold start")
+            if self._caches is not None:
+                self._caches.pack_later()
+
+        return await service.run(listeners, loading, on_ready)
+
+    def _admission(self) -> Admission:
+        engine = self.engine
+        return Admission(engine.statistics, self.max_concurrency, engine.cache_tokens, engine.max_model_len)
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
@@ -196,6 +248,11 @@ def _load_engine(configuration: Configuration, caches: Caches) -> VLLMEngine:
             cold_start.WORKER.note_cache("compile", compile_cache)
         caches.log_usage(compile_cache)
     return engine
+
+
+def _tune_interpreter() -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 @contextmanager
@@ -267,9 +324,7 @@ def _stop_on_signals(stop: Callable[[], None], drain_timeout_s: float) -> None:
             os._exit(1)  # The engine's processes end with this one.
         stopping.set()
         stop()
-        overdue = threading.Timer(limit_s, _end_overdue, (limit_s,))
-        overdue.daemon = True
-        overdue.start()
+        threading.Thread(target=_end_overdue, args=(limit_s,), name="end overdue", daemon=True).start()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -277,5 +332,6 @@ def _stop_on_signals(stop: Callable[[], None], drain_timeout_s: float) -> None:
 
 
 def _end_overdue(limit_s: float) -> None:
+    CLOCK.sleep(limit_s)
     _log.error("The worker has not ended %.0f s after it was asked to stop: ending it now", limit_s)
     os._exit(1)

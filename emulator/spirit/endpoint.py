@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from emulator.api.ports import HOST, Ports
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.worker import ACTIVE_STATES, WorkerState
 from emulator.errors import SettingsError
-from emulator.spirit.agent_ports import HOST, AgentPorts
 from emulator.spirit.relay import Relay
 from emulator.spirit.settings import SpiritEndpointSettings
 from emulator.spirit.task import Task
@@ -27,7 +27,7 @@ class SpiritEndpoint(Endpoint):
     settings: SpiritEndpointSettings
     queue: TaskQueue
 
-    def __init__(self, settings: SpiritEndpointSettings, surroundings: Surroundings, agents: AgentPorts) -> None:
+    def __init__(self, settings: SpiritEndpointSettings, surroundings: Surroundings, agents: Ports) -> None:
         super().__init__(settings, surroundings)
         queue_settings = TaskQueueSettings(settings.lost_after_s, settings.max_retries, settings.retention_s)
         self.queue = TaskQueue(queue_settings, surroundings.clock, surroundings.wall_clock, self)
@@ -74,6 +74,14 @@ class SpiritEndpoint(Endpoint):
 
     def on_worker_stopping(self, worker: str) -> None:
         """End the takes that agents hold, the worker's own among them."""
+        del worker
+        self.long_poll.notify(TASKS_QUEUED_TOPIC)
+
+    def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
+        """Do nothing: a worker's agent is on its machine, and so are their connections."""
+
+    def on_worker_thawed(self, worker: str) -> None:
+        """Let the agent's open takes look for a task."""
         del worker
         self.long_poll.notify(TASKS_QUEUED_TOPIC)
 

@@ -172,3 +172,10 @@ def _join(name: str, first: Any, second: Any) -> Any:
     if isinstance(first, list) or (isinstance(first, str) and name in TEXTS):
         return first + second
     return second
+
+
+def ask(client: httpx.Client, case: Case, path: str) -> Answer:
+    """Return the answer to a case over HTTP, with its content type: `(content type, body)`."""
+    response = client.request("GET" if case.body is None else "POST", path, json=case.body)
+    kind = response.headers.get("content-type", "")
+    return Answer(response.status_code, (kind, response.json() if kind == "application/json" else response.text))

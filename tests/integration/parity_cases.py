@@ -373,3 +373,11 @@ NOT_COMPARED: dict[str, str] = {
     "/v1/audio/transcriptions": "takes a multipart form, which no job can hold, and needs a speech model",
     "/v1/audio/translations": "takes a multipart form, which no job can hold, and needs a speech model",
 }
+
+# The same over HTTP, where a worker answers as vLLM's own server does: both ways, and refused.
+OVER_HTTP = {f"{name}, at once": case for name, case in BOTH_WAYS.items()}
+OVER_HTTP |= {
+    f"{name}, streamed": case.streamed(**(USAGE if case.route.endswith("/completions") else {}))
+    for name, case in BOTH_WAYS.items()
+}
+OVER_HTTP |= {f"{name}, refused": case for name, case in REFUSED.items()}

@@ -18,8 +18,8 @@ from tests.integration.conftest import FLAGS
 from tests.integration.emulator.conftest import LLM_START_S, REPOSITORY, eventually
 from tests.integration.emulator.spirit.conftest import ID, KEY, Site, Webhook, site_with, webhook
 from tests.integration.emulator.spirit.test_stock_proxy import _CURL
-from tests.integration.parity import Answer, events, joined, plain
-from tests.integration.parity_cases import BOTH_WAYS, REFUSED, USAGE, Case
+from tests.integration.parity import ask, events, joined, plain
+from tests.integration.parity_cases import OVER_HTTP
 from tests.processes import VLLM_ENVIRONMENT
 
 __all__ = ["webhook"]
@@ -81,13 +81,7 @@ def test_a_sync_request_is_answered_by_the_same_worker(site: Site) -> None:
     assert response.json()["choices"][0]["message"]["content"] == example("ok").answer
 
 
-CASES = {f"{name}, at once": case for name, case in BOTH_WAYS.items()}
-CASES |= {
-    f"{name}, streamed": case.streamed(**(USAGE if case.route.endswith("/completions") else {}))
-    for name, case in BOTH_WAYS.items()
-}
-CASES |= {f"{name}, refused": case for name, case in REFUSED.items()}
-CASES = {name: case for name, case in CASES.items() if case.route.startswith("/v1/")}
+CASES = {name: case for name, case in OVER_HTTP.items() if case.route.startswith("/v1/")}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,12 +93,6 @@ def test_an_answer_equals_vllms(name: str, site: Site, vllm_server: httpx.Client
     assert (spirit.status, spirit.body[0]) == (direct.status, direct.body[0])
     read = joined if "text/event-stream" in direct.body[0] else plain
     assert read(spirit.body[1]) == read(direct.body[1])
-
-
-def ask(client: httpx.Client, case: Case, path: str) -> Answer:
-    response = client.request("GET" if case.body is None else "POST", path, json=case.body)
-    kind = response.headers["content-type"]
-    return Answer(response.status_code, (kind, response.json() if kind == "application/json" else response.text))
 
 
 def test_a_client_that_leaves_ends_its_request_in_the_engine(site: Site) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from emulator import cli
 from emulator.app import Emulator
+from emulator.control_plane.settings import ControlPlaneSettings
 from emulator.errors import SettingsError
-from emulator.settings import EmulatorSettings, EndpointSettings
+from emulator.settings import BalancerSettings, EmulatorSettings, EndpointSettings
 from emulator.spirit.settings import SpiritEndpointSettings
 
 
@@ -56,6 +57,81 @@ def test_settings_of_the_tiny_model_can_be_overridden_and_empty_values_count_as_
     }
 
 
+def control_plane(*options: str) -> ControlPlaneSettings:
+    settings, _ = cli.read_settings(list(options))
+    assert isinstance(settings, EmulatorSettings)
+    return settings.control_plane
+
+
+def test_created_endpoints_have_the_options_of_the_first_and_the_tiny_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_tiny_model_dir", lambda: "/models/tiny")
+    monkeypatch.delenv("MODEL_NAME", raising=False)
+    options = [
+        "--grace",
+        "7",
+        "--env",
+        "A=1",
+        "--endpoint",
+        "first",
+        "--no-rate-limits",
+        "--scaler-type",
+        "QUEUE_DELAY",
+    ]
+    settings = control_plane(*options)
+    assert Path(settings.endpoint["command"][-1]).name == "handler.py"
+    assert {name: settings.endpoint[name] for name in ("grace", "env")} == {"grace": 7, "env": {"A": "1"}}
+    assert not {"id", "scalerType"} & settings.endpoint.keys()
+    assert (settings.model_dir, settings.rate_limits) == ("/models/tiny", None)
+
+
+@pytest.mark.parametrize(
+    "options", [["--load-models", "--no-endpoint"], ["--env", "MODEL_NAME=a/b"], ["--command", "worker"]]
+)
+def test_created_endpoints_load_the_model_that_they_ask_for(
+    monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr(cli, "_tiny_model_dir", lambda: pytest.fail("not needed"))
+    monkeypatch.delenv("MODEL_NAME", raising=False)
+    settings = control_plane(*options)
+    assert settings.model_dir is None
+    assert settings.endpoint["command"] == "worker" or len(settings.endpoint["command"]) == 2
+
+
+def test_the_emulator_starts_without_an_endpoint(tmp_path: Path) -> None:
+    assert cli.read_settings(["--no-endpoint", "--command", "worker"])[0].endpoints == ()
+    with pytest.raises(SettingsError, match="remove the options for no_endpoint"):
+        cli.read_settings(["--config", write(tmp_path / "config", {}), "--no-endpoint"])
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"endpoints": [{"id": "serverless"}]}, "id=serverless is a path of the control plane"),
+        ({"controlPlane": {"permissions": {"other": "READ"}}}, "a key is none of apiKeys"),
+        ({"controlPlane": {"rateLimits": {"minute": 0}}}, "controlPlane.rateLimits.minute"),
+    ],
+)
+def test_wrong_control_plane_settings_are_refused(tmp_path: Path, document: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        cli.read_settings(["--config", write(tmp_path / "config", document)])
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [
+        ({"colour": 1}, "controlPlane.endpoint: colour cannot be set"),
+        ({"workersMax": 1}, "controlPlane.endpoint: workersMax cannot be set"),
+        ({"grace": -1}, "controlPlane.endpoint: grace"),
+    ],
+)
+def test_wrong_settings_of_created_endpoints_are_refused(endpoint: dict[str, Any], message: str) -> None:
+    settings = EmulatorSettings.model_validate({"port": 0, "controlPlane": {"endpoint": endpoint}})
+    with pytest.raises(SettingsError, match=message):
+        Emulator(settings)
+
+
 def test_a_configured_model_is_not_replaced_by_the_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_tiny_model_dir", lambda: pytest.fail("not needed"))
     monkeypatch.delenv("MODEL_NAME", raising=False)
@@ -80,8 +156,10 @@ def test_every_option_sets_its_setting() -> None:
         "--ping-interval": ("2000", "ping_interval_ms", 2000),
         "--lost-after": ("13", "lost_after_s", 13),
         "--max-retries": ("6", "max_retries", 6),
+        "--frozen-timeout": ("14", "frozen_timeout_s", 14),
     }
     argv = ["--endpoint", "ep", "--command", "run 'a b'", "--env", "A=1=2", "--env", "B=", "--no-rate-limits"]
+    argv.append("--flashboot")
     for option, (text, _, _) in options.items():
         argv += [option, text]
     settings, _ = cli.read_settings([*argv, "--port", "0", "--host", "0.0.0.0", "--api-key", "k1", "--api-key", "k2"])
@@ -92,6 +170,7 @@ def test_every_option_sets_its_setting() -> None:
     }
     assert isinstance(endpoint, EndpointSettings)
     assert not endpoint.rate_limits
+    assert endpoint.flashboot
     assert (settings.host, settings.port, settings.api_keys) == ("0.0.0.0", 0, ("k1", "k2"))
     assert options.keys() == cli._ENDPOINT_OPTIONS.keys()
 
@@ -218,6 +297,49 @@ def test_every_option_of_spirit_sets_its_setting(capsys: pytest.CaptureFixture[s
     assert all(option in help_text for option in cli._SPIRIT_OPTIONS)
 
 
+def test_every_option_of_a_load_balancing_endpoint_sets_its_setting() -> None:
+    options = {
+        "--balancer-port": ("8001", "port", 8001),
+        "--health-interval": ("0.5", "health_interval_s", 0.5),
+        "--no-worker": ("3", "no_worker_s", 3),
+        "--request-timeout": ("4", "request_timeout_s", 4),
+        "--affinity-wait": ("5", "affinity_wait_s", 5),
+    }
+    argv = ["--endpoint-type", "load-balancer", "--command", "x", "--env", "HEALTH_CHECK_PATH=/up"]
+    for option, (text, _, _) in options.items():
+        argv += [option, text]
+    (endpoint,) = cli.read_settings(argv)[0].endpoints
+    assert isinstance(endpoint, BalancerSettings)
+    assert {name: getattr(endpoint, name) for _, name, _ in options.values()} == {
+        name: value for _, name, value in options.values()
+    }
+    assert options.keys() == cli._BALANCER_OPTIONS.keys()
+    assert (endpoint.scaler_type, endpoint.health_check_path) == ("REQUEST_COUNT", "/up")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--endpoint-type", "load-balancer", "--command", "x", "--long-poll", "5"], "longPoll: Extra inputs"),
+        (["--endpoint-type", "load-balancer", "--command", "x", "--scaler-type", "QUEUE_DELAY"], "scalerType"),
+        (["--command", "x", "--no-worker", "5"], "noWorker: Extra inputs"),
+    ],
+)
+def test_a_setting_of_the_other_type_of_endpoint_is_refused(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_balancers_port_in_use_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        argv = ["--endpoint-type", "load-balancer", "--command", "x", "--port", "0", "--balancer-port", port]
+        assert cli.main(argv) == 1
+    assert f"endpoint local cannot listen on port {port}: Address already in use" in capsys.readouterr().err
+
+
 def test_spirits_limits_are_the_documented_ones_unless_a_file_has_others(tmp_path: Path) -> None:
     endpoint = SpiritEndpointSettings()
     assert (endpoint.sync_ttl_s, endpoint.async_ttl_s) == (3 * 60, 15 * 60)
@@ -257,7 +379,7 @@ def test_a_setting_of_the_other_platform_is_refused_in_one_line(
 def test_a_fault_of_the_other_platform_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     faults = write(tmp_path / "faults", {"rules": [{"kind": "error", "route": "heartbeat"}]})
     assert cli.main(["--command", "x", "--port", "0", "--faults", faults]) == 1
-    assert "the platform has no route heartbeat; it has cancel, health," in capsys.readouterr().err
+    assert "the platform has no route heartbeat; it has balancer, cancel, control-plane," in capsys.readouterr().err
 
 
 def test_an_agents_port_in_use_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
