@@ -67,6 +67,8 @@ class RunClock:
         self._read = read
         self._lock = threading.Lock()
         self._last: Clocks | None = None
+        # When the process was last known to run, by the monotonic clock.
+        self._alive_at = -math.inf
         self._skipped_s = 0.0
         self._thawed_at = -math.inf
         self._on_thaw: Callable[[float], object] = lambda _: None
@@ -78,8 +80,10 @@ class RunClock:
             if self._last is None:
                 return time.monotonic() - self._skipped_s
             now_s = time.monotonic()
-            if not 0 <= now_s - self._last.monotonic_s < FREEZE_S:
+            if not 0 <= now_s - self._alive_at < FREEZE_S:
                 now_s = self._look()
+            # So that the clock goes on from here after a freeze, and never goes back.
+            self._alive_at = now_s
             return now_s - self._skipped_s
 
     def was_frozen_since(self, since: float) -> bool:
@@ -95,14 +99,16 @@ class RunClock:
         last, self._last = self._last, self._read()
         if last is None:
             return self._last.monotonic_s
-        gap_s = self._last.monotonic_s - last.monotonic_s
+        gap_s = self._last.monotonic_s - self._alive_at
+        self._alive_at = self._last.monotonic_s
         busy_s = self._last.busy_s - last.busy_s
         frozen_s = 0.0
         # A process that is restored on another machine may find an earlier time.
         if gap_s < 0 or (gap_s >= FREEZE_S and busy_s < _MAX_BUSY_SHARE * gap_s):
             self._skipped_s += gap_s
             frozen_s = max(gap_s, 0.0)
-        unseen_s = max(self._last.wall_s - last.wall_s, self._last.boot_s - last.boot_s) - gap_s
+        other_gaps_s = self._last.wall_s - last.wall_s, self._last.boot_s - last.boot_s
+        unseen_s = max(other_gaps_s) - (self._last.monotonic_s - last.monotonic_s)
         if unseen_s >= FREEZE_S:
             frozen_s += unseen_s
         if frozen_s or gap_s < 0:
@@ -126,6 +132,7 @@ class RunClock:
 
         with self._lock:
             self._last = self._read()
+            self._alive_at = self._last.monotonic_s
             self._on_thaw = lambda frozen_s: loop.call_soon_threadsafe(on_thaw, frozen_s)
         thread = threading.Thread(target=watch, name="watch for freezes", daemon=True)
         thread.start()

@@ -41,6 +41,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         if CLOCK._last is not None:
             # The thread that watches the process has run meanwhile, and notices a freeze one turn after the thaw.
             CLOCK._last = replace(CLOCK._last, monotonic_s=CLOCK._last.monotonic_s + elapsed_s)
+            CLOCK._alive_at += elapsed_s
             if self.turns_to_look == 0:
                 CLOCK.look()
             self.turns_to_look -= 1
@@ -80,7 +81,10 @@ def watched_for_freezes(loop: asyncio.AbstractEventLoop, on_thaw: Callable[[floa
     def call_back(frozen_s: float) -> None:
         loop.call_soon(on_thaw, frozen_s)
 
-    with mock.patch.multiple(CLOCK, _last=Clocks(), _on_thaw=call_back, _skipped_s=0.0, _thawed_at=-math.inf):
+    now = Clocks()
+    with mock.patch.multiple(
+        CLOCK, _last=now, _alive_at=now.monotonic_s, _on_thaw=call_back, _skipped_s=0.0, _thawed_at=-math.inf
+    ):
         yield
 
 

@@ -83,14 +83,17 @@ class RunningJob:
         id: the platform's.
         delivery: of its outputs.
         started_at: when it was taken, by `engine.run_clock`.
+        asked_at: when the take that brought it was sent. Its answer may be older than the last freeze.
         has_run: whether its task has run. A task that is cancelled before would never run, nor remove the job.
         abort_error: the error that it ends with, if it was aborted.
-        redelivered_job: the same job, taken again while this run was ending. It runs when this run is over.
+        redelivered_job: the same job, taken again while this run was ending, and when that take was sent. It runs when
+            this run is over.
     """
 
     id: str
     delivery: Delivery
     started_at: float
+    asked_at: float
     state: JobState = JobState.RUNNING
     has_run: bool = False
     task: asyncio.Task[None] | None = None
@@ -98,7 +101,7 @@ class RunningJob:
     abort_error: JobError | None = None
     first_output_s: float | None = None
     outcome: str = "undelivered"
-    redelivered_job: dict[str, Any] | None = None
+    redelivered_job: tuple[dict[str, Any], float] | None = None
 
     def abort(self, state: JobState, error: JobError | None = None) -> None:
         """Cancel its task and move on to `state`."""
@@ -242,9 +245,10 @@ class JobLoop:
             if not slots:
                 await self._wait_or_shutdown(self._changed.wait())
                 continue
+            asked_at = CLOCK.now()
             try:
                 with backoff.attempt("Polling for jobs failed"):
-                    backoff.result = [job for job in await self._take(slots) if self._start_job(job)]
+                    backoff.result = [job for job in await self._take(slots) if self._start_job(job, asked_at)]
             except UnusableQueueError as error:
                 self.fail(str(error))
             if backoff.wait_s:
@@ -278,7 +282,7 @@ class JobLoop:
             async with asyncio.timeout(seconds):
                 await self._thawed.wait()
 
-    def _start_job(self, job: Any) -> bool:
+    def _start_job(self, job: Any, asked_at: float) -> bool:
         """Start a job, now or when its last run is over; return whether it is one that starts."""
         job_id = _job_id(job)
         if job_id is None:
@@ -291,12 +295,12 @@ class JobLoop:
         if (last := self._jobs.get(job_id)) is not None:
             # The platform has the result of the last run, or has stopped it, and starts another one.
             if last.state is not JobState.RUNNING and last.redelivered_job is None:
-                last.redelivered_job = job
+                last.redelivered_job = job, asked_at
                 return True
-            if last.state is JobState.RUNNING and CLOCK.was_frozen_since(last.started_at):
+            if last.state is JobState.RUNNING and CLOCK.was_frozen_since(last.asked_at):
                 # The platform took the worker for lost, and has dropped what this run had delivered.
                 _log.warning("Job %s: given out again after the worker was frozen; it runs again", job_id)
-                last.redelivered_job = job
+                last.redelivered_job = job, asked_at
                 last.abort(JobState.STOPPED)
                 return True
             _log.warning("Job %s: redelivered while it runs; the duplicate is ignored", job_id)
@@ -305,7 +309,7 @@ class JobLoop:
             self._cold_start.mark("first_take")
         started_at = CLOCK.now()
         delivery = self._queue.delivery(job_id, started_at + self._timeouts.delivery_s)
-        running = RunningJob(job_id, delivery, started_at)
+        running = RunningJob(job_id, delivery, started_at, asked_at)
         self._jobs[job_id] = running
         self._queue.add_in_progress(job_id)
         limits_s = [limit_s for limit_s in (self._timeouts.execution_s, delivery.time_limit_s) if limit_s is not None]
@@ -348,7 +352,7 @@ class JobLoop:
             error = WorkerShutdownError("the job was cancelled in the worker; try again")
         except JobError as own_error:
             error = own_error
-            if isinstance(error, RefusedOutputError) and CLOCK.was_frozen_since(running.started_at):
+            if isinstance(error, RefusedOutputError) and CLOCK.was_frozen_since(running.asked_at):
                 # It was given out again meanwhile. An error could end that run, if it is here: then it is accepted.
                 _log.warning("Job %s: the platform took it back while the worker was frozen", running.id)
                 running.state = JobState.STOPPED
@@ -414,7 +418,7 @@ class JobLoop:
         except Exception:  # noqa: BLE001 (a line of the log is not worth the worker)
             _log.exception("Job %s: its end could not be logged", running.id)
         if running.redelivered_job is not None:
-            self._start_job(running.redelivered_job)
+            self._start_job(*running.redelivered_job)
 
     def _mark_first_output(self) -> None:
         """Note the worker's first output since it was started or restored."""

@@ -58,6 +58,7 @@ class Watched:
         self.thaws: list[float] = []
         self.clock = RunClock(machine.read)
         self.clock._last = machine.read()
+        self.clock._alive_at = machine.monotonic_s
         self.thawed = asyncio.Event()
         self.clock._on_thaw = self._on_thaw
 
@@ -76,6 +77,20 @@ def test_time_in_which_the_process_was_frozen_does_not_count(machine: FakeMachin
     machine.advance(1)
     assert watched.clock.now() == before + 1
     assert watched.thaws == [312]
+
+
+def test_the_clock_goes_on_from_where_it_was_last_read(machine: FakeMachine) -> None:
+    """Not from when the thread last looked: it would go back."""
+    watched = Watched(machine)
+    machine.advance(0.4)
+    before = watched.clock.now()
+    assert not watched.clock.was_frozen_since(before)
+    machine.advance(312)
+
+    assert watched.clock.now() == before
+    assert watched.clock.was_frozen_since(before)
+    machine.advance(0.1)
+    assert not watched.clock.was_frozen_since(watched.clock.now())
 
 
 def test_a_long_computation_is_no_freeze(machine: FakeMachine) -> None:

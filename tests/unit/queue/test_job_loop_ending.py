@@ -249,7 +249,7 @@ async def test_a_job_that_is_aborted_twice_before_its_task_runs_is_removed(abort
     harness = LoopHarness()
     task = asyncio.create_task(harness.loop.run())
     await asyncio.sleep(0)
-    harness.loop._start_job({"id": "1", "input": {}})
+    harness.loop._start_job({"id": "1", "input": {}}, 0.0)
     running = harness.loop._jobs["1"]
     running.abort(JobState.STOPPED if abort == "stop" else JobState.FINISHING)
     running.abort(JobState.ABANDONED)

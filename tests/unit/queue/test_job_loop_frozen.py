@@ -79,6 +79,33 @@ async def test_a_job_that_came_with_a_take_during_the_freeze_is_run() -> None:
 
 
 @in_virtual_time
+async def test_a_job_from_a_take_that_a_freeze_delayed_gets_no_error_if_it_was_given_out_again() -> None:
+    harness = LoopHarness()
+    take = harness.queue.take
+    answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+    async def take_once(_: int) -> list[Any]:
+        harness.queue.take = take  # type: ignore[method-assign]
+        return await answer
+
+    harness.queue.take = take_once  # type: ignore[method-assign,assignment]
+    async with watched(harness) as freeze_worker:
+        freeze_worker()
+        answer.set_result([{"id": "1", "input": {}}])
+        harness.queue.must_not_post.add("1")
+        add_in_progress = harness.queue.add_in_progress
+
+        def add(job_id: str) -> None:
+            add_in_progress(job_id)
+            harness.queue.unfinished.discard(job_id)
+            harness.queue.must_not_post.add(job_id)
+
+        harness.queue.add_in_progress = add  # type: ignore[method-assign]
+        await harness.handler.closes.wait()
+    assert harness.queue.results == []
+
+
+@in_virtual_time
 async def test_the_execution_timeout_counts_only_time_in_which_the_worker_ran() -> None:
     harness = LoopHarness(execution_s=30.0)
     async with watched(harness) as freeze_worker:
