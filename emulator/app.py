@@ -25,6 +25,7 @@ from emulator.api.auth import AppContext
 from emulator.api.bodies import api_error_response, client_closed_request, http_exception_response
 from emulator.api.fault_middleware import DroppableProtocol, FaultInjectionMiddleware, RouteName, runpod_route_name
 from emulator.certificate import Certificate
+from emulator.core.autoscaler import TICK_INTERVAL_S
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.faults import RUNPOD_ROUTES, SPIRIT_ROUTES, Faults
 from emulator.core.process import WorkerProcess
@@ -39,7 +40,6 @@ from emulator.spirit.endpoint import SpiritEndpoint
 from emulator.spirit.route_names import agent_route_name, gateway_route_name
 from emulator.spirit.settings import SpiritEmulatorSettings, SpiritEndpointSettings
 
-_TICK_INTERVAL_S = 0.1
 _SHUTDOWN_TICK_INTERVAL_S = 0.02
 _SAMPLE_INTERVAL_S = 1.0
 # Longer than clients keep idle connections, so that the server closes none just as a request is sent on it.
@@ -203,7 +203,7 @@ class Emulator:
                 for endpoint in self.endpoints.values():
                     endpoint.sample()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop_requested.wait(), _TICK_INTERVAL_S)
+                await asyncio.wait_for(self._stop_requested.wait(), TICK_INTERVAL_S)
             if self._stop_requested.is_set():
                 await asyncio.sleep(_SHUTDOWN_TICK_INTERVAL_S)
 
