@@ -268,10 +268,10 @@ class Simulation:
 
     def _decide(self, _event: simpy.Event) -> None:
         """Start and stop workers as the rules say."""
-        now_s = self._env.now
-        if now_s < self._next_decision_s - TICK_INTERVAL_S / 2:
+        if self._env.now < self._next_decision_s - TICK_INTERVAL_S / 2:
             return
-        self._next_decision_s = inf
+        # Not the time that simpy has reached by adding, so that rounding does not delay the decision by a tick.
+        now_s, self._next_decision_s = self._next_decision_s, inf
         oldest_s = self._trace.arrivals_s[self._waiting[0]] if self._waiting else now_s
         load = QueueLoad(len(self._waiting), self._running, now_s - oldest_s)
         start, stop = scale(self._plan, load, self._counts, now_s)
