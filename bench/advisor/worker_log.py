@@ -3,8 +3,8 @@
     2026-11-30T10:00:00Z INFO   | {"job": "a-u1", "route": "/v1/chat/completions", "status": "started"}
     2026-11-30T10:00:04Z INFO   | {"job": "a-u1", ..., "tokens_out": 200, "first_output_s": 0.04, "duration_s": 4.1}
 
-How many jobs ran at once is known from the order of the lines. Arrivals are known only if lines have times, which log
-drivers add (`docker logs --timestamps`); they are the times of the takes, so a queue before the worker does not show.
+How many jobs ran at once is known from the order of the lines, and from their times if they have any: log drivers add
+them (`docker logs --timestamps`). With times it is also a trace: of takes, as the queue before the worker is not seen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -33,16 +33,26 @@ class LoggedJob:
         line: number of its first line.
         started_s: when it was taken, in seconds since 1970; None if the line has no time.
         at_start: how many jobs ran, with it.
-        counts: how many ran after each line during its run.
+        watched: time between the lines during its run, in seconds, or their number if they have no times.
+        job_time: the same, times the jobs that ran.
+        tokens: output tokens, if it was completed and they are known.
+        first_output_s: from the take to its first output.
+        duration_s: from the take to its end.
     """
 
     line: int
     started_s: float | None
     at_start: int
-    counts: list[int] = field(default_factory=list)
+    watched: float = 0.0
+    job_time: float = 0.0
     tokens: int | None = None
     first_output_s: float | None = None
     duration_s: float | None = None
+
+    @property
+    def concurrency(self) -> int:
+        """How many jobs ran at once during its run, on average."""
+        return max(round(self.job_time / self.watched), 1) if self.watched else self.at_start
 
 
 class WorkerLog:
@@ -60,6 +70,7 @@ class WorkerLog:
         self.jobs: list[LoggedJob] = []
         self.cold_starts_s: list[float] = []
         self._running: dict[str, LoggedJob] = {}
+        self._last_line_s: float | None = None
         try:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError as error:
@@ -73,18 +84,23 @@ class WorkerLog:
             self._running.clear()
         elif found := _JOB_LINE.search(line):
             document = self._json(number, line[found.start() :])
+            time_s = _time_s(line[: found.start()])
+            self._watch(time_s)
             if document.get("status") == "started":
-                time_s = _time_s(line[: found.start()])
                 job = LoggedJob(number, time_s, len(self._running) + 1)
                 self._running[document["job"]] = job
                 self.jobs.append(job)
-            elif (ended := self._running.pop(document["job"], None)) is not None:
-                ended.counts.append(len(self._running) + 1)
-                if document.get("status") == "completed":
-                    ended.tokens, ended.first_output_s = document["tokens_out"], document["first_output_s"]
-                    ended.duration_s = document["duration_s"]
-            for other in self._running.values():
-                other.counts.append(len(self._running))
+            elif (ended := self._running.pop(document["job"], None)) and document.get("status") == "completed":
+                ended.tokens, ended.first_output_s = document["tokens_out"], document["first_output_s"]
+                ended.duration_s = document["duration_s"]
+
+    def _watch(self, time_s: float | None) -> None:
+        """Count the time since the last line, which ends now, for all jobs that run."""
+        passed = 1.0 if time_s is None or self._last_line_s is None else time_s - self._last_line_s
+        self._last_line_s = time_s
+        for job in self._running.values():
+            job.watched += passed
+            job.job_time += passed * len(self._running)
 
     def _json(self, number: int, text: str) -> dict[str, Any]:
         """Return the JSON object at the start of the text, which a log driver may have wrapped."""
@@ -102,8 +118,7 @@ class WorkerLog:
         ttfts_s: dict[int, list[float]] = defaultdict(list)
         for job in self.jobs:
             if job.tokens and job.duration_s:
-                count = max(round(sum(job.counts) / len(job.counts)), 1)
-                rates[count].append(count * job.tokens / job.duration_s)
+                rates[job.concurrency].append(job.concurrency * job.tokens / job.duration_s)
                 if job.first_output_s is not None:
                     ttfts_s[job.at_start].append(job.first_output_s)
         return (

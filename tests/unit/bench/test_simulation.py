@@ -73,8 +73,7 @@ def test_no_more_than_the_concurrency_runs_on_a_worker() -> None:
 
 def test_a_worker_is_paid_from_its_start_to_its_exit() -> None:
     """The start takes 40 s, the answer 10, the idle timeout 5, and the exit 2."""
-    plan = {"scaler_type": "REQUEST_COUNT", "scaler_value": 1, "idle_timeout_s": 5}
-    outcome = run([(10.0, 100)], duration_s=600, **plan)
+    outcome = run([(10.0, 100)], duration_s=600, scaler_type="REQUEST_COUNT", scaler_value=1, idle_timeout_s=5)
     assert outcome.gpu_s == pytest.approx(40 + 10 + 5 + 2, abs=0.11)
     assert outcome.active_gpu_s == 0
 
@@ -125,8 +124,8 @@ def test_the_scaler_misses_nothing_when_it_sleeps(
     worker = WorkerProfile({1: 10.07, 4: 25.03}, {1: 0.5}, (7.3113,), stop_s=1.0)
 
     def outcome() -> Outcome:
-        plan = {"scaler_type": scaler, "scaler_value": value, "workers_min": minimum, "concurrency": 2}
-        return run(requests, worker, duration_s=90, idle_timeout_s=4, **plan)
+        plan = EndpointPlan(scaler, value, 2, 4.0, minimum)
+        return simulate(worker, Trace([at for at, _ in requests], [tokens for _, tokens in requests], 90.0), plan)
 
     expected = outcome()
     with mock.patch.object(simulation, "next_change_s", lambda *arguments: arguments[-1]):
