@@ -38,7 +38,7 @@ NOISE_S = 0.05
 UNSTABLE = {"diurnal, QUEUE_DELAY"}
 
 DAY = MadeUpDay(10_000).trace(TokenCounts(300))
-PRICES = Prices(flex=2.2, active=2.2)
+PRICES = Prices(flex=2.0, active=2.0)
 TEN = [
     EndpointPlan("REQUEST_COUNT", 16, 32, 5, 0, 3),
     EndpointPlan("REQUEST_COUNT", 16, 32, 5, 1, 3),
