@@ -11,6 +11,7 @@ import pytest
 
 from bench import report
 from bench.__main__ import main
+from bench.advisor import scale
 from bench.advisor.errors import InputError
 from bench.advisor.search import Goal, Grid, Prices, Result, Search, cheapest, frontier
 from bench.advisor.simulation import EndpointPlan, Outcome
@@ -305,3 +306,17 @@ def test_a_plot_of_another_kind_is_refused_before_the_search(capsys: pytest.Capt
 def test_without_figures_of_the_worker_nothing_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", "--day", "9", "--ttft-p95", "1s"]) == 2
     assert "throughput is not known" in capsys.readouterr().err
+
+
+# A million requests a day, here 2,000.
+
+
+def test_the_study_of_scale_has_a_line_for_each_settings_and_a_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale, "REQUESTS", 2000)
+    monkeypatch.setattr(scale, "SERVICES", scale.SERVICES[:1])
+    assert scale.main([str(tmp_path)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 10 |")]
+    assert [row.split(" | ")[1] for row in rows] == list(scale.plans(scale.SERVICES[0]))
+    assert "10 workers, 2,500 tokens a request" in (tmp_path / "million.svg").read_text()
