@@ -68,7 +68,7 @@ def add_options(result: argparse.ArgumentParser) -> None:
     source.add_argument("--trace-log", type=Path, metavar="FILE", help="a worker's log with times")
     source.add_argument("--day", type=_count, metavar="N", help="a made-up day of N requests")
     requests.add_argument(
-        "--peak", type=_positive, default=1.8, metavar="X", help="made-up day: peak rate / mean rate (default: 1.8)"
+        "--peak", type=_peak, default=1.8, metavar="X", help="made-up day: peak rate / mean rate (default: 1.8)"
     )
     requests.add_argument(
         "--bursts", type=_count, default=4, metavar="N", help="made-up day: bursts of 1 %% of it (default: 4)"
@@ -181,6 +181,13 @@ def _positive(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _peak(text: str) -> float:
+    value = _positive(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: the peak's rate is at least the mean rate, 1")
     return value
 
 

@@ -279,6 +279,7 @@ def test_an_impossible_goal_is_said_to_be_so(capsys: pytest.CaptureFixture[str])
         (("--day", "9", "--ttft-p95", "1s", "--idle-timeout", "0.5s"), "from 1s to 3600s"),
         (("--day", "9", "--ttft-p95", "1s", "--queue-delay", "0.1s"), "accepts 0.5s and more"),
         (("--day", "9", "--ttft-p95", "1s", "--throughput", "8:20"), "write N=VALUE"),
+        (("--day", "9", "--ttft-p95", "1s", "--peak", "0.5"), "at least the mean rate"),
         (("--day", "9", "--trace", "a.csv", "--ttft-p95", "1s"), "not allowed with"),
         (("--day", "9"), "--ttft-p50 --ttft-p95 --ttft-p99 is required"),
     ],
