@@ -42,13 +42,12 @@ class EndpointPlan:
 
 
 class Sample(NamedTuple):
-    """The state of an endpoint at one time, in seconds: requests that wait and run, workers, and those that start."""
+    """The state of an endpoint at one time, in seconds: requests that wait and that run, and workers."""
 
     time_s: float
     waiting: int
     running: int
     workers: int
-    starting: int
 
 
 @dataclass
@@ -251,8 +250,8 @@ class Simulation:
 
     def _sample(self) -> Generator[simpy.Event, None, None]:
         while True:
-            state = (self._env.now, len(self._waiting), self._running, self._counts.total, self._counts.starting)
-            self.outcome.samples.append(Sample(*state))
+            sample = Sample(self._env.now, len(self._waiting), self._running, self._counts.total)
+            self.outcome.samples.append(sample)
             yield self._env.timeout(self._sample_s)
 
     # Workers

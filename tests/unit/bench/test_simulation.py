@@ -106,7 +106,7 @@ def test_samples_show_the_state_from_time_to_time() -> None:
     trace = Trace([0.0] * 3, [90] * 3, 20.0)
     plan = EndpointPlan(workers_min=1, workers_max=1, concurrency=2)
     samples = simulate(READY, trace, plan, sample_s=10).samples
-    assert [sample[1:] for sample in samples] == [(3, 0, 0, 0), (1, 2, 1, 0), (0, 1, 1, 0)]
+    assert [sample[1:] for sample in samples] == [(3, 0, 0), (1, 2, 1), (0, 1, 1)]
 
 
 @given(
