@@ -1,7 +1,7 @@
 """`python -m bench.advisor.scale DIR`: a million requests a day on 10, 100 and 1,000 workers, for docs/scaling.md.
 
-It writes a plot to DIR and prints a Markdown table. Answers and workers differ, so that the same day needs about 7, 70
-and 700 of them. Each line is a million simulated requests; all of them take one to two minutes.
+It writes a plot to DIR and prints a Markdown table. Answers and workers differ, so that the same day needs about 5, 50
+and 500 of them at its peak. Each line is a million simulated requests; all of them take one to two minutes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Service:
     """A model on a kind of worker, and the answers that it gives.
 
     Args:
-        workers: maximum of workers; about 1.5 times as many as the day's peak needs.
+        workers: maximum of workers; about twice as many as the day's peak needs.
         tokens: mean output tokens of an answer.
         concurrency: MAX_CONCURRENCY.
         worker: figures of a worker.

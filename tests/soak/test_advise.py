@@ -1,4 +1,4 @@
-"""The advisor's simulation next to the emulator: twelve scenarios, ten settings of a day, and worker processes.
+"""The advisor's simulation next to the emulator: twelve scenarios, eleven settings of a day, and worker processes.
 
     python -m pytest tests/soak/test_advise.py -s
 
@@ -37,9 +37,12 @@ NOISE_S = 0.05
 # 5 % of its requests meet a queue, more or less: its p95 is 0.04 s or 1 s, as the workers happen to share the requests.
 UNSTABLE = {"diurnal, QUEUE_DELAY"}
 
+SEEDS = 4
 DAY = MadeUpDay(10_000).trace(TokenCounts(300))
 PRICES = Prices(flex=2.0, active=2.0)
-TEN = [
+# The first is what `python -m bench advise` answers for this day (docs/scaling.md).
+SETTINGS = [
+    EndpointPlan("QUEUE_DELAY", 4, 32, 5, 1, 3),
     EndpointPlan("REQUEST_COUNT", 16, 32, 5, 0, 3),
     EndpointPlan("REQUEST_COUNT", 16, 32, 5, 1, 3),
     EndpointPlan("REQUEST_COUNT", 4, 8, 5, 0, 10),
@@ -77,16 +80,20 @@ def test_a_scenario_takes_in_the_emulator_what_the_simulation_says(name: str, sh
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("plan", TEN, ids=str)
+@pytest.mark.parametrize("plan", SETTINGS, ids=str)
 def test_a_day_costs_in_the_emulator_what_the_simulation_says(plan: EndpointPlan, show: Show) -> None:
-    simulated, run = simulate(PHI_4, DAY, plan), run_emulated(PHI_4, DAY, plan)
+    # A worker that one burst starts may find work for hours, or not: with other seeds some settings cost a third more.
+    by_seed = [simulate(PHI_4, DAY, plan, seed=seed) for seed in range(SEEDS)]
+    simulated, run = by_seed[0], run_emulated(PHI_4, DAY, plan)
     scaler = f"{plan.scaler_type} {plan.scaler_value:g}, {plan.concurrency} at once, {plan.workers_min} to "
     name = f"{scaler}{plan.workers_max} workers, idle {plan.idle_timeout_s:g} s"
     money = f"{PRICES.money(simulated):.2f}", f"{PRICES.money(run):.2f}"
     show(f"{row(name, simulated, run)} {' | '.join(money)} |")
 
     assert len(run.ttfts_s) == len(DAY.arrivals_s)
-    assert is_close(simulated.gpu_s, run.gpu_s)
+    gpu_s = [outcome.gpu_s for outcome in by_seed]
+    assert min(gpu_s) * (1 - WITHIN) <= run.gpu_s <= max(gpu_s) * (1 + WITHIN)
+    assert is_close(ttft_s(simulated), ttft_s(run))
 
 
 # A word is a token of the scripted worker, whatever else it does.
