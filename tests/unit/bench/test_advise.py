@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from bench.compare import Results
 from bench.metrics import Measurement
 from bench.scenarios import Scenario
 from bench.systems import OURS, VLLM
+from engine.cold_start import ColdStart
+from engine.queue import job_log
 
 TOKENS = TokenCounts(300)
 WORKER = ("--throughput", "1=100", "8=400", "--ttft-ms", "1=40", "8=100", "--cold-start", "20s")
@@ -118,6 +122,18 @@ def test_a_workers_log_shows_throughput_by_concurrency_and_starts(tmp_path: Path
     assert figures.tokens_per_s == {1: 10, 2: 2 * 100 / 12.5}
     assert figures.ttft_s == {1: 0.5, 2: 0.5}
     assert figures.cold_starts_s == [41.5]
+
+
+def test_what_a_worker_logs_is_what_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job = {"id": "a", "batchId": "b", "input": {"openai_route": "/v1/chat/completions"}}
+    with caplog.at_level(logging.INFO, "engine"):
+        ColdStart(started_at=time.monotonic() - 30).log("Cold start")
+        job_log.log_started("a", job, with_input=True)
+        job_log.log_ended("a", job, "completed", tokens=(9, 50), first_output_s=0.25, duration_s=5.0, outputs=4)
+    text = "\n".join(f"INFO   | {message}" for message in caplog.messages)
+    figures = Figures()
+    figures.read_log(WorkerLog(written(tmp_path / "worker.log", text)))
+    assert (figures.tokens_per_s, figures.ttft_s, len(figures.cold_starts_s)) == ({1: 10.0}, {1: 0.25}, 1)
 
 
 def test_without_times_the_order_of_the_lines_shows_how_many_jobs_ran(tmp_path: Path) -> None:
