@@ -277,19 +277,19 @@ class Simulation:
         for worker_id in stop:
             self._stop_worker(self._workers[worker_id])
         for _ in range(start):
-            self._start_worker()
+            self._start_worker(now_s)
         self._decide_at(max(next_change_s(self._plan, load, self._counts, now_s), now_s + TICK_INTERVAL_S))
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, now_s: float) -> None:
         self._count_gpu_time()
         self._started += 1
-        worker = _Worker(str(self._started), self._env.now)
+        worker = _Worker(str(self._started), now_s)
         self._workers[worker.id] = worker
         self._starts[worker.id] = worker.started_s
         self._counts.total += 1
         self._counts.usable += 1
         self._counts.starting += 1
-        self._counts.last_start_s = self._env.now
+        self._counts.last_start_s = now_s
         self.outcome.max_workers = max(self.outcome.max_workers, self._counts.total)
         delay_s = self._random.choice(self._worker.cold_starts_s)
         self._env.timeout(delay_s, worker).callbacks.append(self._on_ready)
