@@ -31,6 +31,7 @@ from emulator.certificate import Certificate
 from emulator.control_plane.deployment import ManagedEndpoint
 from emulator.control_plane.plane import ControlPlane
 from emulator.control_plane.routes import routes as control_plane_routes
+from emulator.core.autoscaler import TICK_INTERVAL_S
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.faults import RUNPOD_ROUTES, SPIRIT_ROUTES, Faults
 from emulator.core.process import WorkerProcess
@@ -44,7 +45,6 @@ from emulator.spirit.endpoint import SpiritEndpoint
 from emulator.spirit.route_names import agent_route_name, gateway_route_name
 from emulator.spirit.settings import SpiritEmulatorSettings
 
-_TICK_INTERVAL_S = 0.1
 _SHUTDOWN_TICK_INTERVAL_S = 0.02
 _SAMPLE_INTERVAL_S = 1.0
 # Longer than clients keep idle connections, so that the server closes none just as a request is sent on it.
@@ -242,7 +242,7 @@ class Emulator:
             if self._control_plane is not None:
                 await self._control_plane.tick()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop_requested.wait(), _TICK_INTERVAL_S)
+                await asyncio.wait_for(self._stop_requested.wait(), TICK_INTERVAL_S)
             if self._stop_requested.is_set():
                 await asyncio.sleep(_SHUTDOWN_TICK_INTERVAL_S)
 

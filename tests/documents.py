@@ -31,6 +31,7 @@ _CI = "includes this test, or CI runs it as well"
 _LONG = "takes up to an hour, and has its own tests (tests/unit/bench/test_bench.py, tests/soak)"
 _IMPORTS = "leaves results in the checkout; tests/integration/test_imports.py runs it"
 _BENCH = "takes minutes, and measures; tests/integration/test_bench.py runs it in small"
+_ADVISE = "takes minutes on a busy machine; tests/unit/bench/test_advise.py runs it in small"
 _ACCOUNT = "needs an account: it creates something on RunPod or Spirit, or asks a worker there, and costs money"
 _FILE = "needs the reader's own file; docs/api.md runs it with one"
 _HUB = "needs the hub, or the reader's own model; tests/integration/test_builder.py runs it"
@@ -55,6 +56,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "python -m builder manifest DIR"): _HUB,
     ("README.md", "python -m builder warm"): "takes a minute; tests/integration/test_caches.py runs it",
     ("README.md", "python -m bench"): _LONG,
+    ("README.md", "python -m bench advise"): _ADVISE,
     ("README.md", "make soak"): _LONG,
     ("deploy.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
     ("deploy.md", "docker build"): _NAMES,
@@ -79,6 +81,15 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("performance.md", "python -m bench gpu"): _BENCH,
     ("performance.md", "python -m bench streams"): _BENCH,
     ("performance.md", "python -m bench vllm-bench"): _BENCH,
+    (
+        "scaling.md",
+        "python -m bench advise --throughput 1=105 32=1165 --ttft-ms 1=38 32=110 --cold-start 41s --day 10000 \\",
+    ): _ADVISE,
+    ("scaling.md", "python -m bench advise"): _ADVISE,
+    ("scaling.md", "python -m bench"): _LONG,
+    ("scaling.md", "docker logs"): _NAMES,
+    ("scaling.md", "python -m pytest tests/soak/test_advise.py -s"): _LONG,
+    ("scaling.md", "python -m bench.advisor.scale docs/scaling"): _ADVISE,
     ("upgrading.md", "make preview"): _NETWORK,
     ("upgrading.md", "PYTHONPATH=.venv/vllm-preview VLLM_TARGET_DEVICE=cpu .venv/bin/python handler.py"): _NETWORK,
     ("upgrading.md", "make upgrade"): _NETWORK,
