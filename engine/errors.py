@@ -9,6 +9,7 @@ WorkerError
 └── JobError                  one job ends with this error; the worker continues
     ├── InvalidInputError     400: the job's input is not accepted
     ├── RouteNotAllowedError  403: jobs may not call the route
+    ├── FileNotAllowedError   403: jobs may not read the file
     ├── UnknownRouteError     404: vLLM has no such route
     ├── EngineResponseError   vLLM answered with an error status, or ended a stream with an error; passed on unchanged
     ├── ExpiredError          408: the job waited in the queue for longer than its client allows
@@ -29,6 +30,7 @@ from __future__ import annotations
 import json
 import re
 from http import HTTPStatus
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 _RETRYABLE_STATUSES = {
@@ -109,6 +111,19 @@ class RouteNotAllowedError(JobError):
     def __init__(self, route: str, open_routes: list[str]) -> None:
         super().__init__(
             f"jobs may not call {route}. Allowed: {', '.join(open_routes)}. ALLOWED_ROUTES of the worker allows more"
+        )
+
+
+class FileNotAllowedError(JobError):
+    """Jobs may not read the file that one names; `volume` is where they may."""
+
+    status = HTTPStatus.FORBIDDEN
+    type = "PermissionDeniedError"
+
+    def __init__(self, volume: PurePath) -> None:
+        super().__init__(
+            f"jobs may read files below {volume} only, the network volume (NETWORK_VOLUME of the worker): name one "
+            "there, or send the file as a URL or in base64"
         )
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any, cast
 
 from engine.backend.app import App, Message, Receive, Send
@@ -25,6 +26,7 @@ from engine.queue import runpod_client, spirit_client, spirit_sdk
 from engine.queue.protocol import JobQueue
 from engine.queue.spirit_proxy_mode import ProxyMode
 from engine.worker import Worker
+from tests.scripted import scripted_files
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
 
@@ -37,6 +39,7 @@ class ScriptedEngine:
     batch_interval_s = 0.0
     open_routes = SERVING
     cache_tokens = 10**6
+    files = scripted_files(Path("/nowhere"))
 
     def __init__(self) -> None:
         self.statistics = Statistics()

@@ -114,8 +114,13 @@ class SpiritSite:
     async def proxied(self, text: str, **fields: Any) -> httpx.Response:
         return await self.post_proxied(json=self.chat(text, **fields))
 
-    async def post_proxied(self, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
-        return await self._client.post(path, headers={"Authorization": f"{ID}-{KEY}"}, **options)
+    async def post_proxied(
+        self, path: str = "/v1/chat/completions", content_type: str | None = None, **options: Any
+    ) -> httpx.Response:
+        headers = {"Authorization": f"{ID}-{KEY}"}
+        if content_type is not None:
+            headers["Content-Type"] = content_type
+        return await self._client.post(path, headers=headers, **options)
 
     def stream(self, text: str) -> Any:
         """Return a streamed request, as an async context manager."""
