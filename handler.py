@@ -100,7 +100,8 @@ def main() -> int:
             signal.signal(number, lambda *_: sys.exit(0))
         if polling:
             sys.argv[1:] = rest
-            return _poll_spirit(variables, settings) if settings.queue == "spirit" else _poll_runpod(variables)
+            poll = _poll_spirit if settings.queue == "spirit" else _poll_runpod
+            return poll(variables, settings)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if arguments.print_config:
@@ -140,10 +141,11 @@ def _answer(variables: Mapping[str, Variable], test_input: str | None) -> int:
     return asyncio.run(local.answer(job, handler, worker.current(variables).engine))
 
 
-def _poll_runpod(variables: Mapping[str, Variable]) -> int:
+def _poll_runpod(variables: Mapping[str, Variable], settings: Settings) -> int:
     """Take jobs from RunPod's queue until a signal asks the worker to stop."""
     from engine import worker
     from engine.queue import runpod_client
+    from engine.queue.bucket import Bucket
     from engine.startup import fitness
 
     with fitness.Checks() as checks:
@@ -152,13 +154,14 @@ def _poll_runpod(variables: Mapping[str, Variable]) -> int:
     async def run(queue: JobQueue) -> int:
         return await serving.serve(queue, handler)
 
-    return runpod_client.serve(handler, run, serving.max_concurrency, serving.engine.failure)
+    return runpod_client.serve(handler, run, serving.max_concurrency, serving.engine.failure, Bucket.of(settings))
 
 
 def _poll_spirit(variables: Mapping[str, Variable], settings: Settings) -> int:
     """Take jobs from Spirit's agent until a signal asks the worker to stop; heartbeats begin before the load."""
     from engine import worker
     from engine.queue import spirit_client, spirit_sdk
+    from engine.queue.bucket import Bucket
 
     running = spirit_sdk.start_heartbeat()
     serving = worker.current(variables)
@@ -175,7 +178,7 @@ def _poll_spirit(variables: Mapping[str, Variable], settings: Settings) -> int:
     async def run(queue: JobQueue) -> int:
         return await serving.serve(queue, handler)
 
-    return spirit_client.serve(run, running, settings.spirit_request_timeout_s)
+    return spirit_client.serve(run, running, settings.spirit_request_timeout_s, Bucket.of(settings))
 
 
 def _set_logging() -> None:

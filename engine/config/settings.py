@@ -44,6 +44,10 @@ _File = Annotated[Path, WithJsonSchema({"type": "string", "format": "file-path"}
 _Directory = Annotated[Path, WithJsonSchema({"type": "string", "format": "directory-path"})]
 
 
+# Without one of these, there is no bucket.
+_BUCKET = ("bucket_endpoint_url", "bucket_name", "bucket_access_key_id", "bucket_secret_access_key")
+
+
 class Settings(BaseModel):
     """The worker's own settings; the variable of a field is its name in upper case."""
 
@@ -116,6 +120,24 @@ class Settings(BaseModel):
     )
     hf_token: SecretStr | None = Field(None, description="Hugging Face token, for gated or private models.")
 
+    bucket_endpoint_url: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+/?$")] | None = Field(
+        None,
+        examples=["https://s3.us-west-2.amazonaws.com"],
+        description="URL of an S3 API, for results that are larger than the platform accepts: their jobs yield a link. "
+        "With `BUCKET_NAME.` before the host, requests go there. Needs the next three settings too.",
+    )
+    bucket_name: str | None = Field(None, examples=["my-results"], description="Name of the bucket.")
+    bucket_access_key_id: SecretStr | None = Field(None, description="Id of a key that may write and read there.")
+    bucket_secret_access_key: SecretStr | None = Field(None, description="The key.")
+    bucket_region: str | None = Field(
+        None,
+        examples=["us-west-2"],
+        description="Region that requests are signed for. Default: the one in the URL, else `us-east-1`.",
+    )
+    bucket_link_expires_s: int = Field(
+        24 * 60 * 60, ge=1, le=7 * 24 * 60 * 60, description="How long a link works, in seconds; 7 days at most."
+    )
+
     platform: Literal["auto", "runpod", "spirit"] = Field(
         "auto",
         description="Platform that the worker takes jobs from: RunPod (its SDK's queue) or Spirit (spirit-gpu's "
@@ -156,9 +178,14 @@ class Settings(BaseModel):
         variables = environment.read() if variables is None else variables
         values = {name.lower(): one.value for name, one in variables.items() if one.value not in NULL_WORDS}
         try:
-            return cls.model_validate(values)
+            settings = cls.model_validate(values)
         except ValidationError as error:
             raise ConfigurationError("\n".join(_validation_errors(error, variables))) from None
+        missing = [name for name in _BUCKET if getattr(settings, name) is None]
+        if 0 < len(missing) < len(_BUCKET):
+            names = ", ".join(name.upper() for name in missing)
+            raise ConfigurationError(f"{names} must be set, as other settings of the bucket for large results are.")
+        return settings
 
 
 def allowed(name: str) -> str:

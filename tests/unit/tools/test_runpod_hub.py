@@ -55,9 +55,10 @@ def test_no_secret_and_nothing_of_the_images_build_or_of_another_platform_is_off
     left_out = {name.upper() for name in Settings.model_fields} - INPUTS.keys()
 
     secret = {"HF_TOKEN", "RUNPOD_WEBHOOK_GET_JOB"}
+    with_a_secret = {name.upper() for name in Settings.model_fields if name.startswith("bucket_")}
     spirits = {"EASE_AGENT_URL", "PLATFORM", "SPIRIT_REQUEST_TIMEOUT_S"}
     of_the_image = {"BAKED_MODEL_DIR", "BAKED_SETTINGS_FILE", "COMPILE_CACHE_DIR"}
-    assert left_out == {*of_the_image, *secret, *spirits}
+    assert left_out == {*of_the_image, *secret, *with_a_secret, *spirits}
     assert not [name for name in INPUTS if name.lower() in Settings.model_fields and is_secret(name.lower())]
 
 
