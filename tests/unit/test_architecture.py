@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("builder", "emulator", "engine")
+PACKAGES = ("builder", "emulator", "engine", "runpod_api")
 # A package of the worker may import itself and those after it. `engine` stands for the modules at its root.
 ORDER = ("engine", "engine.queue", "engine.jobs", "engine.backend", "engine.config")
 # All may import these, which import only each other.
