@@ -181,10 +181,10 @@ class Settings(BaseModel):
             settings = cls.model_validate(values)
         except ValidationError as error:
             raise ConfigurationError("\n".join(_validation_errors(error, variables))) from None
-        missing = [name for name in _BUCKET if getattr(settings, name) is None]
-        if 0 < len(missing) < len(_BUCKET):
-            names = ", ".join(name.upper() for name in missing)
-            raise ConfigurationError(f"{names} must be set, as other settings of the bucket for large results are.")
+        given = [name for name in _BUCKET if getattr(settings, name) is not None]
+        if given and (missing := ", ".join(name.upper() for name in _BUCKET if name not in given)):
+            value = _quote(given[0], variables)
+            raise ConfigurationError(f"{given[0].upper()}={value} is not allowed. Allowed: together with {missing}.")
         return settings
 
 
