@@ -308,7 +308,7 @@ def test_a_part_of_the_settings_is_refused(server: S3Server) -> None:
     for missing in server.environment:
         some = {name: Variable(value, "environment") for name, value in server.environment.items() if name != missing}
         with pytest.raises(
-            ConfigurationError, match=rf"^BUCKET_\w+=.* is not allowed. Allowed: together with {missing}\."
+            ConfigurationError, match=rf"^BUCKET_\w+=.* is not allowed.* with {missing}\."
         ):
             Settings.read(some)
     with pytest.raises(ConfigurationError, match=r"^BUCKET_ACCESS_KEY_ID=\(hidden\) is not allowed"):
