@@ -307,9 +307,7 @@ def test_the_url_says_the_region_and_where_the_buckets_name_is(
 def test_a_part_of_the_settings_is_refused(server: S3Server) -> None:
     for missing in server.environment:
         some = {name: Variable(value, "environment") for name, value in server.environment.items() if name != missing}
-        with pytest.raises(
-            ConfigurationError, match=rf"^BUCKET_\w+=.* is not allowed.* with {missing}\."
-        ):
+        with pytest.raises(ConfigurationError, match=rf"^BUCKET_\w+=.* is not allowed.* with {missing}\."):
             Settings.read(some)
     with pytest.raises(ConfigurationError, match=r"^BUCKET_ACCESS_KEY_ID=\(hidden\) is not allowed"):
         Settings.read({"BUCKET_ACCESS_KEY_ID": Variable(KEY_ID, "environment")})
