@@ -5,11 +5,14 @@ README_zh.md has the same ones as README.md (tests/unit/test_readmes.py), and so
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from tests.whisper import tone
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,8 +23,12 @@ LOCAL_PLATFORMS = {
     "https://api-serverless.datastone.cn/": 'make up ARGS="--platform spirit"',
 }
 # Text that is replaced before a test runs it: an endpoint on a platform becomes the one on this machine, and its model
-# the tiny one. (For DIR, the reader's own model, a test makes one.)
-REPLACED = {**dict.fromkeys(LOCAL_PLATFORMS, "http://127.0.0.1:8000/"), '"phi-4"': '"tiny"'}
+# the tiny one; a file of the reader's, a short one. (For DIR, the reader's own model, a test makes one.)
+REPLACED = {
+    **dict.fromkeys(LOCAL_PLATFORMS, "http://127.0.0.1:8000/"),
+    '"phi-4"': '"tiny"',
+    "https://example.com/speech.wav": f"data:audio/wav;base64,{base64.b64encode(tone(0.1)).decode()}",
+}
 # Values that a reader knows from an account.
 ACCOUNT = dict.fromkeys(("ENDPOINT_ID", "RUNPOD_API_KEY", "SERVERLESS_ID", "SERVERLESS_KEY"), "local")
 

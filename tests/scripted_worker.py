@@ -1,8 +1,8 @@
 """A worker process with the real SDK and the real job loop, whose engine repeats the prompt, or a chat's last message.
 
-A streamed answer comes word by word, `PAUSE_S` apart. With `LOOP=stock`, the handler runs under the SDK's own loop.
-With `PLATFORM=spirit`, that SDK is Spirit's. On a load-balancing endpoint, the engine is served over HTTP; loading it
-takes `LOAD_S`, and leaves a forked process with `FORKS`.
+With `n`, it does so that many times. A streamed answer comes word by word, `PAUSE_S` apart. With `LOOP=stock`, the
+handler runs under the SDK's own loop. With `PLATFORM=spirit`, that SDK is Spirit's. On a load-balancing endpoint, the
+engine is served over HTTP; loading it takes `LOAD_S`, and leaves a forked process with `FORKS`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any, cast
 
 import uvloop
@@ -25,12 +26,14 @@ from engine.backend.vllm_engine import VLLMEngine
 from engine.config.settings import Settings
 from engine.jobs import pipeline
 from engine.queue import runpod_client, spirit_client, spirit_sdk
+from engine.queue.bucket import Bucket
 from engine.queue.protocol import JobQueue
 from engine.queue.spirit_proxy_mode import ProxyMode
 from engine.server.health_check import HealthCheck
 from engine.server.listeners import Listeners
 from engine.server.loading import LoadingServer
 from engine.worker import Worker
+from tests.scripted import scripted_files
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
 
@@ -43,6 +46,7 @@ class ScriptedEngine:
     batch_interval_s = 0.0
     open_routes = SERVING
     cache_tokens = 10**6
+    files = scripted_files(Path("/nowhere"))
 
     def __init__(self) -> None:
         self.statistics = Statistics()
@@ -72,6 +76,7 @@ class ScriptedEngine:
             return
         request = json.loads((await receive())["body"])
         text = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
+        text *= request.get("n", 1)
         kind = b"text/event-stream" if request.get("stream") else b"application/json"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
         if request.get("stream"):
@@ -139,8 +144,8 @@ def main() -> int:
         running = spirit_sdk.start_heartbeat()
         if running is None:
             return ProxyMode(ENGINE, worker.max_concurrency, settings.drain_timeout_s).serve()
-        return spirit_client.serve(run, running, settings.spirit_request_timeout_s)
-    return runpod_client.serve(handler, run, worker.max_concurrency, ENGINE.failure)
+        return spirit_client.serve(run, running, settings.spirit_request_timeout_s, Bucket.of(settings))
+    return runpod_client.serve(handler, run, worker.max_concurrency, ENGINE.failure, Bucket.of(settings))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ MACHINE: dict[str, Any] = {
     "allowedCudaVersions": ["13.0"],
 }
 
-_NOT_OFFERED = ("baked_", "compile_cache_dir", "ease_", "listen_host", "platform", "runpod_", "spirit_")
+_NOT_OFFERED = ("baked_", "bucket_", "compile_cache_dir", "ease_", "listen_host", "platform", "runpod_", "spirit_")
 _UNITS = {"_S": " (seconds)", "_MS": " (milliseconds)"}
 _SPELLING = {"Vllm": "vLLM", "Gpu": "GPU", "Dtype": "Data type"}
 

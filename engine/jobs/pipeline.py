@@ -13,8 +13,9 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from engine.backend.app import App
+from engine.backend.files import Files
 from engine.errors import EngineResponseError, InternalError, InvalidInputError, JobError, WorkerShutdownError
-from engine.jobs import asgi, deltas, inputs
+from engine.jobs import asgi, deltas, inputs, multipart
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES, EventBatcher
 from engine.jobs.proxied import AnswerStart
 from engine.json_codec import decode
@@ -36,6 +37,10 @@ class Engine(Protocol):
     @property
     def open_routes(self) -> frozenset[str]:
         """The routes that jobs may call."""
+
+    @property
+    def files(self) -> Files:
+        """Reads the files that jobs name."""
 
     def event_tokens(self, path: str) -> int | None:
         """Return how many tokens vLLM should put into an event of a stream of plain text that starts now on this route.
@@ -72,6 +77,7 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
         request = inputs.parse(job, engine.max_model_len, engine.open_routes, engine.event_tokens, engine.has_route)
         for warning in request.warnings:
             _log.warning("Job %s: %s", job.get("id"), warning)
+        request = await multipart.with_form(request, engine.files)
         async with asgi.stream(app, request, str(job.get("id", ""))) as response:
             answer = _answer(response) if request.proxied else _outputs(response, engine, request)
             async with aclosing(answer) as outputs:

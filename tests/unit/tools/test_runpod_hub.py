@@ -55,10 +55,11 @@ def test_no_secret_and_nothing_that_is_set_by_the_image_or_the_platform_or_is_fo
     left_out = {name.upper() for name in Settings.model_fields} - INPUTS.keys()
 
     secret = {"HF_TOKEN", "RUNPOD_WEBHOOK_GET_JOB"}
+    with_a_secret = {name.upper() for name in Settings.model_fields if name.startswith("bucket_")}
     spirits = {"EASE_AGENT_URL", "PLATFORM", "SPIRIT_REQUEST_TIMEOUT_S"}
     of_the_platform = {"LISTEN_HOST", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID"}
     of_the_image = {"BAKED_MODEL_DIR", "BAKED_SETTINGS_FILE", "COMPILE_CACHE_DIR"}
-    assert left_out == {*of_the_image, *of_the_platform, *secret, *spirits}
+    assert left_out == {*of_the_image, *of_the_platform, *secret, *spirits, *with_a_secret}
     assert not [name for name in INPUTS if name.lower() in Settings.model_fields and is_secret(name.lower())]
 
 
