@@ -158,7 +158,10 @@ class Journal:
         if found.version != header.version:
             raise JournalError(f"{path} was written by another version of this program: finish the run with that")
         if found.input_sha256 != header.input_sha256:
-            raise JournalError(f"{path} is of another input file, or the input has changed: name another output")
+            raise JournalError(
+                f"{path} is of another input file, or the input has changed: name another output, or "
+                f"remove this one, {self._output.path} and {self._errors.path}"
+            )
         if found.endpoint != header.endpoint:
             raise JournalError(f"{path} is of the endpoint {found.endpoint}: continue there, or name another output")
         if found.errors != header.errors:
