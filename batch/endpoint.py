@@ -26,6 +26,8 @@ STATUSES_PER_S: Final = 160.0
 _MAX_CONNECTIONS: Final = 64
 _CALL_TIMEOUT_S: Final = 60.0
 _REPORT_INTERVAL_S: Final = 30.0
+# Calls that are served so long after another one began to fail show that the platform is not away.
+_OUTAGE_S: Final = 60.0
 _BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30.0)
 # Another attempt cannot help where the request itself is refused.
 _REJECTIONS = {
@@ -180,13 +182,13 @@ class Endpoint:
     ) -> dict[str, Any]:
         """Call an operation until it is answered; return the answer."""
         limit_s = self._give_up_after_s if give_up_after_s is None else give_up_after_s
-        begun = answered_at = time.monotonic()
+        failing_since = math.inf
 
         def gives_up(state: RetryCallState) -> bool:
-            nonlocal answered_at
-            if _asks_to_wait(state):
-                answered_at = time.monotonic()
-            return time.monotonic() - answered_at >= limit_s
+            nonlocal failing_since
+            now = time.monotonic()
+            failing_since = math.inf if _asks_to_wait(state) else min(failing_since, now)
+            return now - failing_since >= limit_s
 
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(UnreachableError),
@@ -198,7 +200,7 @@ class Endpoint:
         try:
             document: dict[str, Any] = await retrying(self._call_once, method, operation, job, content)
         except UnreachableError as error:
-            if error.status is None or self._served_at[operation] < begun:
+            if error.status is None or self._served_at[operation] < failing_since + _OUTAGE_S:
                 raise
             raise RejectedError(error.status, str(error)) from None
         self._served_at[operation] = time.monotonic()

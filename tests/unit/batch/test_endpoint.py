@@ -140,9 +140,22 @@ async def test_a_job_that_the_platform_cannot_take_while_it_takes_others_is_reje
         with pytest.raises(RejectedError, match="answered 520") as caught:
             await poisoned
         assert caught.value.status == 520
-        # It takes no others now.
-        with pytest.raises(UnreachableError):
-            await endpoint.run(b"poison")
+
+
+@in_virtual_time
+async def test_no_job_is_rejected_when_the_platform_goes_away_while_it_takes_others() -> None:
+    async def serve(request: httpx.Request) -> httpx.Response:
+        fails = b"first" in request.content or time.monotonic() > 30
+        return httpx.Response(502 if fails else 200, json={"id": "j1"})
+
+    async with Endpoint(URL, KEY, print, transport=httpx.MockTransport(serve)) as endpoint:
+        first = asyncio.create_task(endpoint.run(b"first"))
+        await asyncio.sleep(29)
+        await endpoint.run(JOB)
+
+        for call in (first, endpoint.run(JOB)):
+            with pytest.raises(UnreachableError):
+                await call
 
 
 @pytest.mark.parametrize(
