@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 from tqdm import tqdm
 
 from batch.endpoint import Endpoint
@@ -38,12 +39,15 @@ def log(text: str) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     """Answer every line of the file; print how many there are, and where."""
     output: Path = arguments.output
+    if not output.name:
+        raise SettingError(f"{str(output)!r} is not the name of a file: name the output with -o")
     errors: Path = arguments.errors or output.with_suffix(f".errors{output.suffix}")
-    if len({path.resolve() for path in (arguments.input, output, errors)}) < 3:  # noqa: PLR2004
-        raise SettingError("input, output and errors file must be three different files")
-    url, key = _endpoint_url(arguments), _api_key()
-    requests = RequestFile.read(arguments.input)
     journal = Journal(output, errors)
+    if len({path.resolve() for path in (arguments.input, output, errors, journal.path)}) < 4:  # noqa: PLR2004
+        raise SettingError("input, output, errors file and journal must be four different files")
+    url, key = _endpoint_url(arguments), _api_key()
+    endpoint = _endpoint(url, key)
+    requests = RequestFile.read(arguments.input)
     journal.open([request.custom_id for request in requests.requests], requests.sha256, url)
     begun = time.monotonic()
     before = len(journal.answered)
@@ -51,10 +55,10 @@ def _run(arguments: argparse.Namespace) -> None:
     complete = False
     try:
         if before:
-            log(f"continuing: {before:,} of {total:,} lines are answered")
+            log(f"{'continuing' if before < total else 'nothing to do'}: {before:,} of {total:,} lines are answered")
         with closing(requests), tqdm(total=total, initial=before, unit="line", disable=None) as bar:
             if before < total:
-                asyncio.run(_send(arguments, Endpoint(url, key, log), requests, journal, bar))
+                asyncio.run(_send(arguments, endpoint, requests, journal, bar))
         complete = True
     finally:
         journal.close(complete=complete)
@@ -75,11 +79,23 @@ async def _send(
 def _endpoint_url(arguments: argparse.Namespace) -> str:
     base_url = arguments.base_url or os.environ.get("RUNPOD_ENDPOINT_BASE_URL") or _BASE_URL
     endpoint = arguments.endpoint or os.environ.get("RUNPOD_ENDPOINT_ID", "")
-    if not re.match(r"https?://[^/\s]+", base_url):
+    if "@" in base_url:
+        raise SettingError("the base URL has an @: the API key is only taken from RUNPOD_API_KEY")
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", base_url):
         raise SettingError(f"{base_url!r} is not a URL: --base-url is one such as {_BASE_URL}")
     if not re.fullmatch(r"[\w-]+", endpoint):
         raise SettingError(f"{endpoint!r} is not an endpoint's id: name it with --endpoint or RUNPOD_ENDPOINT_ID")
     return f"{base_url.rstrip('/')}/{endpoint}"
+
+
+def _endpoint(url: str, key: str) -> Endpoint:
+    try:
+        httpx.URL(url)
+        return Endpoint(url, key, log)
+    except httpx.InvalidURL as error:
+        raise SettingError(f"{url!r} is not a URL: {error}") from None
+    except (OSError, ValueError, ImportError) as error:
+        raise SettingError(f"SSL_CERT_FILE, or a variable such as HTTPS_PROXY, is invalid: {error}") from None
 
 
 def _api_key() -> str:

@@ -6,6 +6,7 @@ Source: docs.runpod.io, "Operation reference" and "Send API requests".
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ STATUSES_PER_S: Final = 160.0
 _MAX_CONNECTIONS: Final = 64
 _CALL_TIMEOUT_S: Final = 60.0
 _REPORT_INTERVAL_S: Final = 30.0
+# Calls that are served so long after another one began to fail show that the platform is not away.
+_OUTAGE_S: Final = 60.0
 _BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30.0)
 # Another attempt cannot help where the request itself is refused.
 _REJECTIONS = {
@@ -60,7 +63,7 @@ class Endpoint:
         key: the platform's API key.
         report: is told, now and then, why a call is made again.
         give_up_after_s: how long a call is tried that the platform does not answer. One that it answers with 429 is
-            tried without an end.
+            tried without an end, and from then on as long again.
         transport: replaces the network, for tests.
     """
 
@@ -76,6 +79,7 @@ class Endpoint:
         self.url = url
         self._report = report
         self._report_at = 0.0
+        self._served_at = dict.fromkeys(_FIELDS, -math.inf)
         self._give_up_after_s = give_up_after_s
         self._pacers = {"run": Pacer(RUNS_PER_S), "status": Pacer(STATUSES_PER_S), "health": Pacer(1.0)}
         self._http = httpx.AsyncClient(
@@ -112,7 +116,7 @@ class Endpoint:
             job: the body of /run.
 
         Raises:
-            RejectedError: the platform refuses this job.
+            RejectedError: the platform refuses this job, or answers it with 5xx while it takes others.
             RefusedError: the platform refuses the key, or has no such endpoint any more.
             UnreachableError: it does not answer.
         """
@@ -123,6 +127,7 @@ class Endpoint:
         """Return what the platform says of a job; None if it does not know it any more.
 
         Raises:
+            RejectedError: the platform answers with 5xx for this job, but not for others.
             RefusedError: the platform refuses the key.
             UnreachableError: it does not answer.
         """
@@ -151,7 +156,9 @@ class Endpoint:
     async def _download(self, link: str) -> Any:
         try:
             response = await self._buckets.get(link)
-        except httpx.TransportError as error:
+        except httpx.InvalidURL:
+            raise ResultError("the link to the result is not a URL") from None
+        except httpx.RequestError as error:
             raise UnreachableError(f"the bucket of the result cannot be reached: {type(error).__name__}") from None
         status = response.status_code
         answer = f"the bucket of the result answered {status}"
@@ -175,14 +182,29 @@ class Endpoint:
     ) -> dict[str, Any]:
         """Call an operation until it is answered; return the answer."""
         limit_s = self._give_up_after_s if give_up_after_s is None else give_up_after_s
+        failing_since = math.inf
+
+        def gives_up(state: RetryCallState) -> bool:
+            nonlocal failing_since
+            now = time.monotonic()
+            failing_since = math.inf if _asks_to_wait(state) else min(failing_since, now)
+            return now - failing_since >= limit_s
+
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(UnreachableError),
             wait=_wait_s,
-            stop=lambda state: not _asks_to_wait(state) and (state.seconds_since_start or 0.0) >= limit_s,
+            stop=gives_up,
             before_sleep=self._report_retry,
             reraise=True,
         )
-        return await retrying(self._call_once, method, operation, job, content)
+        try:
+            document: dict[str, Any] = await retrying(self._call_once, method, operation, job, content)
+        except UnreachableError as error:
+            if error.status is None or self._served_at[operation] < failing_since + _OUTAGE_S:
+                raise
+            raise RejectedError(error.status, str(error)) from None
+        self._served_at[operation] = time.monotonic()
+        return document
 
     async def _call_once(self, method: str, operation: str, job: str, content: bytes | None) -> dict[str, Any]:
         await self._pacers[operation].wait()
@@ -190,8 +212,8 @@ class Endpoint:
         url = f"{self.url}/{operation}/{job}".rstrip("/")
         try:
             response = await self._http.request(method, url, content=content, headers=headers)
-        except httpx.TransportError as error:
-            raise _transport_error(error, self.url) from None
+        except httpx.RequestError as error:
+            raise _request_error(error, self.url) from None
         return _document(response, operation, self.url)
 
     def _report_retry(self, state: RetryCallState) -> None:
@@ -231,11 +253,9 @@ def _document(response: httpx.Response, operation: str, url: str) -> dict[str, A
     return document
 
 
-def _transport_error(error: httpx.TransportError, url: str) -> RefusedError | UnreachableError:
+def _request_error(error: httpx.RequestError, url: str) -> RefusedError | UnreachableError:
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return RefusedError(f"{url}: {error}; set SSL_CERT_FILE to the file of its CA")
-    if isinstance(error, httpx.UnsupportedProtocol):
-        return RefusedError(f"{url}: {error}")
     return UnreachableError(f"{url} cannot be reached: {type(error).__name__}: {error}")
 
 

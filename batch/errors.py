@@ -7,6 +7,7 @@ BatchError
 ├── RejectedError       the platform refuses one request; its line fails, and the run goes on
 ├── ResultError         the result of one job cannot be read from its bucket; the job is sent again
 ├── InputFileError      lines of the input file are invalid; nothing was sent
+├── InputChangedError   the input file has changed during the run
 ├── FailedLinesError    the run has ended, and some lines have failed
 └── UnreachableError    the platform does not answer, or asks to wait; another attempt may succeed
 """
@@ -69,6 +70,10 @@ class InputFileError(BatchError):
     """Lines of the input file are invalid; the message has a line for each."""
 
     exit_code = 4
+
+
+class InputChangedError(BatchError):
+    """The input file has changed during the run."""
 
 
 class FailedLinesError(BatchError):

@@ -2,14 +2,15 @@
 
     OUT.jsonl           answers, a line each
     OUT.errors.jsonl    lines that failed; made with the first
-    OUT.jsonl.journal   {"version", "input_sha256", "endpoint"}, then {"custom_id", "job"} for each job that was sent
+    OUT.jsonl.journal   {"version", "input_sha256", "endpoint", "errors"}, then {"custom_id", "job"} for each job sent
 
 A line of the output or errors file is the record that its request is answered; a job in the journal whose request is
 not answered is to be collected. Each record is a line written at the file's end at once, so a process that is killed
 leaves at most a torn last line, which is cut off at the next start. `sync` makes the records durable: after a power
 failure, what was not synced is collected or sent again.
 
-The journal is removed when every line is answered, or when a run ends before it has sent a job.
+The journal is cut to its first line when every line is answered, so that the answers of one input are never taken for
+those of another. It is removed when a run ends before it has sent a job.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -33,6 +35,7 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     version: int
     input_sha256: str
     endpoint: str
+    errors: str
 
 
 class _Sent(msgspec.Struct):
@@ -55,6 +58,7 @@ class Journal:
         errors: path of the errors file.
 
     Attributes:
+        path: of the journal itself.
         answered: the requests that are answered, by `custom_id`.
         failed: how many of them are in the errors file.
         jobs: the id of the last job of each request that was sent.
@@ -64,8 +68,10 @@ class Journal:
         self.answered: set[str] = set()
         self.failed = 0
         self.jobs: dict[str, str] = {}
-        self._journal = _AppendedFile(output.with_name(f"{output.name}.journal"))
+        self.path = output.with_name(f"{output.name}.journal")
+        self._journal = _AppendedFile(self.path)
         self._output, self._errors = _AppendedFile(output), _AppendedFile(errors)
+        self._errors_name = os.path.relpath(errors.resolve(), output.resolve().parent)
 
     def open(self, custom_ids: Iterable[str], input_sha256: str, endpoint: str) -> None:
         """Begin a run, or continue it.
@@ -80,7 +86,7 @@ class Journal:
             OSError: they cannot be read or written.
         """
         try:
-            self._open(set(custom_ids), _Header(_VERSION, input_sha256, endpoint))
+            self._open(set(custom_ids), _Header(_VERSION, input_sha256, endpoint, self._errors_name))
         except BaseException:
             self._close_files()
             raise
@@ -102,32 +108,40 @@ class Journal:
             file.sync()
 
     def close(self, *, complete: bool = False) -> None:
-        """Close the files; remove the journal if every request is answered, or if nothing was sent."""
-        self.sync()
-        if complete or not (self.jobs or self.answered):
-            self._journal.path.unlink(missing_ok=True)
-        if complete and not self.failed:  # it may have had the torn line of a request that was answered later
-            self._errors.path.unlink(missing_ok=True)
-        self._close_files()
+        """Close the files; keep the journal's first line if every request is answered, none if nothing was sent."""
+        try:
+            self.sync()
+            if complete:
+                self._journal.keep_first_line()
+            elif not (self.jobs or self.answered):
+                self.path.unlink(missing_ok=True)
+            if complete and not self.failed:  # it may have had the torn line of a request that was answered later
+                self._errors.path.unlink(missing_ok=True)
+        finally:
+            self._close_files()
 
     def _close_files(self) -> None:
         for file in (self._output, self._errors, self._journal):
             file.close()
 
     def _open(self, expected: set[str], header: _Header) -> None:
-        begun = self._journal.path.exists()
-        if begun:
+        for file in (self._output, self._errors):
+            if not file.path.parent.is_dir():
+                raise JournalError(f"{file.path.parent} is not a directory: create it, or name another")
+        existing = [file for file in (self._output, self._errors) if file.path.exists()]
+        begun = False
+        if not existing or self._journal.path.exists():
             self._journal.open()
             begun = self._read_journal(header)
-        self._read_answers(expected, ours=begun)
-        if begun:
-            for file in (self._output, self._errors):
-                if file.path.exists():
-                    file.open()
-        elif self.answered != expected:
-            self._journal.open()
+        if existing and not begun:
+            raise JournalError(f"{existing[0].path} exists already: remove it, or name another output")
+        if not begun:
             self._journal.append(header)
             self._journal.sync()
+        for file in (self._output, self._errors):
+            if file.path.exists():
+                file.open()
+        self._read_answers(expected)
 
     def _read_journal(self, header: _Header) -> bool:
         """Read the jobs that were sent; return whether the journal has begun, as its first line is complete.
@@ -144,20 +158,24 @@ class Journal:
         if found.version != header.version:
             raise JournalError(f"{path} was written by another version of this program: finish the run with that")
         if found.input_sha256 != header.input_sha256:
-            raise JournalError(f"{path} is of another input file, or the input has changed: name another output")
+            raise JournalError(
+                f"{path} is of another input file, or the input has changed: name another output, or "
+                f"remove this one, {self._output.path} and {self._errors.path}"
+            )
         if found.endpoint != header.endpoint:
             raise JournalError(f"{path} is of the endpoint {found.endpoint}: continue there, or name another output")
+        if found.errors != header.errors:
+            raise JournalError(f"{path} is of a run whose errors file is {found.errors}: name it with --errors")
         for number, line in enumerate(lines, 2):
             record = _decode(line, _Sent, path, number)
             self.jobs[record.custom_id] = record.job
         return True
 
-    def _read_answers(self, expected: set[str], *, ours: bool) -> None:
+    def _read_answers(self, expected: set[str]) -> None:
         """Read which requests are answered.
 
         Raises:
-            JournalError: the files have other lines than a run of this input writes; or not all of them, and there is
-                no journal to continue it.
+            JournalError: the files have other lines than a run of this input writes.
         """
         count = 0
         for file in (self._output, self._errors):
@@ -165,11 +183,6 @@ class Journal:
                 self.answered.add(_decode(line, _Answer, file.path, number).custom_id)
                 self.failed += file is self._errors
                 count += 1
-        exists = self._output.path.exists() or self._errors.path.exists()
-        if not ours and exists and self.answered != expected:
-            raise JournalError(
-                f"{self._output.path} or {self._errors.path} exists already: remove it, or name another output"
-            )
         if len(self.answered) != count or not self.answered <= expected:
             raise JournalError(
                 f"{self._output.path} or {self._errors.path} has lines that this run has not written: restore them, or "
@@ -219,18 +232,41 @@ class _AppendedFile:
         return descriptor
 
     def append(self, record: Any) -> None:
-        """Write a line."""
+        """Write a line.
+
+        Raises:
+            OSError: it cannot be written, as when the disk is full; nothing of it stays in the file.
+        """
         descriptor = self.open()
         rest = memoryview(_encode(record) + b"\n")
+        size = os.fstat(descriptor).st_size
         self._synced = False
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        try:
+            with self._named_errors():
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+
+    def keep_first_line(self) -> None:
+        """Remove all lines but the first."""
+        os.ftruncate(self.open(), len(next(self.lines())))
 
     def sync(self) -> None:
         """Make the lines durable."""
         if self._descriptor is not None and not self._synced:
-            os.fsync(self._descriptor)
+            with self._named_errors():
+                os.fsync(self._descriptor)
             self._synced = True
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Add the file's name to errors of its descriptor."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
         """Close the file."""

@@ -57,8 +57,8 @@ class Outcome:
 
     @classmethod
     def rejected(cls, status: int, message: str) -> Self:
-        """Return the outcome of a request that the platform did not accept as a job."""
-        error = {"message": message, "type": HTTPStatus(status).phrase, "param": None, "code": status}
+        """Return the outcome of a request that the platform itself answered with an error."""
+        error = {"message": message, "type": "PlatformError", "param": None, "code": status}
         return cls(status, {"error": error})
 
     @classmethod

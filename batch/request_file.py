@@ -3,23 +3,25 @@
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "…", "messages": […]}}
 
 Every line is checked before the first is sent, and a request's body is sent as it is written. Memory holds where the
-lines are, not the lines.
+lines are, not the lines, which are read again to be sent: a line that has changed meanwhile is an error.
 
 Source: OpenAI's API reference, "The request input object"; `vllm run-batch` reads the same.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
 import msgspec
 
-from batch.errors import InputFileError
+from batch.errors import InputChangedError, InputFileError
 
 # The routes with a JSON body that a worker serves; OpenAI's batches have the first four.
 URLS: Final = (
@@ -70,32 +72,35 @@ class Request:
         custom_id: the client's name of the request, which no other line has.
         offset: where the line begins, in bytes.
         size_bytes: its length.
+        hash: of its bytes, in this process.
     """
 
     line: int
     custom_id: str
     offset: int
     size_bytes: int
+    hash: int
 
 
 class RequestFile:
-    """A checked batch file.
+    """A checked batch file, open until `close`.
 
     Args:
         path: of the file.
+        descriptor: of the open file.
         requests: its lines.
         sha256: of its content.
     """
 
-    def __init__(self, path: Path, requests: list[Request], sha256: str) -> None:
+    def __init__(self, path: Path, descriptor: int, requests: list[Request], sha256: str) -> None:
         self.path = path
         self.requests = requests
         self.sha256 = sha256
-        self._descriptor: int | None = None
+        self._descriptor = descriptor
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read and check a file.
+        """Read and check a file, and keep it open.
 
         Raises:
             InputFileError: lines are invalid, or there are none; the message names each.
@@ -105,24 +110,31 @@ class RequestFile:
         digest = hashlib.sha256()
         offset = 0
         with path.open("rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputFileError(f"{path} is not a regular file: its lines are read again to be sent")
             for number, line in enumerate(file, 1):
                 digest.update(line)
-                if line.strip():
-                    checker.check(number, line, offset)
+                begin = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+                if line[begin:].strip():
+                    checker.check(number, line[begin:], offset + begin)
                 offset += len(line)
-        return cls(path, checker.requests(), digest.hexdigest())
+            requests = checker.requests()
+            return cls(path, os.dup(file.fileno()), requests, digest.hexdigest())
 
     def job(self, request: Request) -> bytes:
-        """Return the body of /run for a request, read from the file."""
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        return _job(_LINE.decode(os.pread(self._descriptor, request.size_bytes, request.offset)))
+        """Return the body of /run for a request, read from the file.
+
+        Raises:
+            InputChangedError: the line is not the one that was checked.
+        """
+        text = os.pread(self._descriptor, request.size_bytes, request.offset)
+        if hash(text) != request.hash:
+            raise InputChangedError(f"{self.path}:{request.line} has changed since the start: restore the file")
+        return _job(_LINE.decode(text))
 
     def close(self) -> None:
         """Close the file."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        os.close(self._descriptor)
 
 
 _LINE = msgspec.json.Decoder(_Line)
@@ -148,12 +160,12 @@ class _Checker:
         try:
             line = _LINE.decode(text)
             body = _BODY.decode(line.body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._errors.append(f"{self._path}:{number}: {_HALF_PAIR if _has_half_pair(text) else error}")
             return
         problems = [*_problems(line, body), *self._conflicts(number, line, body)]
         self._errors += (f"{self._path}:{number}: {problem}" for problem in problems)
-        self._requests.append(Request(number, line.custom_id, offset, len(text)))
+        self._requests.append(Request(number, line.custom_id, offset, len(text), hash(text)))
 
     def requests(self) -> list[Request]:
         """Return the checked lines.
@@ -190,7 +202,7 @@ def _has_half_pair(text: bytes) -> bool:
         json.dumps(json.loads(text), ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return True
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -83,19 +82,17 @@ class Run:
         requests = [request for request in self._requests.requests if request.custom_id not in answered]
         # Jobs of an earlier run first: the platform keeps their results for a limited time.
         requests.sort(key=lambda request: request.custom_id not in self._sent)
-        syncing = asyncio.create_task(self._sync())
         try:
             async with asyncio.TaskGroup() as group:
-                for request in requests:
-                    await slots.acquire()
-                    line = group.create_task(self._answer(request))
-                    line.add_done_callback(lambda _: slots.release())
+                syncing = group.create_task(self._sync())
+                async with asyncio.TaskGroup() as lines:
+                    for request in requests:
+                        await slots.acquire()
+                        line = lines.create_task(self._answer(request))
+                        line.add_done_callback(lambda _: slots.release())
+                syncing.cancel()
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        finally:
-            syncing.cancel()
-            with suppress(asyncio.CancelledError):
-                await syncing
+            raise _first(errors) from None
 
     async def _sync(self) -> None:
         while True:
@@ -168,3 +165,10 @@ def _last_outcome(state: RetryCallState) -> Outcome:
         raise AssertionError("an attempt has ended")
     outcome: Outcome = state.outcome.result()
     return outcome
+
+
+def _first(error: Exception) -> Exception:
+    """Return the first error of a group that is not a group itself."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

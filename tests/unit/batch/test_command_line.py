@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -37,9 +38,13 @@ def test_a_key_that_is_missing_or_none_is_an_error(
     [
         ([], "'' is not an endpoint's id: name it with --endpoint or RUNPOD_ENDPOINT_ID"),
         (["--endpoint", "a/b"], "'a/b' is not an endpoint's id: name it with --endpoint or RUNPOD_ENDPOINT_ID"),
+        (["--endpoint", "ep", "-o", ""], "'.' is not the name of a file: name the output with -o"),
+        (["--endpoint", "ep", "--base-url", "http://[::1"], "'http://[::1/ep' is not a URL: Invalid port"),
+        (["--endpoint", "ep", "--base-url", "http://a b/"], "'http://a b/' is not a URL: --base-url is one such as"),
+        (["--endpoint", "ep", "--base-url", "http://u:p@h/"], "the base URL has an @: the API key is only taken from"),
         (["--endpoint", "ep", "--base-url", "api"], "'api' is not a URL: --base-url is one such as https://api.run"),
-        (["--endpoint", "ep", "-o", "IN"], "input, output and errors file must be three different files"),
-        (["--endpoint", "ep", "--errors", "OUT"], "input, output and errors file must be three different files"),
+        (["--endpoint", "ep", "-o", "IN"], "input, output, errors file and journal must be four"),
+        (["--endpoint", "ep", "--errors", "OUT"], "input, output, errors file and journal must be four"),
     ],
 )
 def test_a_wrong_option_is_an_error(
@@ -77,13 +82,42 @@ def test_an_input_that_does_not_exist_is_an_error(arguments: list[str], capsys: 
     assert "No such file or directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "value"), [("SSL_CERT_FILE", "/gone"), ("HTTPS_PROXY", "ftp://proxy")])
+def test_a_wrong_variable_of_the_http_client_is_an_error(
+    name: str,
+    value: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    assert main([*arguments, "--endpoint", "ep"]) == 2
+    assert "SSL_CERT_FILE, or a variable such as HTTPS_PROXY, is invalid: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def complete(arguments: list[str]) -> Path:
+    """The journal of a run that is complete."""
+    sha256 = hashlib.sha256(Path(arguments[1]).read_bytes()).hexdigest()
+    endpoint = "http://127.0.0.1:1/v2/ep"
+    header = {"version": 1, "input_sha256": sha256, "endpoint": endpoint, "errors": "out.errors.jsonl"}
+    path = Path(f"{arguments[3]}.journal")
+    path.write_text(json.dumps(header) + "\n")
+    return path
+
+
+@pytest.mark.usefixtures("complete")
 def test_a_run_that_is_complete_needs_no_platform(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path(arguments[3]).write_text(json.dumps({"custom_id": "a"}) + "\n")
 
     assert main([*arguments, "--endpoint", "ep"]) == 0
-    assert capsys.readouterr().out == f"{arguments[3]}: 1 of 1 lines\n"
+    captured = capsys.readouterr()
+    assert captured.out == f"{arguments[3]}: 1 of 1 lines\n"
+    assert captured.err == "batch: nothing to do: 1 of 1 lines are answered\n"
 
 
+@pytest.mark.usefixtures("complete")
 def test_a_run_whose_lines_have_failed_says_where_they_are(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -44,15 +45,16 @@ async def test_a_call_is_made_again_until_it_is_answered(status: int) -> None:
     assert KEY not in reports[0]
 
 
+@pytest.mark.parametrize("error", [httpx.ReadError, httpx.DecodingError])
 @in_virtual_time
-async def test_a_lost_connection_is_made_again() -> None:
+async def test_a_lost_connection_or_a_damaged_answer_is_made_again(error: type[httpx.RequestError]) -> None:
     attempts = 0
 
     async def serve(request: httpx.Request) -> httpx.Response:
         nonlocal attempts
         attempts += 1
         if attempts < 3:
-            raise httpx.ReadError("reset", request=request)
+            raise error("reset", request=request)
         return httpx.Response(200, json={"id": "j1"})
 
     async with Endpoint(URL, KEY, print, transport=httpx.MockTransport(serve)) as endpoint:
@@ -111,6 +113,49 @@ async def test_a_full_queue_is_waited_for_without_an_end() -> None:
         assert await endpoint.run(JOB) == "job-0"
 
     assert time.monotonic() > 7200
+
+
+@in_virtual_time
+async def test_a_call_that_has_waited_for_long_is_not_given_up_at_the_first_failure() -> None:
+    def refuses(_operation: str, _before: int) -> httpx.Response | None:
+        now = time.monotonic()
+        return httpx.Response(429) if now < 7200 else httpx.Response(502) if now < 7300 else None
+
+    async with endpoint_of(FakePlatform(refuses=refuses)) as endpoint:
+        assert await endpoint.run(JOB) == "job-0"
+
+    assert time.monotonic() > 7300
+
+
+@in_virtual_time
+async def test_a_job_that_the_platform_cannot_take_while_it_takes_others_is_rejected() -> None:
+    async def serve(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(520 if b"poison" in request.content else 200, json={"id": "j1"})
+
+    async with Endpoint(URL, KEY, print, transport=httpx.MockTransport(serve)) as endpoint:
+        poisoned = asyncio.create_task(endpoint.run(b"poison"))
+        await asyncio.sleep(100)
+        await endpoint.run(JOB)
+
+        with pytest.raises(RejectedError, match="answered 520") as caught:
+            await poisoned
+        assert caught.value.status == 520
+
+
+@in_virtual_time
+async def test_no_job_is_rejected_when_the_platform_goes_away_while_it_takes_others() -> None:
+    async def serve(request: httpx.Request) -> httpx.Response:
+        fails = b"first" in request.content or time.monotonic() > 30
+        return httpx.Response(502 if fails else 200, json={"id": "j1"})
+
+    async with Endpoint(URL, KEY, print, transport=httpx.MockTransport(serve)) as endpoint:
+        first = asyncio.create_task(endpoint.run(b"first"))
+        await asyncio.sleep(29)
+        await endpoint.run(JOB)
+
+        for call in (first, endpoint.run(JOB)):
+            with pytest.raises(UnreachableError):
+                await call
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from batch.journal import Journal
 
 IDS = ["a", "b", "c"]
 ENDPOINT = "https://api.example/v2/ep"
-HEADER = {"version": 1, "input_sha256": "hash", "endpoint": ENDPOINT}
+HEADER = {"version": 1, "input_sha256": "hash", "endpoint": ENDPOINT, "errors": "out.errors.jsonl"}
 
 
 def answer(custom_id: str) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def test_a_run_that_was_killed_at_any_byte_continues_where_it_was(tmp_path: Path
         run(directory)
         assert sorted(ids_in(directory / "out.jsonl")) == ["a", "c"]
         assert ids_in(directory / "out.errors.jsonl") == ["b"]
-        assert not (directory / "out.jsonl.journal").exists()
+        assert json.loads((directory / "out.jsonl.journal").read_bytes()) == HEADER
 
 
 def test_a_journal_whose_header_is_torn_begins_again(tmp_path: Path) -> None:
@@ -125,9 +126,26 @@ def test_a_complete_run_is_complete_when_it_is_started_again(tmp_path: Path) -> 
 
     journal = open_journal(tmp_path)
 
-    assert (journal.answered, journal.failed) == ({"a", "b", "c"}, 1)
+    assert (journal.answered, journal.failed, journal.jobs) == ({"a", "b", "c"}, 1, {})
     journal.close(complete=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.errors.jsonl", "out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.errors.jsonl", "out.jsonl", "out.jsonl.journal"]
+
+
+def test_the_answers_of_a_complete_run_are_not_those_of_another_input_with_the_same_ids(tmp_path: Path) -> None:
+    run(tmp_path)
+
+    with pytest.raises(JournalError, match="is of another input file, or the input has changed"):
+        open_journal(tmp_path, sha256="other")
+
+
+def test_the_lines_of_an_errors_file_that_was_removed_are_to_be_sent(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "out.errors.jsonl").unlink()
+
+    journal = open_journal(tmp_path)
+
+    assert (journal.answered, journal.failed, journal.jobs) == ({"a", "c"}, 0, {})
+    journal.close()
 
 
 def test_a_run_that_ends_before_it_has_sent_anything_leaves_no_file(tmp_path: Path) -> None:
@@ -147,7 +165,7 @@ def test_an_errors_file_that_had_a_torn_line_only_is_removed(tmp_path: Path) -> 
         journal.answer(custom_id, answer(custom_id), failed=False)
     journal.close(complete=True)
 
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.journal"]
 
 
 def test_only_one_process_may_run_a_batch(tmp_path: Path) -> None:
@@ -177,12 +195,64 @@ def test_another_input_or_endpoint_is_refused(changes: dict[str, Any], message: 
     assert open_journal(tmp_path).jobs == {"a": "job-a"}
 
 
-def test_files_of_others_are_refused_and_not_changed(tmp_path: Path) -> None:
-    content = json.dumps(answer("z")) + "\nnot a complete line"
+def test_another_errors_file_is_refused_and_not_changed(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "note.txt").write_text("not a complete line")
+
+    with pytest.raises(JournalError, match=r"whose errors file is out\.errors\.jsonl: name it with --errors"):
+        Journal(tmp_path / "out.jsonl", tmp_path / "note.txt").open(IDS, "hash", ENDPOINT)
+
+    assert (tmp_path / "note.txt").read_text() == "not a complete line"
+
+
+def test_a_run_continues_where_its_files_were_moved(tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    first = tmp_path / "first"
+    for directory in (moved, first):
+        directory.mkdir()
+    run(first)
+    for path in first.iterdir():
+        path.rename(moved / path.name)
+
+    assert open_journal(moved).answered == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "errors.jsonl"])
+def test_a_directory_that_does_not_exist_is_an_error_before_anything_is_sent(name: str, tmp_path: Path) -> None:
+    paths = {one: tmp_path / ("gone" if one == name else ".") / one for one in ("out.jsonl", "errors.jsonl")}
+
+    with pytest.raises(JournalError, match="gone is not a directory: create it, or name another"):
+        Journal(*paths.values()).open(IDS, "hash", ENDPOINT)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The limit of a file's size stands for a full disk: a write is cut short, and the next one fails."""
+    journal = open_journal(tmp_path)
+    journal.answer("a", answer("a"), failed=False)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*out\.jsonl'"):
+            journal.answer("b", answer("b"), failed=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert journal.answered == {"a"}
+    journal.close()
+
+
+@pytest.mark.parametrize("custom_id", ["a", "z"])
+def test_files_of_others_are_refused_and_not_changed(custom_id: str, tmp_path: Path) -> None:
+    """Also if they answer all lines: those of which input is not known."""
+    content = json.dumps(answer(custom_id)) + "\nnot a complete line"
     for name in ("out.jsonl", "out.errors.jsonl"):
         (tmp_path / name).write_text(content)
         with pytest.raises(JournalError, match="exists already: remove it, or name another output"):
-            open_journal(tmp_path)
+            open_journal(tmp_path, ids=["a"])
         assert (tmp_path / name).read_text() == content
         (tmp_path / name).unlink()
     assert list(tmp_path.iterdir()) == []

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batch.errors import InputFileError
+from batch.errors import InputChangedError, InputFileError
 from batch.request_file import MAX_JOB_BYTES, URLS, RequestFile
 from engine.backend.routes import GET_ONLY, SERVING
 
@@ -58,6 +61,39 @@ def test_a_last_line_without_its_end_is_a_line(file: Path) -> None:
     assert [one.custom_id for one in RequestFile.read(file).requests] == ["a", "b"]
 
 
+def test_a_byte_order_mark_is_accepted(file: Path) -> None:
+    file.write_bytes(codecs.BOM_UTF8 + json.dumps(line("a")).encode() + b"\r\n" + json.dumps(line("b")).encode())
+
+    requests = RequestFile.read(file)
+
+    assert [one.custom_id for one in requests.requests] == ["a", "b"]
+    assert [json.loads(requests.job(one))["input"]["openai_input"] for one in requests.requests] == [line()["body"]] * 2
+
+
+def test_a_file_that_is_replaced_after_it_was_checked_is_sent_as_it_was(file: Path) -> None:
+    requests = RequestFile.read(write(file, line("a")))
+    write(file.with_name("new"), line("a", body={"model": "tiny", "messages": []})).rename(file)
+
+    assert json.loads(requests.job(requests.requests[0]))["input"]["openai_input"] == line()["body"]
+
+
+@pytest.mark.parametrize("changed", [line("b"), line("a", body={"model": "tiny", "messages": []}), ""])
+def test_a_line_that_has_changed_after_it_was_checked_is_an_error(changed: dict[str, Any] | str, file: Path) -> None:
+    requests = RequestFile.read(write(file, line("a")))
+    write(file, changed)
+
+    with pytest.raises(InputChangedError, match=r"in\.jsonl:1 has changed since the start: restore the file"):
+        requests.job(requests.requests[0])
+
+
+def test_a_pipe_is_an_error(file: Path) -> None:
+    os.mkfifo(file)
+    with ThreadPoolExecutor() as threads:
+        threads.submit(write, file, line("a"))
+
+        assert errors_of(file) == [f"{file} is not a regular file: its lines are read again to be sent"]
+
+
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
@@ -68,6 +104,10 @@ def test_a_last_line_without_its_end_is_a_line(file: Path) -> None:
         (line("b", extra=1), "unknown field `extra`"),
         (line(7), "Expected `str`, got `int` - at `$.custom_id`"),  # type: ignore[arg-type]
         (line("b", body={"model": "tiny", "prompt": "\ud83d"}), "half of a surrogate pair (such as \\ud83d without"),
+        (
+            json.dumps(line("b", body={"x": 0})).replace("0", "[" * 5000 + "]" * 5000),
+            "maximum recursion depth",
+        ),
         (line(""), "custom_id is empty"),
         (line("a"), "custom_id 'a' is that of line 1 too: each line needs its own"),
         (line("b", method="GET"), "method 'GET': only POST is supported"),

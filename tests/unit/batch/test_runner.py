@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,35 @@ async def test_a_request_that_the_platform_rejects_fails_alone(tmp_path: Path) -
     (failed,) = files.lines(files.errors)
     assert (failed["custom_id"], failed["response"]["status_code"]) == ("line-1", 413)
     assert sorted(files.answered) == ["line-0", "line-2"]
+
+
+@in_virtual_time
+async def test_a_job_whose_status_cannot_be_read_fails_alone(tmp_path: Path) -> None:
+    files = Files(tmp_path, 20)
+    platform = FakePlatform(ends=lambda prompt, _: 500 if prompt == "line-1" else COMPLETED, job_s=60.0)
+
+    await files.run(platform, max_jobs=2)
+
+    (failed,) = files.lines(files.errors)
+    assert (failed["custom_id"], failed["response"]["status_code"]) == ("line-1", 500)
+    assert len(files.answered) == 19
+
+
+@in_virtual_time
+async def test_a_disk_that_keeps_nothing_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    files, platform = Files(tmp_path, 600), FakePlatform()
+
+    with monkeypatch.context() as patches:
+        asyncio.get_running_loop().call_later(5.0, patches.setattr, os, "fsync", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            await files.run(platform)
+
+    assert 0 < len(files.answered) < 500
+    await files.run(platform)
+    assert sorted(files.answered) == sorted(files.ids)
 
 
 LINK = {"output_url": f"https://{BUCKET}/a?signature=secret", "size_bytes": 7, "expires_at": "2026-11-30T12:00:00Z"}
