@@ -95,7 +95,7 @@ class Doctor:
             self.problems.append(f"vLLM needs the package {_BNB_PLUGIN} for bitsandbytes: it is not installed")
         if self._is_on_hub:
             findings["disk"] = self._check_disk(max(size.stored_bytes - (checkpoint_bytes or 0), 0))
-        advice = _advice(fit, self.settings)
+        advice = advice_for(fit, self.settings)
         if fit.fits is False:
             self.problems.append(advice)
         return findings, advice
@@ -155,7 +155,7 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _advice(fit: memory.Fit, settings: Settings) -> str:
+def advice_for(fit: memory.Fit, settings: Settings) -> str:
     """Return one line that says what to do."""
     min_gpu = f"a GPU of at least {format_gib(fit.min_gpu_memory_bytes)}"
     if fit.fits is None:

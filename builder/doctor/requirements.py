@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ class Requirements:
     weights: Weights
     cache: KVCache
     settings: Settings
+
+    def on_gpus(self, count: int) -> Requirements:
+        """Return what it needs if it is split across this many GPUs."""
+        settings = replace(self.settings, tensor_parallel_size=count)
+        return replace(self, settings=settings, cache=kv_cache.kv_cache_of(self.config, settings))
 
     def fit(self, gpu: Gpu | None) -> memory.Fit:
         """Return the memory that it needs and has on this GPU.
