@@ -182,7 +182,10 @@ class Api:
             raise error.error from None
 
     async def _call(self, method: str, path: str, answer: type[_Answer], **request: Any) -> _Answer:
-        return await self._retrying(lambda: self._once(method, path, answer, **request))
+        async def attempt() -> _Answer:
+            return await self._once(method, path, answer, **request)
+
+        return await self._retrying(attempt)
 
     async def _once(self, method: str, path: str, answer: type[_Answer], **request: Any) -> _Answer:
         response = await self._send(method, path, **request)
@@ -210,7 +213,7 @@ class Api:
 
     async def _retrying(self, attempt: Callable[[], Awaitable[_Result]]) -> _Result:
         """Run a call until it succeeds or fails for good; raises the error of the last attempt."""
-        backoff = tenacity.wait_exponential_jitter(self._wait_s, max=30, jitter=self._wait_s)
+        backoff = tenacity.wait_random_exponential(multiplier=self._wait_s, max=30)
 
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
