@@ -25,19 +25,21 @@ from emulator.api.auth import AppContext
 from emulator.api.bodies import api_error_response, client_closed_request, http_exception_response
 from emulator.api.fault_middleware import DroppableProtocol, FaultInjectionMiddleware, RouteName, runpod_route_name
 from emulator.certificate import Certificate
+from emulator.control_plane.plane import ControlPlane
+from emulator.control_plane.routes import routes as control_plane_routes
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.faults import RUNPOD_ROUTES, SPIRIT_ROUTES, Faults
 from emulator.core.process import WorkerProcess
 from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.core.webhooks import Webhooks
-from emulator.errors import APIError, SettingsError
+from emulator.errors import APIError, BadRequestError, SettingsError
 from emulator.redaction import Redaction
 from emulator.settings import EmulatorSettings, EndpointSettings
 from emulator.spirit import agent, gateway, proxy
 from emulator.spirit.agent_ports import AgentPorts
 from emulator.spirit.endpoint import SpiritEndpoint
 from emulator.spirit.route_names import agent_route_name, gateway_route_name
-from emulator.spirit.settings import SpiritEmulatorSettings, SpiritEndpointSettings
+from emulator.spirit.settings import SpiritEmulatorSettings
 
 _TICK_INTERVAL_S = 0.1
 _SHUTDOWN_TICK_INTERVAL_S = 0.02
@@ -109,31 +111,47 @@ class Emulator:
             worker_log=worker_log,
         )
         self.endpoints: dict[str, Endpoint] = {}
+        """All endpoints by id; the control plane creates and deletes some."""
+        self._control_plane: ControlPlane | None = None
+        deleted: dict[str, Endpoint] = {}
         try:
-            for endpoint in settings.endpoints:
-                self.endpoints[endpoint.id] = self._create_endpoint(endpoint)
+            if isinstance(settings, SpiritEmulatorSettings):
+                for service in settings.endpoints:
+                    self.endpoints[service.id] = SpiritEndpoint(service, self._surroundings, self.agents)
+            else:
+                self._control_plane = ControlPlane(settings.control_plane, self._surroundings, self._create_endpoint)
+                self.endpoints, deleted = self._control_plane.endpoints, self._control_plane.deleted
+                for endpoint in settings.endpoints:
+                    self._control_plane.add(endpoint)
         except SettingsError:
             self._socket.close()
             self.agents.stop()
             raise
-        context = AppContext(self.endpoints, settings.api_keys, self.faults)
+        self._finished = asyncio.Event()
+        context = AppContext(self.endpoints, settings.api_keys, self.faults, deleted, self._finished)
         own_routes = [*admin.routes, *dashboard.routes]
         if is_spirit:
             self.app = _app([*gateway.routes, *proxy.routes, *own_routes], context, gateway_route_name)
         else:
             # Routes are matched in this order: the most frequent first.
-            routes = [*worker.routes, *openai_gateway.routes, *client.routes, *own_routes]
+            routes = [*worker.routes, *openai_gateway.routes, *client.routes, *control_plane_routes, *own_routes]
             self.app = _app(routes, context, runpod_route_name)
+            self.app.state.control_plane = self._control_plane
         self._agent_app = _app(agent.routes, context, agent_route_name(self.agents))
         self._agent_app.state.agents = self.agents
         self._stop_requested = asyncio.Event()
 
-    def _create_endpoint(self, settings: EndpointSettings | SpiritEndpointSettings) -> Endpoint:
-        if isinstance(settings, SpiritEndpointSettings):
-            return SpiritEndpoint(settings, self._surroundings, self.agents)
+    def _create_endpoint(self, kind: str, settings: EndpointSettings, surroundings: Surroundings) -> RunPodEndpoint:
+        """Create an endpoint of a type of RunPod's API.
+
+        Raises:
+            BadRequestError: the emulator does not have this type.
+        """
+        if kind != "QUEUE":
+            raise BadRequestError(f"type: the emulator has no {kind} endpoints yet; use QUEUE")
         return RunPodEndpoint(
             settings,
-            self._surroundings,
+            surroundings,
             base_url=self.url,
             ca_environment=self._certificate.environment if self._certificate else {},
             webhooks=self._webhooks,
@@ -142,9 +160,14 @@ class Emulator:
     def stop(self) -> None:
         """Shut down gracefully: workers may still deliver results. A second call kills all workers at once."""
         if self._stop_requested.is_set():
-            for endpoint in self.endpoints.values():
+            for endpoint in self._all_endpoints():
                 endpoint.fleet.kill_all()
         self._stop_requested.set()
+
+    def _all_endpoints(self) -> list[Endpoint]:
+        """Return the endpoints, and the deleted ones whose workers have not exited yet."""
+        deleted = self._control_plane.deleted if self._control_plane is not None else {}
+        return [*self.endpoints.values(), *deleted.values()]
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop` is called; return when all workers have exited.
@@ -173,8 +196,8 @@ class Emulator:
                 supervising.result()
             supervising.cancel()
         finally:
-            for endpoint in self.endpoints.values():
-                # Closes the fleet even without workers, which ends the streams of `/state/events`.
+            self._finished.set()
+            for endpoint in self._all_endpoints():
                 endpoint.fleet.close()
                 endpoint.fleet.kill_all()
                 # No worker is left to run the jobs: cancelling them answers the clients that wait for one.
@@ -192,7 +215,7 @@ class Emulator:
         """Run fleets and queues until `stop` is called, and then until all workers have exited."""
         sampled_at = 0.0
         while not self._stop_requested.is_set() or not all(
-            endpoint.fleet.is_empty for endpoint in self.endpoints.values()
+            endpoint.fleet.is_empty for endpoint in self._all_endpoints()
         ):
             for endpoint in self.endpoints.values():
                 if self._stop_requested.is_set():
@@ -202,6 +225,10 @@ class Emulator:
                 sampled_at = time.monotonic()
                 for endpoint in self.endpoints.values():
                     endpoint.sample()
+                if self._control_plane is not None:
+                    self._control_plane.sample()
+            if self._control_plane is not None:
+                self._control_plane.tick()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop_requested.wait(), _TICK_INTERVAL_S)
             if self._stop_requested.is_set():

@@ -7,9 +7,12 @@ EmulatorError
     ├── JobNotAssignedError      400: the worker posts for a job that is not assigned to it
     ├── JobStateError            400: the job's state does not allow this
     ├── UnauthorizedError        401: no valid API key
+    ├── ForbiddenError           403: the API key is valid, but may not do this
     ├── NotFoundError            404: no such endpoint, job or worker
     ├── ContentTooLargeError     413: a client's body exceeds the documented limit
+    ├── UnprocessableError       422: a body or parameter of the control plane violates its description
     ├── TooManyRequestsError     429: a documented rate limit is exceeded, or the queue is full
+    │   └── QuotaExceededError   429: the control plane's quota is used up
     ├── RequestTimeoutError      408: Spirit: no answer within the documented time
     ├── HandlingError            500: Spirit: the worker failed, or what was asked cannot be done
     └── UnavailableError         503: Spirit: no worker can come
@@ -17,6 +20,7 @@ EmulatorError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import ClassVar
 
@@ -55,6 +59,13 @@ class UnauthorizedError(APIError):
     type = "AuthenticationError"
 
 
+class ForbiddenError(APIError):
+    """The API key is valid, but does not grant access to this."""
+
+    status = HTTPStatus.FORBIDDEN
+    type = "PermissionDeniedError"
+
+
 class NotFoundError(APIError):
     """There is no such endpoint, job or worker."""
 
@@ -69,11 +80,40 @@ class ContentTooLargeError(APIError):
     type = "RequestTooLargeError"
 
 
+class UnprocessableError(APIError):
+    """A body or a parameter of the control plane violates its description.
+
+    Args:
+        message: what is wrong.
+        errors: each violation.
+    """
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    type = "UnprocessableEntityError"
+
+    def __init__(self, message: str, errors: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.errors = tuple(errors)
+
+
 class TooManyRequestsError(APIError):
     """A documented rate limit is exceeded, or the queue is full."""
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     type = "RateLimitError"
+
+
+class QuotaExceededError(TooManyRequestsError):
+    """The control plane's quota of a window is used up.
+
+    Args:
+        window: the window's name.
+        retry_after_s: when it ends.
+    """
+
+    def __init__(self, window: str, retry_after_s: int) -> None:
+        super().__init__(f"rate limit exceeded for the {window} window")
+        self.retry_after_s = retry_after_s
 
 
 class RequestTimeoutError(APIError):

@@ -6,14 +6,17 @@ Names and defaults are the platform's (`workersMin`, `scalerType`, ...) where it
 from __future__ import annotations
 
 import shlex
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from emulator.control_plane.settings import ControlPlaneSettings
 from emulator.core.faults import FaultSettings
 from emulator.core.job_queue import QueueSettings
 from emulator.integers import parse_integer
 
+CONTROL_PLANE_NAMES: Final = ("serverless", "templates", "catalog", "billing")
+"""First segments of the control plane's paths below `/v2`, where other paths have an endpoint's id."""
 ScalerType = Literal["QUEUE_DELAY", "REQUEST_COUNT", "QUEUE_LENGTH"]
 
 
@@ -88,6 +91,8 @@ class EndpointSettings(FleetSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.id in CONTROL_PLANE_NAMES:
+            raise ValueError(f"id={self.id} is a path of the control plane; choose another")
         if self.command and self.lost_after_s * 1000 <= self.ping_interval_ms:
             # An idle worker's only requests between its long polls are pings.
             raise ValueError(
@@ -131,4 +136,11 @@ class EmulatorSettings(ServerSettings):
     """All settings of an emulator of RunPod: the document of `--config`."""
 
     platform: Literal["runpod"] = "runpod"
-    endpoints: tuple[EndpointSettings, ...] = Field((EndpointSettings(),), min_length=1)
+    endpoints: tuple[EndpointSettings, ...] = (EndpointSettings(),)
+    control_plane: ControlPlaneSettings = Field(ControlPlaneSettings(), alias="controlPlane")
+
+    @model_validator(mode="after")
+    def _check_permissions(self) -> Self:
+        if self.control_plane.permissions.keys() - set(self.api_keys):
+            raise ValueError("controlPlane.permissions: a key is none of apiKeys")
+        return self

@@ -36,14 +36,18 @@ def decide(settings: FleetSettings, load: QueueLoad, workers: Sequence[FleetWork
     """Decide by the endpoint's settings.
 
     Only workers that serve jobs, or will, count for the load and for `workersMin`. All count towards `workersMax`: one
-    that is stopping or unhealthy still has its process, and a throttled one has its place.
+    that is stopping, stale or unhealthy still has its process, and a throttled one has its place.
     """
     timed_out = tuple(
         worker.id
         for worker in workers
         if worker.state is WorkerState.INITIALIZING and now_s - worker.state_since >= settings.effective_init_timeout_s
     )
-    active = [worker for worker in workers if worker.state in ACTIVE_STATES and worker.id not in timed_out]
+    active = [
+        worker
+        for worker in workers
+        if worker.state in ACTIVE_STATES and not worker.is_stale and worker.id not in timed_out
+    ]
     usable = [worker for worker in active if worker.state is not WorkerState.THROTTLED]
     # The worker that was started last gets the same time to shorten the queue before another is added.
     last_start_s = max((worker.started_at for worker in active), default=-math.inf)

@@ -73,6 +73,11 @@ class Endpoint(ABC):
             redaction=redaction,
         )
 
+    def update(self, settings: FleetSettings, redaction: Redaction, version: int) -> None:
+        """Apply other settings; see `Fleet.update`."""
+        self.settings = settings
+        self.fleet.update(settings, redaction, version)
+
     @abstractmethod
     def page_document(self) -> dict[str, str | None]:
         """Return how the page reaches the endpoint's APIs.

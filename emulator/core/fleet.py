@@ -78,6 +78,8 @@ class Fleet:
         self._start = start
         self._faults = faults
         self._redaction = redaction
+        self._version = 1
+        self._replacements = 0
         self._workers: dict[str, FleetWorker] = {}
         self._exited: deque[FleetWorker] = deque(maxlen=_MAX_EXITED_WORKERS)
         self._consecutive_failures = 0
@@ -133,6 +135,20 @@ class Fleet:
 
     # Control of workers.
 
+    def update(self, settings: FleetSettings, redaction: Redaction, version: int) -> None:
+        """Apply other settings.
+
+        With another version, all present workers become stale: each is given no more jobs, and replaced when it runs
+        none.
+        """
+        self._settings, self._redaction = settings, redaction
+        if version != self._version:
+            self._version = version
+            # What failed with the last version says nothing about this one.
+            self._consecutive_failures, self._backoff_until = 0, 0.0
+            for worker in self._workers.values():
+                worker.is_stale = worker.version is not None
+
     def tick(self) -> None:
         """Apply time-outs and the autoscaler's decision; to be called several times a second."""
         now = self._clock()
@@ -140,6 +156,8 @@ class Fleet:
         self.refresh_states()
         for worker in list(self._workers.values()):
             self._check(worker, now)
+            if worker.is_stale:
+                self._replace(worker)
         for worker_id in self._queue.unresponsive_workers():
             if worker_id in self._workers:
                 self.stop(worker_id, "ignored a stop signal")
@@ -156,8 +174,17 @@ class Fleet:
         for worker_id in decision.stop:
             self.stop(worker_id, f"idle for {self._settings.idle_timeout_s:g} s")
         if now >= self._backoff_until:
-            for _ in range(decision.start):
+            replacements = min(self._replacements, self._settings.workers_max - len(own))
+            for _ in range(max(decision.start, replacements)):
                 self._start_worker(now)
+
+    def _replace(self, worker: FleetWorker) -> None:
+        """Stop a stale worker that runs no job; another is started as soon as `workersMax` allows."""
+        if worker.process is None:
+            self._remove(worker)  # It is throttled, or has failed.
+        elif worker.state in ACTIVE_STATES and not self._queue.running_jobs(worker.id):
+            self.stop(worker.id, f"replaced by version {self._version}")
+            self._replacements += 1
 
     def refresh_states(self) -> None:
         """Set workers to running or idle, as the queue says."""
@@ -194,21 +221,16 @@ class Fleet:
         self._listener.on_event(f"worker {worker_id} killed")
         worker.process.kill()
 
-    def close(self) -> None:
+    def close(self, reason: str = "the emulator is shutting down") -> None:
         """Stop all workers and start no more; `is_empty` is true when they have exited."""
         self._closing = True
         for worker_id in list(self._workers):
-            self.stop(worker_id, "the emulator is shutting down")
+            self.stop(worker_id, reason)
 
     @property
     def is_empty(self) -> bool:
         """Whether no managed worker is left."""
         return not any(worker.process is not None for worker in self._workers.values())
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the fleet was closed and no managed worker is left."""
-        return self._closing and self.is_empty
 
     def kill_all(self) -> None:
         """Kill every managed worker now."""
@@ -267,10 +289,11 @@ class Fleet:
 
     def _start_worker(self, now: float) -> None:
         """Start a worker, or add a throttled one without a process."""
+        self._replacements = max(0, self._replacements - 1)
         worker_id = "".join(random.SystemRandom().choices(string.ascii_lowercase + string.digits, k=_ID_LETTERS))
         throttled = self._throttled_count() < self._faults.throttled_workers
         state = WorkerState.THROTTLED if throttled else WorkerState.INITIALIZING
-        worker = FleetWorker(worker_id, state, now, now, now)
+        worker = FleetWorker(worker_id, state, now, now, now, version=self._version)
         self._workers[worker_id] = worker
         if throttled:
             self._listener.on_event(f"worker {worker_id} throttled")

@@ -1,0 +1,153 @@
+"""The control plane: all endpoints and templates of the user, who may change them, and what they cost."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from emulator.api.bodies import describe_validation_error
+from emulator.control_plane import rules
+from emulator.control_plane.billing import Meter
+from emulator.control_plane.deployment import Deployment, config_of
+from emulator.control_plane.quotas import Quotas
+from emulator.control_plane.rules import Config
+from emulator.control_plane.settings import ControlPlaneSettings
+from emulator.control_plane.templates import Templates
+from emulator.core.endpoint import Endpoint, Surroundings
+from emulator.core.runpod_endpoint import RunPodEndpoint
+from emulator.errors import NotFoundError, SettingsError
+from emulator.settings import EndpointSettings
+
+_ID_LETTERS: Final = 14
+
+CreateEndpoint = Callable[[str, EndpointSettings, Surroundings], RunPodEndpoint]
+"""Makes an endpoint of a type of the API, `QUEUE` or `LOAD_BALANCER`."""
+
+
+class ControlPlane:
+    """The endpoints that the API manages, with their templates.
+
+    Args:
+        settings: settings of the control plane.
+        surroundings: what all endpoints share.
+        create_endpoint: makes an endpoint.
+
+    Raises:
+        SettingsError: the settings of created endpoints are invalid.
+    """
+
+    def __init__(
+        self, settings: ControlPlaneSettings, surroundings: Surroundings, create_endpoint: CreateEndpoint
+    ) -> None:
+        try:
+            self._base = EndpointSettings.model_validate(settings.endpoint)
+        except ValidationError as error:
+            raise SettingsError(f"controlPlane.endpoint: {describe_validation_error(error)}") from None
+        self.endpoints: dict[str, Endpoint] = {}
+        """All endpoints by id."""
+        self.deleted: dict[str, Endpoint] = {}
+        """Deleted endpoints by id, until their workers have exited."""
+        self.deployments: dict[str, Deployment] = {}
+        self.templates = Templates()
+        self.quotas = Quotas(settings.rate_limits, surroundings.clock)
+        self._meter = Meter()
+        self.settings = settings
+        self._surroundings = surroundings
+        self._create_endpoint = create_endpoint
+        self._sampled_at = surroundings.clock()
+
+    def add(self, settings: EndpointSettings) -> None:
+        """Add an endpoint that the emulator's options define; its workers run what these say."""
+        plain = self.settings.model_copy(update={"model_dir": None})
+        deployment = Deployment(settings.id, config_of(settings), settings, plain, self._surroundings)
+        self._start(deployment, settings)
+
+    def create(self, body: Mapping[str, Any]) -> Deployment:
+        """Create an endpoint from a body that is valid by the description.
+
+        Raises:
+            APIError: the body breaks a rule of the description's texts.
+        """
+        config = rules.create(body, self.templates.get)
+        letters = string.ascii_lowercase + string.digits
+        endpoint_id = "".join(secrets.choice(letters) for _ in range(_ID_LETTERS))
+        deployment = Deployment(endpoint_id, config, self._base, self.settings, self._surroundings)
+        self._start(deployment, deployment.settings())
+        return deployment
+
+    def update(self, endpoint_id: str, body: Mapping[str, Any]) -> Deployment:
+        """Change an endpoint by a body that is valid by the description.
+
+        Raises:
+            APIError: there is no such endpoint, or the body breaks a rule of the description's texts.
+        """
+        deployment = self.deployment(endpoint_id)
+        config: Config = rules.update(deployment.config, body, self.templates.get)
+        deployment.update(config)
+        self.templates.follow(deployment.template_id, config)
+        return deployment
+
+    def delete(self, endpoint_id: str) -> None:
+        """Delete an endpoint and its template: its jobs are cancelled, its workers stopped.
+
+        Raises:
+            NotFoundError: there is no such endpoint.
+        """
+        deployment = self.deployment(endpoint_id)
+        endpoint = self.endpoints.pop(endpoint_id)
+        del self.deployments[endpoint_id]
+        self.templates.unbind(deployment.template_id)
+        self.deleted[endpoint_id] = endpoint
+        endpoint.queue.close()
+        endpoint.fleet.close("the endpoint was deleted")
+
+    def deployment(self, endpoint_id: str) -> Deployment:
+        """Return an endpoint.
+
+        Raises:
+            NotFoundError: there is no such endpoint.
+        """
+        if endpoint_id not in self.deployments:
+            raise NotFoundError(f"endpoint {endpoint_id} not found")
+        return self.deployments[endpoint_id]
+
+    def bill(self, query: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the billing records that a query, which is valid by the description, asks for.
+
+        Raises:
+            BadRequestError: its parameters contradict each other.
+        """
+        return self._meter.document(query, self._surroundings.wall_clock())
+
+    def tick(self) -> None:
+        """Wait for the workers of deleted endpoints; to be called several times a second."""
+        for endpoint_id, endpoint in list(self.deleted.items()):
+            endpoint.fleet.tick()
+            if endpoint.fleet.is_empty:
+                del self.deleted[endpoint_id]
+
+    def sample(self) -> None:
+        """Meter the workers since the last call."""
+        now, wall = self._surroundings.clock(), self._surroundings.wall_clock()
+        elapsed_s, self._sampled_at = now - self._sampled_at, now
+        for deployment in self.deployments.values():
+            workers = sum(worker.process is not None for worker in deployment.endpoint.fleet.workers())
+            placed = deployment.placement()
+            self._meter.add(
+                deployment.id,
+                on_gpu=placed.gpu_type is not None,
+                seconds=workers * elapsed_s,
+                price=placed.price,
+                at=wall,
+            )
+
+    def _start(self, deployment: Deployment, settings: EndpointSettings) -> None:
+        endpoint = self._create_endpoint(deployment.config["type"], settings, deployment.surroundings)
+        deployment.endpoint = endpoint
+        deployment.template_id = self.templates.bind(deployment.id, deployment.config)
+        self.endpoints[deployment.id] = endpoint
+        self.deployments[deployment.id] = deployment
