@@ -25,7 +25,8 @@ URL = "https://api.runpod.io"
 KEY_VARIABLE = "RUNPOD_API_KEY"
 TIMEOUT_S = 60.0
 _ATTEMPTS = 5
-_MAX_RETRY_AFTER_S = 300.0
+WAIT_S = 0.5
+MAX_RETRY_AFTER_S = 300.0
 _ENDPOINTS = "/v2/serverless"
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
@@ -93,10 +94,10 @@ class Api:
         wait_s: the first wait between two attempts, which then doubles.
     """
 
-    def __init__(self, client: httpx.AsyncClient, log: Callable[[str], None], wait_s: float = 0.5) -> None:
+    def __init__(self, client: httpx.AsyncClient, log: Callable[[str], None], wait_s: float | None = None) -> None:
         self._client = client
         self._log = log
-        self._wait_s = wait_s
+        self._wait_s = WAIT_S if wait_s is None else wait_s
 
     async def gpus(self, min_cuda: str) -> list[models.GpuType]:
         """Return the GPU types, with what of them is free for serverless workers with this CUDA version or later."""
@@ -218,7 +219,7 @@ class Api:
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
             asked = error.retry_after_s if isinstance(error, _PassingError) else None
-            return min(asked, _MAX_RETRY_AFTER_S) if asked is not None else backoff(state)
+            return min(asked, MAX_RETRY_AFTER_S) if asked is not None else backoff(state)
 
         def say(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None

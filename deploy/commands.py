@@ -53,10 +53,10 @@ async def status(context: Context, name: str | None, *, as_json: bool = False) -
         context.api.workers(endpoint.id), context.api.releases(endpoint.id), context.api.gpus(plan.MIN_CUDA)
     )
     if as_json:
-        shown = endpoint.model_dump(mode="json", by_alias=True)
+        shown = endpoint.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"request_urls"})
         shown["env"] = environment.masked(shown.get("env") or {})
         document = {
-            "endpoint": shown,
+            "endpoint": {**shown, "openaiUrl": Site(context.client, endpoint).openai_url},
             "workers": workers.model_dump(mode="json", by_alias=True)["workers"],
             "rollout": releases.rollout.model_dump(mode="json", by_alias=True),
         }

@@ -70,7 +70,7 @@ class Progress:
         if file.isatty():
             layout = "{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}]{postfix}"
             self._bar = tqdm(total=len(phases), file=file, bar_format=layout, leave=False, dynamic_ncols=True)
-        self._show("")
+            self._show("")
 
     @property
     def phase(self) -> str:

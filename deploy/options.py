@@ -49,6 +49,7 @@ def _any_of(names: Mapping[str, str]) -> str:
 
 
 _PATH = re.compile(rf"\$\.({_any_of(_OPTIONS)})(?![\w])(?:\[\d+\]|\.(?=\w))*")
+_AT_BEGINNING = re.compile(rf"(?:^|(?<=; ))({_any_of(_OPTIONS)})(?=:)")
 _IN_PROSE = re.compile(rf"(?<![\w.$-])({_any_of({**_PROSE, **_LAST_PARTS})})(?![\w-])")
 
 
@@ -58,7 +59,8 @@ def option_names(text: str) -> str:
     def path(match: re.Match[str]) -> str:
         return _OPTIONS[match[1]] + (" " if text[match.end() : match.end() + 1].isalnum() else "")
 
-    named = _IN_PROSE.sub(lambda match: {**_LAST_PARTS, **_PROSE}[match[1]], _PATH.sub(path, text))
+    named = _AT_BEGINNING.sub(lambda match: _OPTIONS[match[1]], _PATH.sub(path, text))
+    named = _IN_PROSE.sub(lambda match: {**_LAST_PARTS, **_PROSE}[match[1]], named)
     return named.removeprefix("$: ")
 
 

@@ -36,7 +36,7 @@ async def follow(context: Context, endpoint: Endpoint) -> None:
     version = (await api.releases(endpoint.id)).endpoint_version
     progress = console.progress(PHASES)
     watcher = StartWatcher(api, endpoint.id, console, progress, version=version, poll_s=context.poll_s)
-    rollout = asyncio.create_task(_until_rolled_out(context, endpoint.id, version))
+    rollout = asyncio.create_task(_until_rolled_out(context, endpoint, version))
     try:
         await first_of(rollout, asyncio.create_task(watcher.watch()), context.timeout_s)
     except TimeoutError:
@@ -46,22 +46,24 @@ async def follow(context: Context, endpoint: Endpoint) -> None:
         ) from None
     finally:
         progress.close()
-    console.result(f"{endpoint.name}: all workers run release {version}, {progress.total_s:.1f} s after the change")
+    console.result(f"{endpoint.name}: release {version} is rolled out, {progress.total_s:.1f} s after the change")
 
 
-async def _until_rolled_out(context: Context, endpoint_id: str, version: int | None) -> None:
-    """Wait until no worker runs an older release and none starts; say how far it is whenever that changes."""
+async def _until_rolled_out(context: Context, endpoint: Endpoint, version: int | None) -> None:
+    """Wait until no worker runs an older release, and those that always run are ready; say how far it is whenever that changes."""
     said = ""
     while True:
-        answer = await context.api.releases(endpoint_id)
+        answer = await context.api.releases(endpoint.id)
         rollout = answer.rollout
         is_current = version is None or answer.endpoint_version is None or answer.endpoint_version >= version
         text = f"{rollout.workers_on_latest} of {rollout.workers_total} workers run release {answer.endpoint_version}"
+        if not rollout.workers_total:
+            text = f"no workers run now; the next one runs release {answer.endpoint_version}"
         if text != said:
             context.console.log(text)
             said = text
-        if is_current and not rollout.in_progress:
-            summary = (await context.api.workers(endpoint_id)).summary
+        if is_current and not rollout.in_progress and rollout.workers_total >= (endpoint.workers.min or 0):
+            summary = (await context.api.workers(endpoint.id)).summary
             if not summary.initializing + summary.unhealthy:
                 return
         await asyncio.sleep(context.poll_s)

@@ -25,6 +25,9 @@ _NO_IMAGE = re.compile(
 _NO_DISK = re.compile(r"no space left on device", re.IGNORECASE)
 # Of the container's: the worker's own last line, and what Python says of an image with another program.
 _CANNOT_START = re.compile(r"The worker (?:cannot start|has failed): (?P<reason>.*)")
+_EXITED = re.compile(r"exit(?:ed|s)? (?:with )?(?:exit )?code (?P<code>[1-9]\d*)")
+# A worker that has exited as often would exit again.
+_MAX_EXITS = 3
 _LOADING = re.compile(r"Loading the engine")
 _READY = re.compile(r"Engine ready after|Worker ready")
 
@@ -81,6 +84,8 @@ class StartWatcher:
         self._poll_s = poll_s
         self._followed: dict[str, asyncio.Task[None]] = {}
         self._fault: str | None = None
+        self._exits = 0
+        self._last_line = ""
         self._fault_found = asyncio.Event()
         self._waiting_for_capacity = False
         self.gpu_type: str | None = None
@@ -154,9 +159,21 @@ class StartWatcher:
             self._fault_found.set()
         if line.source == "system":
             self._progress.reach(IMAGE, line.text)
+            self._count_exit(line.text)
         else:
             self._progress.reach(START)
+            self._last_line = line.text
         for phase, pattern in ((LOAD, _LOADING), (REQUEST, _READY)):
             if line.source == "container" and pattern.search(line.text):
                 self._progress.reach(phase)
         self._progress.detail(line.text)
+
+    def _count_exit(self, text: str) -> None:
+        """Count a container that ended by itself with an error."""
+        if (found := _EXITED.search(text)) is None:
+            return
+        self._exits += 1
+        if self._exits == _MAX_EXITS and self._fault is None:
+            last = f"; its last line: {' '.join(self._last_line.split())[:300]}" if self._last_line else ""
+            self._fault = f"the worker exits with {found['code']} again and again{last}: look at `logs`"
+            self._fault_found.set()

@@ -108,6 +108,7 @@ async def _answer(context: Context, endpoint: Endpoint, catalogue: Sequence[GpuT
     """Send the first request, watch the workers start meanwhile, and print how to go on."""
     console = context.console
     site = Site(context.client, endpoint)
+    console.log("the first request is sent; it waits for a worker")
     progress = console.progress(PHASES)
     watcher = StartWatcher(context.api, endpoint.id, console, progress, poll_s=context.poll_s)
     request = asyncio.create_task(site.ask(kinds))

@@ -19,6 +19,7 @@ from engine.backend.app import App, Message, Receive, Send
 from engine.backend.routes import SERVING
 from engine.backend.statistics import Statistics
 from engine.backend.vllm_engine import VLLMEngine
+from engine.cold_start import WORKER
 from engine.config.settings import Settings
 from engine.jobs import pipeline
 from engine.queue import runpod_client, spirit_client, spirit_sdk
@@ -61,8 +62,16 @@ class ScriptedEngine:
         return self._respond
 
     async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
-        del scope
-        request = json.loads((await receive())["body"])
+        body = (await receive())["body"]
+        if scope["path"] == "/cold_start":
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
+            )
+            await send(
+                {"type": "http.response.body", "body": json.dumps(WORKER.document()).encode(), "more_body": False}
+            )
+            return
+        request = json.loads(body)
         text = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
         kind = b"text/event-stream" if request.get("stream") else b"application/json"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})

@@ -32,7 +32,7 @@ def answering(*responses: httpx.Response) -> list[Callable[[httpx.Request], http
     ("response", "error", "code", "says"),
     [
         (problem(400, "gpu.pools: unknown pool ADA_25"), OptionError, 2, "--gpu: unknown pool ADA_25"),
-        (problem(401, "missing bearer token"), RefusedError, 3, "RUNPOD_API_KEY (missing bearer token): set it to a key"),
+        (problem(401, "missing token"), RefusedError, 3, "RUNPOD_API_KEY (missing token): set it to a key"),
         (problem(403, "access denied"), RefusedError, 3, "give the key write access to serverless endpoints"),
         (problem(404, "volume not found"), RefusedError, 3, "(volume not found): check"),
         (
@@ -43,7 +43,7 @@ def answering(*responses: httpx.Response) -> list[Callable[[httpx.Request], http
         (httpx.Response(200, text="<html>"), DeployError, 1, "is https://runpod.test RunPod's API?"),
     ],
 )  # fmt: skip
-def test_a_refusal_is_one_line_that_says_what_to_change(
+def test_a_refusal_is_one_line_that_says_what_to_change(  # noqa: PLR0913, PLR0917 (a table)
     api: Api, runpod: FakeRunPod, response: httpx.Response, error: type[DeployError], code: int, says: str
 ) -> None:
     runpod.script = answering(response)

@@ -10,7 +10,7 @@ from deploy import environment
 from deploy.environment import Redaction
 from deploy.errors import OptionError
 
-TOKEN = "hf_abcdefghijklmnopqrst"
+HUB_TOKEN = "hf_abcdefghijklmnopqrst"
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -23,11 +23,11 @@ def test_later_sources_win(tmp_path: Path) -> None:
 
 
 def test_a_secret_comes_from_the_environment_and_is_masked() -> None:
-    read = environment.read(["HF_TOKEN"], [], [], {"HF_TOKEN": TOKEN})
+    read = environment.read(["HF_TOKEN"], [], [], {"HF_TOKEN": HUB_TOKEN})
 
-    assert read == {"HF_TOKEN": TOKEN}
+    assert read == {"HF_TOKEN": HUB_TOKEN}
     assert environment.masked(read) == {"HF_TOKEN": "***"}
-    assert environment.secrets_in(read) == [TOKEN]
+    assert environment.secrets_in(read) == [HUB_TOKEN]
 
 
 def test_a_reference_is_no_secret() -> None:
@@ -37,9 +37,11 @@ def test_a_reference_is_no_secret() -> None:
     assert environment.secrets_in(read) == []
 
 
-@pytest.mark.parametrize("text", [f"HF_TOKEN={TOKEN}", "MY_API_KEY=12345", f"VLLM_EXTRA_ARGS=--hf-token {TOKEN}"])
+@pytest.mark.parametrize(
+    "text", [f"HF_TOKEN={HUB_TOKEN}", "MY_API_KEY=12345", f"VLLM_EXTRA_ARGS=--hf-token {HUB_TOKEN}"]
+)
 def test_a_secret_on_the_command_line_is_refused_without_showing_it(text: str) -> None:
-    with pytest.raises(OptionError, match="set .* in the environment") as raised:
+    with pytest.raises(OptionError, match=r"set .* in the environment") as raised:
         environment.read([text], [], [], {})
 
     assert text.partition("=")[2] not in str(raised.value)
@@ -52,22 +54,22 @@ def test_a_secret_on_the_command_line_is_refused_without_showing_it(text: str) -
         (["A B=x"], [], "write NAME=VALUE or NAME"),
         (["MISSING"], [], "--env MISSING: it is not set in the environment"),
         ([], ["HF_TOKEN"], r"--secret HF_TOKEN=\*\*\*: give NAME=SECRET"),
-        ([], [f"HF_TOKEN={TOKEN}"], r"--secret HF_TOKEN=\*\*\*: give NAME=SECRET"),
+        ([], [f"HF_TOKEN={HUB_TOKEN}"], r"--secret HF_TOKEN=\*\*\*: give NAME=SECRET"),
     ],
 )
 def test_what_cannot_be_read_says_how_to_write_it(texts: list[str], secrets: list[str], says: str) -> None:
     with pytest.raises(OptionError, match=says) as raised:
         environment.read(texts, [], secrets, {})
 
-    assert TOKEN not in str(raised.value)
+    assert HUB_TOKEN not in str(raised.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--env-file .*none cannot be read"):
+    with pytest.raises(OptionError, match=r"--env-file .*none cannot be read"):
         environment.read([], [tmp_path / "none"], [], {})
 
 
 def test_known_secrets_and_hub_tokens_are_hidden_in_any_text() -> None:
     redaction = Redaction(["rpa_key", "ab"])
 
-    assert redaction.apply(f"ab rpa_key {TOKEN}") == "ab *** ***"
+    assert redaction.apply(f"ab rpa_key {HUB_TOKEN}") == "ab *** ***"

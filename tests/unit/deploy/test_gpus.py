@@ -106,7 +106,7 @@ def test_named_pools_keep_their_order() -> None:
 
 
 def test_an_unknown_name_lists_the_pools() -> None:
-    with pytest.raises(OptionError, match="--gpu ADA_25: .* RunPod has ADA_24, ADA_80_PRO, AMPERE_24, AMPERE_48"):
+    with pytest.raises(OptionError, match=r"--gpu ADA_25: .* RunPod has ADA_24, ADA_80_PRO, AMPERE_24, AMPERE_48"):
         gpus.named(types(), ["ADA_25"], needing(15), 1)
 
 

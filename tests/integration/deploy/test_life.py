@@ -1,0 +1,143 @@
+"""The life of an endpoint: created, asked, changed under load, rolled back, watched, deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+
+from tests.integration.deploy.conftest import KEY, UP, Account
+
+_SENTENCE = "one two three four five six seven eight"
+
+
+@contextmanager
+def open_loop(url: str, interval_s: float) -> Iterator[list[Future[str]]]:
+    """Send a streamed chat at a fixed pace, whether or not the earlier ones have ended; yield their texts."""
+    answers: list[Future[str]] = []
+    stop = threading.Event()
+    body = {"model": "tiny", "messages": [{"role": "user", "content": _SENTENCE}], "stream": True}
+
+    def ask(client: httpx.Client) -> str:
+        with client.stream("POST", f"{url}/chat/completions", json=body) as response:
+            response.raise_for_status()
+            events = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+        assert events[-1] == "[DONE]"
+        return "".join(json.loads(event)["choices"][0]["delta"]["content"] for event in events[:-1])
+
+    def send(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
+        while not stop.wait(interval_s):
+            answers.append(pool.submit(ask, client))
+
+    with (
+        httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client,
+        ThreadPoolExecutor(64) as pool,
+    ):
+        sender = threading.Thread(target=send, args=(client, pool))
+        sender.start()
+        try:
+            yield answers
+        finally:
+            stop.set()
+            sender.join()
+
+
+def test_an_endpoint_from_up_to_down(account: Callable[..., Account]) -> None:
+    site = account(env={"PAUSE_S": "0.02"})
+
+    # Up: one endpoint that answers.
+    ran = site.run(*UP, "--workers-min", "2", "--env", "GREETING=hi")
+    assert ran.code == 0, ran.err
+    (endpoint,) = site.endpoints()
+    url = f"{site.url}/v2/{endpoint['id']}/openai/v1"
+    assert f"Endpoint  tiny ({endpoint['id']}), queue" in ran.out
+    assert f"URL       {url}" in ran.out
+    assert re.search(r"Answer    chat, first token after \d+\.\d s: Say hello in one short sentence\.", ran.out)
+    assert re.search(r"Worker    cold start \d+\.\d s: ", ran.out)
+    assert "Price     $1.10/h while a worker runs; $2.20/h idle (2 always run); at most $3.30/h (3 workers)" in ran.out
+    assert "deploy: GPU: ADA_24 (RTX 4090, 24 GB, $1.10/h)" in ran.err
+
+    # The command that it prints works word for word.
+    curl = ran.out[ran.out.index("curl ") :]
+    done = subprocess.run(
+        ["/bin/bash", "-c", curl], env={**os.environ, "RUNPOD_API_KEY": KEY}, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == {"said": "Say hello in one short sentence."}
+
+    # Again: no change, no second endpoint.
+    ran = site.run(*UP, "--workers-min", "2", "--env", "GREETING=hi")
+    assert (ran.code, len(site.endpoints())) == (0, 1)
+    assert f"tiny ({endpoint['id']}) is as wanted: no change" in ran.err
+
+    # An update and its way back under load: every request is answered in full.
+    with open_loop(url, 0.02) as answers:
+        ran = site.run("update", "tiny", "--image", "x/y:2", "--env", "GREETING=hello")
+        assert ran.code == 0, ran.err
+        assert "tiny: image: x/y:1 -> x/y:2" in ran.err
+        assert "tiny: env: GREETING=hi -> hello" in ran.err
+        assert re.search(r"(\d) of \1 workers run release 2", ran.err)
+        back = site.run("rollback", "tiny")
+        assert back.code == 0, back.err
+        assert "deploy: back to release 1" in back.err
+        assert re.search(r"(\d) of \1 workers run release 3", back.err)
+        time.sleep(0.1)
+    assert len(answers) > 20
+    assert {answer.result().strip() for answer in answers} == {_SENTENCE}
+    (endpoint,) = site.endpoints()
+    assert endpoint["image"] == "x/y:1"
+    assert endpoint["env"] == {"MODEL_NAME": "org/tiny", "GREETING": "hi"}
+
+    ran = site.run("status", "tiny")
+    assert ran.code == 0
+    assert re.search(r"^Release +3, on (\d) of \1 workers$", ran.out, re.MULTILINE)
+    document = json.loads(site.run("status", "tiny", "--json").out)
+    assert {one["isStale"] for one in document["workers"]} == {False}
+
+    ran = site.run("logs", "tiny", "--tail", "500")
+    assert ran.code == 0
+    assert "start container for x/y:1: begin" in ran.out
+    assert '"status": "completed"' in ran.out
+
+    ran = site.run("down", "tiny", "--yes")
+    assert (ran.code, site.endpoints()) == (0, [])
+    assert site.run("down", "tiny", "--yes").code == 3
+
+
+def test_up_changes_what_differs(account: Callable[..., Account]) -> None:
+    site = account()
+    assert site.run(*UP, "--no-wait").code == 0
+
+    ran = site.run(*UP, "--no-wait", "--workers-max", "5", "--max-model-len", "4096")
+
+    assert ran.code == 0, ran.err
+    assert "tiny: workers.max: 3 -> 5" in ran.err
+    assert "tiny: env: + MAX_MODEL_LEN=4096" in ran.err
+    (endpoint,) = site.endpoints()
+    assert endpoint["workers"]["max"] == 5
+
+
+def test_logs_follow_workers_that_start_later(account: Callable[..., Account]) -> None:
+    site = account()
+    assert site.run(*UP, "--no-wait").code == 0
+    environment = {**os.environ, "RUNPOD_API_KEY": KEY, "RUNPOD_API_URL": site.url}
+    command = [*(sys.executable, "-m", "deploy", "logs", "tiny", "--follow")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert site.run(*UP).code == 0
+            assert process.stdout is not None
+            lines = []
+            while not lines or '"status": "completed"' not in lines[-1]:
+                lines.append(process.stdout.readline())
+                assert lines[-1], lines
+        finally:
+            process.terminate()
+    assert "create container x/y:1" in lines[0]
