@@ -13,6 +13,9 @@ from deploy.model import Examined
 from deploy.options import Options
 from runpod_api.models import Endpoint, GpuType
 
+# Below it, a tenth of a request matters.
+_EXACT = 10
+
 
 def choose(
     options: Options, examined: Examined | None, catalogue: Sequence[GpuType], existing: Endpoint | None
@@ -79,7 +82,7 @@ def explain(console: Console, choice: Choice, examined: Examined | None, catalog
     fit = first.fit
     text = f"GPU: {first.describe(choice.count)}"
     if fit is not None and fit.fits:
-        text += f": {fit.max_concurrency:.1f} requests of {fit.max_model_len} tokens fit at once"
+        text += f": {_number(fit.max_concurrency or 0)} requests of {fit.max_model_len} tokens fit at once"
     if others:
         text += f"; also {', '.join(pool.describe(choice.count) for pool in others)}"
     console.log(text)
@@ -90,3 +93,7 @@ def explain(console: Console, choice: Choice, examined: Examined | None, catalog
     cheaper = gpus.cheaper_with_less_context(catalogue, examined.fit, choice)
     if cheaper is not None:
         console.log(cheaper)
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < _EXACT else f"{value:.0f}"

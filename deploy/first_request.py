@@ -27,7 +27,7 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 # What a model without this kind of request answers: the next kind is tried.
 _OTHER_KIND = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 _TOKENS = 32
-_TEXT = "Say hello in one short sentence."
+_TEXT = "Hello!"
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ KINDS = {
         Kind(
             "chat",
             "/v1/chat/completions",
-            {"messages": [{"role": "user", "content": _TEXT}], "max_tokens": _TOKENS, "stream": True},
+            {"messages": [{"role": "user", "content": _TEXT}], "max_tokens": _TOKENS, "temperature": 0, "stream": True},
         ),
-        Kind("completion", "/v1/completions", {"prompt": _TEXT, "max_tokens": _TOKENS, "stream": True}),
+        Kind(
+            "completion", "/v1/completions", {"prompt": _TEXT, "max_tokens": _TOKENS, "temperature": 0, "stream": True}
+        ),
         Kind("embedding", "/v1/embeddings", {"input": _TEXT}),
     )
 }

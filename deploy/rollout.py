@@ -50,7 +50,7 @@ async def follow(context: Context, endpoint: Endpoint) -> None:
 
 
 async def _until_rolled_out(context: Context, endpoint: Endpoint, version: int | None) -> None:
-    """Wait until no worker runs an older release, and those that always run are ready; say how far it is whenever that changes."""
+    """Wait until no worker runs an older release, and those that always run are ready; say how far that is."""
     said = ""
     while True:
         answer = await context.api.releases(endpoint.id)

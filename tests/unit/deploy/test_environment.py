@@ -10,7 +10,7 @@ from deploy import environment
 from deploy.environment import Redaction
 from deploy.errors import OptionError
 
-HUB_TOKEN = "hf_abcdefghijklmnopqrst"
+HUB_TOKEN = "hf_abcdefghijklmnopqrst"  # noqa: S105 (not a real one)
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
