@@ -5,6 +5,7 @@ A call that may be repeated is repeated while the network or the API fails; 429 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -160,11 +161,34 @@ class Api:
         """Return the releases of an endpoint, newest first, and how far the newest is rolled out."""
         return await self._call("GET", f"{_ENDPOINTS}/{endpoint_id}/releases", models.ListEndpointReleasesResponse)
 
-    async def logs(self, endpoint_id: str, worker_id: str, *, tail: int, last_id: str = "") -> AsyncIterator[LogLine]:
-        """Yield the lines of a worker's log: the last `tail` ones or those after `last_id`, then new ones as they come.
+    async def logs(self, endpoint_id: str, worker_id: str, *, tail: int, pause_s: float) -> AsyncIterator[LogLine]:
+        """Yield the last `tail` lines of a worker's log, then new ones as they come, each once.
 
-        It ends when the API ends the stream, as after the worker's end.
+        A stream that ends is opened again after `pause_s`, where it ended. It is over when the worker is forgotten.
+
+        Raises:
+            DeployError: the API refuses, or cannot be reached several times in a row.
         """
+        last_id, at_last_id, failures = "", set[str](), 0
+        while True:
+            try:
+                async for line in self._log_stream(endpoint_id, worker_id, tail, last_id):
+                    failures = 0
+                    if line.id != last_id:
+                        last_id, at_last_id = line.id, set()
+                    elif line.text in at_last_id:
+                        continue  # an id may be a time, at whose first line the stream goes on
+                    at_last_id.add(line.text)
+                    yield line
+            except NotFoundError:
+                return
+            except _PassingError as error:
+                failures += 1
+                if failures == _ATTEMPTS:
+                    raise error.error from None
+            await asyncio.sleep(pause_s)
+
+    async def _log_stream(self, endpoint_id: str, worker_id: str, tail: int, last_id: str) -> AsyncIterator[LogLine]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_id} if last_id else {})
         path = f"{_ENDPOINTS}/{endpoint_id}/workers/{worker_id}/logs"
         timeout = httpx.Timeout(TIMEOUT_S, read=None)
@@ -178,9 +202,7 @@ class Api:
                 async for line in _log_lines(response):
                     yield line
         except httpx.TransportError as error:
-            raise self._unreachable(error) from None
-        except _PassingError as error:
-            raise error.error from None
+            raise _PassingError(self._unreachable(error)) from None
 
     async def _call(self, method: str, path: str, answer: type[_Answer], **request: Any) -> _Answer:
         async def attempt() -> _Answer:

@@ -109,7 +109,7 @@ async def logs(context: Context, name: str, *, follow: bool, tail: int, worker_i
 
 
 async def _print_log(context: Context, endpoint_id: str, worker: str, *, follow: bool, tail: int) -> None:
-    lines = context.api.logs(endpoint_id, worker, tail=tail)
+    lines = context.api.logs(endpoint_id, worker, tail=tail, pause_s=context.poll_s)
     while True:
         try:
             # A log that is not followed ends where nothing more comes: the API keeps the stream open.

@@ -6,7 +6,7 @@ import asyncio
 import re
 from contextlib import suppress
 
-from deploy.api import Api, LogLine, NotFoundError
+from deploy.api import Api, LogLine
 from deploy.console import Console, Progress
 from deploy.errors import DeployError, WorkerError
 from runpod_api.models import Worker
@@ -140,18 +140,10 @@ class StartWatcher:
         self._waiting_for_capacity = throttled
 
     async def _follow(self, worker: Worker) -> None:
-        """Read a worker's log until it ends; the stream is opened again if it breaks."""
-        last_id = ""
-        while True:
-            try:
-                async for line in self._api.logs(self._endpoint_id, worker.id, tail=_TAIL, last_id=last_id):
-                    last_id = line.id or last_id
-                    self._read(line, worker)
-            except NotFoundError:
-                return
-            except DeployError:
-                pass  # the next look at the workers says more
-            await asyncio.sleep(self._poll_s)
+        """Read a worker's log until it ends."""
+        with suppress(DeployError):  # the next look at the workers says more
+            async for line in self._api.logs(self._endpoint_id, worker.id, tail=_TAIL, pause_s=self._poll_s):
+                self._read(line, worker)
 
     def _read(self, line: LogLine, worker: Worker) -> None:
         if (fault := fault_in(line, worker.image)) is not None:

@@ -24,7 +24,7 @@ def test_an_endpoint_from_up_to_down(account: Callable[..., Account]) -> None:
     url = f"{site.url}/v2/{endpoint['id']}/openai/v1"
     assert f"Endpoint  tiny ({endpoint['id']}), queue" in ran.out
     assert f"URL       {url}" in ran.out
-    assert re.search(r"Answer    chat, first token after \d+\.\d s: Say hello in one short sentence\.", ran.out)
+    assert re.search(r"Answer    chat, first token after \d+\.\d s: Hello!", ran.out)
     assert re.search(r"Worker    cold start \d+\.\d s: ", ran.out)
     assert "Price     $1.10/h while a worker runs; $2.20/h idle (2 always run); at most $3.30/h (3 workers)" in ran.out
     assert "deploy: GPU: ADA_24 (RTX 4090, 24 GB, $1.10/h)" in ran.err

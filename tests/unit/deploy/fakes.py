@@ -45,6 +45,7 @@ class FakeRunPod:
         bodies: of POST and PATCH.
         workers: of all endpoints.
         logs: events of every worker's log.
+        resumes_at_last: whether a log goes on with the last event instead of the one after it.
     """
 
     catalogue: list[dict[str, Any]] = field(default_factory=lambda: list(CATALOGUE))
@@ -52,6 +53,7 @@ class FakeRunPod:
     releases: list[dict[str, Any]] = field(default_factory=list)
     workers: list[dict[str, Any]] = field(default_factory=list)
     logs: list[tuple[str, str]] = field(default_factory=list)
+    resumes_at_last: bool = False
     script: list[Callable[[httpx.Request], httpx.Response | None]] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -97,11 +99,14 @@ class FakeRunPod:
                 document = {"endpointVersion": len(self.releases) or 1, "rollout": rollout, "releases": self.releases}
                 return self._answer(200, "ListEndpointReleasesResponse", document)
             case "GET", ["workers", _, "logs"]:
+                last = request.headers.get("Last-Event-ID")
+                after = 0 if last is None else int(last.rpartition("/")[2]) + (not self.resumes_at_last)
                 events = "".join(
                     f"id: 2026-06-01T12:05:04Z/{number}\ndata: "
                     + json.dumps({"ts": "2026-06-01T12:05:04Z", "source": source, "line": line})
                     + "\n\n"
                     for number, (source, line) in enumerate(self.logs)
+                    if number >= after
                 )
                 return httpx.Response(200, text=events, headers={"Content-Type": "text/event-stream"})
         return problem(404, "no such route")
