@@ -79,6 +79,7 @@ async def up(  # noqa: PLR0913 (the command's own options)
 
 def _examine(console: Console, model: str, revision: str | None, options: Options) -> Examined:
     """Ask the doctor."""
+    console.log(f"checking {model} and its settings")
     kind = options.type or ""
     variables = plan.variables(
         model, replace(options, execution_timeout_s=None), kind, options.gpus_per_worker or 1, None
