@@ -1,7 +1,8 @@
 """The worker's entry points: `handler`, which the SDK registers, and the command line.
 
     python handler.py                                     runs the job of test_input.json; on a platform (PLATFORM, or
-                                                          its own variables), takes jobs from its queue
+                                                          its own variables), takes jobs from its queue, or serves HTTP
+                                                          (ENDPOINT_TYPE)
     python handler.py --test_input '{"input": {...}}'     runs that job
     python handler.py --print-config                      prints the effective configuration
     python handler.py --rp_serve_api                      starts the emulator of the platform with one such worker
@@ -57,8 +58,8 @@ def main() -> int:
         the worker cannot start; 2 for a wrong command line.
     """
     parser = argparse.ArgumentParser(
-        description="A serverless worker with vLLM inside. On the platform it takes jobs from the queue; elsewhere it "
-        "runs one job and prints the answer as it is generated, the job's output as JSON, and its speed.",
+        description="A serverless worker with vLLM inside. On the platform it takes jobs from the queue or serves "
+        "HTTP; elsewhere it runs one job and prints the answer as it is generated, its output as JSON, and its speed.",
         epilog="Settings come from the environment; the README lists them. The SDK's own options are passed to it.",
     )
     parser.add_argument("--test_input", metavar="JSON", help=f"the job to run (default: that of {TEST_INPUT.name})")
@@ -93,14 +94,14 @@ def main() -> int:
 
             one_worker = ["--workers-min=1", "--workers-max=1"]
             return cli.main([f"--host={arguments.rp_api_host}", f"--port={arguments.rp_api_port}", *one_worker, *rest])
-        polling = settings.on_platform and arguments.test_input is None and not arguments.print_config
-        if not polling:
+        serving = settings.on_platform and arguments.test_input is None and not arguments.print_config
+        if not serving:
             _set_vllm_quiet()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: sys.exit(0))
-        if polling:
+        if serving:
             sys.argv[1:] = rest
-            return _poll_spirit(variables, settings) if settings.queue == "spirit" else _poll_runpod(variables)
+            return _serve(variables, settings)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if arguments.print_config:
@@ -140,6 +141,13 @@ def _answer(variables: Mapping[str, Variable], test_input: str | None) -> int:
     return asyncio.run(local.answer(job, handler, worker.current(variables).engine))
 
 
+def _serve(variables: Mapping[str, Variable], settings: Settings) -> int:
+    """Serve the platform's clients until a signal asks the worker to stop."""
+    if settings.serves_http:
+        return _serve_http(variables, settings)
+    return _poll_spirit(variables, settings) if settings.queue == "spirit" else _poll_runpod(variables)
+
+
 def _poll_runpod(variables: Mapping[str, Variable]) -> int:
     """Take jobs from RunPod's queue until a signal asks the worker to stop."""
     from engine import worker
@@ -176,6 +184,27 @@ def _poll_spirit(variables: Mapping[str, Variable], settings: Settings) -> int:
         return await serving.serve(queue, handler)
 
     return spirit_client.serve(run, running, settings.spirit_request_timeout_s)
+
+
+def _serve_http(variables: Mapping[str, Variable], settings: Settings) -> int:
+    """Serve a load-balancing endpoint until a signal asks the worker to stop; health checks are answered at once."""
+    from engine.server.health_check import HealthCheck
+    from engine.server.listeners import Listeners
+    from engine.server.loading import LoadingServer
+
+    listeners = Listeners.open(settings)
+    own_port = settings.port_health if settings.port_health != settings.port else None
+    check = HealthCheck(settings.health_check_path, own_port)
+    with LoadingServer(listeners, check) as loading:
+        import uvloop
+
+        from engine import worker
+        from engine.startup import fitness
+
+        with fitness.Checks() as checks:
+            serving = worker.current(variables, checks)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serving.serve_http(listeners, loading, check))
 
 
 def _set_logging() -> None:

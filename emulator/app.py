@@ -17,14 +17,18 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Scope
 
 from emulator.api import admin, client, dashboard, openai_gateway, worker
 from emulator.api.auth import AppContext
 from emulator.api.bodies import api_error_response, client_closed_request, http_exception_response
 from emulator.api.fault_middleware import DroppableProtocol, FaultInjectionMiddleware, RouteName, runpod_route_name
+from emulator.api.ports import Ports
+from emulator.balancer.endpoint import BalancerEndpoint
+from emulator.balancer.proxy import BalancerApp, MountedBalancerApp, balancer_route_name, endpoint_of_port
 from emulator.certificate import Certificate
+from emulator.control_plane.deployment import ManagedEndpoint
 from emulator.control_plane.plane import ControlPlane
 from emulator.control_plane.routes import routes as control_plane_routes
 from emulator.core.endpoint import Endpoint, Surroundings
@@ -32,11 +36,10 @@ from emulator.core.faults import RUNPOD_ROUTES, SPIRIT_ROUTES, Faults
 from emulator.core.process import WorkerProcess
 from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.core.webhooks import Webhooks
-from emulator.errors import APIError, BadRequestError, SettingsError
+from emulator.errors import APIError, SettingsError
 from emulator.redaction import Redaction
-from emulator.settings import EmulatorSettings, EndpointSettings
+from emulator.settings import BalancerSettings, EmulatorSettings, RunPodEndpointSettings
 from emulator.spirit import agent, gateway, proxy
-from emulator.spirit.agent_ports import AgentPorts
 from emulator.spirit.endpoint import SpiritEndpoint
 from emulator.spirit.route_names import agent_route_name, gateway_route_name
 from emulator.spirit.settings import SpiritEmulatorSettings
@@ -96,8 +99,9 @@ class Emulator:
         self.ca_file = self._certificate.ca_file if self._certificate else None
         """With TLS, the CA file that clients must trust; it is deleted at shutdown."""
         self._webhooks = Webhooks()
-        self.agents = AgentPorts()
+        self.agents = Ports()
         """Ports of the workers' agents, on Spirit."""
+        self._balancer_ports = Ports(host, self._certificate.context if self._certificate else None)
         environment = dict(os.environ)
         for endpoint in settings.endpoints:
             environment |= endpoint.env
@@ -113,42 +117,48 @@ class Emulator:
         self.endpoints: dict[str, Endpoint] = {}
         """All endpoints by id; the control plane creates and deletes some."""
         self._control_plane: ControlPlane | None = None
-        deleted: dict[str, Endpoint] = {}
+        self._deleted: dict[str, Endpoint] = {}
         try:
-            if isinstance(settings, SpiritEmulatorSettings):
-                for service in settings.endpoints:
-                    self.endpoints[service.id] = SpiritEndpoint(service, self._surroundings, self.agents)
-            else:
-                self._control_plane = ControlPlane(settings.control_plane, self._surroundings, self._create_endpoint)
-                self.endpoints, deleted = self._control_plane.endpoints, self._control_plane.deleted
-                for endpoint in settings.endpoints:
-                    self._control_plane.add(endpoint)
+            self._add_endpoints(settings)
         except SettingsError:
             self._socket.close()
             self.agents.stop()
+            self._balancer_ports.stop()
             raise
         self._finished = asyncio.Event()
-        context = AppContext(self.endpoints, settings.api_keys, self.faults, deleted, self._finished)
-        own_routes = [*admin.routes, *dashboard.routes]
+        context = AppContext(self.endpoints, settings.api_keys, self.faults, self._deleted, self._finished)
         if is_spirit:
-            self.app = _app([*gateway.routes, *proxy.routes, *own_routes], context, gateway_route_name)
+            routes = [*gateway.routes, *proxy.routes, *admin.routes, *dashboard.routes]
+            self.app = _app(routes, context, gateway_route_name)
         else:
-            # Routes are matched in this order: the most frequent first.
-            routes = [*worker.routes, *openai_gateway.routes, *client.routes, *control_plane_routes, *own_routes]
-            self.app = _app(routes, context, runpod_route_name)
+            self.app = _app(_runpod_routes(context), context, runpod_route_name)
             self.app.state.control_plane = self._control_plane
         self._agent_app = _app(agent.routes, context, agent_route_name(self.agents))
         self._agent_app.state.agents = self.agents
+        endpoint_of = endpoint_of_port(self._balancer_ports)
+        self._balancer_app = FaultInjectionMiddleware(
+            BalancerApp(context, endpoint_of), context, balancer_route_name(endpoint_of)
+        )
         self._stop_requested = asyncio.Event()
 
-    def _create_endpoint(self, kind: str, settings: EndpointSettings, surroundings: Surroundings) -> RunPodEndpoint:
-        """Create an endpoint of a type of RunPod's API.
+    def _add_endpoints(self, settings: EmulatorSettings | SpiritEmulatorSettings) -> None:
+        if isinstance(settings, SpiritEmulatorSettings):
+            for service in settings.endpoints:
+                self.endpoints[service.id] = SpiritEndpoint(service, self._surroundings, self.agents)
+            return
+        plane = ControlPlane(settings.control_plane, self._surroundings, self._create_endpoint)
+        self._control_plane, self.endpoints, self._deleted = plane, plane.endpoints, plane.deleted
+        for endpoint in settings.endpoints:
+            plane.add(endpoint)
+
+    def _create_endpoint(self, settings: RunPodEndpointSettings, surroundings: Surroundings) -> ManagedEndpoint:
+        """Create an endpoint on RunPod.
 
         Raises:
-            BadRequestError: the emulator does not have this type.
+            SettingsError: its port is not available.
         """
-        if kind != "QUEUE":
-            raise BadRequestError(f"type: the emulator has no {kind} endpoints yet; use QUEUE")
+        if isinstance(settings, BalancerSettings):
+            return BalancerEndpoint(settings, surroundings, ports=self._balancer_ports, base_url=self.url)
         return RunPodEndpoint(
             settings,
             surroundings,
@@ -166,8 +176,7 @@ class Emulator:
 
     def _all_endpoints(self) -> list[Endpoint]:
         """Return the endpoints, and the deleted ones whose workers have not exited yet."""
-        deleted = self._control_plane.deleted if self._control_plane is not None else {}
-        return [*self.endpoints.values(), *deleted.values()]
+        return [*self.endpoints.values(), *self._deleted.values()]
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop` is called; return when all workers have exited.
@@ -182,6 +191,7 @@ class Emulator:
         )
         server = _UvicornServer(config)
         self.agents.start(_server_config(self._agent_app), server.server_state)
+        self._balancer_ports.start(_server_config(self._balancer_app, ws="auto"), server.server_state)
         serving = asyncio.create_task(server.serve([self._socket]), name="serve")
         try:
             while not server.started and not self._stop_requested.is_set():
@@ -202,10 +212,12 @@ class Emulator:
                 endpoint.fleet.kill_all()
                 # No worker is left to run the jobs: cancelling them answers the clients that wait for one.
                 endpoint.queue.close()
+                await endpoint.close()
             if certificate is not None:
                 certificate.remove()
             await self._webhooks.close()
             self.agents.stop()
+            self._balancer_ports.stop()
             server.should_exit = True
             await serving
             for connection in server.server_state.connections:
@@ -228,11 +240,27 @@ class Emulator:
                 if self._control_plane is not None:
                     self._control_plane.sample()
             if self._control_plane is not None:
-                self._control_plane.tick()
+                await self._control_plane.tick()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop_requested.wait(), _TICK_INTERVAL_S)
             if self._stop_requested.is_set():
                 await asyncio.sleep(_SHUTDOWN_TICK_INTERVAL_S)
+
+
+def _runpod_routes(context: AppContext) -> list[BaseRoute]:
+    """Return RunPod's routes, in the order in which they are matched: the most frequent first."""
+    balancer = MountedBalancerApp(context)
+    path = "/balancer/{balancer}/{path:path}"
+    return [
+        *worker.routes,
+        *openai_gateway.routes,
+        *client.routes,
+        *control_plane_routes,
+        *admin.routes,
+        *dashboard.routes,
+        Route(path, balancer),
+        WebSocketRoute(path, balancer),
+    ]
 
 
 def _app(routes: Sequence[BaseRoute], context: AppContext, name: Callable[[Scope], RouteName]) -> Starlette:
@@ -254,14 +282,13 @@ def _server_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=DroppableProtocol,
-        ws="none",
+        **{"ws": "none", **options},
         lifespan="off",
         log_config=None,
         access_log=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
-        **options,
     )
 
 

@@ -23,9 +23,10 @@ from pydantic import ValidationError
 
 from emulator.api.bodies import describe_validation_error
 from emulator.app import Emulator
+from emulator.balancer.endpoint import BalancerEndpoint
 from emulator.control_plane.stand_in import TINY_MODEL_VARIABLES
 from emulator.errors import SettingsError
-from emulator.settings import EmulatorSettings, EndpointSettings, ScalerType
+from emulator.settings import BalancerSettings, EmulatorSettings, EndpointSettings, ScalerType
 from emulator.spirit.settings import SpiritEmulatorSettings, SpiritEndpointSettings
 
 _HANDLER = Path(__file__).parent.parent / "handler.py"
@@ -43,6 +44,14 @@ _ENDPOINT_OPTIONS: dict[str, tuple[str, type]] = {
     "--ping-interval": ("pingInterval", int),
     "--lost-after": ("lostAfter", float),
     "--max-retries": ("maxRetries", int),
+}
+# Those that only load-balancing endpoints have.
+_BALANCER_OPTIONS: dict[str, tuple[str, type]] = {
+    "--balancer-port": ("balancerPort", int),
+    "--health-interval": ("healthInterval", float),
+    "--no-worker": ("noWorker", float),
+    "--request-timeout": ("requestTimeout", float),
+    "--affinity-wait": ("affinityWait", float),
 }
 # Those that only Spirit has. The options of RunPod's that it does not have are refused with the settings.
 _SPIRIT_OPTIONS: dict[str, tuple[str, type]] = {
@@ -110,6 +119,17 @@ def parser() -> argparse.ArgumentParser:
             group.add_argument(option, dest=alias, choices=get_args(ScalerType), help=text)
         else:
             group.add_argument(option, dest=alias, type=kind, metavar="N", help=text)
+    balancer = result.add_argument_group("load-balancing endpoint")
+    balancer.add_argument(
+        "--endpoint-type",
+        dest="type",
+        choices=["queue", "load-balancer"],
+        help="kind of RunPod endpoint; a load-balancing one has a URL of its own (default: queue)",
+    )
+    fields = {field.alias: field for field in BalancerSettings.model_fields.values()}
+    for option, (alias, kind) in _BALANCER_OPTIONS.items():
+        text = f"{fields[alias].description} (default: {fields[alias].default})"
+        balancer.add_argument(option, dest=alias, type=kind, metavar="N", help=text)
     spirit = result.add_argument_group("endpoint on Spirit")
     fields = {field.alias: field for field in SpiritEndpointSettings.model_fields.values()}
     for option, (alias, kind) in _SPIRIT_OPTIONS.items():
@@ -158,10 +178,12 @@ def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings | Spirit
 
 def _endpoint(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of an endpoint that the options give."""
-    aliases = [alias for alias, _ in (*_ENDPOINT_OPTIONS.values(), *_SPIRIT_OPTIONS.values())]
+    options = _ENDPOINT_OPTIONS | _BALANCER_OPTIONS | _SPIRIT_OPTIONS
+    aliases = [alias for alias, _ in options.values()]
     endpoint = {alias: getattr(args, alias) for alias in (*aliases, "agentPorts", "acceptBearer", "answerEarly")}
     endpoint |= {"id": args.endpoint, "command": args.command, "env": _parse_env(args.env)}
     endpoint |= {"rateLimits": False if args.no_rate_limits else None}
+    endpoint |= {"type": args.type and args.type.replace("-", "_").upper()}
     return {name: value for name, value in endpoint.items() if value is not None}
 
 
@@ -208,7 +230,8 @@ async def _run(settings: EmulatorSettings | SpiritEmulatorSettings, *, quiet: bo
         keys = "key: local" if settings.api_keys == ("local",) else f"{len(settings.api_keys)} API key(s)"
         for endpoint in emulator.endpoints.values():
             name, path = endpoint.settings.id, endpoint.page_document()["openaiPath"]
-            _print_line(f"OpenAI base URL of {name}: {emulator.url}{path} ({keys})")
+            base = endpoint.url + "/v1" if isinstance(endpoint, BalancerEndpoint) else f"{emulator.url}{path}"
+            _print_line(f"OpenAI base URL of {name}: {base} ({keys})")
             if isinstance(settings, SpiritEmulatorSettings):
                 _print_line(f"Its requests have the header 'Authorization: {name}-KEY', without Bearer")
             for worker, url in emulator.agents.urls(name).items():
@@ -242,7 +265,7 @@ def with_default_worker(endpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _control_plane(endpoint: dict[str, Any], *, load_models: bool) -> dict[str, Any]:
     """Return the settings of the control plane, whose endpoints have the same options and the same worker."""
-    base = {name: value for name, value in endpoint.items() if name != "id"}
+    base = {name: value for name, value in endpoint.items() if name not in ("id", "type", "balancerPort")}
     limits = {} if endpoint.get("rateLimits", True) else {"rateLimits": None}
     if "command" in base:
         return {**limits, "endpoint": base}

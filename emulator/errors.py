@@ -6,16 +6,20 @@ EmulatorError
     ├── BadRequestError          400: the body or a parameter is invalid
     ├── JobNotAssignedError      400: the worker posts for a job that is not assigned to it
     ├── JobStateError            400: the job's state does not allow this
+    ├── NoWorkerError            400: no worker of a load-balancing endpoint was available in time
     ├── UnauthorizedError        401: no valid API key
     ├── ForbiddenError           403: the API key is valid, but may not do this
     ├── NotFoundError            404: no such endpoint, job or worker
+    ├── AffinityWorkerGoneError  404: the only worker that a request may have is gone
     ├── ContentTooLargeError     413: a client's body exceeds the documented limit
     ├── UnprocessableError       422: a body or parameter of the control plane violates its description
     ├── TooManyRequestsError     429: a documented rate limit is exceeded, or the queue is full
     │   └── QuotaExceededError   429: the control plane's quota is used up
     ├── RequestTimeoutError      408: Spirit: no answer within the documented time
     ├── HandlingError            500: Spirit: the worker failed, or what was asked cannot be done
-    └── UnavailableError         503: Spirit: no worker can come
+    ├── BadGatewayError          502: the worker of a load-balancing endpoint broke the connection
+    ├── UnavailableError         503: Spirit: no worker can come
+    └── ProcessingTimeoutError   524: the worker of a load-balancing endpoint took too long
 """
 
 from __future__ import annotations
@@ -135,3 +139,30 @@ class UnavailableError(APIError):
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     type = "ServiceUnavailableError"
+
+
+class NoWorkerError(APIError):
+    """No worker of a load-balancing endpoint was available in time."""
+
+    type = "ServiceUnavailableError"
+
+
+class AffinityWorkerGoneError(NotFoundError):
+    """The only worker that a request may have is gone."""
+
+
+class BadGatewayError(APIError):
+    """The worker of a load-balancing endpoint broke the connection."""
+
+    status = HTTPStatus.BAD_GATEWAY
+    type = "BadGatewayError"
+
+
+class ProcessingTimeoutError(APIError):
+    """The worker of a load-balancing endpoint took too long.
+
+    Cloudflare's status, which `http.HTTPStatus` does not have.
+    """
+
+    status = 524  # type: ignore[assignment]
+    type = "TimeoutError"

@@ -6,9 +6,9 @@ Names and defaults are the platform's (`workersMin`, `scalerType`, ...) where it
 from __future__ import annotations
 
 import shlex
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from emulator.control_plane.settings import ControlPlaneSettings
 from emulator.core.faults import FaultSettings
@@ -73,8 +73,9 @@ class FleetSettings(BaseModel):
 
 
 class EndpointSettings(FleetSettings):
-    """One endpoint on RunPod."""
+    """One queue endpoint on RunPod."""
 
+    type: Literal["QUEUE"] = "QUEUE"
     scaler_type: Literal["QUEUE_DELAY", "REQUEST_COUNT"] = Field(
         "QUEUE_DELAY", alias="scalerType", description="rule that adds workers"
     )
@@ -91,8 +92,6 @@ class EndpointSettings(FleetSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.id in CONTROL_PLANE_NAMES:
-            raise ValueError(f"id={self.id} is a path of the control plane; choose another")
         if self.command and self.lost_after_s * 1000 <= self.ping_interval_ms:
             # An idle worker's only requests between its long polls are pings.
             raise ValueError(
@@ -120,6 +119,41 @@ class EndpointSettings(FleetSettings):
         )
 
 
+class BalancerSettings(FleetSettings):
+    """One load-balancing endpoint on RunPod; the defaults of the limits are docs.runpod.io's."""
+
+    type: Literal["LOAD_BALANCER"] = "LOAD_BALANCER"
+    scaler_type: Literal["REQUEST_COUNT"] = Field(
+        "REQUEST_COUNT", alias="scalerType", description="rule that adds workers"
+    )
+    port: int = Field(
+        0, alias="balancerPort", ge=0, le=65535, description="port of the endpoint's own URL; 0: any free port"
+    )
+    health_interval_s: float = Field(
+        1, alias="healthInterval", gt=0, description="seconds between a worker's health checks"
+    )
+    no_worker_s: float = Field(
+        120, alias="noWorker", gt=0, description="seconds that a request waits for a worker, before it gets 400"
+    )
+    request_timeout_s: float = Field(
+        330,
+        alias="requestTimeout",
+        gt=0,
+        description="maximum duration of a request in seconds, after which it gets 524",
+    )
+    affinity_wait_s: float = Field(
+        300, alias="affinityWait", gt=0, description="seconds that a request waits for the only worker that it may have"
+    )
+    max_body_bytes: int = Field(
+        30 * 1024 * 1024, alias="maxBody", gt=0, description="maximum size of a request's or a response's body in bytes"
+    )
+
+    @property
+    def health_check_path(self) -> str:
+        """Path of the health check."""
+        return self.env.get("HEALTH_CHECK_PATH") or "/ping"
+
+
 class ServerSettings(BaseModel):
     """What an emulator has on any platform."""
 
@@ -132,15 +166,30 @@ class ServerSettings(BaseModel):
     faults: FaultSettings = FaultSettings()
 
 
+def _endpoint_type(value: Any) -> str:
+    kind = value.get("type", "QUEUE") if isinstance(value, dict) else value.type
+    return str(kind)
+
+
+RunPodEndpointSettings = EndpointSettings | BalancerSettings
+_EndpointSettings = Annotated[
+    Annotated[EndpointSettings, Tag("QUEUE")] | Annotated[BalancerSettings, Tag("LOAD_BALANCER")],
+    Discriminator(_endpoint_type),
+]
+"""Settings of an endpoint of either type; without `type`, of a queue endpoint."""
+
+
 class EmulatorSettings(ServerSettings):
     """All settings of an emulator of RunPod: the document of `--config`."""
 
     platform: Literal["runpod"] = "runpod"
-    endpoints: tuple[EndpointSettings, ...] = (EndpointSettings(),)
+    endpoints: tuple[_EndpointSettings, ...] = (EndpointSettings(),)
     control_plane: ControlPlaneSettings = Field(ControlPlaneSettings(), alias="controlPlane")
 
     @model_validator(mode="after")
-    def _check_permissions(self) -> Self:
+    def _check(self) -> Self:
+        if taken := [endpoint.id for endpoint in self.endpoints if endpoint.id in CONTROL_PLANE_NAMES]:
+            raise ValueError(f"id={taken[0]} is a path of the control plane; choose another")
         if self.control_plane.permissions.keys() - set(self.api_keys):
             raise ValueError("controlPlane.permissions: a key is none of apiKeys")
         return self

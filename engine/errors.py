@@ -12,11 +12,13 @@ WorkerError
     ├── UnknownRouteError     404: vLLM has no such route
     ├── EngineResponseError   vLLM answered with an error status, or ended a stream with an error; passed on unchanged
     ├── ExpiredError          408: the job waited in the queue for longer than its client allows
+    ├── EngineFullError       429: the engine cannot start another request now
     ├── TooLargeError         413: the job's result, or an output, is larger than the platform accepts
     ├── RefusedOutputError    500: the platform does not accept an output or the result of the job, and will not
     ├── InternalError         500: the worker failed at this job, and would fail again
     ├── EngineError           500: the engine stopped without a response; another attempt may succeed
     ├── WorkerShutdownError   503: the worker ends before the job did; another worker may run it
+    ├── LoadingError          503: the worker does not serve yet
     └── TimedOutError         504: the job has run for longer than the worker allows
 
 `retryable` is true where another attempt can help: the engine stopped, the worker ends, an output did not arrive, or
@@ -152,6 +154,14 @@ class EngineError(JobError):
     retryable = True
 
 
+class EngineFullError(JobError):
+    """The engine cannot start another request now."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    type = "RateLimitError"
+    retryable = True
+
+
 class TooLargeError(JobError):
     """The job's result, or an output of it, is larger than the platform accepts.
 
@@ -180,6 +190,14 @@ class RefusedOutputError(JobError):
 
 class WorkerShutdownError(JobError):
     """The worker ends before the job did; another worker may run it."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    type = "ServiceUnavailableError"
+    retryable = True
+
+
+class LoadingError(JobError):
+    """The worker does not serve yet."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     type = "ServiceUnavailableError"

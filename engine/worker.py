@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from engine.config.environment import Variable
     from engine.queue.job_loop import Handler
     from engine.queue.protocol import JobQueue
+    from engine.server.health_check import HealthCheck
+    from engine.server.listeners import Listeners
+    from engine.server.loading import LoadingServer
     from engine.startup.fitness import Checks
 
 # vLLM tokenizes long requests in a thread. While it and the event loop are both busy, each waits this long for the GIL,
@@ -113,12 +116,11 @@ class Worker:
         from engine.queue.job_loop import JobLoop, Timeouts
 
         engine, settings = self.engine, self._settings
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        gc.set_threshold(*GC_THRESHOLDS)
+        _tune_interpreter()
         jobs = JobLoop(
             queue,
             handler,
-            Admission(engine.statistics, self.max_concurrency, engine.cache_tokens, engine.max_model_len),
+            self._admission(),
             load_changed=engine.statistics.changed,
             failure=engine.failure,
             timeouts=Timeouts(settings.drain_timeout_s, settings.delivery_timeout_s, settings.execution_timeout_s),
@@ -135,6 +137,49 @@ class Worker:
             self._caches.pack_later()
         jobs.supervise(health.heartbeat(engine.failure), "heartbeat")
         return await jobs.run()
+
+    async def serve_http(self, listeners: Listeners, loading: LoadingServer, check: HealthCheck) -> int:
+        """Serve vLLM's app over HTTP until SIGTERM or SIGINT, or until the engine fails; a second signal ends at once.
+
+        Args:
+            listeners: are accepted on.
+            loading: has accepted on them until now.
+            check: answers the balancer.
+
+        Returns:
+            The exit status: 0 if the worker was asked to stop, 1 if the engine has failed.
+        """
+        from engine.server.app import ServerApp
+        from engine.server.limiter import Limiter
+        from engine.server.service import Service
+
+        engine, settings = self.engine, self._settings
+        _tune_interpreter()
+        limiter = Limiter(self._admission().available_slots, engine.statistics.changed)
+        app = ServerApp(
+            engine,
+            check,
+            limiter,
+            execution_timeout_s=settings.execution_timeout_s,
+            log_inputs=settings.log_job_inputs,
+            cold_start=cold_start.WORKER,
+        )
+        service = Service(app, check, limiter, engine.failure, settings.drain_timeout_s)
+        _stop_on_signals(service.stop, settings.drain_timeout_s)
+        await engine.app()
+        service.supervise(health.heartbeat(engine.failure), "heartbeat")
+
+        def on_ready() -> None:
+            cold_start.WORKER.mark("app")
+            cold_start.WORKER.log("Cold start")
+            if self._caches is not None:
+                self._caches.pack_later()
+
+        return await service.run(listeners, loading, on_ready)
+
+    def _admission(self) -> Admission:
+        engine = self.engine
+        return Admission(engine.statistics, self.max_concurrency, engine.cache_tokens, engine.max_model_len)
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
@@ -196,6 +241,11 @@ def _load_engine(configuration: Configuration, caches: Caches) -> VLLMEngine:
             cold_start.WORKER.note_cache("compile", compile_cache)
         caches.log_usage(compile_cache)
     return engine
+
+
+def _tune_interpreter() -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 @contextmanager

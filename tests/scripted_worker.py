@@ -1,7 +1,8 @@
 """A worker process with the real SDK and the real job loop, whose engine repeats the prompt, or a chat's last message.
 
 A streamed answer comes word by word, `PAUSE_S` apart. With `LOOP=stock`, the handler runs under the SDK's own loop.
-With `PLATFORM=spirit`, that SDK is Spirit's.
+With `PLATFORM=spirit`, that SDK is Spirit's. On a load-balancing endpoint, the engine is served over HTTP; loading it
+takes `LOAD_S`, and leaves a forked process with `FORKS`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
+import uvloop
+
 from engine.backend.app import App, Message, Receive, Send
 from engine.backend.routes import SERVING
 from engine.backend.statistics import Statistics
@@ -25,6 +28,9 @@ from engine.jobs import pipeline
 from engine.queue import runpod_client, spirit_client, spirit_sdk
 from engine.queue.protocol import JobQueue
 from engine.queue.spirit_proxy_mode import ProxyMode
+from engine.server.health_check import HealthCheck
+from engine.server.listeners import Listeners
+from engine.server.loading import LoadingServer
 from engine.worker import Worker
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
@@ -62,14 +68,15 @@ class ScriptedEngine:
         return self._respond
 
     async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._echo(receive, send)
+            return
         body = (await receive())["body"]
         if scope["path"] == "/cold_start":
-            await send(
-                {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
-            )
-            await send(
-                {"type": "http.response.body", "body": json.dumps(WORKER.document()).encode(), "more_body": False}
-            )
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            document = json.dumps(WORKER.document()).encode()
+            await send({"type": "http.response.body", "body": document, "more_body": False})
             return
         request = json.loads(body)
         text = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
@@ -88,6 +95,12 @@ class ScriptedEngine:
         last = b"data: [DONE]\n\n" if request.get("stream") else json.dumps({"said": text}).encode()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
+    async def _echo(self, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": message["text"]})
+
 
 ENGINE = ScriptedEngine()
 
@@ -99,12 +112,28 @@ async def handler(job: dict[str, Any]) -> AsyncGenerator[Any, None]:
             yield output
 
 
+def serve_http(settings: Settings) -> int:
+    listeners = Listeners.open(settings)
+    own_port = settings.port_health if settings.port_health != settings.port else None
+    check = HealthCheck(settings.health_check_path, own_port)
+    with LoadingServer(listeners, check) as loading:
+        if "FORKS" in os.environ and os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(float(os.environ.get("LOAD_S", "0")))
+        worker = Worker(cast("VLLMEngine", ENGINE), settings)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(worker.serve_http(listeners, loading, check))
+
+
 def main() -> int:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     logging.basicConfig(level=logging.INFO)
     settings = Settings.read()
     if os.environ.get("LOOP") == "stock":
         vars(spirit_sdk if settings.queue == "spirit" else runpod_client)["missing_interface"] = lambda: "set by a test"
+    if settings.serves_http:
+        return serve_http(settings)
     worker = Worker(cast("VLLMEngine", ENGINE), settings)
 
     async def run(queue: JobQueue) -> int:

@@ -81,7 +81,7 @@ PRESETS: list[dict[str, Any]] = [
 # What a worker needs behind a load balancer, and where the balancer finds it.
 LOAD_BALANCER = {"ENDPOINT_TYPE": "load_balancer", "PORT": "8080", "PORT_HEALTH": "8080"}
 
-_NOT_OFFERED = ("baked_", "compile_cache_dir", "ease_", "platform", "spirit_")
+_NOT_OFFERED = ("baked_", "compile_cache_dir", "ease_", "listen_host", "platform", "runpod_", "spirit_")
 _UNITS = {"_S": " (seconds)", "_MS": " (milliseconds)"}
 _SPELLING = {"Vllm": "vLLM", "Gpu": "GPU", "Dtype": "Data type"}
 

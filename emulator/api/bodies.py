@@ -14,6 +14,7 @@ from starlette.responses import Response
 from emulator.errors import APIError, BadRequestError, ContentTooLargeError
 from emulator.integers import parse_integer
 
+_ENDPOINT_TYPES: Final = ("QUEUE", "LOAD_BALANCER")
 # nginx's status for a client that disconnects before the response.
 CLIENT_CLOSED_REQUEST: Final = 499
 
@@ -57,7 +58,12 @@ def _reject_constant(name: str) -> float:
 
 def describe_validation_error(error: ValidationError) -> str:
     """Return one line that says what is invalid in a document, without its values."""
-    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['msg']}" for item in error.errors())
+    return "; ".join(f"{_path(item['loc'])}: {item['msg']}" for item in error.errors())
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """Return where in a document something is; pydantic adds the type of an endpoint, which is not written there."""
+    return ".".join(str(part) for part in location if part not in _ENDPOINT_TYPES) or "body"
 
 
 class JSONResponse(_JSONResponse):

@@ -26,6 +26,7 @@ class Host:
     Args:
         start: starts a process.
         image: returns the image of the endpoint's current version.
+        note: returns what the host's log must say about a worker first; None: nothing.
         log: receives the host's lines: `(worker, line)`.
         pull_s: how long the pull of an image takes.
         is_missing: returns whether there is no such image.
@@ -33,6 +34,7 @@ class Host:
 
     start: StartProcess
     image: Callable[[], str]
+    note: Callable[[], str | None]
     log: Callable[[str, str], None]
     pull_s: float
     is_missing: Callable[[str], bool]
@@ -57,6 +59,8 @@ class _Container:
         self._image = host.image()
         self._process: Process | None = None
         self._pull: asyncio.TimerHandle | None = None
+        if (note := host.note()) is not None:
+            self._log(note)
         self._log(f"create container {self._image}")
         if host.is_missing(self._image) or host.pull_s > 0:
             self._log(f"image pull: {self._image}: pending")

@@ -10,6 +10,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from emulator.api.bodies import describe_validation_error
+from emulator.balancer.endpoint import BalancerEndpoint
 from emulator.control_plane.catalog import Placement, place
 from emulator.control_plane.container import Host
 from emulator.control_plane.logs import WorkerLogs, format_time
@@ -21,8 +22,10 @@ from emulator.core.endpoint import Surroundings
 from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.core.worker import FleetWorker, WorkerState
 from emulator.errors import BadRequestError
-from emulator.settings import EndpointSettings
+from emulator.settings import BalancerSettings, RunPodEndpointSettings
 
+ManagedEndpoint = RunPodEndpoint | BalancerEndpoint
+"""What an endpoint of the API can be: `QUEUE` or `LOAD_BALANCER`."""
 _ID_BYTES: Final = 5
 _STATUSES: Final = {
     WorkerState.RUNNING: "RUNNING",
@@ -37,7 +40,7 @@ _MIN_QUEUE_DELAY_S: Final = 0.5
 _IDLE_TIMEOUT_RANGE_S: Final = (1, 3600)
 
 
-def endpoint_settings(base: EndpointSettings, endpoint_id: str, config: Config) -> EndpointSettings:
+def endpoint_settings(base: RunPodEndpointSettings, endpoint_id: str, config: Config) -> RunPodEndpointSettings:
     """Return an endpoint's settings: those of the base, with what the configuration says.
 
     Raises:
@@ -53,24 +56,31 @@ def endpoint_settings(base: EndpointSettings, endpoint_id: str, config: Config) 
         "scaler_type": scaling["type"],
         "scaler_value": scaling.get("queueDelay", scaling.get("requestCount")),
         "idle_timeout_s": workers["idleTimeout"],
-        "execution_timeout_ms": config["timeout"],
     }
+    if isinstance(base, BalancerSettings):
+        document["request_timeout_s"] = min(base.request_timeout_s, config["timeout"] / 1000)
+    else:
+        document["execution_timeout_ms"] = config["timeout"]
     try:
-        return EndpointSettings.model_validate(document)
+        return type(base).model_validate(document)
     except ValidationError as error:
         raise BadRequestError(describe_validation_error(error)) from None
 
 
-def config_of(settings: EndpointSettings) -> Config:
+def config_of(settings: RunPodEndpointSettings) -> Config:
     """Return the configuration of an endpoint that the emulator's options define, which have no image and no GPU."""
     value = settings.scaler_value
     scaling: dict[str, Any] = {"type": "QUEUE_DELAY", "queueDelay": max(value, _MIN_QUEUE_DELAY_S)}
     if settings.scaler_type == "REQUEST_COUNT":
         scaling = {"type": "REQUEST_COUNT", "requestCount": max(1, round(value))}
+    if isinstance(settings, BalancerSettings):
+        timeout_ms = settings.request_timeout_s * 1000
+    else:
+        timeout_ms = settings.execution_timeout_ms
     shortest, longest = _IDLE_TIMEOUT_RANGE_S
     return {
         "name": settings.id,
-        "type": "QUEUE",
+        "type": settings.type,
         "image": "local/worker:latest",
         "args": "",
         "disk": 20,
@@ -86,7 +96,7 @@ def config_of(settings: EndpointSettings) -> Config:
         "scaling": scaling,
         "dataCenterIds": [],
         "networkVolumes": [],
-        "timeout": round(settings.execution_timeout_ms),
+        "timeout": round(timeout_ms),
         "flashboot": "OFF",
     }
 
@@ -102,14 +112,14 @@ class Deployment:
         surroundings: what all endpoints share.
     """
 
-    endpoint: RunPodEndpoint
+    endpoint: ManagedEndpoint
     template_id: str
 
     def __init__(
         self,
         endpoint_id: str,
         config: Config,
-        base: EndpointSettings,
+        base: RunPodEndpointSettings,
         settings: ControlPlaneSettings,
         surroundings: Surroundings,
     ) -> None:
@@ -118,7 +128,10 @@ class Deployment:
         self.logs = WorkerLogs(surroundings.wall_clock)
         self._base = base
         self._model_dir = settings.model_dir
+        self._stand_in_note: str | None = None
         self._shared = surroundings
+        # Workers of the last version may still log its secrets: none is ever left out again.
+        self._redaction = surroundings.redaction.including(environment=config["env"])
         self._created_at = format_time(surroundings.wall_clock())
         self._releases: list[Release] = []
         self._release([])
@@ -126,6 +139,7 @@ class Deployment:
         host = Host(
             surroundings.start,
             image=lambda: str(self.config["image"]),
+            note=lambda: self._stand_in_note,
             log=lambda worker, line: self.logs.add(worker, "system", line),
             pull_s=settings.image_pull_s,
             is_missing=lambda image: image in faults.settings.missing_images,
@@ -133,7 +147,7 @@ class Deployment:
         self.surroundings = dataclasses.replace(
             surroundings,
             start=host.start_worker,
-            redaction=surroundings.redaction.including(environment=config["env"]),
+            redaction=self._redaction,
             worker_log=self._on_worker_log,
         )
         """What the endpoint is made with."""
@@ -143,8 +157,8 @@ class Deployment:
         """The current version of what workers run."""
         return len(self._releases)
 
-    def settings(self) -> EndpointSettings:
-        """Return the endpoint's settings by its configuration; the line about a stand-in goes to its timeline.
+    def settings(self) -> RunPodEndpointSettings:
+        """Return the endpoint's settings by its configuration, with a stand-in for its model if there is one.
 
         Raises:
             BadRequestError: the configuration cannot be run.
@@ -152,8 +166,10 @@ class Deployment:
         result = endpoint_settings(self._base, self.id, self.config)
         if self._model_dir is None:
             return result
-        env, line = stand_in(result.env, self._model_dir)
-        self._shared.event_log(self.id, line)
+        env, note = stand_in(result.env, self._model_dir)
+        if note != self._stand_in_note:
+            self._stand_in_note = note
+            self._shared.event_log(self.id, note)
         return result.model_copy(update={"env": env})
 
     def update(self, config: Config) -> None:
@@ -167,8 +183,8 @@ class Deployment:
         self.config = config
         if changes:
             self._release(changes)
-        redaction = self._shared.redaction.including(environment=config["env"])
-        self.endpoint.update(self.settings(), redaction, self.version)
+        self._redaction = self._redaction.including(environment=config["env"])
+        self.endpoint.update(self.settings(), self._redaction, self.version)
 
     def document(self) -> dict[str, Any]:
         """Return the endpoint as the API shows it."""

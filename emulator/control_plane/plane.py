@@ -12,20 +12,23 @@ from pydantic import ValidationError
 from emulator.api.bodies import describe_validation_error
 from emulator.control_plane import rules
 from emulator.control_plane.billing import Meter
-from emulator.control_plane.deployment import Deployment, config_of
+from emulator.control_plane.deployment import Deployment, ManagedEndpoint, config_of
 from emulator.control_plane.quotas import Quotas
 from emulator.control_plane.rules import Config
 from emulator.control_plane.settings import ControlPlaneSettings
 from emulator.control_plane.templates import Templates
 from emulator.core.endpoint import Endpoint, Surroundings
-from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.errors import NotFoundError, SettingsError
-from emulator.settings import EndpointSettings
+from emulator.settings import BalancerSettings, EndpointSettings, RunPodEndpointSettings
 
 _ID_LETTERS: Final = 14
 
-CreateEndpoint = Callable[[str, EndpointSettings, Surroundings], RunPodEndpoint]
-"""Makes an endpoint of a type of the API, `QUEUE` or `LOAD_BALANCER`."""
+CreateEndpoint = Callable[[RunPodEndpointSettings, Surroundings], ManagedEndpoint]
+"""Makes an endpoint of the type that its settings have."""
+_SETTINGS: Final[Mapping[str, type[EndpointSettings | BalancerSettings]]] = {
+    "QUEUE": EndpointSettings,
+    "LOAD_BALANCER": BalancerSettings,
+}
 
 
 class ControlPlane:
@@ -43,10 +46,7 @@ class ControlPlane:
     def __init__(
         self, settings: ControlPlaneSettings, surroundings: Surroundings, create_endpoint: CreateEndpoint
     ) -> None:
-        try:
-            self._base = EndpointSettings.model_validate(settings.endpoint)
-        except ValidationError as error:
-            raise SettingsError(f"controlPlane.endpoint: {describe_validation_error(error)}") from None
+        self._bases = _bases(settings.endpoint)
         self.endpoints: dict[str, Endpoint] = {}
         """All endpoints by id."""
         self.deleted: dict[str, Endpoint] = {}
@@ -60,7 +60,7 @@ class ControlPlane:
         self._create_endpoint = create_endpoint
         self._sampled_at = surroundings.clock()
 
-    def add(self, settings: EndpointSettings) -> None:
+    def add(self, settings: RunPodEndpointSettings) -> None:
         """Add an endpoint that the emulator's options define; its workers run what these say."""
         plain = self.settings.model_copy(update={"model_dir": None})
         deployment = Deployment(settings.id, config_of(settings), settings, plain, self._surroundings)
@@ -75,7 +75,7 @@ class ControlPlane:
         config = rules.create(body, self.templates.get)
         letters = string.ascii_lowercase + string.digits
         endpoint_id = "".join(secrets.choice(letters) for _ in range(_ID_LETTERS))
-        deployment = Deployment(endpoint_id, config, self._base, self.settings, self._surroundings)
+        deployment = Deployment(endpoint_id, config, self._bases[config["type"]], self.settings, self._surroundings)
         self._start(deployment, deployment.settings())
         return deployment
 
@@ -123,12 +123,13 @@ class ControlPlane:
         """
         return self._meter.document(query, self._surroundings.wall_clock())
 
-    def tick(self) -> None:
-        """Wait for the workers of deleted endpoints; to be called several times a second."""
+    async def tick(self) -> None:
+        """Close deleted endpoints whose workers have exited; to be called several times a second."""
         for endpoint_id, endpoint in list(self.deleted.items()):
             endpoint.fleet.tick()
             if endpoint.fleet.is_empty:
                 del self.deleted[endpoint_id]
+                await endpoint.close()
 
     def sample(self) -> None:
         """Meter the workers since the last call."""
@@ -145,9 +146,30 @@ class ControlPlane:
                 at=wall,
             )
 
-    def _start(self, deployment: Deployment, settings: EndpointSettings) -> None:
-        endpoint = self._create_endpoint(deployment.config["type"], settings, deployment.surroundings)
+    def _start(self, deployment: Deployment, settings: RunPodEndpointSettings) -> None:
+        endpoint = self._create_endpoint(settings, deployment.surroundings)
         deployment.endpoint = endpoint
         deployment.template_id = self.templates.bind(deployment.id, deployment.config)
         self.endpoints[deployment.id] = endpoint
         self.deployments[deployment.id] = deployment
+
+
+def _bases(document: Mapping[str, Any]) -> dict[str, RunPodEndpointSettings]:
+    """Return the settings of created endpoints, by type: each has those of the document that it knows.
+
+    Raises:
+        SettingsError: one is invalid, or no type knows it.
+    """
+    known = {
+        kind: {name for field, info in model.model_fields.items() for name in (field, info.alias)}
+        for kind, model in _SETTINGS.items()
+    }
+    if unknown := sorted(document.keys() - set().union(*known.values())):
+        raise SettingsError(f"controlPlane.endpoint: unknown {', '.join(unknown)}")
+    try:
+        return {
+            kind: model.model_validate({name: value for name, value in document.items() if name in known[kind]})
+            for kind, model in _SETTINGS.items()
+        }
+    except ValidationError as error:
+        raise SettingsError(f"controlPlane.endpoint: {describe_validation_error(error)}") from None

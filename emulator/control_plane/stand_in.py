@@ -44,6 +44,8 @@ _OF_THE_OTHER_MODEL: Final = frozenset(
         "CUSTOM_CHAT_TEMPLATE",
         "REASONING_PARSER",
         "TOOL_CALL_PARSER",
+        "VLLM_CONFIG_FILE",
+        "VLLM_EXTRA_ARGS",
     }
 )
 
@@ -62,4 +64,4 @@ def stand_in(env: Mapping[str, str], model_dir: str) -> tuple[dict[str, str], st
     result = {**TINY_MODEL_VARIABLES, **named, **kept, _MODEL: model_dir}
     without = f"; left out: {', '.join(left_out)}" if left_out else ""
     model = asked or "the image's model"
-    return result, f"emulator: {model} is not loaded, a tiny model answers as {result[_SERVED_NAME]}{without}"
+    return result, f"{model} is not loaded: a tiny model answers as {result[_SERVED_NAME]}{without}"

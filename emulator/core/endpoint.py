@@ -98,6 +98,9 @@ class Endpoint(ABC):
     def on_worker_exited(self, worker: str) -> None:
         """Release what the platform keeps for a worker."""
 
+    async def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Release what the endpoint holds, once its workers have exited."""
+
     def on_change(self, topic: str) -> None:
         """Notify the long polls of the topic."""
         self._count_change()

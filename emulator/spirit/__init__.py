@@ -1,6 +1,6 @@
 """Spirit (datastone.cn): what its serverless platform does differently from RunPod.
 
-    clients ─▶ gateway, proxy ─▶ task_queue ◀─ agent ◀─ workers (one agent beside each: agent_ports)
+    clients ─▶ gateway, proxy ─▶ task_queue ◀─ agent ◀─ workers (one agent beside each)
                      ▲               │
                      └──── relay ────┘ answers of proxied requests, piece by piece
 

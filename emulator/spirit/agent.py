@@ -19,12 +19,12 @@ from starlette.routing import Route
 from emulator.api.auth import context_of
 from emulator.api.bodies import JSONResponse, describe_validation_error, parse_json, read_body
 from emulator.api.fault_middleware import drop_connection
+from emulator.api.ports import Ports
 from emulator.core.faults import FaultKind, FaultRule, FaultTiming
 from emulator.core.long_poll import client_disconnect, is_disconnected
 from emulator.core.worker import TAKING_STATES
 from emulator.errors import BadRequestError, ContentTooLargeError, NotFoundError
 from emulator.integers import parse_integer
-from emulator.spirit.agent_ports import AgentPorts
 from emulator.spirit.endpoint import SpiritEndpoint
 from emulator.spirit.relay import ClientGoneError, Head, Relay
 from emulator.spirit.task import Task, TaskStatus
@@ -213,7 +213,7 @@ def _agent_of(request: Request) -> tuple[SpiritEndpoint, str]:
     Raises:
         NotFoundError: the worker has exited.
     """
-    agents: AgentPorts = request.app.state.agents
+    agents: Ports = request.app.state.agents
     name, worker = agents.owner(request.scope["server"][1])
     endpoint = context_of(request).endpoints.get(name)
     if not isinstance(endpoint, SpiritEndpoint):

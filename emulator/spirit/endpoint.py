@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from emulator.api.ports import HOST, Ports
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.worker import ACTIVE_STATES, WorkerState
 from emulator.errors import SettingsError
-from emulator.spirit.agent_ports import HOST, AgentPorts
 from emulator.spirit.relay import Relay
 from emulator.spirit.settings import SpiritEndpointSettings
 from emulator.spirit.task import Task
@@ -27,7 +27,7 @@ class SpiritEndpoint(Endpoint):
     settings: SpiritEndpointSettings
     queue: TaskQueue
 
-    def __init__(self, settings: SpiritEndpointSettings, surroundings: Surroundings, agents: AgentPorts) -> None:
+    def __init__(self, settings: SpiritEndpointSettings, surroundings: Surroundings, agents: Ports) -> None:
         super().__init__(settings, surroundings)
         queue_settings = TaskQueueSettings(settings.lost_after_s, settings.max_retries, settings.retention_s)
         self.queue = TaskQueue(queue_settings, surroundings.clock, surroundings.wall_clock, self)

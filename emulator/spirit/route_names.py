@@ -8,8 +8,8 @@ from typing import Final
 from starlette.types import Scope
 
 from emulator.api.fault_middleware import RouteName
+from emulator.api.ports import Ports
 from emulator.core.faults import AGENT_ROUTES
-from emulator.spirit.agent_ports import AgentPorts
 
 _OPERATIONS: Final = frozenset({"sync", "async", "status"})
 # `/v1/ID/OPERATION`, and of an agent `/apis/v1/ROUTE`, split at the slashes.
@@ -27,7 +27,7 @@ def gateway_route_name(scope: Scope) -> RouteName:
     return RouteName(route="proxy")
 
 
-def agent_route_name(agents: AgentPorts) -> Callable[[Scope], RouteName]:
+def agent_route_name(agents: Ports) -> Callable[[Scope], RouteName]:
     """Return a function for the agents' app."""
 
     def name(scope: Scope) -> RouteName:

@@ -73,6 +73,10 @@ async def run_lifespan(app: Starlette) -> asyncio.Task[None]:
 
 
 def has_route(app: Any, path: str) -> bool:
-    """Return whether the app has a route of this path, for any method, or something mounted there."""
-    scopes = [{"type": "http", "method": "GET", "path": one, "root_path": ""} for one in (path, f"{path}/")]
+    """Return whether the app has a route of this path, for any method or a WebSocket, or something mounted there."""
+    scopes = [
+        {"type": kind, "method": "GET", "path": one, "root_path": ""}
+        for kind in ("http", "websocket")
+        for one in (path, f"{path}/")
+    ]
     return any(route.matches(scope)[0] is not Match.NONE for route in app.routes for scope in scopes)

@@ -1,4 +1,4 @@
-"""The routes of vLLM's app that jobs may call: those that serve a request, and no administration.
+"""The routes of vLLM's app that clients may call, by job or by HTTP: those that serve a request, no administration.
 
 Sleeping, LoRA loading, profiling, scaling, aborting other requests, metrics and the docs are blocked unless
 `ALLOWED_ROUTES` opens them. So are routes that do half of a request (a prompt rendered, tokens in and out), and those
@@ -8,6 +8,8 @@ One route is the worker's own: `/cold_start` returns how long each phase of its 
 
 from __future__ import annotations
 
+# Routes that are open to a WebSocket, where the worker serves HTTP.
+WEBSOCKET = frozenset({"/v1/realtime"})
 # Routes without a request body.
 GET_ONLY = frozenset({"/cold_start", "/health", "/tokenizer_info", "/v1/models", "/version"})
 SERVING = frozenset(
@@ -40,3 +42,5 @@ SERVING = frozenset(
         "/version",
     }
 )
+# Those that start a request in the engine, where it needs room.
+GENERATING = SERVING - GET_ONLY - {"/detokenize", "/tokenize", "/v1/messages/count_tokens"} | WEBSOCKET

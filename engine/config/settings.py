@@ -43,6 +43,9 @@ _Route = Annotated[str, Field(pattern=r"^/\S*$")]
 _File = Annotated[Path, WithJsonSchema({"type": "string", "format": "file-path"})]
 _Directory = Annotated[Path, WithJsonSchema({"type": "string", "format": "directory-path"})]
 
+# Read only where the worker serves HTTP: elsewhere, such common variables have another meaning.
+SERVER_SETTINGS = {"port", "port_health", "health_check_path", "listen_host"}
+
 
 class Settings(BaseModel):
     """The worker's own settings; the variable of a field is its name in upper case."""
@@ -132,9 +135,40 @@ class Settings(BaseModel):
         description="Spirit: URL of the agent beside the worker; `http://localhost:8087` with `PLATFORM=spirit`.",
     )
 
+    endpoint_type: Literal["auto", "queue", "load_balancer"] = Field(
+        "auto",
+        description="Kind of RunPod endpoint: `queue` (the worker takes jobs) or `load_balancer` (it serves HTTP). "
+        "`auto`: `load_balancer` if RunPod has set `RUNPOD_ENDPOINT_ID` and `RUNPOD_POD_ID`, but not "
+        "`RUNPOD_WEBHOOK_GET_JOB`.",
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(
+        80, description="Load balancer: port of the HTTP server. Not read otherwise, nor are the next three."
+    )
+    port_health: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="Load balancer: port of the health check; if not set, that of `PORT`."
+    )
+    health_check_path: _Route = Field(
+        "/ping",
+        examples=["/ping"],
+        description="Load balancer: path of the health check: 200 ready, 204 loading, 503 draining or failed.",
+    )
+    listen_host: str = Field(
+        "0.0.0.0",
+        examples=["127.0.0.1"],
+        description="Load balancer: address to listen on.",
+    )
+    runpod_endpoint_id: str | None = Field(
+        None, examples=["x7k2p9qwerty12"], description="RunPod: id of the endpoint. Set by the platform."
+    )
+    runpod_pod_id: str | None = Field(
+        None, examples=["a1b2c3d4e5f6g7"], description="RunPod: id of the worker. Set by the platform."
+    )
+
     @property
     def queue(self) -> Literal["runpod", "spirit"] | None:
         """The platform whose queue the worker polls, if any."""
+        if self.endpoint_type == "load_balancer":
+            return None
         if self.platform == "spirit":
             return "spirit"
         if self.runpod_webhook_get_job is not None:
@@ -142,9 +176,17 @@ class Settings(BaseModel):
         return "spirit" if self.platform == "auto" and self.ease_agent_url is not None else None
 
     @property
+    def serves_http(self) -> bool:
+        """Whether the worker is one of a load-balancing endpoint."""
+        if self.endpoint_type != "auto":
+            return self.endpoint_type == "load_balancer"
+        on_runpod = self.runpod_endpoint_id is not None and self.runpod_pod_id is not None
+        return on_runpod and self.platform != "spirit" and self.queue is None
+
+    @property
     def on_platform(self) -> bool:
-        """Whether the worker polls a platform's queue."""
-        return self.queue is not None
+        """Whether the worker serves a platform's clients: it polls a queue, or serves HTTP."""
+        return self.queue is not None or self.serves_http
 
     @classmethod
     def read(cls, variables: Mapping[str, Variable] | None = None) -> Self:
@@ -155,7 +197,13 @@ class Settings(BaseModel):
         """
         variables = environment.read() if variables is None else variables
         values = {name.lower(): one.value for name, one in variables.items() if one.value not in NULL_WORDS}
+        others = {name: value for name, value in values.items() if name not in SERVER_SETTINGS}
         try:
+            settings = cls.model_validate(others)
+            if not settings.serves_http:
+                return settings
+            if settings.platform == "spirit":
+                raise ConfigurationError("ENDPOINT_TYPE=load_balancer is RunPod's: it cannot be set on Spirit")
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigurationError("\n".join(_validation_errors(error, variables))) from None

@@ -253,7 +253,7 @@ def parse(
     except ValidationError as error:
         faults = "; ".join(f"{_field_path(fault['loc'])}: {fault['msg']}" for fault in error.errors())
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED_INPUTS}") from None
-    _check_route(call.path, open_routes, has_route)
+    check_route(call.path, open_routes, has_route)
     if call.document is None:
         return Request(call.method, call.path, call.query, None, call.native, tuple(warnings))
     body = {name: part for name, part in call.document.items() if name != "extra_body"} | _extra_body(call.document)
@@ -269,7 +269,13 @@ def parse(
     )
 
 
-def _check_route(path: str, open_routes: frozenset[str], has_route: Callable[[str], bool]) -> None:
+def check_route(path: str, open_routes: frozenset[str], has_route: Callable[[str], bool]) -> None:
+    """Check that clients may call a route.
+
+    Raises:
+        RouteNotAllowedError: they may not.
+        UnknownRouteError: vLLM has no such route.
+    """
     if path not in open_routes:
         raise RouteNotAllowedError(path, sorted(open_routes)) if has_route(path) else UnknownRouteError(path)
 
@@ -280,23 +286,36 @@ def _proxied(
     event_tokens: Callable[[str], int | None],
     has_route: Callable[[str], bool],
 ) -> Request:
-    """Return the request as its client wrote it, in today's names. Whether its body is valid is for vLLM to say."""
     call = _openai_request("the request's URI", value["route"], None)
-    _check_route(call.path, open_routes, has_route)
-    method, body = value["method"], value.content
+    check_route(call.path, open_routes, has_route)
+    return http_request(value["method"], call.path, call.query, value.content, event_tokens)
+
+
+def http_request(method: str, path: str, query: str, body: bytes, event_tokens: Callable[[str], int | None]) -> Request:
+    """Return the request as its client wrote it, in today's names. Whether its body is valid is for vLLM to say.
+
+    Args:
+        method: any of HTTP's.
+        path: of the route.
+        query: of the route, or empty.
+        body: as it came; it is only changed if it is a JSON object with fields that have another name today.
+        event_tokens: as for `parse`.
+
+    Raises:
+        InvalidInputError: fields of another name are where they cannot be used.
+    """
     try:
         document = decode(body)
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
-        return Request(method, call.path, call.query, body or None, proxied=True)
+        return Request(method, path, query, body or None, proxied=True)
     given = {name: part for name, part in document.items() if name != "extra_body"} | _extra_body(document)
-    document, removed = _with_current_names(call.path, given)
+    current, removed = _with_current_names(path, given)
     # Its client gets each token as an event, unless it is slower than the engine, as with vLLM's own server.
-    mergeable = merging.is_plain_text(call.path, document) and event_tokens(call.path) is not None
-    return Request(
-        method, call.path, call.query, _encode(document), warnings=tuple(removed), mergeable=mergeable, proxied=True
-    )
+    mergeable = merging.is_plain_text(path, current) and event_tokens(path) is not None
+    encoded = body if current == document else _encode(current)
+    return Request(method, path, query, encoded, warnings=tuple(removed), mergeable=mergeable, proxied=True)
 
 
 def _ignored(value: dict[str, Any]) -> Iterator[str]:

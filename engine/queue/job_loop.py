@@ -30,8 +30,8 @@ from engine.errors import (
     error_text,
     safe_str,
 )
+from engine.jobs import job_log
 from engine.jobs.proxied import AnswerStart
-from engine.queue import job_log
 from engine.queue.admission import Admission
 from engine.queue.backoff import PollBackoff
 from engine.queue.protocol import POLL_CANCEL_GRACE_S, TAKE_TIMEOUT_S, Delivery, JobQueue

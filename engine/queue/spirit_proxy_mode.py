@@ -7,23 +7,20 @@ the agent is made once, and at most 100 connections are open.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-import uvicorn
-
 from engine.backend.app import App, Message, Receive, Send
-from engine.errors import JobError, RouteNotAllowedError, UnknownRouteError, safe_str
+from engine.errors import JobError
+from engine.jobs import inputs
+from engine.jobs.http_server import Server, send_error, server_config, wait_for_failure
 
 # The SDK's session has 100 connections, for polls and acknowledgements too.
 MAX_CONCURRENCY = 95
-_WATCH_INTERVAL_S = 0.25
 # How long the answers of running requests may take once the engine has failed, and how long a worker that was asked to
 # stop waits for a request that is on its way.
 _FAILURE_GRACE_S = 3.0
@@ -47,14 +44,6 @@ class Engine(Protocol):
 
     async def app(self) -> App:
         """Return vLLM's OpenAI app."""
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which leaves signals to the worker."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class ProxyMode:
@@ -107,8 +96,7 @@ class ProxyMode:
         """Start the server in the SDK's event loop; return whether it answers."""
         if not self._tasks:
             app = await self._engine.app()
-            config = uvicorn.Config(self._with_open_routes(app), lifespan="off", log_config=None, access_log=False)
-            self._server = _Server(config)
+            self._server = Server(server_config(self._with_open_routes(app)))
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop)
@@ -118,16 +106,12 @@ class ProxyMode:
 
     def _with_open_routes(self, app: App) -> App:
         async def serve(scope: Message, receive: Receive, send: Send) -> None:
-            path, routes = scope["path"], self._engine.open_routes
             self._running += 1
             try:
-                if path in routes:
-                    await app(scope, receive, send)
-                else:
-                    known = self._engine.has_route(path)
-                    await _refuse(
-                        RouteNotAllowedError(path, sorted(routes)) if known else UnknownRouteError(path), send
-                    )
+                inputs.check_route(scope["path"], self._engine.open_routes, self._engine.has_route)
+                await app(scope, receive, send)
+            except JobError as error:
+                await send_error(error, scope, send)
             finally:
                 self._running -= 1
                 self._last_active = time.monotonic()
@@ -149,22 +133,8 @@ class ProxyMode:
         raise SystemExit(0)
 
     async def _watch_engine(self) -> None:
-        while (reason := self._failure()) is None:  # noqa: ASYNC110 (vLLM sends no event for this)
-            await asyncio.sleep(_WATCH_INTERVAL_S)
+        reason = await wait_for_failure(self._engine.failure)
         _log.error("The worker has failed: %s", reason)
         self._is_draining = True
         await asyncio.sleep(_FAILURE_GRACE_S)
         raise SystemExit(1)
-
-    def _failure(self) -> str | None:
-        try:
-            return self._engine.failure()
-        except Exception as error:  # noqa: BLE001 (an engine that cannot be watched must not get requests)
-            return f"the engine's state cannot be read: {safe_str(error)}"
-
-
-async def _refuse(error: JobError, send: Callable[[Message], Awaitable[None]]) -> None:
-    body = json.dumps(error.document()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": int(error.status), "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -110,7 +110,7 @@ class Caches:
                 [sys.executable, "-m", "builder", "unpack", str(self._archive), str(self.directory)],
                 cwd=_ROOT,
                 stdout=subprocess.PIPE,
-                preexec_fn=set_parent_death_signal,  # noqa: PLW1509 (no other thread runs that early)
+                preexec_fn=set_parent_death_signal,  # noqa: PLW1509 (no thread that runs that early imports anything)
             )
 
     def wait(self) -> None:

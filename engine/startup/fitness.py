@@ -59,7 +59,7 @@ class Checks:
                 cwd=_ROOT,
                 pass_fds=[self._log_copy.fileno()],
                 process_group=0,  # So that the programs that the SDK runs can be killed too.
-                preexec_fn=set_parent_death_signal,  # noqa: PLW1509 (no other thread runs that early)
+                preexec_fn=set_parent_death_signal,  # noqa: PLW1509 (no thread that runs that early imports anything)
             )
 
     def __enter__(self) -> Self:

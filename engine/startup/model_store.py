@@ -114,7 +114,7 @@ def download(name: str, directory: Path, revision: str | None) -> None:
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        preexec_fn=set_parent_death_signal,  # noqa: PLW1509 (no other thread runs that early)
+        preexec_fn=set_parent_death_signal,  # noqa: PLW1509 (no thread that runs that early imports anything)
     ) as process:
         tail = b""
         try:

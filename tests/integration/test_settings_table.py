@@ -17,7 +17,7 @@ import pytest
 from engine.backend import compat, vllm_args
 from engine.backend.configuration import Configuration
 from engine.config import environment
-from engine.config.settings import Settings
+from engine.config.settings import SERVER_SETTINGS, Settings
 from engine.config.vllm_flags import Flags
 from engine.config.worker_vllm import ALIASES, REMOVED
 from engine.errors import ConfigurationError
@@ -126,10 +126,16 @@ def outcome_of(case: Case, flags: Flags, model: str, caplog: pytest.LogCaptureFi
     if case.kind in ("None", "empty"):
         return _as_not_given(case, configuration, model)
     if case.name.lower() in Settings.model_fields:
-        return "valid: any text" if _is_text(case.name) else f"BAD: {case} is accepted"
+        return _accepted_by_the_worker(case)
     if is_accepted_by_vllm(case.name, case.value, flags, model):
         return f"valid: vLLM accepts it, {'any text' if case.value == WRONG else 'it has no such limit'}"
     return f"BAD: {case} is accepted, and vLLM refuses it"
+
+
+def _accepted_by_the_worker(case: Case) -> str:
+    if case.name.lower() in SERVER_SETTINGS:
+        return "valid: not read, as the worker does not serve HTTP"
+    return "valid: any text" if _is_text(case.name) else f"BAD: {case} is accepted"
 
 
 def _refusal(case: Case, text: str, flags: Flags, model: str) -> str:

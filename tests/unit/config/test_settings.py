@@ -171,3 +171,49 @@ def test_the_platform_is_the_one_that_is_named_or_whose_variable_is_set(
         monkeypatch.setenv(name, value)
 
     assert Settings.read().queue == queue
+
+
+ON_RUNPOD = {"RUNPOD_ENDPOINT_ID": "ep", "RUNPOD_POD_ID": "pod"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "serves_http"),
+    [
+        ({}, False),
+        ({"PORT": "8080"}, False),
+        ({"RUNPOD_POD_ID": "pod", "PORT": "8080"}, False),
+        (ON_RUNPOD, True),
+        ({**ON_RUNPOD, "RUNPOD_WEBHOOK_GET_JOB": "http://queue/"}, False),
+        ({**ON_RUNPOD, "RUNPOD_WEBHOOK_GET_JOB": "http://queue/", "ENDPOINT_TYPE": "load_balancer"}, True),
+        ({**ON_RUNPOD, "ENDPOINT_TYPE": "queue"}, False),
+        ({**ON_RUNPOD, "EASE_AGENT_URL": "http://localhost:8087"}, False),
+        ({**ON_RUNPOD, "PLATFORM": "spirit"}, False),
+        ({"ENDPOINT_TYPE": "load_balancer"}, True),
+    ],
+)
+def test_http_is_served_where_runpod_gives_ids_and_no_queue_or_the_setting_says_so(
+    variables: dict[str, str], serves_http: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    settings = Settings.read()
+
+    assert settings.serves_http is serves_http
+    assert not (settings.serves_http and settings.queue)
+
+
+def test_a_port_that_is_no_number_is_refused_only_where_http_is_served() -> None:
+    """Kubernetes gives such values to containers beside a service of that name."""
+    variables = {"PORT": Variable("tcp://10.0.0.1:80", "environment")}
+
+    assert Settings.read(variables).port == Settings().port
+    with pytest.raises(ConfigurationError, match=r"PORT='tcp://10.0.0.1:80' is not allowed. Allowed: integer"):
+        Settings.read({**variables, "ENDPOINT_TYPE": Variable("load_balancer", "environment")})
+
+
+def test_spirit_has_no_load_balancing_endpoints() -> None:
+    variables = {"PLATFORM": "spirit", "ENDPOINT_TYPE": "load_balancer"}
+
+    with pytest.raises(ConfigurationError, match="ENDPOINT_TYPE=load_balancer is RunPod's"):
+        Settings.read({name: Variable(value, "environment") for name, value in variables.items()})

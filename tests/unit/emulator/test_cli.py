@@ -257,7 +257,7 @@ def test_a_setting_of_the_other_platform_is_refused_in_one_line(
 def test_a_fault_of_the_other_platform_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     faults = write(tmp_path / "faults", {"rules": [{"kind": "error", "route": "heartbeat"}]})
     assert cli.main(["--command", "x", "--port", "0", "--faults", faults]) == 1
-    assert "the platform has no route heartbeat; it has cancel, control-plane," in capsys.readouterr().err
+    assert "the platform has no route heartbeat; it has balancer, cancel, control-plane," in capsys.readouterr().err
 
 
 def test_an_agents_port_in_use_is_reported(capsys: pytest.CaptureFixture[str]) -> None:

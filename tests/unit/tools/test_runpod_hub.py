@@ -102,13 +102,14 @@ def test_every_flag_that_is_offered_is_in_the_readmes_table() -> None:
     assert list(INPUTS)[: len(runpod_hub.FLAGS)] == list(runpod_hub.FLAGS)
 
 
-def test_no_secret_and_nothing_of_the_images_build_or_of_another_platform_is_offered() -> None:
+def test_no_secret_and_nothing_that_is_set_by_the_image_or_the_platform_or_is_for_another_is_offered() -> None:
     left_out = {name.upper() for name in Settings.model_fields} - INPUTS.keys()
 
     secret = {"HF_TOKEN", "RUNPOD_WEBHOOK_GET_JOB"}
     spirits = {"EASE_AGENT_URL", "PLATFORM", "SPIRIT_REQUEST_TIMEOUT_S"}
+    of_the_platform = {"LISTEN_HOST", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID"}
     of_the_image = {"BAKED_MODEL_DIR", "BAKED_SETTINGS_FILE", "COMPILE_CACHE_DIR"}
-    assert left_out == {*of_the_image, *secret, *spirits}
+    assert left_out == {*of_the_image, *of_the_platform, *secret, *spirits}
     assert not [name for name in INPUTS if name.lower() in Settings.model_fields and is_secret(name.lower())]
 
 

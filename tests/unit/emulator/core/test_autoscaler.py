@@ -132,3 +132,12 @@ def test_queue_length_adds_a_worker_for_so_many_waiting_tasks_less_those_that_st
     rules = SpiritEndpointSettings.model_validate(document)
     workers = [worker("running", "running"), *(worker(f"{number}", "initializing") for number in range(starting))]
     assert decide(rules, QueueLoad(waiting, 1, 99), workers, NOW).start == started
+
+
+def test_stale_workers_serve_no_more_but_keep_their_places() -> None:
+    rules = settings(workersMin=1, workersMax=2)
+    stale = [worker("a", "running"), worker("b", "running")]
+    for one in stale:
+        one.is_stale = True
+    assert decide(rules, QueueLoad(0, 2, 0), stale, NOW).start == 0
+    assert decide(rules, QueueLoad(0, 1, 0), stale[:1], NOW).start == 1

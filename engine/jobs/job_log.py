@@ -1,4 +1,4 @@
-"""The log lines of a job: one JSON object when it starts, one when it ends."""
+"""The log lines of a job, or of an HTTP request: one JSON object when it starts, one when it ends."""
 
 from __future__ import annotations
 

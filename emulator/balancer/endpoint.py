@@ -1,0 +1,236 @@
+"""One load-balancing endpoint: its URL, its workers with their health, its requests."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import aiohttp
+
+from emulator.api.ports import HOST, Ports
+from emulator.balancer.affinity import Affinity
+from emulator.balancer.requests import WORKERS_TOPIC, Requests
+from emulator.core.endpoint import Endpoint, Surroundings
+from emulator.core.faults import FaultKind
+from emulator.core.long_poll import Disconnect
+from emulator.errors import AffinityWorkerGoneError, BadRequestError, NoWorkerError, SettingsError
+from emulator.settings import BalancerSettings
+
+_HEALTH_TIMEOUT_S = 5.0
+
+
+@dataclass(eq=False)
+class BalancedWorker:
+    """A worker as the balancer sees it.
+
+    Args:
+        id: the worker's.
+        port: `PORT`, of its server.
+        port_health: `PORT_HEALTH`, of its health check.
+        status: of its last health check; 0 if it has not answered.
+        initializing_at: when it first answered 204.
+        chosen: how many requests it was chosen for.
+        checking: checks its health until it exits.
+    """
+
+    id: str
+    port: int
+    port_health: int
+    status: int = 0
+    initializing_at: float | None = None
+    chosen: int = 0
+    checking: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        """URL of its server."""
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def health_url(self) -> str:
+        """URL of its health check's server."""
+        return f"http://{HOST}:{self.port_health}"
+
+
+class BalancerEndpoint(Endpoint):
+    """A load-balancing endpoint as its clients see it.
+
+    Args:
+        settings: settings of the endpoint.
+        surroundings: what all endpoints share.
+        ports: the URLs' ports.
+        base_url: URL of the emulator, whose scheme and host the endpoint's own URL has.
+
+    Raises:
+        SettingsError: its port is not available.
+    """
+
+    settings: BalancerSettings
+    queue: Requests
+
+    def __init__(self, settings: BalancerSettings, surroundings: Surroundings, *, ports: Ports, base_url: str) -> None:
+        super().__init__(settings, surroundings)
+        self.queue = Requests(surroundings.clock, self.on_change)
+        self.workers: dict[str, BalancedWorker] = {}
+        self._ports = ports
+        self._session: aiohttp.ClientSession | None = None
+        self.fleet = self._create_fleet(self._environment, surroundings.redaction)
+        try:
+            port = ports.open(settings.id, port=settings.port)
+        except OSError as error:
+            raise SettingsError(f"endpoint {settings.id} cannot listen on port {settings.port}: {error}") from None
+        self.url = f"{base_url.rpartition(':')[0]}:{port}"
+        """The endpoint's own URL, in place of `https://ID.api.runpod.ai`."""
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The connections to workers; to be used in the emulator's event loop."""
+        if self._session is None:
+            # What a response is encoded in is the client's business, and so are redirects and cookies.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_HEALTH_TIMEOUT_S),
+            )
+        return self._session
+
+    async def choose_worker(self, affinity: Affinity, disconnect: Disconnect) -> BalancedWorker | None:
+        """Return the worker that gets a request now, as soon as one is healthy; None if the client has gone.
+
+        Raises:
+            NoWorkerError: none was available in time.
+            BadRequestError: the only worker that the request may have did not become available in time.
+            AffinityWorkerGoneError: that worker is gone.
+        """
+        settings = self.settings
+
+        def poll() -> BalancedWorker | None:
+            if self.queue.is_closed:
+                raise NoWorkerError("no workers available: the emulator is shutting down")
+            healthy = self.healthy_workers()
+            preferred = [worker for worker in healthy if worker.id == affinity.worker]
+            if affinity.is_strict and affinity.worker not in self.workers:
+                raise AffinityWorkerGoneError("affinity_worker_gone")
+            candidates = preferred if preferred or affinity.is_strict else healthy
+            return min(candidates, key=lambda one: (len(self.queue.running_jobs(one.id)), one.chosen), default=None)
+
+        wait_s = settings.affinity_wait_s if affinity.is_strict else settings.no_worker_s
+        worker = await self.long_poll.wait_for(WORKERS_TOPIC, poll, wait_s, disconnect)
+        if worker is None and not disconnect.done():
+            if affinity.is_strict:
+                raise BadRequestError("worker_timeout: timed out waiting for worker")
+            raise NoWorkerError(f"no workers available for {wait_s:g} s")
+        if worker is not None:
+            worker.chosen += 1
+        return worker
+
+    def healthy_workers(self) -> list[BalancedWorker]:
+        """Return the workers that get requests, in order of their start."""
+        return [
+            self.workers[worker.id]
+            for worker in self.fleet.workers()
+            if worker.takes_jobs and worker.id in self.workers and self.workers[worker.id].status == HTTPStatus.OK
+        ]
+
+    def request_urls(self) -> dict[str, str]:
+        """Return the URLs that clients call, by the names of the API."""
+        return {"base": self.url, "health": self.url + self.settings.health_check_path}
+
+    def page_document(self) -> dict[str, str | None]:
+        """Return how the page reaches the endpoint: on the emulator's own port, as a page reaches no other."""
+        return {
+            "openaiPath": f"/balancer/{self.settings.id}/v1",
+            "authorization": "Bearer {key}",
+            "cancelPath": None,
+            "url": self.url,
+        }
+
+    def forget_duplicates(self) -> None:
+        """Do nothing: no request is given out twice."""
+
+    def on_worker_stopping(self, worker: str) -> None:
+        """Do nothing: it gets no requests from now on."""
+
+    def on_worker_exited(self, worker: str) -> None:
+        """Check its health no more, and let requests that wait for it know."""
+        exited = self.workers.pop(worker, None)
+        if exited is not None and exited.checking is not None:
+            exited.checking.cancel()
+        self.long_poll.notify(WORKERS_TOPIC)
+
+    async def close(self) -> None:
+        """Close the endpoint's port and the connections to workers, which have exited."""
+        self._ports.close(self.settings.id)
+        for worker in list(self.workers):
+            self.on_worker_exited(worker)
+        if self._session is not None:
+            await self._session.close()
+
+    def _environment(self, worker: str) -> Mapping[str, str]:
+        """Return the variables of a worker on free ports, whose health is checked from now on."""
+        balanced = self.workers[worker] = BalancedWorker(worker, _free_port(), _free_port())
+        with suppress(RuntimeError):  # Without an event loop, as in a test of the fleet.
+            loop = asyncio.get_running_loop()
+            balanced.checking = loop.create_task(self._check_health(balanced), name=f"health of {worker}")
+        return {
+            "PORT": str(balanced.port),
+            "PORT_HEALTH": str(balanced.port_health),
+            # On the platform, a worker listens on all addresses of its container.
+            "LISTEN_HOST": HOST,
+            "RUNPOD_ENDPOINT_ID": self.settings.id,
+            "RUNPOD_POD_ID": worker,
+            "RUNPOD_POD_HOSTNAME": worker,
+            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+            "RUNPOD_SKIP_GPU_CHECK": "true",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    async def _check_health(self, worker: BalancedWorker) -> None:
+        while True:
+            self._on_health(worker, await self._health(worker))
+            await asyncio.sleep(self.settings.health_interval_s)
+
+    async def _health(self, worker: BalancedWorker) -> int:
+        """Return the status of a health check; 0 without an answer."""
+        for rule in self._surroundings.faults.match(self.settings.id, "health-check"):
+            if rule.kind in (FaultKind.ERROR, FaultKind.DROP):
+                return rule.status if rule.kind is FaultKind.ERROR else 0
+        try:
+            async with self.session.get(
+                worker.health_url + self.settings.health_check_path, timeout=aiohttp.ClientTimeout(_HEALTH_TIMEOUT_S)
+            ) as response:
+                return response.status
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return 0
+
+    def _on_health(self, worker: BalancedWorker, status: int) -> None:
+        last, worker.status = worker.status, status
+        if status == HTTPStatus.NO_CONTENT:
+            if worker.initializing_at is None:
+                worker.initializing_at = self._surroundings.clock()
+            self.fleet.touch(worker.id)
+        elif status == HTTPStatus.OK:
+            if worker.initializing_at is not None and last != HTTPStatus.OK:
+                cold_start_s = self._surroundings.clock() - worker.initializing_at
+                worker.initializing_at = None
+                self.on_event(
+                    f"worker {worker.id} healthy: cold start {cold_start_s:.1f} s, from its first 204 to its first 200"
+                )
+            self.fleet.on_poll(worker.id)
+        elif last == HTTPStatus.OK and not self.fleet.is_stopping(worker.id):
+            answer = f"its health check answers {status}" if status else "its health check does not answer"
+            self.on_event(f"worker {worker.id} gets no requests: {answer}")
+        if status != last:
+            self.on_change(WORKERS_TOPIC)
+
+
+def _free_port() -> int:
+    """Return a port that was free a moment ago: the worker binds it itself, as on the platform."""
+    with socket.create_server((HOST, 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,1 @@
+"""The worker's HTTP server on a load-balancing endpoint: health check, routes, admission, drain."""

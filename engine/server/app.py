@@ -1,0 +1,189 @@
+"""The ASGI app that the worker serves: the health check, and vLLM's app behind open routes, limits and a log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+from engine.backend.app import App, Message, Receive, Send
+from engine.backend.inline_executor import SHORT, SHORT_BYTES
+from engine.backend.merging import MERGEABLE
+from engine.backend.routes import GENERATING, WEBSOCKET
+from engine.cold_start import FINAL_PHASE, ColdStart
+from engine.errors import InternalError, JobError, TimedOutError
+from engine.jobs import inputs, job_log
+from engine.json_codec import decode
+from engine.server.health_check import HealthCheck
+from engine.server.limiter import Limiter
+from engine.server.request import RunningRequest
+
+_log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What is served."""
+
+    @property
+    def open_routes(self) -> frozenset[str]:
+        """The routes that clients may call."""
+
+    def event_tokens(self, path: str) -> int | None:
+        """Return how many tokens an event of a stream of plain text should have; None where each must be its own."""
+
+    def has_route(self, path: str) -> bool:
+        """Return whether the app has a route of this path."""
+
+    def failure(self) -> str | None:
+        """Return what is wrong with the engine for good, or None."""
+
+    def pop_token_counts(self, job_id: str) -> tuple[int, int] | None:
+        """Return and forget the tokens in and out of a request that has ended."""
+
+    async def app(self) -> App:
+        """Return vLLM's OpenAI app."""
+
+
+class ServerApp:
+    """Serves requests until it is told to refuse them.
+
+    Args:
+        engine: whose app is served.
+        health: answers the health check.
+        limiter: of the requests that the engine runs.
+        execution_timeout_s: how long a request may take, in seconds; None for no limit.
+        log_inputs: whether the log shows JSON bodies.
+        cold_start: is marked when the first request came, and when its first output was there.
+
+    Attributes:
+        running: requests in progress, also those that wait for the engine.
+        last_request_at: when the last one came, by `time.monotonic()`.
+        refusal: what every new request is refused with, if any.
+    """
+
+    def __init__(  # noqa: PLR0913 (all that it depends on, so that a test can replace each)
+        self,
+        engine: Engine,
+        health: HealthCheck,
+        limiter: Limiter,
+        *,
+        execution_timeout_s: float | None = None,
+        log_inputs: bool = False,
+        cold_start: ColdStart | None = None,
+    ) -> None:
+        self._engine = engine
+        self._health = health
+        self._limiter = limiter
+        self._execution_timeout_s = execution_timeout_s
+        self._log_inputs = log_inputs
+        self._cold_start = cold_start
+        self.running: dict[str, RunningRequest] = {}
+        self.last_request_at = time.monotonic()
+        self.refusal: JobError | None = None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve one request or WebSocket."""
+        if self._health.is_for(scope):
+            await self._health.answer(scope, send)
+            return
+        self.last_request_at = time.monotonic()
+        if self._cold_start is not None:
+            self._cold_start.mark("first_take")
+        request = RunningRequest(scope, receive, send, self._mark_first_output)
+        if request.id in self.running:
+            request.id = uuid.uuid4().hex
+        self.running[request.id] = request
+        timer = self._start_timer(request)
+        described: dict[str, Any] = {"input": {"route": scope["path"]}}
+        try:
+            await self._serve(request, described)
+        except JobError as error:
+            await request.refuse(error)
+        except asyncio.CancelledError:
+            if not request.is_cancelled_here():
+                raise
+        except Exception:  # noqa: BLE001 (whatever it is, it ends this request and no other)
+            _log.exception("Request %s failed in the engine", request.id)
+            request.abort(InternalError("internal worker error; see the worker's log"))
+        finally:
+            timer()
+            await request.end()
+            del self.running[request.id]
+            self._log_ended(request, described)
+
+    async def _serve(self, request: RunningRequest, described: dict[str, Any]) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        path = request.scope["path"]
+        is_websocket = request.scope["type"] == "websocket"
+        routes = self._engine.open_routes | WEBSOCKET if is_websocket else self._engine.open_routes
+        inputs.check_route(path, routes, self._engine.has_route)
+        app = await self._engine.app()
+        body = await request.body() if _has_json_body(request.scope) else None
+        if body is not None and self._log_inputs:
+            described["input"]["body"] = _loggable(body)
+        job_log.log_started(request.id, described, with_input=self._log_inputs)
+        if body is not None:
+            body = self._current(request, body)
+        async with self._limiter.slot() if path in GENERATING else nullcontext():
+            await request.run(app, body)
+
+    def _current(self, request: RunningRequest, body: bytes) -> bytes:
+        """Return a JSON body in the names that vLLM has today; tell code deep inside vLLM about it."""
+        scope = request.scope
+        read = inputs.http_request(
+            scope["method"], scope["path"], scope["query_string"].decode("latin-1"), body, self._engine.event_tokens
+        )
+        for warning in read.warnings:
+            _log.warning("Job %s: %s", request.id, warning)
+        # The context is that of this request's task, which uvicorn has made for it.
+        SHORT.set(len(body) <= SHORT_BYTES)
+        MERGEABLE.set(read.mergeable)
+        return read.body or b""
+
+    def _start_timer(self, request: RunningRequest) -> Callable[[], None]:
+        limit_s = self._execution_timeout_s
+        if limit_s is None:
+            return lambda: None
+        loop = asyncio.get_running_loop()
+        return loop.call_later(limit_s, lambda: request.abort(TimedOutError(limit_s))).cancel
+
+    def _mark_first_output(self) -> None:
+        """Note the worker's first output of all, which ends its cold start."""
+        cold_start, self._cold_start = self._cold_start, None
+        if cold_start is not None:
+            cold_start.mark(FINAL_PHASE)
+            cold_start.log("First output")
+
+    def _log_ended(self, request: RunningRequest, described: dict[str, Any]) -> None:
+        try:
+            job_log.log_ended(
+                request.id,
+                described,
+                request.outcome,
+                tokens=self._engine.pop_token_counts(request.id),
+                first_output_s=request.first_output_s,
+                duration_s=time.monotonic() - request.started_at,
+                outputs=request.outputs,
+            )
+        except Exception:  # noqa: BLE001 (a line of the log is not worth the request)
+            _log.exception("Request %s: its end could not be logged", request.id)
+
+
+def _has_json_body(scope: Message) -> bool:
+    """Return whether the body is to be read here; others, such as forms with files, pass through."""
+    if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+        return False
+    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
+    return bool(kinds) and kinds[0].partition(b";")[0].strip().lower() == b"application/json"
+
+
+def _loggable(body: bytes) -> Any:
+    try:
+        return decode(body)
+    except (ValueError, RecursionError):
+        return body.decode(errors="replace")
