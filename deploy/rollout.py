@@ -50,7 +50,7 @@ async def follow(context: Context, endpoint: Endpoint) -> None:
 
 
 async def _until_rolled_out(context: Context, endpoint: Endpoint, version: int | None) -> None:
-    """Wait until no worker runs an older release, and those that always run are ready; say how far that is."""
+    """Wait until no worker runs an older release, and as many as always run are ready; say how far that is."""
     said = ""
     while True:
         answer = await context.api.releases(endpoint.id)
@@ -62,9 +62,10 @@ async def _until_rolled_out(context: Context, endpoint: Endpoint, version: int |
         if text != said:
             context.console.log(text)
             said = text
-        if is_current and not rollout.in_progress and rollout.workers_total >= (endpoint.workers.min or 0):
+        if is_current and not rollout.in_progress:
             summary = (await context.api.workers(endpoint.id)).summary
-            if not summary.initializing + summary.unhealthy:
+            needed = max(endpoint.workers.min or 0, min(rollout.workers_total, 1))
+            if summary.running + summary.idle >= needed:
                 return
         await asyncio.sleep(context.poll_s)
 

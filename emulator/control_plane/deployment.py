@@ -36,6 +36,7 @@ _STATUSES: Final = {
     # It is listed only as long as it has jobs.
     WorkerState.STOPPING: "RUNNING",
 }
+_PORTS: Final = ("PORT", "PORT_HEALTH")
 _MIN_QUEUE_DELAY_S: Final = 0.5
 _IDLE_TIMEOUT_RANGE_S: Final = (1, 3600)
 
@@ -50,7 +51,7 @@ def endpoint_settings(base: RunPodEndpointSettings, endpoint_id: str, config: Co
     document = {
         **base.model_dump(),
         "id": endpoint_id,
-        "env": {**base.env, **config["env"]},
+        "env": {**base.env, **_worker_env(config)},
         "workers_min": workers["min"],
         "workers_max": workers["max"],
         "scaler_type": scaling["type"],
@@ -65,6 +66,12 @@ def endpoint_settings(base: RunPodEndpointSettings, endpoint_id: str, config: Co
         return type(base).model_validate(document)
     except ValidationError as error:
         raise BadRequestError(describe_validation_error(error)) from None
+
+
+def _worker_env(config: Config) -> dict[str, str]:
+    """Return an endpoint's variables; the workers of a load balancer share this machine, and get ports of their own."""
+    own_ports = _PORTS if config["type"] == "LOAD_BALANCER" else ()
+    return {name: value for name, value in config["env"].items() if name not in own_ports}
 
 
 def config_of(settings: RunPodEndpointSettings) -> Config:

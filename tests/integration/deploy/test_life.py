@@ -104,3 +104,29 @@ def test_logs_follow_workers_that_start_later(account: Callable[..., Account]) -
         finally:
             process.terminate()
     assert "create container x/y:1" in lines[0]
+
+
+def test_a_load_balancer_answers_and_is_updated_under_load(account: Callable[..., Account]) -> None:
+    site = account(env={"PAUSE_S": "0.02"})
+
+    ran = site.run(*UP, "--type", "load-balancer", "--workers-min", "1")
+
+    assert ran.code == 0, ran.err
+    (endpoint,) = site.endpoints()
+    url = f"{endpoint['requestUrls']['base']}/v1"
+    assert f"Endpoint  tiny ({endpoint['id']}), load balancer" in ran.out
+    assert f"URL       {url}" in ran.out
+    assert "Answer    chat, first token after" in ran.out
+    curl = ran.out[ran.out.index("curl ") :]
+    done = subprocess.run(
+        ["/bin/bash", "-c", curl], env={**os.environ, "RUNPOD_API_KEY": KEY}, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == {"said": "Hello!"}
+
+    with open_loop(url, KEY, 20) as load:
+        ran = site.run("update", "tiny", "--image", "x/y:2")
+        assert ran.code == 0, ran.err
+    assert load.texts() == {PROMPT}
+    again = site.run(*UP, "--no-wait")
+    assert again.code == 2
+    assert "tiny is of type LOAD_BALANCER, which cannot be changed: choose another --name" in again.err
