@@ -1,17 +1,17 @@
 """An open-loop load: streamed chats at a fixed pace, whether or not the earlier ones have ended.
 
-    python -m tests.open_loop URL SECONDS PER_SECOND     # RUNPOD_API_KEY is in the environment
+    python -m tests.open_loop URL PER_SECOND     # RUNPOD_API_KEY is in the environment
 
-prints how many were answered in full, and what went wrong with the others.
+loads until SIGTERM; then it prints how many were answered in full, and what went wrong with the others.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,10 +65,17 @@ def open_loop(url: str, key: str, per_second: float) -> Iterator[Load]:
             sender.join()
 
 
-if __name__ == "__main__":
-    with open_loop(sys.argv[1], os.environ["RUNPOD_API_KEY"], float(sys.argv[3])) as running:
-        time.sleep(float(sys.argv[2]))
-    errors = [str(error) for answer in running.answers if (error := answer.exception())]
-    sys.stdout.write(f"{len(running.answers)} requests, {len(running.answers) - len(errors)} answered in full\n")
+def main() -> int:
+    """Load until SIGTERM; return 1 if a request failed."""
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    with open_loop(sys.argv[1], os.environ["RUNPOD_API_KEY"], float(sys.argv[2])) as load:
+        stopped.wait()
+    errors = [str(error) for answer in load.answers if (error := answer.exception())]
+    sys.stdout.write(f"{len(load.answers)} requests, {len(load.answers) - len(errors)} answered in full\n")
     sys.stdout.writelines(f"{error}\n" for error in errors[:5])
-    sys.exit(bool(errors))
+    return bool(errors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -58,9 +58,11 @@ async def stop_signals(request: Request) -> Response:
     was_stopping = endpoint.fleet.is_stopping(worker)
 
     def poll() -> list[str] | None:
-        if is_disconnected(request.state.transport) or (not was_stopping and endpoint.fleet.is_stopping(worker)):
+        if is_disconnected(request.state.transport):
             return []
-        return endpoint.queue.pop_stop_signals(worker) or None
+        signals = endpoint.queue.pop_stop_signals(worker)
+        # End a poll that was in progress when the worker was asked to stop.
+        return signals if signals or (not was_stopping and endpoint.fleet.is_stopping(worker)) else None
 
     timeout_s = _poll_timeout_s(endpoint, worker)
     async with client_disconnect(request.receive) as disconnect:
