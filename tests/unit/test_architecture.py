@@ -24,8 +24,8 @@ BESIDE = {"engine.server": "engine.queue"}
 # All may import these, which import only each other.
 SHARED = {"engine.child_processes", "engine.cold_start", "engine.errors", "engine.json_codec"}
 STARTUP_MAY_IMPORT = {"engine.backend", "engine.config"}
-# The deployment uses the doctor, and the description of RunPod's API; nothing imports the deployment.
-MAY_IMPORT = {("deploy", "builder"), ("deploy", "runpod_api")}
+# The deployment uses the doctor; nothing imports the deployment.
+MAY_IMPORT = {("deploy", "builder")}
 ACROSS = {
     ("engine.startup.caches", "builder.layout"),
     ("engine.startup.model_store", "builder.layout"),
