@@ -19,12 +19,13 @@ MIN_CUDA = "13.0"
 EXECUTION_TIMEOUT_S = 600.0
 _WORKERS = {"min": 0, "max": 3}
 _IDLE_TIMEOUT_S = 60
+_FLASHBOOT = "FLASHBOOT"
 _SCALING = {"type": "REQUEST_COUNT", "requestCount": 16}
 # Room for what vLLM compiles, logs and temporary files.
 _DISK_GB = 20
 _PORT = "8080"
 # "If your worker's cold start time exceeds the default 7-minute limit, the system may mark it as unhealthy."
-_INIT_TIMEOUT_S = 420
+_INIT_TIMEOUT, _INIT_TIMEOUT_S = "RUNPOD_INIT_TIMEOUT", 420
 _START_S = 240
 _DOWNLOAD_BYTES_PER_S = 125_000_000
 
@@ -50,6 +51,8 @@ def variables(model: str, options: Options, kind: str, count: int, download_byte
         download_bytes: that a worker downloads at its start at most; None if not known.
     """
     made = {"MODEL_NAME": model}
+    if (options.flashboot or _FLASHBOOT) != "OFF":
+        made["WARM_UP"] = "true"  # FlashBoot keeps what a first request has compiled
     if count > 1:
         made["TENSOR_PARALLEL_SIZE"] = str(count)
     if kind == LOAD_BALANCER:
@@ -58,7 +61,7 @@ def variables(model: str, options: Options, kind: str, count: int, download_byte
         made["DELIVERY_TIMEOUT_S"] = f"{options.execution_timeout_s:g}"
     init_s = _START_S + math.ceil((download_bytes or 0) / _DOWNLOAD_BYTES_PER_S)
     if init_s > _INIT_TIMEOUT_S:
-        made["RUNPOD_INIT_TIMEOUT"] = str(init_s)
+        made[_INIT_TIMEOUT] = str(init_s)
     return {**made, **(options.env or {})}
 
 
@@ -108,7 +111,7 @@ def create_request(
         "image": options.image,
         "disk": disk_gb(download_bytes, on_volume=bool(options.volumes)),
         "env": env,
-        "flashboot": "FLASHBOOT",
+        "flashboot": _FLASHBOOT,
         "timeout": round(EXECUTION_TIMEOUT_S * 1000),
         **given,
         **({"ports": [f"{env['PORT']}/http"]} if kind == LOAD_BALANCER else {}),
@@ -116,6 +119,14 @@ def create_request(
         "workers": workers,
         "scaling": scaling,
     }
+
+
+def keep_size(body: dict[str, Any], endpoint: Endpoint, options: Options) -> None:
+    """Leave what follows from the model's size as the endpoint has it: that size is not known without the doctor."""
+    if options.disk_gb is None and endpoint.disk is not None:
+        body["disk"] = endpoint.disk
+    if _INIT_TIMEOUT in (endpoint.env or {}):
+        body["env"].setdefault(_INIT_TIMEOUT, (endpoint.env or {})[_INIT_TIMEOUT])
 
 
 def _has_idle_timeout(kind: str | None, scaling: Mapping[str, Any]) -> bool:

@@ -49,6 +49,8 @@ async def up(  # noqa: PLR0913 (the command's own options)
         choice.explain(console, chosen, examined, catalogue)
     download_bytes = None if examined is None else examined.download_bytes
     body = plan.create_request(name, model, options, chosen, download_bytes)
+    if examined is None and existing is not None:
+        plan.keep_size(body, existing, options)
     if revision is not None:
         body["env"]["MODEL_REVISION"] = revision
     console.redaction.add(environment.secrets_in(body["env"]))

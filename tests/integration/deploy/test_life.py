@@ -57,7 +57,7 @@ def test_an_endpoint_from_up_to_down(account: Callable[..., Account]) -> None:
     assert load.texts() == {PROMPT}
     (endpoint,) = site.endpoints()
     assert endpoint["image"] == "x/y:1"
-    assert endpoint["env"] == {"MODEL_NAME": "org/tiny", "GREETING": "hi"}
+    assert endpoint["env"] == {"MODEL_NAME": "org/tiny", "WARM_UP": "true", "GREETING": "hi"}
 
     ran = site.run("status", "tiny")
     assert ran.code == 0

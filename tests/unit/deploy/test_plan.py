@@ -42,7 +42,7 @@ def test_a_queue_scales_by_requests_on_machines_that_vllm_runs_on() -> None:
     assert body["gpu"] == {"pools": ["ADA_24"], "count": 1, "minCudaVersion": "13.0"}
     assert body["scaling"] == {"type": "REQUEST_COUNT", "requestCount": 16}
     assert body["workers"] == {"min": 0, "max": 3}, "idleTimeout is rejected for a queue that scales by requests"
-    assert body["env"] == {"MODEL_NAME": "org/tiny"}
+    assert body["env"] == {"MODEL_NAME": "org/tiny", "WARM_UP": "true"}
     assert (body["flashboot"], body["timeout"], body["disk"]) == ("FLASHBOOT", 600_000, 20)
 
 
@@ -50,7 +50,8 @@ def test_a_load_balancer_gets_what_its_worker_needs() -> None:
     body = created(Options(image="x/y:1", type=LOAD_BALANCER))
 
     assert body["env"] == {
-        "MODEL_NAME": "org/tiny", "ENDPOINT_TYPE": "load_balancer", "PORT": "8080", "PORT_HEALTH": "8080"
+        "MODEL_NAME": "org/tiny", "WARM_UP": "true",
+        "ENDPOINT_TYPE": "load_balancer", "PORT": "8080", "PORT_HEALTH": "8080",
     }  # fmt: skip
     assert body["ports"] == ["8080/http"]
     assert body["workers"]["idleTimeout"] == 60
@@ -66,6 +67,15 @@ def test_a_long_download_gets_time_to_start() -> None:
     assert "RUNPOD_INIT_TIMEOUT" not in created(IMAGE, download_bytes=15_000_000_000)["env"]
 
 
+def test_without_the_doctor_an_endpoint_keeps_what_its_models_size_asked_for() -> None:
+    before = endpoint(created(IMAGE, download_bytes=60_000_000_000))
+    body = created(IMAGE)
+
+    plan.keep_size(body, before, IMAGE)
+
+    assert plan.changes(before, body) == ({}, [])
+
+
 def test_several_gpus_split_the_model() -> None:
     body = created(IMAGE, Choice(CHOICE.pools, 2))
 
@@ -74,7 +84,13 @@ def test_several_gpus_split_the_model() -> None:
 
 
 def test_the_users_variables_win() -> None:
-    assert created(Options(image="x/y:1", env={"MODEL_NAME": "other"}))["env"] == {"MODEL_NAME": "other"}
+    env = {"MODEL_NAME": "other", "WARM_UP": "false"}
+
+    assert created(Options(image="x/y:1", env=env))["env"] == env
+
+
+def test_without_flashboot_there_is_no_warm_up() -> None:
+    assert "WARM_UP" not in created(Options(image="x/y:1", flashboot="OFF"))["env"]
 
 
 def test_the_worker_delivers_for_as_long_as_a_request_may_run() -> None:
@@ -115,7 +131,7 @@ def test_only_differences_are_sent_and_no_secret_is_shown() -> None:
     assert violations("UpdateEndpointRequest", body) == []
     assert body == {
         "image": "x/y:2",
-        "env": {"MODEL_NAME": "org/tiny", "B": "2", "HF_TOKEN": "hf_newnewnewnew"},
+        "env": {"MODEL_NAME": "org/tiny", "WARM_UP": "true", "B": "2", "HF_TOKEN": "hf_newnewnewnew"},
         "gpu": {"pools": ["ADA_48_PRO"], "excludedTypes": ["NVIDIA L40"]},
         "workers": {"max": 5},
     }
@@ -154,7 +170,7 @@ def test_an_update_changes_only_what_it_names() -> None:
     wanted = plan.update_request(before, Options(image="x/y:2", env={"C": "3"}, unset=("A",)), None)
 
     assert plan.changes(before, wanted)[0] == {
-        "image": "x/y:2", "env": {"MODEL_NAME": "org/tiny", "B": "2", "C": "3"}
+        "image": "x/y:2", "env": {"MODEL_NAME": "org/tiny", "WARM_UP": "true", "B": "2", "C": "3"}
     }  # fmt: skip
 
 
@@ -162,7 +178,7 @@ def test_an_update_changes_only_what_it_names() -> None:
     ("options", "says"),
     [
         (Options(type=LOAD_BALANCER), "tiny is of type QUEUE, which cannot be changed: choose another --name"),
-        (Options(unset=("A",)), "--unset A: the endpoint does not have it; it has MODEL_NAME"),
+        (Options(unset=("A",)), "--unset A: the endpoint does not have it; it has MODEL_NAME, WARM_UP"),
         (Options(idle_timeout_s=5), "--idle-timeout is not for queues that scale by requests"),
     ],
 )

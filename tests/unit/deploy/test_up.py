@@ -153,7 +153,8 @@ def test_a_dry_run_without_a_key_prints_the_request(
     )
 
     assert first == "POST http://127.0.0.1:9/v2/serverless"
-    assert body["env"] == {"MODEL_NAME": model, "MY_TOKEN": "***", "HF_TOKEN": "{{ RUNPOD_SECRET_hub }}"}
+    secrets = {"MY_TOKEN": "***", "HF_TOKEN": "{{ RUNPOD_SECRET_hub }}"}
+    assert body["env"] == {"MODEL_NAME": model, "WARM_UP": "true", **secrets}
     assert body["gpu"]["pools"] == ["ADA_24"]
     assert violations("CreateEndpointRequest", body) == []
     assert "abcdefgh" not in messages
