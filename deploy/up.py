@@ -37,46 +37,48 @@ async def up(  # noqa: PLR0913 (the command's own options)
         DeployError: one line that says what to change.
         BuilderError: the doctor cannot read the model.
     """
-    console = context.console
-    name = name or plan.endpoint_name(model)
-    existing = None if context.dry_run and not context.has_key else await context.find(name)
     if options.image is None:
         raise OptionError("name the worker's image with --image or VLLM_SERVERLESS_IMAGE (docs/deploy.md builds one)")
-    examined = None if skip_doctor else await asyncio.to_thread(_examine, console, model, revision, options)
+    name = name or plan.endpoint_name(model)
+    existing = None if context.dry_run and not context.has_key else await context.find(name)
+    examined = None if skip_doctor else await asyncio.to_thread(_examine, context.console, model, revision, options)
     catalogue = await context.api.gpus(plan.min_cuda(options)) if context.has_key else []
     chosen = choice.choose(options, examined, catalogue, existing)
-    if chosen is not None:
-        choice.explain(console, chosen, examined, catalogue)
     download_bytes = None if examined is None else examined.download_bytes
     body = plan.create_request(name, model, options, chosen, download_bytes)
-    if examined is None and existing is not None:
-        plan.keep_size(body, existing, options)
     if revision is not None:
         body["env"]["MODEL_REVISION"] = revision
-    console.redaction.add(environment.secrets_in(body["env"]))
-    if existing is None:
-        if chosen is None:
-            _show_without_pools(context, body, examined)
-            return
-        check("CreateEndpointRequest", body)
-        if context.dry_run:
-            context.show_request("POST", "/v2/serverless", body)
-            return
-        endpoint = await context.api.create(body)
-        console.log(f"{name} is created: {endpoint.id}")
-    else:
-        changed = await rollout.apply(context, existing, body)
-        if context.dry_run:
-            return
-        endpoint = changed or existing
-        if changed is not None:
-            await rollout.follow(context, endpoint)
+    if examined is None and existing is not None:
+        plan.keep_size(body, existing, options)
+    context.console.redaction.add(environment.secrets_in(body["env"]))
+    if chosen is None:
+        _show_without_pools(context, body, examined)
+        return
+    choice.explain(context.console, chosen, examined, catalogue)
+    endpoint = await _make(context, existing, body)
+    if endpoint is None:
+        return
     if wait:
         await _answer(context, endpoint, catalogue, list(kinds) or _kinds(body["env"]))
     else:
-        console.result(
-            table({"Endpoint": f"{endpoint.name} ({endpoint.id})", "URL": Site(context.client, endpoint).openai_url})
-        )
+        url = Site(context.client, endpoint).openai_url
+        context.console.result(table({"Endpoint": f"{endpoint.name} ({endpoint.id})", "URL": url}))
+
+
+async def _make(context: Context, existing: Endpoint | None, body: dict[str, Any]) -> Endpoint | None:
+    """Create the endpoint, or change what differs; None in a dry run."""
+    if existing is None:
+        check("CreateEndpointRequest", body)
+        if context.dry_run:
+            context.show_request("POST", "/v2/serverless", body)
+            return None
+        endpoint = await context.api.create(body)
+        context.console.log(f"{endpoint.name} is created: {endpoint.id}")
+        return endpoint
+    changed = await rollout.apply(context, existing, body)
+    if changed is not None:
+        await rollout.follow(context, changed)
+    return None if context.dry_run else changed or existing
 
 
 def _examine(console: Console, model: str, revision: str | None, options: Options) -> Examined:
