@@ -45,7 +45,7 @@ async def _up(context: Context, arguments: argparse.Namespace) -> None:
 
 
 async def _update(context: Context, arguments: argparse.Namespace) -> None:
-    await commands.update(context, arguments.name, _options(arguments))
+    await commands.update(context, arguments.name, _options(arguments), skip_doctor=arguments.skip_doctor)
 
 
 async def _rollback(context: Context, arguments: argparse.Namespace) -> None:
@@ -175,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("update", _update, "change what the options name", "Change an endpoint, and follow the release.")
     command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
+    command.add_argument("--skip-doctor", action="store_true", help="do not check the settings")
     _add_options(command)
     command.add_argument("--unset", action="append", metavar="NAME", help="remove a setting; may be repeated")
     command.set_defaults(image=None)

@@ -10,10 +10,11 @@ from deploy.console import table
 from deploy.context import Context
 from deploy.errors import OptionError, RefusedError
 from deploy.first_request import Site
+from deploy.model import check_settings
 from deploy.options import Options
 
 
-async def update(context: Context, name: str, options: Options) -> None:
+async def update(context: Context, name: str, options: Options, *, skip_doctor: bool = False) -> None:
     """Change what the options name of an endpoint, and wait until no worker runs an older release."""
     endpoint = await context.get(name)
     chosen = None
@@ -22,6 +23,9 @@ async def update(context: Context, name: str, options: Options) -> None:
         chosen = gpus.named(await context.api.gpus(plan.min_cuda(options)), options.gpus, choice.unknown, count)
     wanted = plan.update_request(endpoint, options, chosen)
     context.console.redaction.add(environment.secrets_in(wanted["env"]))
+    if options.env and not skip_doctor:
+        context.console.log("checking the settings")
+        await asyncio.to_thread(check_settings, wanted["env"].get("MODEL_NAME"), wanted["env"])
     changed = await rollout.apply(context, endpoint, wanted)
     if changed is not None:
         await rollout.follow(context, changed)
@@ -43,10 +47,9 @@ async def status(context: Context, name: str | None, *, as_json: bool = False) -
     context.require_key()
     if name is None:
         endpoints = await context.api.endpoints()
-        context.console.result(
-            "\n".join(f"{one.name}  {one.id}  {one.type or ''}  {one.image or ''}" for one in endpoints)
-            or "there are no endpoints"
-        )
+        rows = [{"name": one.name, "id": one.id, "type": one.type, "image": one.image} for one in endpoints]
+        lines = "\n".join("  ".join(str(value or "") for value in row.values()) for row in rows)
+        context.console.result(json.dumps(rows, indent=2) if as_json else lines or "there are no endpoints")
         return
     endpoint = await context.get(name)
     workers, releases, catalogue = await asyncio.gather(

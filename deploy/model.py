@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from builder.doctor.memory import Fit
 from builder.doctor.requirements import Requirements, requirements_of
 from builder.doctor.settings import read_settings
-from builder.doctor.worker_config import query_worker
+from builder.doctor.worker_config import WorkerConfig, query_worker
 from builder.hf_hub import token_of
 from deploy.errors import DoctorError
 from deploy.gpus import COUNTS, gpu_of
@@ -55,6 +55,21 @@ class Examined:
         return self._by_count[count].fit(gpu_of(gpu))
 
 
+def check_settings(
+    model: str | None, variables: Mapping[str, str], environ: Mapping[str, str] = os.environ
+) -> WorkerConfig:
+    """Check the settings as the worker does.
+
+    Raises:
+        DoctorError: the worker would refuse or warn of one; a line for each.
+    """
+    inherited = {name: environ[name] for name in _INHERITED if name in environ}
+    worker = query_worker(model, {**inherited, **variables})
+    if worker.warnings:
+        raise DoctorError("\n".join((*worker.warnings, "correct the settings, or skip this check with --skip-doctor")))
+    return worker
+
+
 def examine(
     model: str, revision: str | None, variables: Mapping[str, str], environ: Mapping[str, str] = os.environ
 ) -> Examined:
@@ -70,10 +85,7 @@ def examine(
         DoctorError: the worker would refuse or warn of a setting; a line for each.
         BuilderError: the model cannot be read.
     """
-    inherited = {name: environ[name] for name in _INHERITED if name in environ}
-    worker = query_worker(model, {**inherited, **variables})
-    if worker.warnings:
-        raise DoctorError("\n".join((*worker.warnings, "correct the settings, or skip this check with --skip-doctor")))
+    worker = check_settings(model, variables, environ)
     texts = {name.lower(): text for name, text in {**worker.values, **variables}.items()}
     needs = requirements_of(model, revision, token_of(environ), read_settings(texts))
     fit = needs.fit(None)
