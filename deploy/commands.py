@@ -47,9 +47,9 @@ async def status(context: Context, name: str | None, *, as_json: bool = False) -
     context.require_key()
     if name is None:
         endpoints = await context.api.endpoints()
-        rows = [{"name": one.name, "id": one.id, "type": one.type, "image": one.image} for one in endpoints]
-        lines = "\n".join("  ".join(str(value or "") for value in row.values()) for row in rows)
-        context.console.result(json.dumps(rows, indent=2) if as_json else lines or "there are no endpoints")
+        listed = [{"name": one.name, "id": one.id, "type": one.type, "image": one.image} for one in endpoints]
+        text = "\n".join("  ".join(str(value or "") for value in row.values()) for row in listed)
+        context.console.result(json.dumps(listed, indent=2) if as_json else text or "there are no endpoints")
         return
     endpoint = await context.get(name)
     workers, releases, catalogue = await asyncio.gather(

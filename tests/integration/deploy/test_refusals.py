@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +137,23 @@ def test_missing_capacity_is_said_while_it_lasts(account: Callable[..., Account]
     assert ran.code == 5
     assert "no GPU of the endpoint's pools is free: waiting; to wait less, add pools with --gpu" in ran.err
     assert "no GPU was free for 1 s: add pools with --gpu, or allow other data centers" in ran.err
+
+
+def test_an_interrupted_start_leaves_no_job_behind(account: Callable[..., Account]) -> None:
+    site = account()
+    site.faults(throttled_workers=64)
+    environment = {**os.environ, "RUNPOD_API_KEY": KEY, "RUNPOD_API_URL": site.url}
+    with subprocess.Popen(
+        [sys.executable, "-m", "deploy", *UP], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert any("no GPU of the endpoint's pools is free" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read().splitlines()[-1] == "deploy: interrupted"
+    health = site.http.get(f"/v2/{site.endpoints()[0]['id']}/health").json()
+    assert health["jobs"]["inQueue"] == 0
 
 
 def test_a_certificate_is_trusted_by_ssl_cert_file(
