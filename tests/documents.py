@@ -33,9 +33,11 @@ _IMPORTS = "leaves results in the checkout; tests/integration/test_imports.py ru
 _BENCH = "takes minutes, and measures; tests/integration/test_bench.py runs it in small"
 _ACCOUNT = "needs an account: it creates something on RunPod or Spirit, or asks a worker there, and costs money"
 _DEPLOY = "needs an endpoint; tests/integration/deploy runs it on the emulator"
+_SESSION = "is a recording; tests/integration/deploy runs the same commands"
 _HUB = "needs the hub, or the reader's own model; tests/integration/test_builder.py runs it"
 _NETWORK = "changes this checkout, or downloads what a test need not; tests/unit/tools has what can be tested of it"
 
+_UP = "$ python -m deploy up ./tiny-phi --env SERVED_MODEL_NAME=tiny --workers-min 1 --workers-max 2"
 _REGISTRY = "registry-serverless.datastone.cn"
 _SPIRIT_BASE = f"{_REGISTRY}/library/cuda-12.1.1-cudnn-devel-ubuntu22.04:py311-builder-torch251"
 
@@ -73,6 +75,15 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("deploy.md", "python -m deploy down NAME"): _DEPLOY,
     ("deploy.md", "python -m emulator --no-endpoint"): _DEPLOY,
     ("operate.md", "python -m deploy update"): _DEPLOY,
+    ("deploy-session.md", "python -m emulator --no-endpoint"): _DEPLOY,
+    ("deploy-session.md", _UP): _SESSION,
+    ("deploy-session.md", f"{_UP} --no-wait"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy update tiny-phi --image registry.example/worker:2 --env MAX_NUM_SEQS=32"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy rollback tiny-phi"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy status tiny-phi"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy logs tiny-phi --tail 4"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy down tiny-phi --yes"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy status"): _SESSION,
     ("operate.md", "mkdir -p warm"): _DOCKER,
     ("spirit.md", f"registry={_REGISTRY} tenant=YOUR_TENANT tag=2026-11-23 docker compose build vllm"): _DOCKER,
     ("spirit.md", f"base={_SPIRIT_BASE}"): _DOCKER,
