@@ -38,6 +38,7 @@ _HUB = "needs the hub, or the reader's own model; tests/integration/test_builder
 _NETWORK = "changes this checkout, or downloads what a test need not; tests/unit/tools has what can be tested of it"
 
 _UP = "$ python -m deploy up ./tiny-phi --env SERVED_MODEL_NAME=tiny --workers-min 1 --workers-max 2"
+_UPDATE = "$ python -m deploy update tiny-phi --image registry.example/worker:2 --env MAX_NUM_SEQS=32"
 _REGISTRY = "registry-serverless.datastone.cn"
 _SPIRIT_BASE = f"{_REGISTRY}/library/cuda-12.1.1-cudnn-devel-ubuntu22.04:py311-builder-torch251"
 
@@ -78,7 +79,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("deploy-session.md", "python -m emulator --no-endpoint"): _DEPLOY,
     ("deploy-session.md", _UP): _SESSION,
     ("deploy-session.md", f"{_UP} --no-wait"): _SESSION,
-    ("deploy-session.md", "$ python -m deploy update tiny-phi --image registry.example/worker:2 --env MAX_NUM_SEQS=32"): _SESSION,
+    ("deploy-session.md", _UPDATE): _SESSION,
     ("deploy-session.md", "$ python -m deploy rollback tiny-phi"): _SESSION,
     ("deploy-session.md", "$ python -m deploy status tiny-phi"): _SESSION,
     ("deploy-session.md", "$ python -m deploy logs tiny-phi --tail 4"): _SESSION,
