@@ -293,16 +293,20 @@ def _server_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
 
 
 @contextlib.contextmanager
-def run_in_thread(settings: EmulatorSettings | SpiritEmulatorSettings) -> Iterator[Emulator]:
+def run_in_thread(
+    settings: EmulatorSettings | SpiritEmulatorSettings,
+    event_log: Callable[[str, str], None] = lambda _endpoint, _line: None,
+) -> Iterator[Emulator]:
     """Run an emulator in a thread, for tests and measurements: ready on entry, shut down with its workers on exit.
 
     Args:
         settings: settings of the emulator; with port 0 a free one is used, see `Emulator.url`.
+        event_log: as for `Emulator`; called in that thread.
 
     Raises:
         TimeoutError: it does not start in time.
     """
-    emulator = Emulator(settings)
+    emulator = Emulator(settings, event_log)
     started = threading.Event()
     failures: list[BaseException] = []
     loops: list[asyncio.AbstractEventLoop] = []

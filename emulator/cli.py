@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from emulator.api.bodies import describe_validation_error
 from emulator.app import Emulator
 from emulator.balancer.endpoint import BalancerEndpoint
+from emulator.control_plane.settings import OF_REQUESTS
 from emulator.control_plane.stand_in import TINY_MODEL_VARIABLES
 from emulator.errors import SettingsError
 from emulator.settings import BalancerSettings, EmulatorSettings, EndpointSettings, ScalerType
@@ -37,6 +38,7 @@ _ENDPOINT_OPTIONS: dict[str, tuple[str, type]] = {
     "--scaler-type": ("scalerType", str),
     "--scaler-value": ("scalerValue", float),
     "--idle-timeout": ("idleTimeout", float),
+    "--frozen-timeout": ("frozenTimeout", float),
     "--execution-timeout-ms": ("executionTimeoutMs", float),
     "--init-timeout": ("initTimeout", float),
     "--grace": ("grace", float),
@@ -112,6 +114,8 @@ def parser() -> argparse.ArgumentParser:
         "--env", action="append", metavar="NAME=VALUE", help="environment variable for workers; may be repeated"
     )
     group.add_argument("--no-rate-limits", action="store_true", help="do not enforce the documented rate limits")
+    flashboot = EndpointSettings.model_fields["flashboot"].description
+    group.add_argument("--flashboot", action="store_const", const=True, help=flashboot)
     fields = {field.alias: field for field in EndpointSettings.model_fields.values()}
     for option, (alias, kind) in _ENDPOINT_OPTIONS.items():
         text = f"{fields[alias].description} (default: {fields[alias].default})"
@@ -180,7 +184,8 @@ def _endpoint(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of an endpoint that the options give."""
     options = _ENDPOINT_OPTIONS | _BALANCER_OPTIONS | _SPIRIT_OPTIONS
     aliases = [alias for alias, _ in options.values()]
-    endpoint = {alias: getattr(args, alias) for alias in (*aliases, "agentPorts", "acceptBearer", "answerEarly")}
+    aliases += ["flashboot", "agentPorts", "acceptBearer", "answerEarly"]
+    endpoint = {alias: getattr(args, alias) for alias in aliases}
     endpoint |= {"id": args.endpoint, "command": args.command, "env": _parse_env(args.env)}
     endpoint |= {"rateLimits": False if args.no_rate_limits else None}
     endpoint |= {"type": args.type and args.type.replace("-", "_").upper()}
@@ -265,7 +270,7 @@ def with_default_worker(endpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _control_plane(endpoint: dict[str, Any], *, load_models: bool) -> dict[str, Any]:
     """Return the settings of the control plane, whose endpoints have the same options and the same worker."""
-    base = {name: value for name, value in endpoint.items() if name not in ("id", "type", "balancerPort")}
+    base = {name: value for name, value in endpoint.items() if name not in OF_REQUESTS}
     limits = {} if endpoint.get("rateLimits", True) else {"rateLimits": None}
     if "command" in base:
         return {**limits, "endpoint": base}

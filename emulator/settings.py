@@ -44,6 +44,12 @@ class FleetSettings(BaseModel):
     idle_timeout_s: float = Field(
         60, alias="idleTimeout", gt=0, description="seconds without a job until a worker is stopped"
     )
+    flashboot: bool = Field(
+        default=False, description="freeze idle workers instead of stopping them, and thaw them when they are needed"
+    )
+    frozen_timeout_s: float = Field(
+        3600, alias="frozenTimeout", gt=0, description="seconds until a frozen worker is ended"
+    )
     # "If your worker's cold start time exceeds the default 7-minute limit, the system may mark it as unhealthy."
     init_timeout_s: float = Field(
         420, alias="initTimeout", gt=0, description="maximum time until a worker is ready, in seconds"

@@ -16,6 +16,7 @@ starts, does not count; only the time that is spent waiting for it does.
     kernels       the KV cache, and warming up other kernels
     sdk           importing and starting the SDK
     app           vLLM's OpenAI app
+    first_request a short request, with `WARM_UP`
     first_take    waiting for the first job; an idle worker stays here
     first_output  that job's first output
 """

@@ -1,7 +1,8 @@
 """The container's health check: `python -m engine.health` exits with 0 if the worker is healthy.
 
 While its event loop runs and its engine is alive, a worker touches a file every few seconds. It is healthy if that was
-less than 30 s ago. There is a file for each user and each worker (`RUNPOD_POD_ID`).
+less than 30 s ago, or does it within the next few seconds: it may just have been thawed. There is a file for each user
+and each worker (`RUNPOD_POD_ID`).
 """
 
 from __future__ import annotations
@@ -50,10 +51,17 @@ async def heartbeat(failure: Callable[[], str | None]) -> None:
         await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
 
+def _age_s() -> float:
+    return time.time() - file().stat().st_mtime
+
+
 def main() -> int:
     """Return the exit status: 0 if the last heartbeat is recent, else 1."""
     try:
-        age_s = time.time() - file().stat().st_mtime
+        age_s = _age_s()
+        if age_s > STALE_AFTER_S:
+            time.sleep(1.5 * HEARTBEAT_INTERVAL_S)
+            age_s = _age_s()
     except FileNotFoundError:
         sys.stdout.write("no heartbeat: no worker has started to take jobs\n")
         return 1

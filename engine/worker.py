@@ -19,6 +19,7 @@ from engine.config import environment
 from engine.config.settings import Settings
 from engine.errors import ConfigurationError
 from engine.queue.admission import Admission
+from engine.run_clock import CLOCK
 from engine.startup import configure, model_resolver, weight_prefetch
 from engine.startup.caches import Caches
 
@@ -113,6 +114,7 @@ class Worker:
         Returns:
             The exit status: 0 if the worker was asked to stop, 1 if the engine has failed.
         """
+        from engine.jobs import warm_up
         from engine.queue.job_loop import JobLoop, Timeouts
 
         engine, settings = self.engine, self._settings
@@ -132,11 +134,16 @@ class Worker:
         _stop_on_signals(jobs.stop, settings.drain_timeout_s)
         await engine.app()
         cold_start.WORKER.mark("app")
+        if settings.warm_up:
+            await warm_up.run(engine)
+            engine.pop_token_counts(warm_up.JOB_ID)
+            cold_start.WORKER.mark("first_request")
         cold_start.WORKER.log("Cold start")
         if self._caches is not None:
             self._caches.pack_later()
         jobs.supervise(health.heartbeat(engine.failure), "heartbeat")
-        return await jobs.run()
+        with CLOCK.watched(jobs.on_thaw):
+            return await jobs.run()
 
     async def serve_http(self, listeners: Listeners, loading: LoadingServer, check: HealthCheck) -> int:
         """Serve vLLM's app over HTTP until SIGTERM or SIGINT, or until the engine fails; a second signal ends at once.
@@ -317,9 +324,7 @@ def _stop_on_signals(stop: Callable[[], None], drain_timeout_s: float) -> None:
             os._exit(1)  # The engine's processes end with this one.
         stopping.set()
         stop()
-        overdue = threading.Timer(limit_s, _end_overdue, (limit_s,))
-        overdue.daemon = True
-        overdue.start()
+        threading.Thread(target=_end_overdue, args=(limit_s,), name="end overdue", daemon=True).start()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -327,5 +332,6 @@ def _stop_on_signals(stop: Callable[[], None], drain_timeout_s: float) -> None:
 
 
 def _end_overdue(limit_s: float) -> None:
+    CLOCK.sleep(limit_s)
     _log.error("The worker has not ended %.0f s after it was asked to stop: ending it now", limit_s)
     os._exit(1)

@@ -16,6 +16,7 @@ from typing import Any
 from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError
 from engine.queue.delivery import JobDelivery
 from engine.queue.protocol import POLL_CANCEL_GRACE_S, Delivery, PostKind
+from engine.run_clock import CLOCK
 
 # How long a poll is held open; the same as the platform's.
 LONG_POLL_S = 30.0
@@ -75,6 +76,7 @@ class FakeJobQueue:
         waiting: jobs in the queue.
         take_faults, stop_faults, post_faults: of the next calls; without one left, calls succeed.
         down: whether every post fails.
+        reconnects: how often the loop has asked for new connections.
         take_counts: how many jobs each take asked for.
         in_progress: jobs that the pings would name.
         taken_late: jobs that a take has brought after the loop began to end.
@@ -102,6 +104,7 @@ class FakeJobQueue:
         self.stop_faults: deque[Fault] = deque()
         self.post_faults: deque[Fault] = deque()
         self.down = False
+        self.reconnects = 0
         self.take_counts: list[int] = []
         self.in_progress: set[str] = set()
         self.taken_late: set[str] = set()
@@ -139,7 +142,7 @@ class FakeJobQueue:
     async def take(self, count: int) -> list[Any]:
         self._expect(not self._is_taking, "two takes at once")
         self._expect(count > 0, "a take asks for no job")
-        is_late = self._ended_at is not None and time.monotonic() - self._ended_at > LATE_TAKE_S
+        is_late = self._ended_at is not None and CLOCK.now() - self._ended_at > LATE_TAKE_S
         self._expect(not is_late, "a take after the loop began to end")
         self.take_counts.append(count)
         self._polling_stopped.clear()
@@ -159,7 +162,7 @@ class FakeJobQueue:
             await asyncio.sleep(fault.latency_s)
         except asyncio.CancelledError:
             # After the grace period the loop may cancel the call. The platform delivers its jobs again.
-            is_overdue = self._ended_at is not None and time.monotonic() >= self._ended_at + POLL_CANCEL_GRACE_S
+            is_overdue = self._ended_at is not None and CLOCK.now() >= self._ended_at + POLL_CANCEL_GRACE_S
             self._expect(not jobs or is_overdue, "a take was cancelled as it brought jobs")
             raise
         if fault.after:
@@ -179,7 +182,12 @@ class FakeJobQueue:
     def stop_polling(self) -> None:
         self._polling_stopped.set()
         if not self._is_serving() and self._ended_at is None:
-            self._ended_at = time.monotonic()
+            self._ended_at = CLOCK.now()
+
+    def reconnect(self) -> None:
+        """End the poll in progress, as a closed connection does; a job that is on its way arrives."""
+        self.reconnects += 1
+        self._polling_stopped.set()
 
     async def stop_signals(self) -> list[str]:
         fault = self.stop_faults.popleft() if self.stop_faults else NO_FAULT

@@ -1,4 +1,7 @@
-"""Event loops in virtual time: a sleep of an hour ends at once, and a wait that can never end is an error."""
+"""Event loops in virtual time: a sleep of an hour ends at once, and a wait that can never end is an error.
+
+The process can be frozen in it: time passes, and nothing runs.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import selectors
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ParamSpec
 from unittest import mock
+
+from engine.run_clock import CLOCK, Clocks
 
 P = ParamSpec("P")
 
@@ -21,6 +27,7 @@ class _JumpingSelector(selectors.DefaultSelector):
     """Advances the time where a loop would sleep."""
 
     now_s = 0.0
+    turns_to_look = -1
 
     def now(self) -> float:
         return self.now_s
@@ -28,7 +35,14 @@ class _JumpingSelector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise RuntimeError("every task waits, and nothing will ever wake one")
-        self.now_s += max(timeout, _TURN_S)
+        elapsed_s = max(timeout, _TURN_S)
+        self.now_s += elapsed_s
+        if CLOCK._last is not None:
+            # The thread that watches the process has run meanwhile, and notices a freeze one turn after the thaw.
+            CLOCK._last = replace(CLOCK._last, monotonic_s=CLOCK._last.monotonic_s + elapsed_s)
+            if self.turns_to_look == 0:
+                CLOCK.look()
+            self.turns_to_look -= 1
         return super().select(0)
 
 
@@ -56,3 +70,21 @@ def in_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P,
             opened.run(test(*args, **kwargs))
 
     return run
+
+
+@contextmanager
+def watched_for_freezes(loop: asyncio.AbstractEventLoop, on_thaw: Callable[[float], object]) -> Iterator[None]:
+    """Let the worker's clock notice `freeze` on this loop, as `RunClock.watched` does with a thread."""
+
+    def call_back(frozen_s: float) -> None:
+        loop.call_soon(on_thaw, frozen_s)
+
+    with mock.patch.object(CLOCK, "_last", Clocks()), mock.patch.object(CLOCK, "_on_thaw", call_back):
+        yield
+
+
+def freeze(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    """Let time pass while nothing runs. All timers that come due meanwhile fire in the next turn of the loop."""
+    selector: _JumpingSelector = vars(loop)["_selector"]
+    selector.now_s += seconds
+    selector.turns_to_look = 1

@@ -1,10 +1,10 @@
-"""The emulator's own routes: faults, killing workers, and the web page."""
+"""The emulator's own routes: faults, killing and freezing workers, and the web page."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
@@ -14,6 +14,7 @@ from starlette.types import Scope
 from emulator.api.auth import authorize, context_of
 from emulator.api.bodies import JSONResponse, describe_validation_error, parse_json, read_body
 from emulator.core.faults import FaultSettings
+from emulator.core.fleet import Fleet
 from emulator.errors import BadRequestError, NotFoundError
 
 PAGE_DIRECTORY = Path(__file__).parents[1] / "page"
@@ -61,10 +62,43 @@ async def kill_worker(request: Request) -> Response:
     """POST /workers/{id}/kill: kill a worker, to simulate the failure of its machine."""
     authorize(request)
     worker = request.path_params["worker"]
+    _fleet_of(request, worker).kill(worker)
+    return JSONResponse({"id": worker, "killed": True})
+
+
+class Freeze(BaseModel):
+    """The body of /workers/{id}/freeze; it may be empty."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    drops_connections: bool = Field(default=True, alias="dropConnections")
+
+
+async def freeze_worker(request: Request) -> Response:
+    """POST /workers/{id}/freeze: freeze a worker at any moment, until it is thawed by request."""
+    authorize(request)
+    body = await read_body(request, _MAX_FAULTS_BYTES)
+    try:
+        freeze = Freeze.model_validate(parse_json(body) if body else {})
+    except ValidationError as error:
+        raise BadRequestError(describe_validation_error(error)) from None
+    worker = request.path_params["worker"]
+    _fleet_of(request, worker).freeze(worker, "on request", drops_connections=freeze.drops_connections, is_held=True)
+    return JSONResponse({"id": worker, "frozen": True})
+
+
+async def thaw_worker(request: Request) -> Response:
+    """POST /workers/{id}/thaw: let a frozen worker go on."""
+    authorize(request)
+    worker = request.path_params["worker"]
+    _fleet_of(request, worker).thaw(worker)
+    return JSONResponse({"id": worker, "frozen": False})
+
+
+def _fleet_of(request: Request, worker: str) -> Fleet:
     for endpoint in context_of(request).endpoints.values():
         if endpoint.fleet.is_managed(worker):
-            endpoint.fleet.kill(worker)
-            return JSONResponse({"id": worker, "killed": True})
+            return endpoint.fleet
     raise NotFoundError(f"there is no managed worker {worker}")
 
 
@@ -79,5 +113,7 @@ routes: list[BaseRoute] = [
     Route("/faults", get_faults),
     Route("/faults", put_faults, methods=["PUT"]),
     Route("/workers/{worker}/kill", kill_worker, methods=["POST"]),
+    Route("/workers/{worker}/freeze", freeze_worker, methods=["POST"]),
+    Route("/workers/{worker}/thaw", thaw_worker, methods=["POST"]),
     Mount("/page", _PageFiles(directory=PAGE_DIRECTORY)),
 ]

@@ -76,6 +76,7 @@ async def stream(request: Request) -> Response:
     update = await _read_update(request, MAX_CHUNK_BYTES)
     endpoint.fleet.touch(worker)
     endpoint.queue.stream(worker, request.path_params["job"], update.output)
+    endpoint.fleet.on_answer(worker)
     return JSONResponse({})
 
 
@@ -90,6 +91,7 @@ async def done(request: Request) -> Response:
         return JSONResponse({})
     error = update.error if isinstance(update.error, str) else json.dumps(update.error)
     endpoint.queue.finish(worker, job_id, update.output, error if update.error else None)
+    endpoint.fleet.on_answer(worker)
     if update.stopPod and endpoint.fleet.is_managed(worker):
         endpoint.fleet.stop(worker, "requested with its last job (stopPod)")
     return JSONResponse({})
@@ -155,6 +157,7 @@ def _authenticate(request: Request) -> tuple[RunPodEndpoint, str]:
     is_valid = hmac.compare_digest(key.encode(), endpoint.worker_key.encode()) or context_of(request).is_api_key(key)
     if not is_valid and not endpoint.fleet.is_managed(worker):
         raise UnauthorizedError("the worker has no valid key in RUNPOD_AI_API_KEY")
+    endpoint.connections.add(worker, request.state.transport)
     return endpoint, worker
 
 

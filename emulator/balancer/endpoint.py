@@ -156,6 +156,15 @@ class BalancerEndpoint(Endpoint):
     def on_worker_stopping(self, worker: str) -> None:
         """Do nothing: it gets no requests from now on."""
 
+    def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
+        """Give it no request until a health check after the freeze; its connections are the balancer's own."""
+        del drops_connections
+        if worker in self.workers:
+            self.workers[worker].status = 0
+
+    def on_worker_thawed(self, worker: str) -> None:
+        """Do nothing: its next health check makes it healthy."""
+
     def on_worker_exited(self, worker: str) -> None:
         """Check its health no more, and let requests that wait for it know."""
         exited = self.workers.pop(worker, None)

@@ -88,6 +88,18 @@ class _Container:
         else:
             self._process.kill()
 
+    def freeze(self) -> None:
+        """Freeze the container's processes."""
+        if self._process is not None:
+            self._log(f"freeze container {self._image}")
+            self._process.freeze()
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        if self._process is not None:
+            self._log(f"restore container {self._image}")
+            self._process.thaw()
+
     def on_log_line(self, line: str) -> None:
         self._listener.on_log_line(line)
 

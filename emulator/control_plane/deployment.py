@@ -33,9 +33,11 @@ _STATUSES: Final = {
     WorkerState.INITIALIZING: "INITIALIZING",
     WorkerState.THROTTLED: "THROTTLED",
     WorkerState.UNHEALTHY: "UNHEALTHY",
-    # It is listed only as long as it has jobs.
+    # These are listed only as long as they have jobs.
     WorkerState.STOPPING: "RUNNING",
+    WorkerState.FROZEN: "RUNNING",
 }
+_SCALED_DOWN: Final = frozenset({WorkerState.STOPPING, WorkerState.FROZEN})
 _PORTS: Final = ("PORT", "PORT_HEALTH")
 _MIN_QUEUE_DELAY_S: Final = 0.5
 _IDLE_TIMEOUT_RANGE_S: Final = (1, 3600)
@@ -57,6 +59,7 @@ def endpoint_settings(base: RunPodEndpointSettings, endpoint_id: str, config: Co
         "scaler_type": scaling["type"],
         "scaler_value": scaling.get("queueDelay", scaling.get("requestCount")),
         "idle_timeout_s": workers["idleTimeout"],
+        "flashboot": config["flashboot"] != "OFF",
     }
     if isinstance(base, BalancerSettings):
         document["request_timeout_s"] = min(base.request_timeout_s, config["timeout"] / 1000)
@@ -104,7 +107,7 @@ def config_of(settings: RunPodEndpointSettings) -> Config:
         "dataCenterIds": [],
         "networkVolumes": [],
         "timeout": round(timeout_ms),
-        "flashboot": "OFF",
+        "flashboot": "FLASHBOOT" if settings.flashboot else "OFF",
     }
 
 
@@ -246,12 +249,12 @@ class Deployment:
         return place(self.config)
 
     def _workers(self) -> list[FleetWorker]:
-        """Return the workers that count: one that stops, and has no jobs, is scaled down."""
+        """Return the workers that count: one that is frozen or stops, and has no jobs, is scaled down."""
         endpoint = self.endpoint
         return [
             worker
             for worker in endpoint.fleet.workers()
-            if worker.state is not WorkerState.STOPPING or endpoint.queue.running_jobs(worker.id)
+            if worker.state not in _SCALED_DOWN or endpoint.queue.running_jobs(worker.id)
         ]
 
     def _worker(self, worker: FleetWorker) -> dict[str, Any]:

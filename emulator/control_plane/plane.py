@@ -15,9 +15,10 @@ from emulator.control_plane.billing import Meter
 from emulator.control_plane.deployment import Deployment, ManagedEndpoint, config_of
 from emulator.control_plane.quotas import Quotas
 from emulator.control_plane.rules import Config
-from emulator.control_plane.settings import ControlPlaneSettings
+from emulator.control_plane.settings import OF_REQUESTS, ControlPlaneSettings
 from emulator.control_plane.templates import Templates
 from emulator.core.endpoint import Endpoint, Surroundings
+from emulator.core.worker import WorkerState
 from emulator.errors import NotFoundError, SettingsError
 from emulator.settings import BalancerSettings, EndpointSettings, RunPodEndpointSettings
 
@@ -103,7 +104,11 @@ class ControlPlane:
         self.templates.unbind(deployment.template_id)
         self.deleted[endpoint_id] = endpoint
         endpoint.queue.close()
+        workers = endpoint.fleet.workers()
         endpoint.fleet.close("the endpoint was deleted")
+        for worker in workers:
+            # Ends the streams of its log, unless a process of its own may still write to it.
+            deployment.logs.long_poll.notify(worker.id)
 
     def deployment(self, endpoint_id: str) -> Deployment:
         """Return an endpoint.
@@ -136,7 +141,10 @@ class ControlPlane:
         now, wall = self._surroundings.clock(), self._surroundings.wall_clock()
         elapsed_s, self._sampled_at = now - self._sampled_at, now
         for deployment in self.deployments.values():
-            workers = sum(worker.process is not None for worker in deployment.endpoint.fleet.workers())
+            workers = sum(
+                worker.process is not None and worker.state is not WorkerState.FROZEN
+                for worker in deployment.endpoint.fleet.workers()
+            )
             placed = deployment.placement()
             self._meter.add(
                 deployment.id,
@@ -158,14 +166,14 @@ def _bases(document: Mapping[str, Any]) -> dict[str, RunPodEndpointSettings]:
     """Return the settings of created endpoints, by type: each has those of the document that it knows.
 
     Raises:
-        SettingsError: one is invalid, or no type knows it.
+        SettingsError: one is invalid, is for each request to say, or is unknown to all types.
     """
     known = {
-        kind: {name for field, info in model.model_fields.items() for name in (field, info.alias)}
+        kind: {info.alias or name for name, info in model.model_fields.items()} - OF_REQUESTS
         for kind, model in _SETTINGS.items()
     }
     if unknown := sorted(document.keys() - set().union(*known.values())):
-        raise SettingsError(f"controlPlane.endpoint: unknown {', '.join(unknown)}")
+        raise SettingsError(f"controlPlane.endpoint: {', '.join(unknown)} cannot be set for all created endpoints")
     try:
         return {
             kind: model.model_validate({name: value for name, value in document.items() if name in known[kind]})

@@ -118,23 +118,23 @@ async def stream_logs(request: Request, plane: ControlPlane) -> Response:
 async def _log_events(
     request: Request, deployment: Deployment, worker: str, cursor: Cursor, source: Source | None
 ) -> AsyncIterator[str]:
-    lines = deployment.logs.read(worker, cursor, source)
-    cursor = Cursor(after=max(deployment.logs.last_number if cursor.tail is not None else 0, cursor.after))
+    logs = deployment.logs
     async with client_disconnect(request.receive) as disconnect:
         while True:
+            # Asked first: what the worker writes before it exits is read below.
+            is_active = deployment.is_active(worker)
+            lines = logs.read(worker, cursor, source)
+            cursor = Cursor(at=cursor.at, after=logs.last_number)
             for line in lines:
-                cursor = Cursor(after=max(cursor.after, line.number))
                 yield line.event()
-            if not deployment.is_active(worker) or disconnect.done():
+            if not is_active or disconnect.done():
                 return
 
-            def poll(after: Cursor = cursor) -> list[Any] | None:
-                return deployment.logs.read(worker, after, source) or (None if deployment.is_active(worker) else [])
+            def poll(after: Cursor = cursor) -> bool | None:
+                return bool(logs.read(worker, after, source)) or not deployment.is_active(worker) or None
 
-            more = await deployment.logs.long_poll.wait_for(worker, poll, _KEEP_ALIVE_S, disconnect)
-            if more is None and not disconnect.done():
+            if not await logs.long_poll.wait_for(worker, poll, _KEEP_ALIVE_S, disconnect):
                 yield ": keep-alive\n\n"
-            lines = more or []
 
 
 # Templates.

@@ -12,6 +12,11 @@ Window = Literal["minute", "hour", "day"]
 WINDOWS: tuple[Window, ...] = get_args(Window)
 # The quotas of an account are not published; these are the ones of the description's example.
 EXAMPLE_LIMITS: Final[Mapping[Window, int]] = {"minute": 60, "hour": 3000, "day": 50_000}
+# Settings of an endpoint that it has from each request.
+OF_REQUESTS: Final = frozenset(
+    {"workersMin", "workersMax", "scalerType", "scalerValue", "idleTimeout", "executionTimeoutMs", "flashboot"}
+    | {"id", "type", "balancerPort"}
+)
 
 
 class ControlPlaneSettings(BaseModel):

@@ -101,6 +101,14 @@ class Endpoint(ABC):
     async def close(self) -> None:  # noqa: B027 (most hold nothing)
         """Release what the endpoint holds, once its workers have exited."""
 
+    @abstractmethod
+    def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
+        """Close the worker's connections, if the platform has its own."""
+
+    @abstractmethod
+    def on_worker_thawed(self, worker: str) -> None:
+        """Notify the worker's long polls, so that they are given jobs again."""
+
     def on_change(self, topic: str) -> None:
         """Notify the long polls of the topic."""
         self._count_change()

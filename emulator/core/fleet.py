@@ -41,6 +41,12 @@ class FleetListener(Protocol):
     def on_worker_exited(self, worker: str) -> None:
         """Handle a worker whose process has exited."""
 
+    def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
+        """Handle a worker that was frozen: where the platform drops its connections, they must be closed."""
+
+    def on_worker_thawed(self, worker: str) -> None:
+        """Handle a worker that was thawed: a long poll that was kept may be given jobs again."""
+
 
 class Fleet:
     """Keeps as many workers as the endpoint's settings ask for.
@@ -127,6 +133,14 @@ class Fleet:
         worker = self._workers.get(worker_id)
         return worker is not None and worker.process is not None
 
+    def on_answer(self, worker_id: str) -> None:
+        """Record that a worker has delivered an output or a result."""
+        worker = self._workers.get(worker_id)
+        if worker is not None and worker.restored_at is not None:
+            answer_s = self._clock() - worker.restored_at
+            worker.restored_at = None
+            self._listener.on_event(f"worker {worker_id} answered {answer_s:.3f} s after it was restored")
+
     def on_unhealthy(self, worker_id: str, reason: str) -> None:
         """Handle a worker's report that it cannot serve."""
         worker = self._workers.get(worker_id)
@@ -161,21 +175,27 @@ class Fleet:
         for worker_id in self._queue.unresponsive_workers():
             if worker_id in self._workers:
                 self.stop(worker_id, "ignored a stop signal")
-        if self._closing or not self._settings.command:
-            return
+        if self._settings.command and not self._closing:
+            self._scale(now)
+
+    def _scale(self, now: float) -> None:
+        """Apply the autoscaler's decision, and replace stale workers that were stopped."""
         own = [
             worker
             for worker in self._workers.values()
-            if worker.process is not None or worker.state is WorkerState.THROTTLED
+            if (worker.process is not None and (worker.state is not WorkerState.FROZEN or worker.is_held))
+            or worker.state is WorkerState.THROTTLED
         ]
         decision = decide(self._settings, self._queue.load(), own, now)
         for worker_id in decision.init_timed_out:
             self._fail(self._workers[worker_id], f"not ready after {self._settings.effective_init_timeout_s:g} s")
         for worker_id in decision.stop:
-            self.stop(worker_id, f"idle for {self._settings.idle_timeout_s:g} s")
-        if now >= self._backoff_until:
-            replacements = min(self._replacements, self._settings.workers_max - len(own))
-            for _ in range(max(decision.start, replacements)):
+            self._scale_down(self._workers[worker_id], f"idle for {self._settings.idle_timeout_s:g} s")
+        replacements = min(self._replacements, self._settings.workers_max - len(own))
+        for _ in range(max(decision.start, replacements)):
+            if (frozen := self._last_frozen()) is not None:
+                self.thaw(frozen.id)
+            elif now >= self._backoff_until:
                 self._start_worker(now)
 
     def _replace(self, worker: FleetWorker) -> None:
@@ -185,6 +205,20 @@ class Fleet:
         elif worker.state in ACTIVE_STATES and not self._queue.running_jobs(worker.id):
             self.stop(worker.id, f"replaced by version {self._version}")
             self._replacements += 1
+        elif worker.state is WorkerState.FROZEN and not worker.is_held:
+            self.stop(worker.id, f"frozen with a version before {self._version}")
+
+    def _scale_down(self, worker: FleetWorker, reason: str) -> None:
+        """Stop a worker, or freeze it with FlashBoot."""
+        if self._settings.flashboot and worker.state is WorkerState.IDLE:
+            self.freeze(worker.id, reason)
+        else:
+            self.stop(worker.id, reason)
+
+    def _last_frozen(self) -> FleetWorker | None:
+        """Return the worker that FlashBoot froze last, if there is one."""
+        frozen = [one for one in self._workers.values() if one.state is WorkerState.FROZEN and not one.is_held]
+        return max(frozen, key=lambda worker: worker.state_since, default=None)
 
     def refresh_states(self) -> None:
         """Set workers to running or idle, as the queue says."""
@@ -199,11 +233,15 @@ class Fleet:
         worker = self._workers[worker_id]
         if worker.state is WorkerState.STOPPING:
             return
+        was_frozen = worker.state is WorkerState.FROZEN
         self._set_state(worker, WorkerState.STOPPING)
         worker.reason = reason
         self._listener.on_event(f"worker {worker_id} stopping: {reason}")
         if worker.process is None:
             self._remove(worker)
+        elif was_frozen:
+            # Nothing of it runs that could react to SIGTERM.
+            worker.process.kill()
         else:
             worker.kill_at = self._clock() + self._settings.grace_s
             worker.process.terminate()
@@ -220,6 +258,43 @@ class Fleet:
             raise NotFoundError(f"there is no managed worker {worker_id}")
         self._listener.on_event(f"worker {worker_id} killed")
         worker.process.kill()
+
+    def freeze(self, worker_id: str, reason: str, *, drops_connections: bool = True, is_held: bool = False) -> None:
+        """Freeze a managed worker, as FlashBoot does: its processes stop where they are.
+
+        Args:
+            worker_id: id of the worker.
+            reason: for the timeline.
+            drops_connections: whether its connections end, too.
+            is_held: whether only `thaw` ends it, not the autoscaler.
+
+        Raises:
+            NotFoundError: there is no such managed worker, or it is ending or frozen already.
+        """
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.process is None or worker.process.pid is None or worker.state not in ACTIVE_STATES:
+            raise NotFoundError(f"there is no managed worker {worker_id} that runs")
+        worker.is_held, worker.restored_at = is_held, None
+        self._set_state(worker, WorkerState.FROZEN)
+        self._listener.on_event(f"worker {worker_id} frozen: {reason}")
+        worker.process.freeze()
+        self._listener.on_worker_frozen(worker_id, drops_connections=drops_connections)
+
+    def thaw(self, worker_id: str) -> None:
+        """Let a frozen worker go on.
+
+        Raises:
+            NotFoundError: there is no such frozen worker.
+        """
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.process is None or worker.state is not WorkerState.FROZEN:
+            raise NotFoundError(f"there is no frozen worker {worker_id}")
+        now = self._clock()
+        self._listener.on_event(f"worker {worker_id} restored after {now - worker.state_since:.1f} s")
+        worker.is_held, worker.last_seen_at, worker.restored_at = False, now, now
+        self._set_state(worker, WorkerState.INITIALIZING if worker.ready_at is None else WorkerState.IDLE)
+        worker.process.thaw()
+        self._listener.on_worker_thawed(worker_id)
 
     def close(self, reason: str = "the emulator is shutting down") -> None:
         """Stop all workers and start no more; `is_empty` is true when they have exited."""
@@ -271,6 +346,12 @@ class Fleet:
             del self._workers[worker.id]
         elif worker.state is WorkerState.UNHEALTHY and worker.process is None and now >= self._backoff_until:
             self._remove(worker)
+        elif (
+            worker.state is WorkerState.FROZEN
+            and not worker.is_held
+            and now - worker.state_since >= self._settings.frozen_timeout_s
+        ):
+            self.stop(worker.id, f"frozen for {self._settings.frozen_timeout_s:g} s")
         elif worker.kill_at is not None and now >= worker.kill_at and worker.process is not None:
             worker.kill_at = None
             self._listener.on_event(

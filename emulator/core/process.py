@@ -35,6 +35,12 @@ class Process(Protocol):
     def kill(self) -> None:
         """Send SIGKILL to the worker's process and all its descendants."""
 
+    def freeze(self) -> None:
+        """Send SIGSTOP to the worker's process and all its descendants."""
+
+    def thaw(self) -> None:
+        """Let them go on."""
+
 
 class ProcessListener(Protocol):
     """Is notified of what a process does."""
@@ -112,6 +118,26 @@ class WorkerProcess:
             # The launcher takes the end of file for the emulator's exit.
             self._control_socket.shutdown(socket.SHUT_WR)
 
+    def freeze(self) -> None:
+        """Stop the worker and all its descendants; they do not notice it."""
+        self._signal_tree(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let the worker and all its descendants go on: the parents last, as one may wait for its child."""
+        self._signal_tree(signal.SIGCONT)
+
+    def _signal_tree(self, number: signal.Signals) -> None:
+        """Send a signal to the worker and all its descendants.
+
+        One that was just being started is found by the next search.
+        """
+        signalled: set[int] = set()
+        while self.pid is not None and (missed := _tree(self.pid) - signalled):
+            for pid in sorted(missed, reverse=number is signal.SIGCONT):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            signalled |= missed
+
     def _read_messages(self) -> None:
         """Read the launcher's messages: `pid N`, then `exit N`, then the end of file."""
         if self._control_socket is None:
@@ -171,6 +197,22 @@ class WorkerProcess:
             self._loop.remove_reader(self._log_fd)
             os.close(self._log_fd)
             self._log_fd = None
+
+
+def _tree(root: int) -> set[int]:
+    """Return the ids of a process and all its descendants."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # It exited in the meantime.
+            # `pid (name) state ppid ...`: the name may contain anything, so parse after its closing parenthesis.
+            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    tree, found = set[int](), [root]
+    while found:
+        pid = found.pop()
+        tree.add(pid)
+        found += children.get(pid, [])
+    return tree
 
 
 def format_log_line(line: str) -> str:

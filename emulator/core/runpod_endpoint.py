@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 
+from emulator.core.connections import WorkerConnections
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.job import Job
 from emulator.core.job_queue import JOBS_QUEUED_TOPIC, JobQueue, job_stop_topic
@@ -44,6 +45,7 @@ class RunPodEndpoint(Endpoint):
         # Workers authenticate with a key of their own, which no client has.
         self.worker_key = secrets.token_urlsafe(24)
         self.duplicates: list[list[Job]] = []
+        self.connections = WorkerConnections()
         self._base_url = base_url
         self._ca_environment = ca_environment
         self._webhooks = webhooks
@@ -98,4 +100,15 @@ class RunPodEndpoint(Endpoint):
         self.long_poll.notify(job_stop_topic(worker))
 
     def on_worker_exited(self, worker: str) -> None:
-        """Do nothing: workers share the emulator's port."""
+        """Forget the worker's connections."""
+        self.connections.forget(worker)
+
+    def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
+        """Close the worker's connections."""
+        if drops_connections:
+            self.connections.drop(worker)
+
+    def on_worker_thawed(self, worker: str) -> None:
+        """Notify the worker's long polls, so that they are given jobs again."""
+        self.long_poll.notify(JOBS_QUEUED_TOPIC)
+        self.long_poll.notify(job_stop_topic(worker))

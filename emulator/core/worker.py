@@ -13,7 +13,10 @@ LOG_LINES: Final = 50
 
 
 class WorkerState(StrEnum):
-    """A worker's state, as the platform names it; `stopping` is ours: asked to stop, but still running."""
+    """A worker's state, as the platform names it; two are ours.
+
+    `stopping`: asked to stop, but still running. `frozen`: its processes are stopped by SIGSTOP, as FlashBoot would.
+    """
 
     INITIALIZING = "initializing"
     IDLE = "idle"
@@ -21,6 +24,7 @@ class WorkerState(StrEnum):
     THROTTLED = "throttled"
     UNHEALTHY = "unhealthy"
     STOPPING = "stopping"
+    FROZEN = "frozen"
 
 
 ACTIVE_STATES: Final = frozenset(
@@ -41,6 +45,8 @@ class FleetWorker:
         process: its process if the emulator started it and it has not exited; None for an external worker.
         kill_at: when it is killed, while it is stopping; None once it was killed.
         ready_at: when it first asked for a job; None before.
+        is_held: whether it was frozen on request, so that the autoscaler neither thaws nor ends it.
+        restored_at: when it was last thawed; None once it has answered since.
         reason: why it is in its state, for people to read.
         jobs_taken: how many jobs it was given.
         version: version of the endpoint's configuration that it runs; None for an external worker.
@@ -58,6 +64,8 @@ class FleetWorker:
     ready_at: float | None = None
     exited_at: float | None = None
     exit_code: int | None = None
+    is_held: bool = False
+    restored_at: float | None = None
     reason: str = ""
     jobs_taken: int = 0
     version: int | None = None

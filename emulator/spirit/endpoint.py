@@ -77,6 +77,14 @@ class SpiritEndpoint(Endpoint):
         del worker
         self.long_poll.notify(TASKS_QUEUED_TOPIC)
 
+    def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
+        """Do nothing: a worker's agent is on its machine, and so are their connections."""
+
+    def on_worker_thawed(self, worker: str) -> None:
+        """Let the agent's open takes look for a task."""
+        del worker
+        self.long_poll.notify(TASKS_QUEUED_TOPIC)
+
     def on_worker_exited(self, worker: str) -> None:
         """Close the worker's agent."""
         self._agents.close(worker)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from engine.run_clock import CLOCK
 
 # Window of the exponential moving averages, in requests or steps.
 EMA_WINDOW = 16
@@ -65,7 +66,7 @@ class Statistics:
 
     @property
     def stepped_at(self) -> float:
-        """When an engine last made a step, by `time.monotonic()`; 0 before the first."""
+        """When an engine last made a step, by `engine.run_clock`; 0 before the first."""
         return max((engine.stepped_at for engine in self.engines.values()), default=0.0)
 
     @property
@@ -82,7 +83,7 @@ class Statistics:
     def on_step(self, index: int) -> None:
         """Record that an engine has made a step."""
         engine = self._engine(index)
-        now = time.monotonic()
+        now = CLOCK.now()
         if engine.running:
             engine.step_s += (now - engine.stepped_at - engine.step_s) / EMA_WINDOW
         engine.stepped_at = now

@@ -24,6 +24,7 @@ from engine.errors import ConfigurationError
 GIB_BYTES = 1 << 30
 # On a CPU, vLLM's default KV cache is most of the machine's memory.
 CPU_KV_CACHE_BYTES = 1 * GIB_BYTES
+_STEP_TIMEOUT_S = 7 * 24 * 3600
 
 # The largest CUDA graph that vLLM captures by default, in tokens (0.32, `VllmConfig._set_cudagraph_sizes`).
 _MAX_GRAPH_SIZE = 512
@@ -56,6 +57,9 @@ class _FlagsError(ValueError):
 def set_environment() -> None:
     """Set the variables that vLLM reads when it is imported, unless the user has set them."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # vLLM takes a step that is not over after 300 s for a failure, also if its processes were frozen for as long. That
+    # an engine makes no steps is noticed by `VLLMEngine.failure`, which knows of freezes.
+    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(_STEP_TIMEOUT_S))
     # vLLM's app would require this key of the worker's own calls; clients authenticate with the platform.
     os.environ.pop("VLLM_API_KEY", None)
 

@@ -11,7 +11,6 @@ import importlib
 import logging
 import os
 import re
-import time
 from typing import TYPE_CHECKING, Any
 
 from engine.backend import app as vllm_app
@@ -21,6 +20,7 @@ from engine.backend.statistics import Statistics
 from engine.backend.stream_interval import StreamInterval
 from engine.config.redaction import redacted
 from engine.errors import ConfigurationError, safe_str
+from engine.run_clock import CLOCK
 
 if TYPE_CHECKING:
     from engine.backend.app import App
@@ -78,7 +78,7 @@ class VLLMEngine:
             enable_log_requests=arguments.enable_log_requests,
             disable_log_stats=arguments.disable_log_stats,
         )
-        self._idle_at = time.monotonic()
+        self._idle_at = CLOCK.now()
         self._app: Any = None
         self._app_lock = asyncio.Lock()
 
@@ -138,7 +138,7 @@ class VLLMEngine:
             return self._app_error
         if self._engine.errored:
             return "the engine's process is dead"
-        now = time.monotonic()
+        now = CLOCK.now()
         requests = self._engine.get_num_unfinished_requests()
         if not requests:
             self._idle_at = now

@@ -83,6 +83,11 @@ class Settings(BaseModel):
         description="Execution timeout of a job in seconds, after which it ends with an error. If not set, only the "
         "platform's own timeout applies.",
     )
+    warm_up: bool = Field(
+        default=False,
+        description="Run a short request before the first job is taken. For FlashBoot, which then freezes a worker "
+        "that has served one; it lengthens a cold start by this request.",
+    )
     engine_stall_timeout_s: float = Field(
         120, gt=0, description="Seconds without an engine step, while requests run, until the engine counts as dead."
     )

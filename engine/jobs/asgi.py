@@ -17,6 +17,7 @@ from engine.backend.inline_executor import SHORT, SHORT_BYTES
 from engine.backend.merging import MERGEABLE
 from engine.errors import EngineError
 from engine.jobs.inputs import Request
+from engine.run_clock import CLOCK
 
 # How long the app may take to end its request after a disconnect, before its task is cancelled.
 DISCONNECT_GRACE_S = 5.0
@@ -120,7 +121,7 @@ class _ASGIConnection(Response):
         """Report the disconnect and wait until the app has ended; cancel it if it does not react in time."""
         self._disconnected.set()
         try:
-            await asyncio.wait({app}, timeout=DISCONNECT_GRACE_S)
+            await CLOCK.wait({app}, DISCONNECT_GRACE_S)
         finally:
             app.cancel()
         await asyncio.wait({app})

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from engine.errors import RateLimitedError, UnusableQueueError, safe_str
+from engine.run_clock import CLOCK
 
 # The SDK waits as long after status 429.
 RATE_LIMIT_WAIT_S = 5.0
@@ -41,7 +41,7 @@ class PollBackoff:
         Raises:
             UnusableQueueError: no further call can succeed.
         """
-        begun = time.monotonic()
+        begun = CLOCK.now()
         self.result, self.wait_s = (), 0.0
         longest_s = _MAX_IDLE_WAIT_S
         try:
@@ -56,7 +56,7 @@ class PollBackoff:
             _log.warning("%s: %s", failure, safe_str(error))
             longest_s = _MAX_ERROR_WAIT_S
         else:
-            if self.result or time.monotonic() - begun > _MIN_LONG_POLL_S:
+            if self.result or CLOCK.now() - begun > _MIN_LONG_POLL_S:
                 self._next_s = _FIRST_WAIT_S
                 return
         self.wait_s = min(self._next_s, longest_s) * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -17,6 +16,7 @@ from engine.errors import DeliveryError, JobError, RefusedDeliveryError, Refused
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES
 from engine.json_codec import encode
 from engine.queue.protocol import MAX_RESULT_BYTES, PostKind
+from engine.run_clock import CLOCK
 
 # A result is tried for at least as long, however late the job is: without one, its client waits in vain. So is a post
 # that the platform refuses for a reason that may pass.
@@ -44,7 +44,7 @@ class JobDelivery:
     Args:
         post: delivers one body, in one attempt.
         job_id: the job's.
-        deadline: when the job's time is over, by `time.monotonic()`; deliveries are tried until then.
+        deadline: when the job's time is over, by `engine.run_clock`; deliveries are tried until then.
 
     Attributes:
         delivered_count: how many outputs have arrived.
@@ -93,7 +93,7 @@ class JobDelivery:
             The outcome of the job: "completed", "failed", or "undelivered".
         """
         if self._finishing_until is None:
-            self._finishing_until = time.monotonic() + MIN_RESULT_TIMEOUT_S
+            self._finishing_until = CLOCK.now() + MIN_RESULT_TIMEOUT_S
         result: dict[str, Any] = {"output": self._outputs} if error is None else error.output()
         if replace_worker:
             result["stopPod"] = True
@@ -124,21 +124,21 @@ class JobDelivery:
 
     async def _retry(self, kind: PostKind, body: bytes, until: float, failure: Exception) -> None:
         """Deliver in further attempts, if another may succeed; raise the last failure if none does."""
-        refused_until = self._finishing_until or time.monotonic() + MIN_RESULT_TIMEOUT_S
+        refused_until = self._finishing_until or CLOCK.now() + MIN_RESULT_TIMEOUT_S
 
         def should_retry(failure: BaseException) -> bool:
             if not isinstance(failure, RefusedDeliveryError):
                 return isinstance(failure, DeliveryError)
-            return failure.status in _PASSING_REFUSALS[kind] and time.monotonic() < refused_until
+            return failure.status in _PASSING_REFUSALS[kind] and CLOCK.now() < refused_until
 
-        if not should_retry(failure) or time.monotonic() >= until:
+        if not should_retry(failure) or CLOCK.now() >= until:
             raise failure
         first_wait_s = random.uniform(0, _FIRST_WAIT_S)  # noqa: S311 (jitter)
-        await asyncio.sleep(min(first_wait_s, max(until - time.monotonic(), 0)))
+        await asyncio.sleep(min(first_wait_s, max(until - CLOCK.now(), 0)))
         backoff = wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_MAX_WAIT_S)
         attempts = AsyncRetrying(
-            stop=lambda _: time.monotonic() >= until,
-            wait=lambda state: min(backoff(state), max(until - time.monotonic(), 0)),
+            stop=lambda _: CLOCK.now() >= until,
+            wait=lambda state: min(backoff(state), max(until - CLOCK.now(), 0)),
             retry=retry_if_exception(should_retry),
             reraise=True,
         )

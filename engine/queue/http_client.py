@@ -10,11 +10,14 @@ import asyncio
 import os
 import ssl
 from collections.abc import Mapping
+from functools import partial
 from io import BytesIO
 from typing import NamedTuple
 
 import certifi
 import pycurl
+
+from engine.run_clock import CLOCK
 
 _CONNECT_TIMEOUT_S = 10
 _MAX_REDIRECTS = 10
@@ -38,7 +41,8 @@ class HTTPClient:
 
     Args:
         headers: of all requests.
-        timeout_s: maximum duration of a request, in seconds.
+        timeout_s: maximum duration of a request, in seconds by `engine.run_clock`. libcurl's own limit would end
+            requests that have been answered, if the process was frozen meanwhile.
     """
 
     def __init__(self, headers: Mapping[str, str], timeout_s: float) -> None:
@@ -79,10 +83,13 @@ class HTTPClient:
         except pycurl.error:
             raise ConnectionAbortedError("the client is closed") from None
         self._requests[transfer] = done = self._loop.create_future()
+        overdue = ConnectionError(f"timed out: no answer within {self._timeout_s:g} s")
+        timer = CLOCK.call_later(self._timeout_s, partial(self._end, transfer, overdue))
         try:
             await done
             return Response(transfer.getinfo(pycurl.RESPONSE_CODE), received.getvalue())
         finally:
+            timer.cancel()
             if self._requests.pop(transfer, None) is not None:
                 # If the request is not complete, this closes its connection.
                 self._multi.remove_handle(transfer)
@@ -106,7 +113,6 @@ class HTTPClient:
         transfer.setopt(pycurl.PROXY, "")
         transfer.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
         transfer.setopt(pycurl.CONNECTTIMEOUT, _CONNECT_TIMEOUT_S)
-        transfer.setopt(pycurl.TIMEOUT_MS, round(1000 * self._timeout_s))
         transfer.setopt(pycurl.FOLLOWLOCATION, 1)
         transfer.setopt(pycurl.MAXREDIRS, _MAX_REDIRECTS)
         transfer.setopt(pycurl.POSTREDIR, pycurl.REDIR_POST_ALL)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from engine.cold_start import FINAL_PHASE, ColdStart
@@ -35,6 +37,7 @@ from engine.jobs.proxied import AnswerStart
 from engine.queue.admission import Admission
 from engine.queue.backoff import PollBackoff
 from engine.queue.protocol import POLL_CANCEL_GRACE_S, TAKE_TIMEOUT_S, Delivery, JobQueue
+from engine.run_clock import CLOCK, Timer
 
 _WATCH_INTERVAL_S = 0.25
 # How long the last deliveries may take when the worker ends, and after that, what is left of the jobs' tasks.
@@ -79,7 +82,7 @@ class RunningJob:
     Attributes:
         id: the platform's.
         delivery: of its outputs.
-        started_at: when it was taken, by `time.monotonic()`.
+        started_at: when it was taken, by `engine.run_clock`.
         has_run: whether its task has run. A task that is cancelled before would never run, nor remove the job.
         abort_error: the error that it ends with, if it was aborted.
         redelivered_job: the same job, taken again while this run was ending. It runs when this run is over.
@@ -91,7 +94,7 @@ class RunningJob:
     state: JobState = JobState.RUNNING
     has_run: bool = False
     task: asyncio.Task[None] | None = None
-    timer: asyncio.TimerHandle | None = None
+    timer: Timer | None = None
     abort_error: JobError | None = None
     first_output_s: float | None = None
     outcome: str = "undelivered"
@@ -106,7 +109,7 @@ class RunningJob:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long things may take, in seconds.
+    """How long things may take, in seconds in which the worker runs (`engine.run_clock`).
 
     Attributes:
         drain_s: jobs that run when the worker is asked to stop.
@@ -156,6 +159,9 @@ class JobLoop:
         self._pop_token_counts = pop_token_counts
         self._log_inputs = log_inputs
         self._cold_start = cold_start
+        self._cold_start_ended = "First output"
+        self._thawed = asyncio.Event()
+        self._thawed_at = -math.inf
         self._jobs: dict[str, RunningJob] = {}
         self._supervised: set[asyncio.Task[None]] = set()
         self._ending = asyncio.Event()
@@ -177,6 +183,15 @@ class JobLoop:
             _log.error("The worker has failed: %s", reason)
             self._begin_ending(LoopState.FAILED)
 
+    def on_thaw(self, frozen_s: float) -> None:
+        """Go on after the process was frozen for so many seconds, on new connections: the old ones may be dead."""
+        _log.info("Restored: the process did not run for %.1f s; %d jobs in progress", frozen_s, len(self._jobs))
+        self._cold_start, self._cold_start_ended = ColdStart(time.monotonic()), "First output since the restore"
+        self._thawed_at = CLOCK.now()
+        self._thawed.set()
+        if self.state is LoopState.SERVING:
+            self._queue.reconnect()
+
     def supervise(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run a task until the loop ends; if the task ends with an exception, the worker fails."""
         task = self._create_task(work, name)
@@ -195,7 +210,7 @@ class JobLoop:
 
     def _begin_ending(self, state: LoopState) -> None:
         self.state = state
-        self._ending_since = time.monotonic()
+        self._ending_since = CLOCK.now()
         self._ending.set()
         # Before anything else is posted: a client may answer to that with another job, which would come here.
         self._queue.stop_polling()
@@ -224,6 +239,7 @@ class JobLoop:
         backoff = PollBackoff()
         while not self._ending.is_set():
             self._changed.clear()
+            self._thawed.clear()
             slots = self._admission.available_slots(len(self._jobs))
             if not slots:
                 await self._wait_or_shutdown(self._changed.wait())
@@ -234,17 +250,17 @@ class JobLoop:
             except UnusableQueueError as error:
                 self.fail(str(error))
             if backoff.wait_s:
-                await self._wait_or_shutdown(asyncio.sleep(backoff.wait_s))
+                await self._wait_or_shutdown(self._wait_or_thaw(backoff.wait_s))
 
     async def _take(self, count: int) -> list[Any]:
         """Take up to `count` jobs. When the worker ends, stop polling without losing a job that is on its way."""
         take = asyncio.create_task(self._queue.take(count), name="take")
         try:
-            await self._wait_or_shutdown(asyncio.wait({take}, timeout=TAKE_TIMEOUT_S))
+            await self._wait_or_shutdown(CLOCK.wait({take}, TAKE_TIMEOUT_S))
             if take.done():
                 return take.result()
             self._queue.stop_polling()
-            await asyncio.wait({take}, timeout=POLL_CANCEL_GRACE_S)
+            await CLOCK.wait({take}, POLL_CANCEL_GRACE_S)
         finally:
             take.cancel()
         await asyncio.wait({take})
@@ -257,6 +273,12 @@ class JobLoop:
         finally:
             for wait in waits:
                 wait.cancel()
+
+    async def _wait_or_thaw(self, seconds: float) -> None:
+        """Wait for so long after a failed poll; not if the worker was frozen meanwhile, which explains the failure."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._thawed.wait()
 
     def _start_job(self, job: Any) -> bool:
         """Start a job, now or when its last run is over; return whether it is one that starts."""
@@ -273,18 +295,24 @@ class JobLoop:
             if last.state is not JobState.RUNNING and last.redelivered_job is None:
                 last.redelivered_job = job
                 return True
+            if last.state is JobState.RUNNING and last.started_at <= self._thawed_at:
+                # The platform took the worker for lost, and has dropped what this run had delivered.
+                _log.warning("Job %s: given out again after the worker was frozen; it runs again", job_id)
+                last.redelivered_job = job
+                last.abort(JobState.STOPPED)
+                return True
             _log.warning("Job %s: redelivered while it runs; the duplicate is ignored", job_id)
             return False
         if self._cold_start is not None:
             self._cold_start.mark("first_take")
-        started_at = time.monotonic()
+        started_at = CLOCK.now()
         delivery = self._queue.delivery(job_id, started_at + self._timeouts.delivery_s)
         running = RunningJob(job_id, delivery, started_at)
         self._jobs[job_id] = running
         self._queue.add_in_progress(job_id)
         limits_s = [limit_s for limit_s in (self._timeouts.execution_s, delivery.time_limit_s) if limit_s is not None]
         if limits_s:
-            running.timer = asyncio.get_running_loop().call_later(min(limits_s), self._time_out, running, min(limits_s))
+            running.timer = CLOCK.call_later(min(limits_s), partial(self._time_out, running, min(limits_s)))
         running.task = self._create_task(self._run_job(job, running), f"job {job_id}")
         job_log.log_started(job_id, job, with_input=self._log_inputs)
         return True
@@ -342,8 +370,9 @@ class JobLoop:
             async for output in outputs:
                 if running.state is not JobState.RUNNING:
                     break
-                if running.first_output_s is None and not isinstance(output, AnswerStart):
-                    running.first_output_s = time.monotonic() - running.started_at
+                if not isinstance(output, AnswerStart):
+                    if running.first_output_s is None:
+                        running.first_output_s = CLOCK.now() - running.started_at
                     self._mark_first_output()
                 if (text := error_text(output)) is not None:
                     return HandlerError(text)
@@ -363,7 +392,7 @@ class JobLoop:
             return False
         others = [task for task in self._tasks() if task is not running.task]
         if others:
-            await asyncio.wait(others, timeout=max(self._ending_since + _REPLACEMENT_DELAY_S - time.monotonic(), 0))
+            await CLOCK.wait(others, self._ending_since + _REPLACEMENT_DELAY_S - CLOCK.now())
         return True
 
     def _remove_job(self, job: dict[str, Any], running: RunningJob) -> None:
@@ -377,7 +406,7 @@ class JobLoop:
                 running.outcome,
                 tokens=self._pop_token_counts(running.id),
                 first_output_s=running.first_output_s,
-                duration_s=time.monotonic() - running.started_at,
+                duration_s=CLOCK.now() - running.started_at,
                 outputs=running.delivery.delivered_count,
             )
         except Exception:  # noqa: BLE001 (a line of the log is not worth the worker)
@@ -386,11 +415,11 @@ class JobLoop:
             self._start_job(running.redelivered_job)
 
     def _mark_first_output(self) -> None:
-        """Note the worker's first output of all, which ends its cold start."""
+        """Note the worker's first output since it was started or restored."""
         cold_start, self._cold_start = self._cold_start, None
         if cold_start is not None:
             cold_start.mark(FINAL_PHASE)
-            cold_start.log("First output")
+            cold_start.log(self._cold_start_ended)
 
     # Aborting jobs
 
@@ -437,20 +466,20 @@ class JobLoop:
 
     @property
     def _drain_deadline(self) -> float:
-        """When the running jobs are aborted, by `time.monotonic()`."""
+        """When the running jobs are aborted, by `engine.run_clock`."""
         return self._ending_since + (self._timeouts.drain_s if self.state is LoopState.DRAINING else 0.0)
 
     async def _end_jobs(self, taking: asyncio.Task[None]) -> None:
         """Let jobs that run, or are still on their way, use the drain time; then end all of them as retryable."""
-        while self._unfinished(taking) and (left_s := self._drain_deadline - time.monotonic()) > 0:
+        while self._unfinished(taking) and (left_s := self._drain_deadline - CLOCK.now()) > 0:
             await asyncio.wait(self._unfinished(taking), timeout=min(left_s, _WATCH_INTERVAL_S))
         why = "the worker has failed" if self.state is LoopState.FAILED else "the worker was asked to stop"
         self._shutdown_error = WorkerShutdownError(f"{why} before the job had ended; try again")
         for running in self._jobs.values():
             if running.state is JobState.RUNNING:
                 running.abort(JobState.FINISHING, self._shutdown_error)
-        deadline = time.monotonic() + FINAL_DELIVERY_TIMEOUT_S
-        while (unfinished := self._unfinished(taking)) and (left_s := deadline - time.monotonic()) > 0:
+        deadline = CLOCK.now() + FINAL_DELIVERY_TIMEOUT_S
+        while (unfinished := self._unfinished(taking)) and (left_s := deadline - CLOCK.now()) > 0:
             await asyncio.wait(unfinished, timeout=left_s)
 
     def _unfinished(self, taking: asyncio.Task[None]) -> list[asyncio.Task[None]]:
@@ -464,7 +493,7 @@ class JobLoop:
             running.abort(JobState.ABANDONED)
         for task in self._supervised:
             task.cancel()
-        await asyncio.wait([*self._supervised, *self._tasks()], timeout=ABANDON_TIMEOUT_S)
+        await CLOCK.wait([*self._supervised, *self._tasks()], ABANDON_TIMEOUT_S)
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         return [running.task for running in self._jobs.values() if running.task is not None]

@@ -75,6 +75,12 @@ class JobQueue(Protocol):
     def stop_polling(self) -> None:
         """Tell the platform that no job is wanted any more, and still receive one that is on its way."""
 
+    def reconnect(self) -> None:
+        """Open new connections, as the worker was frozen: the old ones may be dead.
+
+        Polls in progress still bring what is on its way, and end within `POLL_CANCEL_GRACE_S`, also by an exception.
+        """
+
     async def stop_signals(self) -> list[str]:
         """Return the ids of jobs to stop; none if there were none while the platform held the call open.
 
@@ -88,7 +94,7 @@ class JobQueue(Protocol):
 
         Args:
             job_id: the job's.
-            deadline: when the job's time is over, by `time.monotonic()`; deliveries are tried until then.
+            deadline: when the job's time is over, by `engine.run_clock`; deliveries are tried until then.
         """
 
     def add_in_progress(self, job_id: str) -> None:

@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from http import HTTPStatus
 from typing import Any, Self
 from urllib.parse import quote
@@ -25,9 +24,10 @@ import uvloop
 from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError, safe_str
 from engine.queue.delivery import JobDelivery
 from engine.queue.http_client import HTTPClient
-from engine.queue.protocol import TAKE_TIMEOUT_S, Delivery, PostKind
+from engine.queue.protocol import POLL_CANCEL_GRACE_S, TAKE_TIMEOUT_S, Delivery, PostKind
 from engine.queue.take_connector import TakeConnector
 from engine.queue.take_response import TakeResponse
+from engine.run_clock import CLOCK
 
 TESTED_VERSIONS = ("1.12.",)
 # Under the SDK's own loop: how often the engine is checked, and how long its jobs may take to end once it has failed.
@@ -39,6 +39,37 @@ _MAX_ERROR_BODY_BYTES = 200
 _RETRYABLE_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 
 _log = logging.getLogger(__name__)
+
+
+class _Connections:
+    """Connections to the platform: one for takes, one for stop signals, and those of deliveries."""
+
+    def __init__(self, headers: dict[str, str]) -> None:
+        self._take_connector, self._stop_connector = TakeConnector(), TakeConnector()
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+        self.takes = aiohttp.ClientSession(
+            connector=self._take_connector, headers=headers, timeout=timeout, response_class=TakeResponse
+        )
+        self.stops = aiohttp.ClientSession(connector=self._stop_connector, headers=headers, timeout=timeout)
+        self.posts = HTTPClient(headers, _POST_TIMEOUT_S)
+
+    def resume_taking(self) -> None:
+        self._take_connector.polling = True
+
+    def stop_taking(self) -> None:
+        self._take_connector.stop_polling()
+
+    async def retire(self) -> None:
+        """Receive what is on its way, for a short time, then close all. Requests in progress fail."""
+        self._take_connector.stop_polling()
+        self._stop_connector.stop_polling()
+        await asyncio.sleep(POLL_CANCEL_GRACE_S)
+        await self.close()
+
+    async def close(self) -> None:
+        await self.takes.close()
+        await self.stops.close()
+        self.posts.close()
 
 
 class RunPodClient:
@@ -54,27 +85,27 @@ class RunPodClient:
         self._in_progress = JobsProgress()
         self._headers = get_auth_header()
         self._urls = {PostKind.OUTPUT: rp_http.JOB_STREAM_URL, PostKind.RESULT: rp_http.JOB_DONE_URL}
-        self._connector = TakeConnector()
-        self._stack = AsyncExitStack()
+        self._retiring: dict[asyncio.Task[None], _Connections] = {}
 
     async def __aenter__(self) -> Self:
         """Open the connections."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        self._takes = await self._session(timeout, self._connector, response_class=TakeResponse)
-        self._stops = await self._session(timeout, aiohttp.TCPConnector())
-        self._posts = HTTPClient(self._headers, _POST_TIMEOUT_S)
-        self._stack.callback(self._posts.close)
+        self._connections = _Connections(self._headers)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Close the connections."""
-        await self._stack.aclose()
+        await self._connections.close()
+        while self._retiring:
+            task, connections = self._retiring.popitem()
+            task.cancel()
+            await connections.close()
 
-    async def _session(
-        self, limits: aiohttp.ClientTimeout, connector: aiohttp.TCPConnector, **options: Any
-    ) -> aiohttp.ClientSession:
-        session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=limits, **options)
-        return await self._stack.enter_async_context(session)
+    def reconnect(self) -> None:
+        """Open new connections. The old ones are closed when what is on its way has had time to arrive."""
+        old, self._connections = self._connections, _Connections(self._headers)
+        task = asyncio.create_task(old.retire(), name="close old connections")
+        self._retiring[task] = old
+        task.add_done_callback(lambda ended: self._retiring.pop(ended, None))
 
     async def take(self, count: int) -> list[Any]:
         """Return up to `count` jobs, as `engine.queue.take_response` finds them in the response.
@@ -83,15 +114,16 @@ class RunPodClient:
             RateLimitedError: the platform asks to wait.
             aiohttp.ClientError, OSError: it cannot be reached.
         """
-        self._connector.polling = True
+        connections = self._connections
+        connections.resume_taking()
         try:
-            return await self._sdk_job.get_job(self._takes, count) or []
+            return await self._sdk_job.get_job(connections.takes, count) or []
         except self._rate_limited:
             raise RateLimitedError("the platform answered with status 429") from None
 
     def stop_polling(self) -> None:
         """Close the take's connection for writing only, so that a job that was already sent still arrives."""
-        self._connector.stop_polling()
+        self._connections.stop_taking()
 
     async def stop_signals(self) -> list[str]:
         """Return the ids of jobs to stop.
@@ -100,13 +132,14 @@ class RunPodClient:
             RateLimitedError: the platform asks to wait.
             aiohttp.ClientError, OSError: it cannot be reached.
         """
+        poll = asyncio.create_task(self._sdk_job.get_stop_signals(self._connections.stops))
         try:
-            async with asyncio.timeout(TAKE_TIMEOUT_S):
-                return list(await self._sdk_job.get_stop_signals(self._stops))
-        except TimeoutError:
-            return []
+            await CLOCK.wait({poll}, TAKE_TIMEOUT_S)
+            return list(poll.result()) if poll.done() else []
         except self._rate_limited:
             raise RateLimitedError("the platform answered with status 429") from None
+        finally:
+            poll.cancel()
 
     def delivery(self, job_id: str, deadline: float) -> Delivery:
         """Return the delivery of a job: each output as it comes, then all of them as the result."""
@@ -124,7 +157,7 @@ class RunPodClient:
         url += f"&isStream={'true' if kind is PostKind.RESULT else 'false'}"
         headers = {"X-Request-ID": quoted_id, "Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
         try:
-            status, answer = await self._posts.post(url, headers, body)
+            status, answer = await self._connections.posts.post(url, headers, body)
         except OSError as error:
             raise DeliveryError(safe_str(error)) from None
         if status < HTTPStatus.BAD_REQUEST:

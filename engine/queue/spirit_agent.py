@@ -7,7 +7,6 @@ are tried again. Source of the protocol: `manager.py` and `worker.py` of spirit-
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from http import HTTPStatus
@@ -20,6 +19,7 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError, safe_str
 from engine.json_codec import decode
 from engine.queue.take_connector import TakeConnector
+from engine.run_clock import CLOCK
 
 _CALL_TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 10.0
@@ -175,21 +175,21 @@ async def until_delivered(attempt: Callable[[], Awaitable[None]], until: Callabl
 
     Args:
         attempt: raises `DeliveryError` if another one may succeed.
-        until: returns when the time is over, by `time.monotonic()`.
+        until: returns when the time is over, by `engine.run_clock`.
 
     Raises:
         Exception: the last attempt's.
     """
     backoff = wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_MAX_WAIT_S)
     async for state in AsyncRetrying(
-        stop=lambda _: time.monotonic() >= until(),
-        wait=lambda state: min(backoff(state), max(until() - time.monotonic(), 0)),
+        stop=lambda _: CLOCK.now() >= until(),
+        wait=lambda state: min(backoff(state), max(until() - CLOCK.now(), 0)),
         retry=retry_if_exception(lambda error: isinstance(error, DeliveryError)),
         reraise=True,
     ):
         with state:
             try:
-                async with asyncio.timeout(max(until() - time.monotonic(), _MIN_ATTEMPT_S)):
+                async with asyncio.timeout(max(until() - CLOCK.now(), _MIN_ATTEMPT_S)):
                     await attempt()
             except TimeoutError:
                 raise DeliveryError("no answer in time") from None

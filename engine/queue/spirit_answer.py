@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 
@@ -13,6 +12,7 @@ from engine.jobs.proxied import AnswerStart
 from engine.queue.spirit_agent import ConnectionLostError, SpiritAgent
 from engine.queue.spirit_delivery import TaskDelivery, error_answer, message_of
 from engine.queue.spirit_task import SpiritTask
+from engine.run_clock import CLOCK
 
 # An answer whose connection ends sooner may not have reached its client at all.
 EARLY_S = 0.25
@@ -126,7 +126,7 @@ class ProxiedDelivery(TaskDelivery):
         An error ends a stream that has begun as vLLM's own would: with an event that says so.
         """
         del replace_worker
-        self._deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        self._deadline = CLOCK.now() + ANSWER_TIMEOUT_S
         if self._posting is None:
             self._posting = asyncio.create_task(self._post_at_once(error))
         else:
@@ -177,14 +177,14 @@ class ProxiedDelivery(TaskDelivery):
         """
 
         async def attempt() -> None:
-            begun = time.monotonic()
+            begun = CLOCK.now()
             try:
                 await self._agent.answer(self._task.id, start.status, start.content_type, self._body.chunks())
             except ConnectionLostError:
                 if self._body.is_complete:  # There is nothing to abort any more: another attempt costs little.
                     raise
             if not self._body.is_complete:
-                raise ClientGoneError(time.monotonic() - begun)
+                raise ClientGoneError(CLOCK.now() - begun)
 
         await self._until_delivered(attempt)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -24,6 +23,7 @@ from engine.queue.spirit_answer import ProxiedDelivery
 from engine.queue.spirit_delivery import HandlerDelivery
 from engine.queue.spirit_sdk import Concurrency, log_through_sdk
 from engine.queue.spirit_task import SpiritTask, read_task
+from engine.run_clock import CLOCK
 
 # Where the agent does not hold a take open: the pause between two calls, which the SDK makes while tasks come (without
 # tasks it pauses for 0.25 s), and how long one take of ours asks.
@@ -73,7 +73,7 @@ class SpiritClient:
     async def _refuse(self, task: SpiritTask) -> None:
         _log.warning("Job %s: answered with 503, as it came while the worker ended", task.id)
         error = WorkerShutdownError("the worker ends; try again")
-        await self.delivery(task.id, time.monotonic() + _REFUSE_TIMEOUT_S).finish(error)
+        await self.delivery(task.id, CLOCK.now() + _REFUSE_TIMEOUT_S).finish(error)
 
     async def take(self, count: int) -> list[Any]:
         """Return one job, as an agent gives out one task at a time; none if none came for half a minute.
@@ -84,14 +84,14 @@ class SpiritClient:
         """
         del count
         self._polling_stopped.clear()
-        until = time.monotonic() + _TAKE_S
+        until = CLOCK.now() + _TAKE_S
         while not self._polling_stopped.is_set():
             document, is_healthy = await self._agent.take()
             if document is not None and (job := self._job(read_task(document))):
                 return [job]
             if not is_healthy and not self._tasks:
                 raise UnusableQueueError("the platform's agent says that it is unhealthy (X-Agent-Health: false)")
-            if time.monotonic() >= until:
+            if CLOCK.now() >= until:
                 break
             with suppress(TimeoutError):
                 async with asyncio.timeout(IDLE_POLL_S):
@@ -114,7 +114,7 @@ class SpiritClient:
         return {"id": task.id, "input": task.input}
 
     async def _acknowledge(self, task_id: str) -> None:
-        until = time.monotonic() + _TAKE_S
+        until = CLOCK.now() + _TAKE_S
         with suppress(DeliveryError, RefusedDeliveryError):
             await until_delivered(lambda: self._agent.call("request-ack", task_id, b""), lambda: until)
 
@@ -122,6 +122,9 @@ class SpiritClient:
         """Take nothing more; a task that is on its way still arrives."""
         self._polling_stopped.set()
         self._agent.stop_polling()
+
+    def reconnect(self) -> None:
+        """Do nothing: the agent is on the same machine, and its polls last seconds."""
 
     async def stop_signals(self) -> list[str]:
         """Return the id of a job whose client has gone, when there is one: the platform has no other stop signals."""

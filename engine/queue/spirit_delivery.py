@@ -12,7 +12,6 @@ import asyncio
 import base64
 import json
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -28,6 +27,7 @@ from engine.json_codec import encode
 from engine.queue.delivery import MIN_RESULT_TIMEOUT_S
 from engine.queue.spirit_agent import SpiritAgent, until_delivered
 from engine.queue.spirit_task import SpiritTask
+from engine.run_clock import CLOCK
 
 # API.md of spirit-gpu 0.1.0: a larger result can be had by webhook only.
 MAX_RESULT_BYTES = {"sync": 10 * 1024 * 1024, "async": 2 * 1024 * 1024}
@@ -66,14 +66,14 @@ class TaskDelivery:
         self.on_answered()
         await self._executing
         await self._report("failed" if error else "succeed", error or "succeed")
-        until = time.monotonic() + MIN_RESULT_TIMEOUT_S
+        until = CLOCK.now() + MIN_RESULT_TIMEOUT_S
         try:
             await until_delivered(lambda: self._agent.call("request-ack", self._task.id, b""), lambda: until)
         except (DeliveryError, RefusedDeliveryError) as failure:
             _log.error("Job %s: it could not be acknowledged (%s)", self._task.id, failure)
 
     async def _report(self, status: str, message: str) -> None:
-        until = time.monotonic() + _METRIC_TIMEOUT_S
+        until = CLOCK.now() + _METRIC_TIMEOUT_S
         body = self._task.metric(status, message)
         try:
             await until_delivered(lambda: self._agent.call("request-metric", self._task.id, body), lambda: until)
@@ -103,7 +103,7 @@ class HandlerDelivery(TaskDelivery):
     async def finish(self, error: JobError | None = None, *, replace_worker: bool = False) -> str:
         """Post the result, then report and acknowledge the task; return the outcome."""
         del replace_worker
-        self._deadline = max(self._deadline, time.monotonic() + MIN_RESULT_TIMEOUT_S)
+        self._deadline = max(self._deadline, CLOCK.now() + MIN_RESULT_TIMEOUT_S)
         status, body = (int(HTTPStatus.OK), encode(_joined(self._outputs))) if error is None else error_answer(error)
         webhook = asyncio.ensure_future(self._call_webhook(status, body))
         try:
@@ -131,7 +131,7 @@ class HandlerDelivery(TaskDelivery):
 
     async def _call_webhook(self, status: int, body: bytes) -> str:
         """Post the result to the webhook, if there is one; return what went wrong, if anything."""
-        url, until = self._task.webhook, time.monotonic() + WEBHOOK_TIMEOUT_S
+        url, until = self._task.webhook, CLOCK.now() + WEBHOOK_TIMEOUT_S
         if not url:
             return ""
         try:

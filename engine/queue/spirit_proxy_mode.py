@@ -10,7 +10,6 @@ import asyncio
 import logging
 import signal
 import socket
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from engine.backend.app import App, Message, Receive, Send
 from engine.errors import JobError
 from engine.jobs import inputs
 from engine.jobs.http_server import Server, send_error, server_config, wait_for_failure
+from engine.run_clock import CLOCK
 
 # The SDK's session has 100 connections, for polls and acknowledgements too.
 MAX_CONCURRENCY = 95
@@ -114,7 +114,7 @@ class ProxyMode:
                 await send_error(error, scope, send)
             finally:
                 self._running -= 1
-                self._last_active = time.monotonic()
+                self._last_active = CLOCK.now()
 
         return serve
 
@@ -126,9 +126,9 @@ class ProxyMode:
         self._tasks.append(asyncio.get_running_loop().create_task(self._drain()))
 
     async def _drain(self) -> None:
-        self._last_active = time.monotonic()
-        until = time.monotonic() + self._drain_s
-        while time.monotonic() < until and (self._running or time.monotonic() - self._last_active < _QUIET_S):  # noqa: ASYNC110 (a request may come meanwhile)
+        self._last_active = CLOCK.now()
+        until = CLOCK.now() + self._drain_s
+        while CLOCK.now() < until and (self._running or CLOCK.now() - self._last_active < _QUIET_S):  # noqa: ASYNC110 (a request may come meanwhile)
             await asyncio.sleep(0.05)
         raise SystemExit(0)
 

@@ -1,4 +1,4 @@
-"""The connection of a take, which can be closed for writing without losing a job that is on its way."""
+"""The connection of a poll, which can be closed for writing without losing a job that is on its way."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SPECIFICATIONS = {"runpod_api"}
 # It is next to `engine.queue`: neither imports the other.
 BESIDE = {"engine.server": "engine.queue"}
 # All may import these, which import only each other.
-SHARED = {"engine.child_processes", "engine.cold_start", "engine.errors", "engine.json_codec"}
+SHARED = {"engine.child_processes", "engine.cold_start", "engine.errors", "engine.json_codec", "engine.run_clock"}
 STARTUP_MAY_IMPORT = {"engine.backend", "engine.config"}
 # The deployment uses the doctor; nothing imports the deployment.
 MAY_IMPORT = {("deploy", "builder")}

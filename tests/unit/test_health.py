@@ -42,6 +42,18 @@ def test_a_worker_is_healthy_while_its_event_loop_runs(heartbeat_file: Path) -> 
     assert health.main() == 1
 
 
+def test_a_worker_that_was_frozen_for_hours_is_healthy_when_it_is_thawed(
+    heartbeat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check may run before the worker's event loop does."""
+    heartbeat_file.parent.mkdir()
+    heartbeat_file.touch()
+    os.utime(heartbeat_file, (0, 0))
+    monkeypatch.setattr(time, "sleep", lambda _: heartbeat_file.touch())
+
+    assert health.main() == 0
+
+
 def test_a_worker_with_a_dead_engine_is_unhealthy(heartbeat_file: Path) -> None:
     asyncio.run(health.heartbeat(lambda: "its process is dead"))
     assert not heartbeat_file.exists()

@@ -90,6 +90,19 @@ class Site:
 
         return eventually(poll, timeout_s)
 
+    def freeze(self, worker: str, *, drops_connections: bool = True) -> None:
+        """Freeze a worker with all its processes, until `thaw`."""
+        options = {"dropConnections": drops_connections}
+        self.root.post(f"/workers/{worker}/freeze", json=options).raise_for_status()
+
+    def thaw(self, worker: str) -> None:
+        self.root.post(f"/workers/{worker}/thaw").raise_for_status()
+
+    def log_of(self, worker: str) -> list[str]:
+        """Return the last lines that a worker, running or exited, has logged."""
+        state = self.state()
+        return [line for one in state["workers"] + state["gone"] if one["id"] == worker for line in one["log"]]
+
     def faults(self, *rules: dict[str, Any], **settings: Any) -> None:
         self.root.put("/faults", json={"rules": rules, **settings}).raise_for_status()
 
@@ -105,9 +118,15 @@ def settings_with(*, tls: bool = False, **endpoint: Any) -> EmulatorSettings:
 
 
 @contextmanager
-def site_with(*, tls: bool = False, **endpoint: Any) -> Iterator[Site]:
+def site_with(*, tls: bool = False, events: list[str] | None = None, **endpoint: Any) -> Iterator[Site]:
+    """Run an emulator during the block; `events` gets all lines of its timeline."""
+
+    def event_log(_: str, line: str) -> None:
+        if events is not None:
+            events.append(line)
+
     with ExitStack() as stack:
-        emulator: Emulator = stack.enter_context(run_in_thread(settings_with(tls=tls, **endpoint)))
+        emulator: Emulator = stack.enter_context(run_in_thread(settings_with(tls=tls, **endpoint), event_log))
         yield Site(emulator.url, stack, emulator.ca_file)
 
 

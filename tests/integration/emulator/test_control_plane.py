@@ -22,6 +22,7 @@ from tests.integration.emulator.conftest import KEY, REPOSITORY, alive, eventual
 
 SCRIPTED = [sys.executable, "-m", "tests.scripted_worker"]
 ARRIVAL_S = 0.1
+SHORT_DELAY = {"type": "QUEUE_DELAY", "queueDelay": 0.5}
 WORDS = "one two three four five six"
 
 
@@ -139,10 +140,11 @@ def test_releases_roll_out_and_back_under_load_and_no_job_fails(plane: ControlPl
 
 
 def test_deleting_an_endpoint_cancels_its_jobs_and_stops_its_workers(plane: ControlPlaneClient) -> None:
-    endpoint = plane.create(env={"PAUSE_S": "600"}, workers={"min": 1, "max": 1})
+    endpoint = plane.create(env={"PAUSE_S": "0.2"}, workers={"min": 1, "max": 1})
     urls, name = endpoint["requestUrls"], endpoint["id"]
     answers: list[dict[str, Any]] = []
-    value = {"openai_route": "/v1/completions", "openai_input": {"prompt": WORDS, "stream": True}}
+    a_minute = {"prompt": "word " * 300, "stream": True}
+    value = {"openai_route": "/v1/completions", "openai_input": a_minute}
 
     def ask() -> None:
         response = httpx.post(urls["runSync"], json={"input": value}, headers=plane.http.headers, timeout=60)
@@ -155,7 +157,7 @@ def test_deleting_an_endpoint_cancels_its_jobs_and_stops_its_workers(plane: Cont
     plane.delete(name)
     client.join(10)
     assert [answer["status"] for answer in answers] == ["CANCELLED"]
-    # The worker was told to stop the job: it does not drain until it is killed.
+    # The worker was told to stop the job: it does not finish it first.
     eventually(lambda: not alive(process))
 
 
@@ -199,6 +201,18 @@ def test_a_load_balancing_endpoint_is_created_released_and_deleted(plane: Contro
             return True
 
     eventually(is_closed)
+
+
+def test_a_frozen_worker_is_scaled_down_and_comes_back(plane: ControlPlaneClient) -> None:
+    endpoint = plane.create(flashboot="FLASHBOOT", workers={"max": 1, "idleTimeout": 1}, scaling=SHORT_DELAY)
+    name, run_sync = endpoint["id"], endpoint["requestUrls"]["runSync"]
+    job = {"input": {"openai_route": "/v1/completions", "openai_input": {"prompt": "hello"}}}
+    first = plane.http.post(run_sync, json=job).json()
+    eventually(lambda: plane.workers(name)["summary"]["total"] == 0)
+    second = plane.http.post(run_sync, json=job).json()
+    assert (first["status"], second["status"]) == ("COMPLETED", "COMPLETED")
+    assert first["workerId"] == second["workerId"]
+    plane.delete(name)
 
 
 def test_an_image_that_cannot_be_pulled_is_seen_in_the_systems_log_and_replaced(plane: ControlPlaneClient) -> None:

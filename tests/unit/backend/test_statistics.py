@@ -61,7 +61,7 @@ def test_an_idle_engine_does_not_hide_a_full_one() -> None:
 
 def test_the_step_time_is_that_of_the_slowest_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("engine.backend.statistics.time.monotonic", lambda: now)
+    monkeypatch.setattr("engine.backend.statistics.CLOCK", SimpleNamespace(now=lambda: now))
     statistics = Statistics()
     for number in range(200):
         now = 100.0 + number * 0.01

@@ -50,7 +50,7 @@ async def client(queue: QueueServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
         monkeypatch.setattr(rp_http, name, variables[f"RUNPOD_WEBHOOK_{url}"].replace("$RUNPOD_POD_ID", worker))
     async with RunPodClient() as result:
         # aiohttp has read what it trusts when it was imported.
-        result._connector._ssl = ssl.create_default_context(cafile=variables["SSL_CERT_FILE"])
+        result._connections._take_connector._ssl = ssl.create_default_context(cafile=variables["SSL_CERT_FILE"])
         yield result
 
 

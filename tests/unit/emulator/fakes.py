@@ -46,6 +46,13 @@ class FakeProcess:
     pid: int | None = 1
     terminated: bool = False
     killed: bool = False
+    frozen: bool = False
+
+    def freeze(self) -> None:
+        self.frozen = True
+
+    def thaw(self) -> None:
+        self.frozen = False
 
     def terminate(self) -> None:
         self.terminated = True

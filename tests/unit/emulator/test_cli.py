@@ -68,10 +68,21 @@ def test_created_endpoints_have_the_options_of_the_first_and_the_tiny_model(
 ) -> None:
     monkeypatch.setattr(cli, "_tiny_model_dir", lambda: "/models/tiny")
     monkeypatch.delenv("MODEL_NAME", raising=False)
-    settings = control_plane("--grace", "7", "--env", "A=1", "--endpoint", "first", "--no-rate-limits")
+    options = [
+        "--grace",
+        "7",
+        "--env",
+        "A=1",
+        "--endpoint",
+        "first",
+        "--no-rate-limits",
+        "--scaler-type",
+        "QUEUE_DELAY",
+    ]
+    settings = control_plane(*options)
     assert Path(settings.endpoint["command"][-1]).name == "handler.py"
     assert {name: settings.endpoint[name] for name in ("grace", "env")} == {"grace": 7, "env": {"A": "1"}}
-    assert "id" not in settings.endpoint
+    assert not {"id", "scalerType"} & settings.endpoint.keys()
     assert (settings.model_dir, settings.rate_limits) == ("/models/tiny", None)
 
 
@@ -109,7 +120,11 @@ def test_wrong_control_plane_settings_are_refused(tmp_path: Path, document: dict
 
 @pytest.mark.parametrize(
     ("endpoint", "message"),
-    [({"colour": 1}, "controlPlane.endpoint: unknown colour"), ({"grace": -1}, "controlPlane.endpoint: grace")],
+    [
+        ({"colour": 1}, "controlPlane.endpoint: colour cannot be set"),
+        ({"workersMax": 1}, "controlPlane.endpoint: workersMax cannot be set"),
+        ({"grace": -1}, "controlPlane.endpoint: grace"),
+    ],
 )
 def test_wrong_settings_of_created_endpoints_are_refused(endpoint: dict[str, Any], message: str) -> None:
     settings = EmulatorSettings.model_validate({"port": 0, "controlPlane": {"endpoint": endpoint}})
@@ -141,8 +156,10 @@ def test_every_option_sets_its_setting() -> None:
         "--ping-interval": ("2000", "ping_interval_ms", 2000),
         "--lost-after": ("13", "lost_after_s", 13),
         "--max-retries": ("6", "max_retries", 6),
+        "--frozen-timeout": ("14", "frozen_timeout_s", 14),
     }
     argv = ["--endpoint", "ep", "--command", "run 'a b'", "--env", "A=1=2", "--env", "B=", "--no-rate-limits"]
+    argv.append("--flashboot")
     for option, (text, _, _) in options.items():
         argv += [option, text]
     settings, _ = cli.read_settings([*argv, "--port", "0", "--host", "0.0.0.0", "--api-key", "k1", "--api-key", "k2"])
@@ -153,6 +170,7 @@ def test_every_option_sets_its_setting() -> None:
     }
     assert isinstance(endpoint, EndpointSettings)
     assert not endpoint.rate_limits
+    assert endpoint.flashboot
     assert (settings.host, settings.port, settings.api_keys) == ("0.0.0.0", 0, ("k1", "k2"))
     assert options.keys() == cli._ENDPOINT_OPTIONS.keys()
 

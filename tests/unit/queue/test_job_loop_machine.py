@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import os
-import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
@@ -31,6 +30,7 @@ from hypothesis.stateful import (
 
 from engine.queue.admission import Admission
 from engine.queue.job_loop import ABANDON_TIMEOUT_S, FINAL_DELIVERY_TIMEOUT_S, JobLoop, LoopState, Timeouts
+from engine.run_clock import CLOCK
 from tests import virtual_time
 from tests.fake_job_queue import NO_FAULT, POLL_FAULTS, POST_FAULTS, FakeJobQueue, Fault
 from tests.unit.queue.fakes import FakeLoad
@@ -113,6 +113,7 @@ class LoopMachine(RuleBasedStateMachine):
         loop = self.runner.get_loop()
         # An exception that no task retrieves is a violation too.
         loop.set_exception_handler(lambda _, context: self.queue.violations.append(str(context)))
+        self.stack.enter_context(virtual_time.watched_for_freezes(loop, self.loop.on_thaw))
         self.task = loop.create_task(self.loop.run())
 
     def failure(self) -> str | None:
@@ -224,6 +225,10 @@ class LoopMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.runner.run(asyncio.sleep(seconds))
 
+    @rule(seconds=st.sampled_from([1.0, 30.0, 1000.0]))
+    def the_worker_is_frozen(self, seconds: float) -> None:
+        virtual_time.freeze(self.runner.get_loop(), seconds)
+
     @rule()
     def ten_seconds_without_faults_pass(self) -> None:
         for faults in (self.queue.take_faults, self.queue.stop_faults, self.queue.post_faults):
@@ -287,7 +292,7 @@ class LoopMachine(RuleBasedStateMachine):
 
     def _ends(self) -> None:
         if self.ended_at is None:
-            self.ended_at = time.monotonic()
+            self.ended_at = CLOCK.now()
 
     def _undecided(self) -> bool:
         return self.loop.state in (LoopState.SERVING, LoopState.DRAINING)
@@ -330,7 +335,7 @@ class LoopMachine(RuleBasedStateMachine):
     async def _end(self) -> set[asyncio.Task[Any]]:
         """Wait for the loop to end; return the tasks that it leaves behind."""
         deadline = (self.ended_at or 0.0) + MAX_END_S
-        await asyncio.wait({self.task}, timeout=max(deadline - time.monotonic(), 0))
+        await asyncio.wait({self.task}, timeout=max(deadline - CLOCK.now(), 0))
         # A task that was cancelled in the last turn needs one more to end.
         await asyncio.sleep(0)
         return {task for task in asyncio.all_tasks() if task not in (self.task, asyncio.current_task())}

@@ -23,6 +23,12 @@ pytestmark = pytest.mark.anyio
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+def trust(client: RunPodClient, tls: Path) -> None:
+    """Let its polls trust the certificate in this directory: aiohttp has read what it trusts when it was imported."""
+    context = ssl.create_default_context(cafile=tls / "cert.pem")
+    client._connections._take_connector._ssl = client._connections._stop_connector._ssl = context
+
+
 @asynccontextmanager
 async def client_of(
     answer: Answer, monkeypatch: pytest.MonkeyPatch, tls: Path | None = None
@@ -34,12 +40,10 @@ async def client_of(
     app.router.add_route("*", "/{any:.*}", answer)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    server_tls = client_tls = None
+    server_tls = None
     if tls is not None:
-        server_tls, client_tls = (
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
-            ssl.create_default_context(cafile=tls / "cert.pem"),
-        )
+        monkeypatch.setenv("SSL_CERT_FILE", str(tls / "cert.pem"))
+        server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         server_tls.load_cert_chain(tls / "cert.pem", tls / "key.pem")
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server_tls)
     await site.start()
@@ -48,8 +52,8 @@ async def client_of(
     try:
         async with RunPodClient() as client:
             client._urls = {kind: f"{url}/{kind.value}/$ID?key=secret" for kind in PostKind}
-            if client_tls is not None:
-                client._connector._ssl = client_tls
+            if tls is not None:
+                trust(client, tls)
             yield client
     finally:
         await runner.cleanup()
@@ -145,6 +149,70 @@ async def test_a_take_ends_as_soon_as_the_platform_notices_that_polling_stopped(
         with pytest.raises(aiohttp.ClientConnectionError):
             await asyncio.wait_for(take, 10)
         assert time.monotonic() - begun < POLL_CANCEL_GRACE_S
+
+
+async def test_new_connections_are_used_after_a_freeze_and_what_is_on_dead_ones_fails(
+    tls: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server keeps silent on the first connections, as one does that has forgotten them."""
+    transports: set[asyncio.Transport | None] = set()
+    asked = asyncio.Semaphore(0)
+    silent = True
+
+    async def answer(request: web.Request) -> web.Response:
+        if silent:
+            transports.add(request.transport)
+            asked.release()
+            await asyncio.Event().wait()
+        assert request.transport not in transports
+        return web.json_response({"id": "1", "input": {}, "jobsToStop": ["2"]})
+
+    async with client_of(answer, monkeypatch, tls) as client:
+        dead = [
+            asyncio.create_task(client.take(1)),
+            asyncio.create_task(client.stop_signals()),
+            asyncio.create_task(client.post(PostKind.OUTPUT, "1", b"{}")),
+        ]
+        for _ in dead:
+            await asked.acquire()
+        silent = False
+        begun = time.monotonic()
+        client.reconnect()
+        if tls is not None:
+            trust(client, tls)
+
+        assert await client.take(1) == [{"id": "1", "input": {}, "jobsToStop": ["2"]}]
+        assert await client.stop_signals() == ["2"]
+        await client.post(PostKind.OUTPUT, "1", b"{}")
+        assert not dead[2].done()
+        errors = await asyncio.wait_for(asyncio.gather(*dead, return_exceptions=True), POLL_CANCEL_GRACE_S + 5)
+
+    assert time.monotonic() - begun >= POLL_CANCEL_GRACE_S
+    assert [isinstance(error, aiohttp.ClientError) for error in errors] == [True, True, False]
+    assert isinstance(errors[2], DeliveryError)
+
+
+async def test_what_is_on_its_way_after_a_freeze_arrives(tls: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = asyncio.Semaphore(0)
+
+    async def give(request: web.Request) -> web.StreamResponse:
+        answer = web.json_response({"id": "1", "input": {}, "jobsToStop": ["2"]})
+        await answer.prepare(request)
+        await answer.write_eof()
+        sent.release()
+        return answer
+
+    async with client_of(give, monkeypatch, tls) as client:
+        polls = [
+            asyncio.create_task(client.take(1)),
+            asyncio.create_task(client.stop_signals()),
+            asyncio.create_task(client.post(PostKind.OUTPUT, "1", b"{}")),
+        ]
+        for _ in polls:
+            await sent.acquire()
+        client.reconnect()
+
+        assert await asyncio.gather(*polls) == [[{"id": "1", "input": {}, "jobsToStop": ["2"]}], ["2"], None]
 
 
 def test_the_installed_sdk_has_the_interface_that_the_job_loop_needs() -> None:

@@ -101,3 +101,17 @@ def test_page_files_are_revalidated_on_every_load(site: Site, path: str) -> None
     assert response.headers["cache-control"] == "no-cache"
     again = site.root.get(path, headers={"If-None-Match": response.headers["etag"]})
     assert (again.status_code, again.headers["cache-control"]) == (200 if path == "/" else 304, "no-cache")
+
+
+@pytest.mark.parametrize("action", ["freeze", "thaw"])
+def test_an_unknown_worker_cannot_be_frozen_or_thawed(site: Site, action: str) -> None:
+    response = site.root.post(f"/workers/unknown/{action}")
+    assert (response.status_code, response.json()["error"]) == (404, "there is no managed worker unknown")
+    with httpx.Client(base_url=site.url) as stranger:
+        assert stranger.post(f"/workers/unknown/{action}").status_code == 401
+
+
+def test_a_misspelt_option_of_a_freeze_is_refused(site: Site) -> None:
+    response = site.root.post("/workers/unknown/freeze", json={"dropConnection": False})
+    assert response.status_code == 400
+    assert "dropConnection" in response.json()["error"]

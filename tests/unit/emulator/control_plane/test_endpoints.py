@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import threading
 from typing import Any
 
 import pytest
 
 from runpod_api import description
 from tests.control_plane import ControlPlaneClient
+from tests.unit.emulator.control_plane.conftest import StartPlane
 
 L4, A5000, RTX_3090 = "NVIDIA L4", "NVIDIA RTX A5000", "NVIDIA GeForce RTX 3090"
 
@@ -50,7 +53,7 @@ def test_a_load_balancing_endpoint_has_a_url_of_its_own(plane: ControlPlaneClien
     assert endpoint["requestUrls"] == {"base": base, "health": f"{base}/ping"}
     assert endpoint["workers"] == {"min": 0, "max": 3, "idleTimeout": 7}
     assert plane.http.get(base, headers={"Authorization": ""}).status_code == 401
-    changed = plane.patch(endpoint["id"], env={"HEALTH_CHECK_PATH": "/healthz"})
+    changed = plane.patch(endpoint["id"], env={"HEALTH_CHECK_PATH": "/healthz", "PORT": "80"})
     assert changed["requestUrls"] == {"base": base, "health": f"{base}/healthz"}
     plane.delete(endpoint["id"])
     assert endpoint["id"] not in [one["id"] for one in plane.get("serverless")["endpoints"]]
@@ -225,6 +228,30 @@ def test_an_external_worker_is_listed_without_a_version(plane: ControlPlaneClien
     assert (worker["gpuTypeId"], worker["dataCenterId"]) == ("NVIDIA GeForce RTX 4090", "US-KS-2")
     plane.patch(endpoint, image="me/vllm:2")
     assert not plane.workers(endpoint)["workers"][0]["isStale"]
+
+
+def test_faults_can_be_injected_into_the_control_plane(plane: ControlPlaneClient) -> None:
+    rule = {"kind": "error", "route": "control-plane", "status": 503, "times": 1}
+    plane.http.put("/faults", json={"rules": [rule]}).raise_for_status()
+    assert [plane.http.get("/v2/serverless").status_code for _ in range(2)] == [503, 200]
+    plane.http.put("/faults", json={}).raise_for_status()
+
+
+def test_a_log_is_streamed_from_a_time_on_and_ends_with_its_worker(plane: ControlPlaneClient) -> None:
+    endpoint = plane.create()["id"]
+    plane.http.get(f"/v2/{endpoint}/job-take/w1?gpu=x&job_in_progress=0").raise_for_status()
+    deleted = threading.Timer(0.2, plane.delete, (endpoint,))
+    deleted.start()
+    # An external worker has no log: the stream is empty, and ends when the worker is gone.
+    response = plane.request("GET", f"serverless/{endpoint}/workers/w1/logs?since=2999-01-01T00:00:00Z")
+    deleted.join()
+    assert (response.status_code, response.text.replace(": keep-alive\n\n", "")) == (200, "")
+
+
+def test_the_page_is_kept_up_to_date_without_an_endpoint(start_plane: StartPlane) -> None:
+    with start_plane().http.stream("GET", "/state/events") as events:
+        lines = (line for line in events.iter_lines() if line)
+        assert [json.loads(next(lines).removeprefix("data: "))["endpoints"] for _ in range(2)] == [[], []]
 
 
 def test_billing_has_a_record_of_each_endpoint_and_bucket(plane: ControlPlaneClient) -> None:

@@ -12,7 +12,7 @@ from emulator.core.fleet import Fleet
 from emulator.core.job import JobStatus
 from emulator.core.job_queue import JobQueue
 from emulator.core.process import ProcessListener
-from emulator.core.worker import TAKING_STATES, FleetWorker
+from emulator.core.worker import TAKING_STATES, FleetWorker, WorkerState
 from emulator.errors import NotFoundError
 from emulator.redaction import Redaction
 from emulator.settings import EndpointSettings
@@ -34,6 +34,8 @@ class FleetHarness:
         self.log_lines: list[tuple[str, str]] = []
         self.stopping: list[str] = []
         self.exited: list[str] = []
+        self.frozen: list[tuple[str, bool]] = []
+        self.thawed: list[str] = []
         self.fleet = Fleet(
             self.settings,
             self.queue,
@@ -56,6 +58,12 @@ class FleetHarness:
 
     def on_worker_exited(self, worker: str) -> None:
         self.exited.append(worker)
+
+    def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
+        self.frozen.append((worker, drops_connections))
+
+    def on_worker_thawed(self, worker: str) -> None:
+        self.thawed.append(worker)
 
     def environment(self, worker: str) -> dict[str, str]:
         return {"WORKER": worker, "OVERRIDDEN": "by-platform"}
@@ -448,3 +456,23 @@ def test_an_external_worker_is_never_stale() -> None:
     worker = harness.fleet.on_poll("external")
     release(harness)
     assert worker.takes_jobs
+
+
+def test_a_frozen_stale_worker_is_ended_and_not_replaced() -> None:
+    harness = FleetHarness(scalerType="QUEUE_DELAY", idleTimeout=5, flashboot=True)
+    submit(harness.queue)
+    harness.advance(60)
+    worker = harness.fleet.on_poll(harness.fleet.workers()[0].id)
+    (job,) = harness.queue.take(worker.id, 1)
+    harness.fleet.tick()
+    harness.queue.finish(worker.id, job.id, "done")
+    harness.fleet.tick()
+    harness.advance(5)
+    assert worker.state is WorkerState.FROZEN
+    release(harness)
+    harness.fleet.tick()
+    assert harness.processes[0].killed
+    harness.processes[0].listener.on_exit(-9)
+    submit(harness.queue)
+    harness.advance(60)
+    assert [one.version for one in harness.fleet.workers()] == [2]
