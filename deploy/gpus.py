@@ -100,7 +100,8 @@ def choose(catalogue: Sequence[GpuType], fits: Fits, counts: Iterable[int], data
     """
     fitting_but_taken: list[str] = []
     for count in counts:
-        pools = _pools(catalogue, {one.id for one in catalogue if _is_fit(fits(one, count))}, fits, count)
+        fitting = {one.id for one in catalogue if _has_machine(one, count) and _is_fit(fits(one, count))}
+        pools = _pools(catalogue, fitting, fits, count)
         free = [pool for pool in pools if _is_free_in(pool, data_centers)]
         if free:
             limit = (free[0].price or float("inf")) * _MAX_PRICE_RATIO
@@ -156,6 +157,11 @@ def _pools(catalogue: Sequence[GpuType], wanted_ids: Collection[str], fits: Fits
             excluded = tuple(one.id for one in types if one not in wanted)
             pools.append(Pool(pool, wanted, excluded, max(prices, default=None), fits(smallest, count)))
     return sorted(pools, key=lambda pool: (pool.price is None, pool.price or 0, pool.id))
+
+
+def _has_machine(gpu: GpuType, count: int) -> bool:
+    """Return whether RunPod has a machine with so many GPUs of this type."""
+    return max(gpu.max_count.secure, gpu.max_count.community) >= count
 
 
 def _is_fit(fit: Fit | None) -> bool:

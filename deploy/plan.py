@@ -154,6 +154,8 @@ def update_request(endpoint: Endpoint, options: Options, choice: Choice | None) 
     env = {name: value for name, value in env.items() if name not in options.unset} | dict(options.env or {})
     if options.execution_timeout_s is not None:
         env["DELIVERY_TIMEOUT_S"] = f"{options.execution_timeout_s:g}"
+    if options.gpus_per_worker is not None:
+        env["TENSOR_PARALLEL_SIZE"] = str(options.gpus_per_worker)
     return wanted | {"env": env}
 
 

@@ -63,6 +63,12 @@ def test_a_model_too_large_for_one_gpu_is_split() -> None:
     assert (choice.pool_ids, choice.count) == (["ADA_80_PRO"], 2)
 
 
+def test_a_type_without_a_machine_of_so_many_gpus_is_passed_over() -> None:
+    single = gpu("NVIDIA H100 PCIe", "HERE", 80, 1.0, maxCount={"secure": 1, "community": 0})
+
+    assert gpus.choose(types(single, CATALOGUE[4]), needing(140), (1, 2)).pool_ids == ["ADA_80_PRO"]
+
+
 def test_a_pool_without_free_gpus_is_passed_over() -> None:
     taken = gpu("NVIDIA L4", "AMPERE_24", 24, 0.68, "NONE")
 

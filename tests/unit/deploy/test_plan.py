@@ -164,6 +164,15 @@ def test_a_floor_replaces_a_set_of_cuda_versions() -> None:
     assert violations("UpdateEndpointRequest", change) == []
 
 
+def test_an_update_to_more_gpus_splits_the_model() -> None:
+    before = endpoint(created(IMAGE))
+
+    body, _ = plan.changes(before, plan.update_request(before, Options(gpus_per_worker=2), None))
+
+    assert body["gpu"] == {"count": 2}
+    assert body["env"]["TENSOR_PARALLEL_SIZE"] == "2"
+
+
 def test_an_update_changes_only_what_it_names() -> None:
     before = endpoint(created(Options(image="x/y:1", env={"A": "1", "B": "2"})))
 
