@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
@@ -96,3 +97,31 @@ def test_the_endpoints_are_listed_without_a_name(context: Context, terminal: Ter
     asyncio.run(commands.status(context, None))
 
     assert terminal.result == "tiny  ep1  QUEUE  x/y:1\n"
+
+
+def test_a_dry_run_prints_the_change_and_sends_none(context: Context, runpod: FakeRunPod, terminal: Terminal) -> None:
+    runpod.releases = [
+        {
+            "id": f"rel{version}", "version": version, "source": "MANUAL", "workerCount": 0,
+            "createdAt": f"2026-06-01T12:0{version}:00Z",
+            "diff": [{"field": "template.imageName", "old": "x/y:0", "new": "x/y:1"}] if version > 1 else [],
+        }
+        for version in (2, 1)
+    ]  # fmt: skip
+    dry = dataclasses.replace(context, dry_run=True)
+    environment = {"MY_KEY": "abcdefgh"}
+
+    asyncio.run(commands.update(dry, "tiny", Options(image="x/y:2", env=environment), skip_doctor=True))
+    asyncio.run(commands.roll_back(dry, "tiny", None))
+    asyncio.run(commands.down(dry, "tiny", confirmed=False))
+
+    assert [line for line in terminal.result.splitlines() if line[0] not in " {}"] == [
+        "PATCH https://runpod.test/v2/serverless/ep1",
+        "PATCH https://runpod.test/v2/serverless/ep1",
+        "DELETE https://runpod.test/v2/serverless/ep1",
+    ]
+    assert '"image": "x/y:2"' in terminal.result
+    assert '"image": "x/y:0"' in terminal.result
+    assert "abcdefgh" not in terminal.result + terminal.messages
+    assert runpod.bodies == []
+    assert not [one for one in runpod.requests if not one.startswith("GET ")]
