@@ -41,10 +41,13 @@ _BENCH = "takes minutes, and measures; tests/integration/test_bench.py runs it i
 _ADVISE = "takes minutes on a busy machine; tests/unit/bench/test_advise.py runs it in small"
 _ACCOUNT = "needs an account: it creates something on RunPod or Spirit, or asks a worker there, and costs money"
 _FILE = "needs the reader's own file; docs/api.md runs it with one"
+_DEPLOY = "needs an endpoint; tests/integration/deploy runs it on the emulator"
+_SESSION = "is a recording; tests/integration/deploy runs the same commands"
 _HUB = "needs the hub, or the reader's own model; tests/integration/test_builder.py runs it"
 _NETWORK = "changes this checkout, or downloads what a test need not; tests/unit/tools has what can be tested of it"
 
-_HEADERS = '-H "Authorization: Bearer $RUNPOD_API_KEY" -H "Content-Type: application/json"'
+_UP = "$ python -m deploy up ./tiny-phi --env SERVED_MODEL_NAME=tiny --workers-min 1 --workers-max 2"
+_UPDATE = "$ python -m deploy update tiny-phi --image registry.example/worker:2 --env MAX_NUM_SEQS=32"
 _REGISTRY = "registry-serverless.datastone.cn"
 _SPIRIT_BASE = f"{_REGISTRY}/library/cuda-12.1.1-cudnn-devel-ubuntu22.04:py311-builder-torch251"
 
@@ -65,22 +68,39 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "python -m bench"): _LONG,
     ("README.md", "python -m bench advise"): _ADVISE,
     ("README.md", "make soak"): _LONG,
+    ("README.md", "python -m deploy up ORG/NAME"): _ACCOUNT,
     ("deploy.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
     ("deploy.md", "docker build"): _NAMES,
     ("deploy.md", "HF_TOKEN_FILE=~/.cache/huggingface/token docker compose build vllm"): _DOCKER,
     ("deploy.md", "export HF_TOKEN=YOUR_TOKEN"): _DOCKER,
     ("deploy.md", "docker inspect"): _NAMES,
-    ("deploy.md", "mkdir -p warm"): _DOCKER,
     ("deploy.md", "python -m builder verify DIR"): _HUB,
     ("deploy.md", "docker compose --profile gpu up"): _DOCKER,
     ("deploy.md", "docker compose --profile local up"): _DOCKER,
     ("deploy.md", "docker login docker.io"): _DOCKER,
     ("deploy.md", "runpodctl registry create --name NAME --username USER --password TOKEN"): _ACCOUNT,
-    ("deploy.md", f"curl -s https://rest.runpod.io/v1/templates {_HEADERS} \\"): _ACCOUNT,
-    ("deploy.md", f"registry={_REGISTRY} tenant=YOUR_TENANT tag=2026-11-23 docker compose build vllm"): _DOCKER,
-    ("deploy.md", f"base={_SPIRIT_BASE}"): _DOCKER,
-    ("deploy.md", "docker images"): _NAMES,
-    ("deploy.md", "docker build --build-arg MODEL_NAME= --build-arg QUANTIZATION= --build-arg DTYPE= \\"): _DOCKER,
+    ("deploy.md", "export VLLM_SERVERLESS_IMAGE=docker.io/YOUR_NAME/vllm:2026-11-23"): _ACCOUNT,
+    ("deploy.md", "python -m deploy update NAME --image IMAGE --env NAME=VALUE --unset NAME"): _DEPLOY,
+    ("deploy.md", "python -m deploy rollback NAME"): _DEPLOY,
+    ("deploy.md", "python -m deploy status NAME"): _DEPLOY,
+    ("deploy.md", "python -m deploy logs NAME --follow"): _DEPLOY,
+    ("deploy.md", "python -m deploy down NAME"): _DEPLOY,
+    ("deploy.md", "python -m emulator --no-endpoint"): _DEPLOY,
+    ("operate.md", "python -m deploy update"): _DEPLOY,
+    ("deploy-session.md", "python -m emulator --no-endpoint"): _DEPLOY,
+    ("deploy-session.md", _UP): _SESSION,
+    ("deploy-session.md", f"{_UP} --no-wait"): _SESSION,
+    ("deploy-session.md", _UPDATE): _SESSION,
+    ("deploy-session.md", "$ python -m deploy rollback tiny-phi"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy status tiny-phi"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy logs tiny-phi --tail 4"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy down tiny-phi --yes"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy status"): _SESSION,
+    ("operate.md", "mkdir -p warm"): _DOCKER,
+    ("spirit.md", f"registry={_REGISTRY} tenant=YOUR_TENANT tag=2026-11-23 docker compose build vllm"): _DOCKER,
+    ("spirit.md", f"base={_SPIRIT_BASE}"): _DOCKER,
+    ("spirit.md", "docker images"): _NAMES,
+    ("spirit.md", "docker build --build-arg MODEL_NAME= --build-arg QUANTIZATION= --build-arg DTYPE= \\"): _DOCKER,
     ("performance.md", "python -m bench --peer WORKER_VLLM_CHECKOUT                     # 16 minutes"): _LONG,
     ("performance.md", "python -m bench --full --rounds 2"): _LONG,
     ("performance.md", "python -m bench imports"): _IMPORTS,

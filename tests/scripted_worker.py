@@ -23,6 +23,7 @@ from engine.backend.app import App, Message, Receive, Send
 from engine.backend.routes import SERVING
 from engine.backend.statistics import Statistics
 from engine.backend.vllm_engine import VLLMEngine
+from engine.cold_start import WORKER
 from engine.config.settings import Settings
 from engine.jobs import pipeline
 from engine.queue import runpod_client, spirit_client, spirit_sdk
@@ -74,7 +75,14 @@ class ScriptedEngine:
         if scope["type"] == "websocket":
             await self._echo(receive, send)
             return
-        request = json.loads((await receive())["body"])
+        body = (await receive())["body"]
+        if scope["path"] == "/cold_start":
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            document = json.dumps(WORKER.document()).encode()
+            await send({"type": "http.response.body", "body": document, "more_body": False})
+            return
+        request = json.loads(body)
         text = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
         text *= request.get("n", 1)
         kind = b"text/event-stream" if request.get("stream") else b"application/json"
