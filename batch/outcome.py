@@ -56,10 +56,10 @@ class Outcome:
         return cls(None, message, code, retryable, job)
 
     @classmethod
-    def rejected(cls, status: int, message: str) -> Self:
+    def rejected(cls, status: int, message: str, *, job: str = "") -> Self:
         """Return the outcome of a request that the platform itself answered with an error."""
         error = {"message": message, "type": "PlatformError", "param": None, "code": status}
-        return cls(status, {"error": error})
+        return cls(status, {"error": error}, job=job)
 
     @classmethod
     def of_job(cls, job: str, document: dict[str, Any] | None) -> Self:

@@ -129,7 +129,7 @@ class Run:
                 document["output"] = await self._endpoint.result(link)
             return Outcome.of_job(job, document)
         except RejectedError as error:
-            return Outcome.rejected(error.status, str(error))
+            return Outcome.rejected(error.status, str(error), job=job or "")
         except ResultError as error:
             return Outcome.error("result_unavailable", str(error), retryable=True, job=job or "")
         finally:

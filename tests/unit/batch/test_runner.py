@@ -144,6 +144,7 @@ async def test_a_job_whose_status_cannot_be_read_fails_alone(tmp_path: Path) -> 
 
     (failed,) = files.lines(files.errors)
     assert (failed["custom_id"], failed["response"]["status_code"]) == ("line-1", 500)
+    assert failed["response"]["request_id"] == "job-1"
     assert len(files.answered) == 19
 
 
