@@ -36,6 +36,8 @@ URLS: Final = (
     "/v1/score",
     "/v2/embed",
     "/v2/rerank",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
     "/classify",
     "/cohere/v2/chat",
     "/detokenize",
