@@ -151,13 +151,14 @@ def _serve(variables: Mapping[str, Variable], settings: Settings) -> int:
         json_lines.redirect()
     if settings.serves_http:
         return _serve_http(variables, settings)
-    return _poll_spirit(variables, settings) if settings.queue == "spirit" else _poll_runpod(variables)
+    return _poll_spirit(variables, settings) if settings.queue == "spirit" else _poll_runpod(variables, settings)
 
 
-def _poll_runpod(variables: Mapping[str, Variable]) -> int:
+def _poll_runpod(variables: Mapping[str, Variable], settings: Settings) -> int:
     """Take jobs from RunPod's queue until a signal asks the worker to stop."""
     from engine import worker
     from engine.queue import runpod_client
+    from engine.queue.bucket import Bucket
     from engine.startup import fitness
 
     with fitness.Checks() as checks:
@@ -166,13 +167,14 @@ def _poll_runpod(variables: Mapping[str, Variable]) -> int:
     async def run(queue: JobQueue) -> int:
         return await serving.serve(queue, handler)
 
-    return runpod_client.serve(handler, run, serving.max_concurrency, serving.engine.failure)
+    return runpod_client.serve(handler, run, serving.max_concurrency, serving.engine.failure, Bucket.of(settings))
 
 
 def _poll_spirit(variables: Mapping[str, Variable], settings: Settings) -> int:
     """Take jobs from Spirit's agent until a signal asks the worker to stop; heartbeats begin before the load."""
     from engine import worker
     from engine.queue import spirit_client, spirit_sdk
+    from engine.queue.bucket import Bucket
 
     running = spirit_sdk.start_heartbeat()
     serving = worker.current(variables)
@@ -189,7 +191,7 @@ def _poll_spirit(variables: Mapping[str, Variable], settings: Settings) -> int:
     async def run(queue: JobQueue) -> int:
         return await serving.serve(queue, handler)
 
-    return spirit_client.serve(run, running, settings.spirit_request_timeout_s)
+    return spirit_client.serve(run, running, settings.spirit_request_timeout_s, Bucket.of(settings))
 
 
 def _serve_http(variables: Mapping[str, Variable], settings: Settings) -> int:

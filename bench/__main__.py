@@ -1,5 +1,7 @@
 """The command line: `python -m bench` measures under load, `... cold` cold starts, `... gpu` a machine with a GPU.
 
+`... advise` measures nothing: it simulates an endpoint with what was measured.
+
 Exit codes: 0 measured, 1 nothing was measured (a line on stderr says why), interrupted, or a stage of `gpu` failed or
 was skipped, 2 usage error.
 """
@@ -17,7 +19,7 @@ from types import FrameType
 
 import uvloop
 
-from bench import cold, environment, gpu, imports, plots, report, streams, systems, vllm_bench
+from bench import advise, cold, environment, gpu, imports, plots, report, streams, systems, vllm_bench
 from bench.compare import Results, compare
 from bench.report import print_progress
 from bench.scenarios import SEED, Scenario, default_scenarios, full_scenarios
@@ -65,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     streams.add_options(
         commands.add_parser("streams", help="measure streams at the pace of a GPU", description=streams.__doc__)
     )
+    advise.add_options(commands.add_parser("advise", help="find settings for an endpoint", description=advise.__doc__))
     imports.add_options(commands.add_parser("imports", help="list what a start imports", description=imports.__doc__))
     vllm_bench.add_options(
         commands.add_parser("vllm-bench", help="measure with vLLM's own load tool", description=vllm_bench.__doc__)
@@ -179,6 +182,7 @@ def _measure_cold_starts(arguments: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str | None, Callable[[argparse.Namespace], int]] = {
     None: _measure,
+    "advise": advise.run,
     "cold": _measure_cold_starts,
     "gpu": gpu.run,
     "imports": lambda arguments: imports.run(arguments.out),

@@ -103,7 +103,7 @@ def _add_caches(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
             "Start the worker once with the settings of the environment, on the kind of GPU that it will have, and run "
             "one job, so that vLLM and its libraries compile into the worker's COMPILE_CACHE_DIR; print that directory."
         ),
-        epilog="To put the result into an image, build the Dockerfile's target `warm` (docs/deploy.md).",
+        epilog="To put the result into an image, build the Dockerfile's target `warm` (docs/operate.md).",
     )
     warm.add_argument("file", metavar="FILE", nargs="?", help="pack the caches into this tar archive; - is stdout")
     warm.add_argument("--job", metavar="JSON", help="the job to run (default: a completion of 16 tokens)")

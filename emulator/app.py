@@ -28,6 +28,10 @@ from emulator.api.ports import Ports
 from emulator.balancer.endpoint import BalancerEndpoint
 from emulator.balancer.proxy import BalancerApp, MountedBalancerApp, balancer_route_name, endpoint_of_port
 from emulator.certificate import Certificate
+from emulator.control_plane.deployment import ManagedEndpoint
+from emulator.control_plane.plane import ControlPlane
+from emulator.control_plane.routes import routes as control_plane_routes
+from emulator.core.autoscaler import TICK_INTERVAL_S
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.faults import RUNPOD_ROUTES, SPIRIT_ROUTES, Faults
 from emulator.core.process import WorkerProcess
@@ -35,13 +39,12 @@ from emulator.core.runpod_endpoint import RunPodEndpoint
 from emulator.core.webhooks import Webhooks
 from emulator.errors import APIError, SettingsError
 from emulator.redaction import Redaction
-from emulator.settings import BalancerSettings, EmulatorSettings, EndpointSettings
+from emulator.settings import BalancerSettings, EmulatorSettings, RunPodEndpointSettings
 from emulator.spirit import agent, gateway, proxy
 from emulator.spirit.endpoint import SpiritEndpoint
 from emulator.spirit.route_names import agent_route_name, gateway_route_name
-from emulator.spirit.settings import SpiritEmulatorSettings, SpiritEndpointSettings
+from emulator.spirit.settings import SpiritEmulatorSettings
 
-_TICK_INTERVAL_S = 0.1
 _SHUTDOWN_TICK_INTERVAL_S = 0.02
 _SAMPLE_INTERVAL_S = 1.0
 # Longer than clients keep idle connections, so that the server closes none just as a request is sent on it.
@@ -112,25 +115,24 @@ class Emulator:
             worker_log=worker_log,
         )
         self.endpoints: dict[str, Endpoint] = {}
+        """All endpoints by id; the control plane creates and deletes some."""
+        self._control_plane: ControlPlane | None = None
+        self._deleted: dict[str, Endpoint] = {}
         try:
-            for endpoint in settings.endpoints:
-                self.endpoints[endpoint.id] = self._create_endpoint(endpoint)
+            self._add_endpoints(settings)
         except SettingsError:
             self._socket.close()
             self.agents.stop()
             self._balancer_ports.stop()
             raise
-        context = AppContext(self.endpoints, settings.api_keys, self.faults)
-        own_routes = [*admin.routes, *dashboard.routes]
+        self._finished = asyncio.Event()
+        context = AppContext(self.endpoints, settings.api_keys, self.faults, self._deleted, self._finished)
         if is_spirit:
-            self.app = _app([*gateway.routes, *proxy.routes, *own_routes], context, gateway_route_name)
+            routes = [*gateway.routes, *proxy.routes, *admin.routes, *dashboard.routes]
+            self.app = _app(routes, context, gateway_route_name)
         else:
-            # Routes are matched in this order: the most frequent first.
-            balancer = MountedBalancerApp(context)
-            path = "/balancer/{balancer}/{path:path}"
-            own_routes += [Route(path, balancer), WebSocketRoute(path, balancer)]
-            routes = [*worker.routes, *openai_gateway.routes, *client.routes, *own_routes]
-            self.app = _app(routes, context, runpod_route_name)
+            self.app = _app(_runpod_routes(context), context, runpod_route_name)
+            self.app.state.control_plane = self._control_plane
         self._agent_app = _app(agent.routes, context, agent_route_name(self.agents))
         self._agent_app.state.agents = self.agents
         endpoint_of = endpoint_of_port(self._balancer_ports)
@@ -139,14 +141,27 @@ class Emulator:
         )
         self._stop_requested = asyncio.Event()
 
-    def _create_endpoint(self, settings: EndpointSettings | BalancerSettings | SpiritEndpointSettings) -> Endpoint:
-        if isinstance(settings, SpiritEndpointSettings):
-            return SpiritEndpoint(settings, self._surroundings, self.agents)
+    def _add_endpoints(self, settings: EmulatorSettings | SpiritEmulatorSettings) -> None:
+        if isinstance(settings, SpiritEmulatorSettings):
+            for service in settings.endpoints:
+                self.endpoints[service.id] = SpiritEndpoint(service, self._surroundings, self.agents)
+            return
+        plane = ControlPlane(settings.control_plane, self._surroundings, self._create_endpoint)
+        self._control_plane, self.endpoints, self._deleted = plane, plane.endpoints, plane.deleted
+        for endpoint in settings.endpoints:
+            plane.add(endpoint)
+
+    def _create_endpoint(self, settings: RunPodEndpointSettings, surroundings: Surroundings) -> ManagedEndpoint:
+        """Create an endpoint on RunPod.
+
+        Raises:
+            SettingsError: its port is not available.
+        """
         if isinstance(settings, BalancerSettings):
-            return BalancerEndpoint(settings, self._surroundings, ports=self._balancer_ports, base_url=self.url)
+            return BalancerEndpoint(settings, surroundings, ports=self._balancer_ports, base_url=self.url)
         return RunPodEndpoint(
             settings,
-            self._surroundings,
+            surroundings,
             base_url=self.url,
             ca_environment=self._certificate.environment if self._certificate else {},
             webhooks=self._webhooks,
@@ -155,9 +170,13 @@ class Emulator:
     def stop(self) -> None:
         """Shut down gracefully: workers may still deliver results. A second call kills all workers at once."""
         if self._stop_requested.is_set():
-            for endpoint in self.endpoints.values():
+            for endpoint in self._all_endpoints():
                 endpoint.fleet.kill_all()
         self._stop_requested.set()
+
+    def _all_endpoints(self) -> list[Endpoint]:
+        """Return the endpoints, and the deleted ones whose workers have not exited yet."""
+        return [*self.endpoints.values(), *self._deleted.values()]
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop` is called; return when all workers have exited.
@@ -187,8 +206,8 @@ class Emulator:
                 supervising.result()
             supervising.cancel()
         finally:
-            for endpoint in self.endpoints.values():
-                # Closes the fleet even without workers, which ends the streams of `/state/events`.
+            self._finished.set()
+            for endpoint in self._all_endpoints():
                 endpoint.fleet.close()
                 endpoint.fleet.kill_all()
                 # No worker is left to run the jobs: cancelling them answers the clients that wait for one.
@@ -208,7 +227,7 @@ class Emulator:
         """Run fleets and queues until `stop` is called, and then until all workers have exited."""
         sampled_at = 0.0
         while not self._stop_requested.is_set() or not all(
-            endpoint.fleet.is_empty for endpoint in self.endpoints.values()
+            endpoint.fleet.is_empty for endpoint in self._all_endpoints()
         ):
             for endpoint in self.endpoints.values():
                 if self._stop_requested.is_set():
@@ -218,10 +237,30 @@ class Emulator:
                 sampled_at = time.monotonic()
                 for endpoint in self.endpoints.values():
                     endpoint.sample()
+                if self._control_plane is not None:
+                    self._control_plane.sample()
+            if self._control_plane is not None:
+                await self._control_plane.tick()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop_requested.wait(), _TICK_INTERVAL_S)
+                await asyncio.wait_for(self._stop_requested.wait(), TICK_INTERVAL_S)
             if self._stop_requested.is_set():
                 await asyncio.sleep(_SHUTDOWN_TICK_INTERVAL_S)
+
+
+def _runpod_routes(context: AppContext) -> list[BaseRoute]:
+    """Return RunPod's routes, in the order in which they are matched: the most frequent first."""
+    balancer = MountedBalancerApp(context)
+    path = "/balancer/{balancer}/{path:path}"
+    return [
+        *worker.routes,
+        *openai_gateway.routes,
+        *client.routes,
+        *control_plane_routes,
+        *admin.routes,
+        *dashboard.routes,
+        Route(path, balancer),
+        WebSocketRoute(path, balancer),
+    ]
 
 
 def _app(routes: Sequence[BaseRoute], context: AppContext, name: Callable[[Scope], RouteName]) -> Starlette:

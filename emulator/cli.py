@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,13 +24,13 @@ from pydantic import ValidationError
 from emulator.api.bodies import describe_validation_error
 from emulator.app import Emulator
 from emulator.balancer.endpoint import BalancerEndpoint
+from emulator.control_plane.settings import OF_REQUESTS
+from emulator.control_plane.stand_in import TINY_MODEL_VARIABLES
 from emulator.errors import SettingsError
 from emulator.settings import BalancerSettings, EmulatorSettings, EndpointSettings, ScalerType
 from emulator.spirit.settings import SpiritEmulatorSettings, SpiritEndpointSettings
 
 _HANDLER = Path(__file__).parent.parent / "handler.py"
-# The tiny model's name, and what it needs for tool calls.
-_TINY_MODEL_SETTINGS = {"SERVED_MODEL_NAME": "tiny", "TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": "true"}
 # Settings of an endpoint that have an option: the option, the setting's alias, its type.
 _ENDPOINT_OPTIONS: dict[str, tuple[str, type]] = {
     "--workers-min": ("workersMin", int),
@@ -94,6 +95,17 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--faults", type=Path, metavar="FILE", help="faults as JSON, in the format of PUT /faults")
     result.add_argument("--seed", type=int, help="random seed of the faults (default: 0)")
+    result.add_argument(
+        "--no-endpoint",
+        action="store_true",
+        help="start without an endpoint; the options of one are then for those that POST /v2/serverless creates",
+    )
+    result.add_argument(
+        "--load-models",
+        action="store_true",
+        help="created endpoints load the model that they ask for (default, unless MODEL_NAME is set: the tiny model "
+        "answers under its name)",
+    )
     result.add_argument("--quiet", action="store_true", help="do not print workers' log lines")
     group = result.add_argument_group("endpoint")
     group.add_argument("--endpoint", metavar="ID", help="endpoint id (default: local)")
@@ -142,21 +154,10 @@ def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings | Spirit
         SettingsError: a file cannot be read, or a value is invalid.
     """
     args = parser().parse_args(argv)
-    document: dict[str, Any] = _read_json(args.config) if args.config else {}
-    aliases = [
-        alias for alias, _ in (*_ENDPOINT_OPTIONS.values(), *_BALANCER_OPTIONS.values(), *_SPIRIT_OPTIONS.values())
-    ]
-    aliases += ["flashboot", "agentPorts", "acceptBearer", "answerEarly"]
-    endpoint = {alias: getattr(args, alias) for alias in aliases}
-    endpoint |= {"id": args.endpoint, "command": args.command, "env": _parse_env(args.env)}
-    endpoint |= {"rateLimits": False if args.no_rate_limits else None}
-    endpoint |= {"type": args.type and args.type.replace("-", "_").upper()}
-    endpoint = {name: value for name, value in endpoint.items() if value is not None}
-    if args.config and endpoint:
-        raise SettingsError(f"--config defines the endpoints; remove the options for {', '.join(endpoint)}")
-    if not args.config:
-        own_worker = {"command", "agentPorts"} & endpoint.keys()
-        document["endpoints"] = [endpoint if own_worker else with_default_worker(endpoint)]
+    document: dict[str, Any] = _read_json(args.config) if args.config else _endpoints(args)
+    given = [*_endpoint(args), *(name for name in ("no_endpoint", "load_models") if getattr(args, name))]
+    if args.config and given:
+        raise SettingsError(f"--config defines the endpoints; remove the options for {', '.join(given)}")
     if args.faults:
         document["faults"] = _read_json(args.faults)
     if args.seed is not None:
@@ -177,6 +178,30 @@ def read_settings(argv: Sequence[str] | None) -> tuple[EmulatorSettings | Spirit
         return model.model_validate(document), args.quiet
     except ValidationError as error:
         raise SettingsError(describe_validation_error(error)) from None
+
+
+def _endpoint(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of an endpoint that the options give."""
+    options = _ENDPOINT_OPTIONS | _BALANCER_OPTIONS | _SPIRIT_OPTIONS
+    aliases = [alias for alias, _ in options.values()]
+    aliases += ["flashboot", "agentPorts", "acceptBearer", "answerEarly"]
+    endpoint = {alias: getattr(args, alias) for alias in aliases}
+    endpoint |= {"id": args.endpoint, "command": args.command, "env": _parse_env(args.env)}
+    endpoint |= {"rateLimits": False if args.no_rate_limits else None}
+    endpoint |= {"type": args.type and args.type.replace("-", "_").upper()}
+    return {name: value for name, value in endpoint.items() if value is not None}
+
+
+def _endpoints(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the first endpoint, and of those that the control plane creates."""
+    endpoint = _endpoint(args)
+    own_worker = {"command", "agentPorts"} & endpoint.keys()
+    document: dict[str, Any] = {"endpoints": []}
+    if not args.no_endpoint:
+        document["endpoints"] = [endpoint if own_worker else with_default_worker(endpoint)]
+    if args.platform != "spirit":
+        document["controlPlane"] = _control_plane(endpoint, load_models=args.load_models)
+    return document
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,12 +262,30 @@ def with_default_worker(endpoint: dict[str, Any]) -> dict[str, Any]:
     """
     env = dict(endpoint.get("env", {}))
     configured = {name for name, value in {**os.environ, **env}.items() if value}
-    if not {"MODEL_NAME", "BAKED_MODEL_DIR"} & configured:
+    if not _has_model(env):
         env["MODEL_NAME"] = _tiny_model_dir()
-        env |= {name: value for name, value in _TINY_MODEL_SETTINGS.items() if name not in configured}
+        env |= {name: value for name, value in TINY_MODEL_VARIABLES.items() if name not in configured}
     return {**endpoint, "env": env, "command": [sys.executable, str(_HANDLER)], "cwd": str(_HANDLER.parent)}
 
 
+def _control_plane(endpoint: dict[str, Any], *, load_models: bool) -> dict[str, Any]:
+    """Return the settings of the control plane, whose endpoints have the same options and the same worker."""
+    base = {name: value for name, value in endpoint.items() if name not in OF_REQUESTS}
+    limits = {} if endpoint.get("rateLimits", True) else {"rateLimits": None}
+    if "command" in base:
+        return {**limits, "endpoint": base}
+    base |= {"command": [sys.executable, str(_HANDLER)], "cwd": str(_HANDLER.parent)}
+    stand_in = {} if load_models or _has_model(endpoint.get("env", {})) else {"modelDir": _tiny_model_dir()}
+    return {**limits, "endpoint": base, **stand_in}
+
+
+def _has_model(env: Mapping[str, str]) -> bool:
+    """Return whether the environment, or these variables over it, name a model."""
+    variables = {**os.environ, **env}
+    return any(variables.get(name) for name in ("MODEL_NAME", "BAKED_MODEL_DIR"))
+
+
+@functools.cache
 def _tiny_model_dir() -> str:
     """Return the directory of the tiny model, which is trained first if it does not exist."""
     _print_line("Looking for the tiny model; the first time, it is trained for about a minute")

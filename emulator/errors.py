@@ -8,10 +8,13 @@ EmulatorError
     ├── JobStateError            400: the job's state does not allow this
     ├── NoWorkerError            400: no worker of a load-balancing endpoint was available in time
     ├── UnauthorizedError        401: no valid API key
+    ├── ForbiddenError           403: the API key is valid, but may not do this
     ├── NotFoundError            404: no such endpoint, job or worker
     ├── AffinityWorkerGoneError  404: the only worker that a request may have is gone
     ├── ContentTooLargeError     413: a client's body exceeds the documented limit
+    ├── UnprocessableError       422: a body or parameter of the control plane violates its description
     ├── TooManyRequestsError     429: a documented rate limit is exceeded, or the queue is full
+    │   └── QuotaExceededError   429: the control plane's quota is used up
     ├── RequestTimeoutError      408: Spirit: no answer within the documented time
     ├── HandlingError            500: Spirit: the worker failed, or what was asked cannot be done
     ├── BadGatewayError          502: the worker of a load-balancing endpoint broke the connection
@@ -21,6 +24,7 @@ EmulatorError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import ClassVar
 
@@ -59,6 +63,13 @@ class UnauthorizedError(APIError):
     type = "AuthenticationError"
 
 
+class ForbiddenError(APIError):
+    """The API key is valid, but does not grant access to this."""
+
+    status = HTTPStatus.FORBIDDEN
+    type = "PermissionDeniedError"
+
+
 class NotFoundError(APIError):
     """There is no such endpoint, job or worker."""
 
@@ -73,11 +84,40 @@ class ContentTooLargeError(APIError):
     type = "RequestTooLargeError"
 
 
+class UnprocessableError(APIError):
+    """A body or a parameter of the control plane violates its description.
+
+    Args:
+        message: what is wrong.
+        errors: each violation.
+    """
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    type = "UnprocessableEntityError"
+
+    def __init__(self, message: str, errors: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.errors = tuple(errors)
+
+
 class TooManyRequestsError(APIError):
     """A documented rate limit is exceeded, or the queue is full."""
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     type = "RateLimitError"
+
+
+class QuotaExceededError(TooManyRequestsError):
+    """The control plane's quota of a window is used up.
+
+    Args:
+        window: the window's name.
+        retry_after_s: when it ends.
+    """
+
+    def __init__(self, window: str, retry_after_s: int) -> None:
+        super().__init__(f"rate limit exceeded for the {window} window")
+        self.retry_after_s = retry_after_s
 
 
 class RequestTimeoutError(APIError):

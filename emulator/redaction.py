@@ -25,9 +25,9 @@ class Redaction:
         alternatives = map(re.escape, sorted(self._secrets, key=len, reverse=True))
         self._pattern = re.compile("|".join(alternatives)) if self._secrets else None
 
-    def including(self, key: str) -> Redaction:
-        """Return a redaction of these secrets and of one more."""
-        return Redaction({}, (*self._secrets, key))
+    def including(self, *keys: str, environment: Mapping[str, str] | None = None) -> Redaction:
+        """Return a redaction of these secrets, of these keys and of these variables' secrets."""
+        return Redaction(environment or {}, (*self._secrets, *keys))
 
     def apply(self, text: str) -> str:
         """Return the text without secrets."""

@@ -6,14 +6,17 @@ Names and defaults are the platform's (`workersMin`, `scalerType`, ...) where it
 from __future__ import annotations
 
 import shlex
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from emulator.control_plane.settings import ControlPlaneSettings
 from emulator.core.faults import FaultSettings
 from emulator.core.job_queue import QueueSettings
 from emulator.integers import parse_integer
 
+CONTROL_PLANE_NAMES: Final = ("serverless", "templates", "catalog", "billing")
+"""First segments of the control plane's paths below `/v2`, where other paths have an endpoint's id."""
 ScalerType = Literal["QUEUE_DELAY", "REQUEST_COUNT", "QUEUE_LENGTH"]
 
 
@@ -174,7 +177,8 @@ def _endpoint_type(value: Any) -> str:
     return str(kind)
 
 
-RunPodEndpointSettings = Annotated[
+RunPodEndpointSettings = EndpointSettings | BalancerSettings
+_EndpointSettings = Annotated[
     Annotated[EndpointSettings, Tag("QUEUE")] | Annotated[BalancerSettings, Tag("LOAD_BALANCER")],
     Discriminator(_endpoint_type),
 ]
@@ -185,4 +189,13 @@ class EmulatorSettings(ServerSettings):
     """All settings of an emulator of RunPod: the document of `--config`."""
 
     platform: Literal["runpod"] = "runpod"
-    endpoints: tuple[RunPodEndpointSettings, ...] = Field((EndpointSettings(),), min_length=1)
+    endpoints: tuple[_EndpointSettings, ...] = (EndpointSettings(),)
+    control_plane: ControlPlaneSettings = Field(ControlPlaneSettings(), alias="controlPlane")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if taken := [endpoint.id for endpoint in self.endpoints if endpoint.id in CONTROL_PLANE_NAMES]:
+            raise ValueError(f"id={taken[0]} is a path of the control plane; choose another")
+        if self.control_plane.permissions.keys() - set(self.api_keys):
+            raise ValueError("controlPlane.permissions: a key is none of apiKeys")
+        return self

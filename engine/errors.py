@@ -9,12 +9,15 @@ WorkerError
 └── JobError                  one job ends with this error; the worker continues
     ├── InvalidInputError     400: the job's input is not accepted
     ├── RouteNotAllowedError  403: jobs may not call the route
+    ├── FileNotAllowedError   403: jobs may not read the file
     ├── UnknownRouteError     404: vLLM has no such route
     ├── EngineResponseError   vLLM answered with an error status, or ended a stream with an error; passed on unchanged
     ├── ExpiredError          408: the job waited in the queue for longer than its client allows
     ├── EngineFullError       429: the engine cannot start another request now
     ├── TooLargeError         413: the job's result, or an output, is larger than the platform accepts
     ├── RefusedOutputError    500: the platform does not accept an output or the result of the job, and will not
+    ├── BucketError           500: a result that is too large for the platform could not be uploaded to the bucket
+    │   └── BucketUnavailableError  503: it did not answer; another attempt may succeed
     ├── InternalError         500: the worker failed at this job, and would fail again
     ├── EngineError           500: the engine stopped without a response; another attempt may succeed
     ├── WorkerShutdownError   503: the worker ends before the job did; another worker may run it
@@ -31,6 +34,7 @@ from __future__ import annotations
 import json
 import re
 from http import HTTPStatus
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 _RETRYABLE_STATUSES = {
@@ -114,6 +118,19 @@ class RouteNotAllowedError(JobError):
         )
 
 
+class FileNotAllowedError(JobError):
+    """Jobs may not read the file that one names; `volume` is where they may."""
+
+    status = HTTPStatus.FORBIDDEN
+    type = "PermissionDeniedError"
+
+    def __init__(self, volume: PurePath) -> None:
+        super().__init__(
+            f"jobs may read files below {volume} only, the network volume (NETWORK_VOLUME of the worker): name one "
+            "there, or send the file as a URL or in base64"
+        )
+
+
 class UnknownRouteError(JobError):
     """vLLM has no such route."""
 
@@ -176,8 +193,9 @@ class TooLargeError(JobError):
 
     def __init__(self, what: str, size_bytes: int, limit_bytes: int | None = None) -> None:
         limit = "less" if limit_bytes is None else f"at most {limit_bytes}"
+        instead = ", or give the worker a bucket (BUCKET_ENDPOINT_URL)" if what == "result" else ""
         super().__init__(
-            f"the {what} has {size_bytes} bytes, and the platform accepts {limit}: ask for less in one job"
+            f"the {what} has {size_bytes} bytes, and the platform accepts {limit}: ask for less in one job{instead}"
         )
 
 
@@ -186,6 +204,35 @@ class RefusedOutputError(JobError):
 
     def __init__(self, what: str, size_bytes: int, refusal: str) -> None:
         super().__init__(f"the platform refused the {what}, which has {size_bytes} bytes: {refusal}")
+
+
+class BucketError(JobError):
+    """The bucket does not accept a result that is too large for the platform.
+
+    Args:
+        size_bytes: of the result.
+        bucket: its name.
+        reason: S3's error code, or the kind of error.
+    """
+
+    advice: ClassVar[str] = (
+        "check BUCKET_ENDPOINT_URL, BUCKET_NAME, BUCKET_REGION and the keys of the worker, or ask for less in one job"
+    )
+
+    def __init__(self, size_bytes: int, bucket: str, reason: str) -> None:
+        super().__init__(
+            f"the result has {size_bytes} bytes, more than the platform accepts, and could not be uploaded to the "
+            f"bucket {bucket} ({reason}): {self.advice}"
+        )
+
+
+class BucketUnavailableError(BucketError):
+    """The bucket did not answer, in several attempts."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    type = "ServiceUnavailableError"
+    retryable = True
+    advice = "send the job again later, or ask for less in one job"
 
 
 class WorkerShutdownError(JobError):

@@ -28,10 +28,31 @@ def document() -> dict[str, Any]:
 
 
 @functools.cache
-def _validator(schema: str) -> Draft202012Validator:
+def _registry() -> Registry[Any]:
     registry: Registry[Any] = Registry().with_resource(_URI, Resource.from_contents(document(), DRAFT202012))
-    reference = {"$ref": f"{_URI}#/components/schemas/{schema}"}
-    return Draft202012Validator(reference, registry=registry, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    return registry
+
+
+@functools.cache
+def _validator(pointer: str) -> Draft202012Validator:
+    reference = {"$ref": f"{_URI}#{pointer}"}
+    return Draft202012Validator(reference, registry=_registry(), format_checker=Draft202012Validator.FORMAT_CHECKER)
+
+
+def parameters(path: str) -> dict[str, dict[str, Any]]:
+    """Return the parameters of a path's GET operation, by JSON pointer; those in the path itself are left out.
+
+    Args:
+        path: as in the document's `paths`, such as `/v2/catalog/gpus`.
+    """
+    result = {}
+    for index, parameter in enumerate(document()["paths"][path]["get"].get("parameters", [])):
+        reference = parameter.get("$ref", "").removeprefix("#")
+        escaped = path.replace("/", "~1")
+        pointer = reference or f"/paths/{escaped}/get/parameters/{index}"
+        shared = document()["components"]["parameters"]
+        result[pointer] = shared[reference.rpartition("/")[2]] if reference else parameter
+    return result
 
 
 def violations(schema: str, value: Any) -> list[str]:
@@ -46,7 +67,12 @@ def violations(schema: str, value: Any) -> list[str]:
     """
     if schema not in document()["components"]["schemas"]:
         raise KeyError(schema)
-    errors = [_deepest(error) for error in _validator(schema).iter_errors(value)]
+    return violations_at(f"/components/schemas/{schema}", value)
+
+
+def violations_at(pointer: str, value: Any) -> list[str]:
+    """Return what a JSON value violates of the schema at a JSON pointer into the document; see `violations`."""
+    errors = [_deepest(error) for error in _validator(pointer).iter_errors(value)]
     # A property whose value is wrong counts as unevaluated in addition.
     paths = [tuple(error.absolute_path) for error in errors]
     parents = {path[:length] for path in paths for length in range(len(path))}

@@ -5,11 +5,14 @@ README_zh.md has the same ones as README.md (tests/unit/test_readmes.py), and so
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from tests.whisper import tone
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,8 +23,12 @@ LOCAL_PLATFORMS = {
     "https://api-serverless.datastone.cn/": 'make up ARGS="--platform spirit"',
 }
 # Text that is replaced before a test runs it: an endpoint on a platform becomes the one on this machine, and its model
-# the tiny one. (For DIR, the reader's own model, a test makes one.)
-REPLACED = {**dict.fromkeys(LOCAL_PLATFORMS, "http://127.0.0.1:8000/"), '"phi-4"': '"tiny"'}
+# the tiny one; a file of the reader's, a short one. (For DIR, the reader's own model, a test makes one.)
+REPLACED = {
+    **dict.fromkeys(LOCAL_PLATFORMS, "http://127.0.0.1:8000/"),
+    '"phi-4"': '"tiny"',
+    "https://example.com/speech.wav": f"data:audio/wav;base64,{base64.b64encode(tone(0.1)).decode()}",
+}
 # Values that a reader knows from an account.
 ACCOUNT = dict.fromkeys(("ENDPOINT_ID", "RUNPOD_API_KEY", "SERVERLESS_ID", "SERVERLESS_KEY"), "local")
 
@@ -31,11 +38,16 @@ _CI = "includes this test, or CI runs it as well"
 _LONG = "takes up to an hour, and has its own tests (tests/unit/bench/test_bench.py, tests/soak)"
 _IMPORTS = "leaves results in the checkout; tests/integration/test_imports.py runs it"
 _BENCH = "takes minutes, and measures; tests/integration/test_bench.py runs it in small"
+_ADVISE = "takes minutes on a busy machine; tests/unit/bench/test_advise.py runs it in small"
 _ACCOUNT = "needs an account: it creates something on RunPod or Spirit, or asks a worker there, and costs money"
+_FILE = "needs the reader's own file; docs/api.md runs it with one"
+_DEPLOY = "needs an endpoint; tests/integration/deploy runs it on the emulator"
+_SESSION = "is a recording; tests/integration/deploy runs the same commands"
 _HUB = "needs the hub, or the reader's own model; tests/integration/test_builder.py runs it"
 _NETWORK = "changes this checkout, or downloads what a test need not; tests/unit/tools has what can be tested of it"
 
-_HEADERS = '-H "Authorization: Bearer $RUNPOD_API_KEY" -H "Content-Type: application/json"'
+_UP = "$ python -m deploy up ./tiny-phi --env SERVED_MODEL_NAME=tiny --workers-min 1 --workers-max 2"
+_UPDATE = "$ python -m deploy update tiny-phi --image registry.example/worker:2 --env MAX_NUM_SEQS=32"
 _REGISTRY = "registry-serverless.datastone.cn"
 _SPIRIT_BASE = f"{_REGISTRY}/library/cuda-12.1.1-cudnn-devel-ubuntu22.04:py311-builder-torch251"
 
@@ -44,6 +56,7 @@ _SPIRIT_BASE = f"{_REGISTRY}/library/cuda-12.1.1-cudnn-devel-ubuntu22.04:py311-b
 NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "$ make test"): _CI,
     ("README.md", "make check"): _CI,
+    ("README.md", "python -m batch run IN.jsonl -o OUT.jsonl --endpoint ENDPOINT_ID"): _FILE,
     ("README.md", "docker compose --profile local up"): _DOCKER,
     ("README.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
     ("README.md", "docker build --target cpu ."): _DOCKER,
@@ -55,23 +68,41 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "python -m bench"): _LONG,
     ("telemetry.md", "python -m bench.telemetry --prometheus PROGRAM --pictures DIR"): _BENCH,
     ("telemetry.md", "python -m bench.telemetry"): _BENCH,
+    ("README.md", "python -m bench advise"): _ADVISE,
     ("README.md", "make soak"): _LONG,
+    ("README.md", "python -m deploy up ORG/NAME"): _ACCOUNT,
     ("deploy.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
     ("deploy.md", "docker build"): _NAMES,
     ("deploy.md", "HF_TOKEN_FILE=~/.cache/huggingface/token docker compose build vllm"): _DOCKER,
     ("deploy.md", "export HF_TOKEN=YOUR_TOKEN"): _DOCKER,
     ("deploy.md", "docker inspect"): _NAMES,
-    ("deploy.md", "mkdir -p warm"): _DOCKER,
     ("deploy.md", "python -m builder verify DIR"): _HUB,
     ("deploy.md", "docker compose --profile gpu up"): _DOCKER,
     ("deploy.md", "docker compose --profile local up"): _DOCKER,
     ("deploy.md", "docker login docker.io"): _DOCKER,
     ("deploy.md", "runpodctl registry create --name NAME --username USER --password TOKEN"): _ACCOUNT,
-    ("deploy.md", f"curl -s https://rest.runpod.io/v1/templates {_HEADERS} \\"): _ACCOUNT,
-    ("deploy.md", f"registry={_REGISTRY} tenant=YOUR_TENANT tag=2026-11-23 docker compose build vllm"): _DOCKER,
-    ("deploy.md", f"base={_SPIRIT_BASE}"): _DOCKER,
-    ("deploy.md", "docker images"): _NAMES,
-    ("deploy.md", "docker build --build-arg MODEL_NAME= --build-arg QUANTIZATION= --build-arg DTYPE= \\"): _DOCKER,
+    ("deploy.md", "export VLLM_SERVERLESS_IMAGE=docker.io/YOUR_NAME/vllm:2026-11-23"): _ACCOUNT,
+    ("deploy.md", "python -m deploy update NAME --image IMAGE --env NAME=VALUE --unset NAME"): _DEPLOY,
+    ("deploy.md", "python -m deploy rollback NAME"): _DEPLOY,
+    ("deploy.md", "python -m deploy status NAME"): _DEPLOY,
+    ("deploy.md", "python -m deploy logs NAME --follow"): _DEPLOY,
+    ("deploy.md", "python -m deploy down NAME"): _DEPLOY,
+    ("deploy.md", "python -m emulator --no-endpoint"): _DEPLOY,
+    ("operate.md", "python -m deploy update"): _DEPLOY,
+    ("deploy-session.md", "python -m emulator --no-endpoint"): _DEPLOY,
+    ("deploy-session.md", _UP): _SESSION,
+    ("deploy-session.md", f"{_UP} --no-wait"): _SESSION,
+    ("deploy-session.md", _UPDATE): _SESSION,
+    ("deploy-session.md", "$ python -m deploy rollback tiny-phi"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy status tiny-phi"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy logs tiny-phi --tail 4"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy down tiny-phi --yes"): _SESSION,
+    ("deploy-session.md", "$ python -m deploy status"): _SESSION,
+    ("operate.md", "mkdir -p warm"): _DOCKER,
+    ("spirit.md", f"registry={_REGISTRY} tenant=YOUR_TENANT tag=2026-11-23 docker compose build vllm"): _DOCKER,
+    ("spirit.md", f"base={_SPIRIT_BASE}"): _DOCKER,
+    ("spirit.md", "docker images"): _NAMES,
+    ("spirit.md", "docker build --build-arg MODEL_NAME= --build-arg QUANTIZATION= --build-arg DTYPE= \\"): _DOCKER,
     ("performance.md", "python -m bench --peer WORKER_VLLM_CHECKOUT                     # 16 minutes"): _LONG,
     ("performance.md", "python -m bench --full --rounds 2"): _LONG,
     ("performance.md", "python -m bench imports"): _IMPORTS,
@@ -79,6 +110,15 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("performance.md", "python -m bench gpu"): _BENCH,
     ("performance.md", "python -m bench streams"): _BENCH,
     ("performance.md", "python -m bench vllm-bench"): _BENCH,
+    (
+        "scaling.md",
+        "python -m bench advise --throughput 1=105 32=1165 --ttft-ms 1=38 32=110 --cold-start 41s --day 10000 \\",
+    ): _ADVISE,
+    ("scaling.md", "python -m bench advise"): _ADVISE,
+    ("scaling.md", "python -m bench"): _LONG,
+    ("scaling.md", "docker logs"): _NAMES,
+    ("scaling.md", "python -m pytest tests/soak/test_advise.py -s"): _LONG,
+    ("scaling.md", "python -m bench.advisor.scale docs/scaling"): _ADVISE,
     ("upgrading.md", "make preview"): _NETWORK,
     ("upgrading.md", "PYTHONPATH=.venv/vllm-preview VLLM_TARGET_DEVICE=cpu .venv/bin/python handler.py"): _NETWORK,
     ("upgrading.md", "make upgrade"): _NETWORK,

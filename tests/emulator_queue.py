@@ -59,10 +59,18 @@ class QueuedJob:
 
 
 class EmulatorQueue:
-    """The queue of an endpoint. A worker with the variables of `environment` takes its jobs."""
+    """The queue of an endpoint. A worker with the variables of `environment` takes its jobs.
+
+    Attributes:
+        environment: variables of a worker.
+        base_url: of the API for clients.
+        endpoint: id of the endpoint.
+        key: the API key of clients.
+    """
 
     def __init__(self, emulator: Emulator, client: httpx.Client) -> None:
         self._client = client
+        self.base_url, self.endpoint, self.key = f"{emulator.url}/v2", _ENDPOINT, _KEY
         self.environment = worker_environment(emulator.url, _ENDPOINT, "worker-1", _KEY, ping_interval_ms=10_000)
 
     def submit(self, value: Any) -> QueuedJob:

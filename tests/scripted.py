@@ -6,9 +6,11 @@ import asyncio
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engine.backend.app import App, Message, Receive, Send
+from engine.backend.files import Files
 from engine.backend.routes import SERVING
 from engine.telemetry.job_times import RequestStats
 
@@ -23,6 +25,7 @@ class ScriptedApp:
         tokens: what `event_tokens` returns.
         unknown_routes: paths that `has_route` denies.
         failure_reason: what `failure` returns.
+        files: reads the files that jobs name, of up to 1,000 bytes.
         requests: scope and body of each request.
         disconnects: number of clients that disconnected early.
         disconnected: set when a client has disconnected early.
@@ -40,14 +43,17 @@ class ScriptedApp:
     tokens: int | None = 1
     unknown_routes: frozenset[str] = frozenset()
     failure_reason: str | None = None
+    files: Files = field(default_factory=lambda: scripted_files(Path("/nowhere")))
     requests: list[tuple[Message, bytes]] = field(default_factory=list)
     disconnects: int = 0
     disconnected: asyncio.Event = field(default_factory=asyncio.Event)
     completed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        request = await receive()
-        self.requests.append((scope, request["body"]))
+        body, request = b"", await receive()
+        while request["more_body"]:
+            body, request = body + request["body"], await receive()
+        self.requests.append((scope, body + request["body"]))
         disconnect = asyncio.ensure_future(receive())
         response = asyncio.ensure_future(self._respond(send))
         await asyncio.wait({disconnect, response}, return_when=asyncio.FIRST_COMPLETED)
@@ -86,6 +92,16 @@ class ScriptedApp:
 
     async def app(self) -> App:
         return self
+
+
+async def url_as_content(url: str, max_bytes: int) -> bytes:
+    """Return the URL itself instead of what it holds."""
+    return url.encode()[:max_bytes]
+
+
+def scripted_files(volume: Path) -> Files:
+    """Return what reads files, of up to 1,000 bytes, without a network."""
+    return Files(volume, 1000, "MAX", url_as_content)
 
 
 def sse(*events: dict[str, Any]) -> list[bytes]:

@@ -1,8 +1,8 @@
 """A worker process with the real SDK and the real job loop, whose engine repeats the prompt, or a chat's last message.
 
-A streamed answer comes word by word, `PAUSE_S` apart. With `LOOP=stock`, the handler runs under the SDK's own loop.
-With `PLATFORM=spirit`, that SDK is Spirit's. On a load-balancing endpoint, the engine is served over HTTP; loading it
-takes `LOAD_S`, and leaves a forked process with `FORKS`.
+With `n`, it does so that many times. A streamed answer comes word by word, `PAUSE_S` apart. With `LOOP=stock`, the
+handler runs under the SDK's own loop. With `PLATFORM=spirit`, that SDK is Spirit's. On a load-balancing endpoint, the
+engine is served over HTTP; loading it takes `LOAD_S`, and leaves a forked process with `FORKS`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -23,9 +24,11 @@ from engine.backend.app import App, Message, Receive, Send
 from engine.backend.routes import SERVING
 from engine.backend.statistics import Statistics
 from engine.backend.vllm_engine import VLLMEngine
+from engine.cold_start import WORKER
 from engine.config.settings import Settings
 from engine.jobs import pipeline
 from engine.queue import runpod_client, spirit_client, spirit_sdk
+from engine.queue.bucket import Bucket
 from engine.queue.protocol import JobQueue
 from engine.queue.spirit_proxy_mode import ProxyMode
 from engine.server.health_check import HealthCheck
@@ -33,6 +36,7 @@ from engine.server.listeners import Listeners
 from engine.server.loading import LoadingServer
 from engine.telemetry.job_times import RequestStats
 from engine.worker import Worker
+from tests.scripted import scripted_files
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0.005"))
 
@@ -47,6 +51,7 @@ class ScriptedEngine:
     cache_tokens = 10**6
     exports_traces = False
     device_attributes = MappingProxyType({"gpu.name": "cpu", "gpu.count": 1})
+    files = scripted_files(Path("/nowhere"))
 
     def __init__(self) -> None:
         self.statistics = Statistics()
@@ -74,8 +79,16 @@ class ScriptedEngine:
         if scope["type"] == "websocket":
             await self._echo(receive, send)
             return
-        request = json.loads((await receive())["body"])
+        body = (await receive())["body"]
+        if scope["path"] == "/cold_start":
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            document = json.dumps(WORKER.document()).encode()
+            await send({"type": "http.response.body", "body": document, "more_body": False})
+            return
+        request = json.loads(body)
         text = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
+        text *= request.get("n", 1)
         kind = b"text/event-stream" if request.get("stream") else b"application/json"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
         if request.get("stream"):
@@ -143,8 +156,8 @@ def main() -> int:
         running = spirit_sdk.start_heartbeat()
         if running is None:
             return ProxyMode(ENGINE, worker.max_concurrency, settings.drain_timeout_s).serve()
-        return spirit_client.serve(run, running, settings.spirit_request_timeout_s)
-    return runpod_client.serve(handler, run, worker.max_concurrency, ENGINE.failure)
+        return spirit_client.serve(run, running, settings.spirit_request_timeout_s, Bucket.of(settings))
+    return runpod_client.serve(handler, run, worker.max_concurrency, ENGINE.failure, Bucket.of(settings))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What RunPod's hub offers to set, made from the settings' declarations and from vLLM's parser.
 
-    python -m tools.runpod_hub .runpod/hub.json
+    python -m tools.runpod_hub .runpod/hub.json [--icon-url URL] [--load-balancer]
 
-The form is that of the hub's publishing guide (https://docs.runpod.io/hub/publishing-guide).
+The form is that of the hub's publishing guide (https://docs.runpod.io/hub/publishing-guide). A listing is for one type
+of endpoint: a queue, or with `endpointType` a load balancer, for which a repository of its own is needed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,55 @@ MACHINE: dict[str, Any] = {
     "allowedCudaVersions": ["13.0"],
 }
 
-_NOT_OFFERED = ("baked_", "compile_cache_dir", "ease_", "listen_host", "platform", "runpod_", "spirit_")
+# What the form offers to begin with; the keys are those of its inputs.
+PRESETS: list[dict[str, Any]] = [
+    {
+        "name": "phi-4 in 4 bits, 24 GB",
+        "defaults": {
+            "MODEL_NAME": "unsloth/phi-4-bnb-4bit",
+            "QUANTIZATION": "bitsandbytes",
+            "DTYPE": "bfloat16",
+            "MAX_MODEL_LEN": "8192",
+            "SERVED_MODEL_NAME": "phi-4",
+        },
+    },
+    {
+        "name": "Reasoning and tool calls, 24 GB",
+        "defaults": {
+            "MODEL_NAME": "Qwen/Qwen3-8B",
+            "MAX_MODEL_LEN": "16384",
+            "ENABLE_AUTO_TOOL_CHOICE": True,
+            "TOOL_CALL_PARSER": "hermes",
+            "REASONING_PARSER": "qwen3",
+        },
+    },
+    {"name": "Embeddings", "defaults": {"MODEL_NAME": "BAAI/bge-m3"}},
+    {"name": "Quick cold start, slower tokens", "defaults": {"ENFORCE_EAGER": True}},
+]
+# What a worker needs behind a load balancer, and where the balancer finds it.
+LOAD_BALANCER = {"ENDPOINT_TYPE": "load_balancer", "PORT": "8080", "PORT_HEALTH": "8080"}
+
+_NOT_OFFERED = ("baked_", "bucket_", "compile_cache_dir", "ease_", "listen_host", "platform", "runpod_", "spirit_")
 _UNITS = {"_S": " (seconds)", "_MS": " (milliseconds)"}
 _SPELLING = {"Vllm": "vLLM", "Gpu": "GPU", "Dtype": "Data type"}
 
 
-def document(flags: Flags) -> dict[str, Any]:
-    """The whole of `hub.json`."""
-    return {**LISTING, "config": {**MACHINE, "env": [*flag_inputs(flags), *setting_inputs()]}}
+def document(flags: Flags, icon_url: str | None = None, *, load_balancer: bool = False) -> dict[str, Any]:
+    """Return the whole of `hub.json`.
+
+    Args:
+        flags: vLLM's.
+        icon_url: of the listing's icon.
+        load_balancer: for load-balancing endpoints, not queues.
+    """
+    inputs = [*flag_inputs(flags), *setting_inputs()]
+    machine = MACHINE
+    if load_balancer:
+        machine = {**MACHINE, "endpointType": "LB"}
+        fixed = [{"key": name, "value": value} for name, value in LOAD_BALANCER.items()]
+        inputs = fixed + [one for one in inputs if one["key"] not in LOAD_BALANCER]
+    icon = {} if icon_url is None else {"iconUrl": icon_url}
+    return {**LISTING, **icon, "config": {**machine, "presets": PRESETS, "env": inputs}}
 
 
 def setting_inputs() -> list[dict[str, Any]]:
@@ -137,8 +178,18 @@ def _label(name: str) -> str:
     return " ".join([_SPELLING.get(first, first), *rest]) + _UNITS.get(unit, "")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the file that the command line names."""
     from engine.backend import vllm_args
 
-    text = json.dumps(document(vllm_args.flags()), indent=2, ensure_ascii=False)
-    Path(sys.argv[1]).write_text(text + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser(description="Write RunPod Hub's hub.json.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--icon-url", metavar="URL", help="of the listing's icon")
+    parser.add_argument("--load-balancer", action="store_true", help="for load-balancing endpoints, not queues")
+    arguments = parser.parse_args()
+    made = document(vllm_args.flags(), arguments.icon_url, load_balancer=arguments.load_balancer)
+    arguments.file.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,11 +13,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from builder.doctor import kv_cache, memory, weights
+from builder.doctor import memory, weights
 from builder.doctor.gpus import GIB, Gpu
+from builder.doctor.requirements import requirements_of
 from builder.doctor.settings import Settings
 from builder.doctor.worker_config import WorkerConfig
-from builder.errors import BuilderError, ModelNotFoundError
+from builder.errors import BuilderError
 
 _PACKAGES = ("vllm", "torch", "transformers", "runpod", "huggingface_hub")
 # Names of other builds of a package.
@@ -58,29 +59,20 @@ class Doctor:
         """Check whether the model fits GPU and disk; return the findings and what to do."""
         unknown: tuple[dict[str, Any], str] = {}, "the memory that the model needs is unknown"
         try:
-            directory = _config_directory(model, self.revision, self.token)
-            config, is_known = weights.read_config(directory)
-            dtype, quantization = self.settings.dtype, self.settings.quantization
-            size = weights.weights(directory, config, known=is_known, dtype=dtype, quantization=quantization)
-            cache = kv_cache.kv_cache_of(config, self.settings)
-            fit = memory.fit(config, size.size_bytes, cache, self.settings, self.gpu)
+            needs = requirements_of(model, self.revision, self.token, self.settings)
+            fit = needs.fit(self.gpu)
         except BuilderError as error:
             self.problems.append(str(error))
             return unknown
-        except ImportError as error:
-            self.problems.append(f"computing the memory needs {error.name}, which is not installed")
-            return unknown
-        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            self.problems.append(f"the config lacks a value on which memory depends, or has an invalid one: {error}")
-            return unknown
+        config, size, cache = needs.config, needs.weights, needs.cache
         notes = [*size.notes, *cache.notes]
         if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
             notes.append("Memory for encoding images or audio is not counted.")
-        if not is_known:
+        if not needs.is_known:
             notes.append(
                 f"transformers does not know {config.model_type}: its layers are assumed to be all of one kind."
             )
-        checkpoint_bytes = weights.checkpoint_bytes(directory)
+        checkpoint_bytes = weights.checkpoint_bytes(needs.directory)
         findings: dict[str, Any] = {
             "fit": {
                 "architecture": (config.architectures or [None])[0],
@@ -103,7 +95,7 @@ class Doctor:
             self.problems.append(f"vLLM needs the package {_BNB_PLUGIN} for bitsandbytes: it is not installed")
         if self._is_on_hub:
             findings["disk"] = self._check_disk(max(size.stored_bytes - (checkpoint_bytes or 0), 0))
-        advice = _advice(fit, self.settings)
+        advice = advice_for(fit, self.settings)
         if fit.fits is False:
             self.problems.append(advice)
         return findings, advice
@@ -163,45 +155,7 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _config_directory(model: str, revision: str | None, token: str | None) -> Path:
-    """Return the directory with the model's config.json; download it for a model of the hub.
-
-    Raises:
-        ModelNotFoundError: there is none.
-    """
-    if (Path(model) / "config.json").is_file():
-        return Path(model)
-    if Path(model).is_dir() or model.startswith(("/", "./", "../", "~")):
-        raise ModelNotFoundError(f"there is no config.json in {model}")
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    def fetch(*, local_files_only: bool) -> Path:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                model, "config.json", revision=revision, token=token or False, local_files_only=local_files_only
-            )
-        ).parent
-
-    try:
-        try:
-            return fetch(local_files_only=True)
-        except errors.LocalEntryNotFoundError:
-            return fetch(local_files_only=False)
-    except errors.GatedRepoError:
-        reason = "it is gated: set HF_TOKEN to a token of an account with access"
-    except errors.RevisionNotFoundError:
-        reason = f"it has no revision {revision}"
-    except errors.RepositoryNotFoundError:
-        reason = "there is no such model, or it is private and HF_TOKEN gives no access to it"
-    except errors.LocalEntryNotFoundError:
-        reason = "the hub cannot be reached"
-    except (errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
-        reason = " ".join(str(error).split())[:200]
-    raise ModelNotFoundError(f"cannot download the config.json of {model}: {reason}")
-
-
-def _advice(fit: memory.Fit, settings: Settings) -> str:
+def advice_for(fit: memory.Fit, settings: Settings) -> str:
     """Return one line that says what to do."""
     min_gpu = f"a GPU of at least {format_gib(fit.min_gpu_memory_bytes)}"
     if fit.fits is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +17,21 @@ from emulator.errors import NotFoundError, UnauthorizedError
 
 @dataclass(frozen=True)
 class AppContext:
-    """What all routes act on: `request.app.state.context`."""
+    """What all routes act on: `request.app.state.context`.
+
+    Args:
+        endpoints: endpoints by id; they may come and go.
+        api_keys: keys of clients.
+        faults: the emulator's faults.
+        deleted: deleted endpoints by id, whose workers have not exited yet.
+        finished: set when the emulator has shut down, to end the streams of `/state/events`.
+    """
 
     endpoints: Mapping[str, Endpoint]
     api_keys: tuple[str, ...]
     faults: Faults
+    deleted: Mapping[str, Endpoint]
+    finished: asyncio.Event
 
     def is_api_key(self, key: str) -> bool:
         """Return whether it is one of the API keys, in constant time."""
@@ -56,7 +67,21 @@ def endpoint_of(request: Request) -> RunPodEndpoint:
     Raises:
         NotFoundError: there is no such endpoint.
     """
-    endpoint = context_of(request).endpoints.get(request.path_params["endpoint"])
+    return _endpoint(context_of(request).endpoints, request.path_params["endpoint"])
+
+
+def endpoint_of_worker(request: Request) -> RunPodEndpoint:
+    """Return the same for a worker, whose endpoint may have been deleted while it runs.
+
+    Raises:
+        NotFoundError: there is no such endpoint.
+    """
+    context = context_of(request)
+    return _endpoint({**context.deleted, **context.endpoints}, request.path_params["endpoint"])
+
+
+def _endpoint(endpoints: Mapping[str, Endpoint], endpoint_id: str) -> RunPodEndpoint:
+    endpoint = endpoints.get(endpoint_id)
     if not isinstance(endpoint, RunPodEndpoint):
-        raise NotFoundError(f"endpoint {request.path_params['endpoint']} not found")
+        raise NotFoundError(f"endpoint {endpoint_id} not found")
     return endpoint

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from emulator.api.auth import context_of
+from emulator.api.auth import AppContext, context_of
 from emulator.api.bodies import JSONResponse
 from emulator.core.endpoint import Endpoint
 from emulator.core.work import Work
@@ -107,14 +107,17 @@ async def get_state(request: Request) -> Response:
 async def stream_state(request: Request) -> Response:
     """GET /state/events: the first event has the complete history, each later one only its new points."""
     return StreamingResponse(
-        _events(context_of(request).endpoints), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        _events(context_of(request)), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
     )
 
 
-async def _events(endpoints: Mapping[str, Endpoint]) -> AsyncIterator[str]:
-    sent_changes, history_since = -1, 0.0
-    while not all(endpoint.fleet.is_closed for endpoint in endpoints.values()):
-        changes = sum(endpoint.changes for endpoint in endpoints.values())
+async def _events(context: AppContext) -> AsyncIterator[str]:
+    endpoints = context.endpoints
+    sent_changes, history_since = {"": -1}, 0.0
+    while not context.finished.is_set():
+        changes = {name: endpoint.changes for name, endpoint in endpoints.items()}
+        # The page takes a stream without an event for dead; an endpoint's samples are changes.
+        changes[""] = 0 if endpoints else int(time.monotonic())
         if changes != sent_changes:
             sent_changes = changes
             document = snapshot(endpoints, history_since)

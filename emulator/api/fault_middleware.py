@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from emulator.api.auth import AppContext
 from emulator.core.faults import WORKER_ROUTES, FaultKind, FaultRule, FaultTiming
 from emulator.errors import NotFoundError
+from emulator.settings import CONTROL_PLANE_NAMES
 
 # Indices into the segments of `/v2/ENDPOINT/ROUTE/WORKER`, split at the slashes.
 _ENDPOINT_SEGMENT = 2
@@ -141,12 +142,15 @@ class _BufferedResponse:
 def runpod_route_name(scope: Scope) -> RouteName:
     """Return what a path of RunPod names.
 
-    A batch take counts as a take. The OpenAI gateway's path `/v1/...` names no endpoint.
+    A batch take counts as a take. The OpenAI gateway's path `/v1/...` names no endpoint, and the control plane's paths
+    name one only for itself.
     """
     path: str = scope["path"]
     if path.startswith("/v1/"):
         return RouteName(route="openai")
     segments = path.split("/")
+    if path.startswith("/v2/") and segments[_ENDPOINT_SEGMENT] in CONTROL_PLANE_NAMES:
+        return RouteName(route="control-plane")
     if len(segments) <= _ROUTE_SEGMENT or segments[1] != "v2":
         return RouteName()
     route = segments[_ROUTE_SEGMENT]

@@ -12,14 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from emulator.api.auth import context_of, endpoint_of, key_of
+from emulator.api.auth import context_of, endpoint_of_worker, key_of
 from emulator.api.bodies import JSONResponse, describe_validation_error, parse_json, read_body
 from emulator.core.faults import FaultKind, FaultRule
 from emulator.core.job import MAX_CHUNK_BYTES, MAX_RESULT_BYTES, Job, JobStatus
 from emulator.core.job_queue import JOBS_QUEUED_TOPIC, job_stop_topic
 from emulator.core.long_poll import client_disconnect, is_disconnected
 from emulator.core.runpod_endpoint import RunPodEndpoint
-from emulator.core.worker import TAKING_STATES
 from emulator.errors import BadRequestError, ContentTooLargeError, UnauthorizedError
 from emulator.integers import parse_integer
 
@@ -59,9 +58,11 @@ async def stop_signals(request: Request) -> Response:
     was_stopping = endpoint.fleet.is_stopping(worker)
 
     def poll() -> list[str] | None:
-        if is_disconnected(request.state.transport) or (not was_stopping and endpoint.fleet.is_stopping(worker)):
+        if is_disconnected(request.state.transport):
             return []
-        return endpoint.queue.pop_stop_signals(worker) or None
+        signals = endpoint.queue.pop_stop_signals(worker)
+        # End a poll that was in progress when the worker was asked to stop.
+        return signals if signals or (not was_stopping and endpoint.fleet.is_stopping(worker)) else None
 
     timeout_s = _poll_timeout_s(endpoint, worker)
     async with client_disconnect(request.receive) as disconnect:
@@ -114,7 +115,7 @@ async def _take(request: Request, count: int) -> list[Job]:
     was_stopping = endpoint.fleet.is_stopping(worker_id)
 
     def poll() -> list[Job] | None:
-        if worker.state not in TAKING_STATES:
+        if not worker.takes_jobs:
             # End a poll that was in progress when the worker was asked to stop.
             return [] if not was_stopping and endpoint.fleet.is_stopping(worker_id) else None
         if is_disconnected(request.state.transport):
@@ -150,7 +151,7 @@ def _authenticate(request: Request) -> tuple[RunPodEndpoint, str]:
     Raises:
         UnauthorizedError: an external worker without the endpoint's worker key or an API key.
     """
-    endpoint = endpoint_of(request)
+    endpoint = endpoint_of_worker(request)
     worker: str = request.path_params["worker"]
     key = key_of(request)
     is_valid = hmac.compare_digest(key.encode(), endpoint.worker_key.encode()) or context_of(request).is_api_key(key)

@@ -18,7 +18,6 @@ from emulator.balancer.requests import WORKERS_TOPIC, Requests
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.faults import FaultKind
 from emulator.core.long_poll import Disconnect
-from emulator.core.worker import TAKING_STATES
 from emulator.errors import AffinityWorkerGoneError, BadRequestError, NoWorkerError, SettingsError
 from emulator.settings import BalancerSettings
 
@@ -139,10 +138,12 @@ class BalancerEndpoint(Endpoint):
         return [
             self.workers[worker.id]
             for worker in self.fleet.workers()
-            if worker.state in TAKING_STATES
-            and worker.id in self.workers
-            and self.workers[worker.id].status == HTTPStatus.OK
+            if worker.takes_jobs and worker.id in self.workers and self.workers[worker.id].status == HTTPStatus.OK
         ]
+
+    def request_urls(self) -> dict[str, str]:
+        """Return the URLs that clients call, by the names of the API."""
+        return {"base": self.url, "health": self.url + self.settings.health_check_path}
 
     def page_document(self) -> dict[str, str | None]:
         """Return how the page reaches the endpoint: on the emulator's own port, as a page reaches no other."""
@@ -160,10 +161,13 @@ class BalancerEndpoint(Endpoint):
         """Do nothing: it gets no requests from now on."""
 
     def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
-        """Do nothing: its health checks fail from now on."""
+        """Give it no request until a health check after the freeze; its connections are the balancer's own."""
+        del drops_connections
+        if worker in self.workers:
+            self.workers[worker].status = 0
 
     def on_worker_thawed(self, worker: str) -> None:
-        """Do nothing: its health checks succeed again."""
+        """Do nothing: its next health check makes it healthy."""
 
     def on_worker_exited(self, worker: str) -> None:
         """Check its health no more, and let requests that wait for it know."""

@@ -73,6 +73,11 @@ class Endpoint(ABC):
             redaction=redaction,
         )
 
+    def update(self, settings: FleetSettings, redaction: Redaction, version: int) -> None:
+        """Apply other settings; see `Fleet.update`."""
+        self.settings = settings
+        self.fleet.update(settings, redaction, version)
+
     @abstractmethod
     def page_document(self) -> dict[str, str | None]:
         """Return how the page reaches the endpoint's APIs.
@@ -93,6 +98,9 @@ class Endpoint(ABC):
     def on_worker_exited(self, worker: str) -> None:
         """Release what the platform keeps for a worker."""
 
+    async def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Release what the endpoint holds, once its workers have exited."""
+
     @abstractmethod
     def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
         """Close the worker's connections, if the platform has its own."""
@@ -100,9 +108,6 @@ class Endpoint(ABC):
     @abstractmethod
     def on_worker_thawed(self, worker: str) -> None:
         """Notify the worker's long polls, so that they are given jobs again."""
-
-    async def close(self) -> None:  # noqa: B027 (most hold nothing)
-        """Release what the endpoint holds, once its workers have exited."""
 
     def on_change(self, topic: str) -> None:
         """Notify the long polls of the topic."""

@@ -12,7 +12,10 @@ WorkerRoute = Literal["job-take", "job-stream", "job-done", "job-stop", "ping"]
 ClientRoute = Literal["run", "runsync", "status", "stream", "cancel", "retry", "purge-queue", "health", "openai"]
 BalancerRoute = Literal["balancer", "health-check"]
 WORKER_ROUTES: Final = frozenset(get_args(WorkerRoute))
-RUNPOD_ROUTES: Final = WORKER_ROUTES | frozenset(get_args(ClientRoute)) | frozenset(get_args(BalancerRoute))
+ControlPlaneRoute = Literal["control-plane"]
+RUNPOD_ROUTES: Final = WORKER_ROUTES | frozenset(
+    (*get_args(ClientRoute), *get_args(BalancerRoute), *get_args(ControlPlaneRoute))
+)
 
 AgentRoute = Literal["request", "request-ack", "request-metric", "request-result", "request-proxy", "heartbeat"]
 GatewayRoute = Literal["sync", "async", "status", "proxy"]
@@ -55,9 +58,9 @@ class FaultRule(BaseModel):
             unhealthy: Spirit's agent says that it is unhealthy: before, without a task; after, with one if there is.
             alter: the task that Spirit's agent gives out has other `headers` (None removes one) or another `body`.
         route: RunPod: path segment after the endpoint; `balancer` for a request to a load-balancing endpoint,
-            `health-check` for a health check of its workers (error and drop only). Spirit: path segment after
-            `/apis/v1` of the agent, operation of the gateway, or `proxy` for `/v1/...` and `/api/...`. `*` matches all,
-            `agent` all of Spirit's agent.
+            `health-check` for a health check of its workers (error and drop only), `control-plane` for the API that
+            manages endpoints. Spirit: path segment after `/apis/v1` of the agent, operation of the gateway, or `proxy`
+            for `/v1/...` and `/api/...`. `*` matches all, `agent` all of Spirit's agent.
         rate: probability from 0 to 1.
         times: maximum number of injections; None: no maximum.
         endpoint: id of the only endpoint that it applies to; None: all.
@@ -66,7 +69,9 @@ class FaultRule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: FaultKind
-    route: Literal["*", "agent", ClientRoute, BalancerRoute, WorkerRoute, AgentRoute, GatewayRoute] = "*"
+    route: Literal[
+        "*", "agent", ClientRoute, BalancerRoute, WorkerRoute, ControlPlaneRoute, AgentRoute, GatewayRoute
+    ] = "*"
     rate: float = Field(1.0, ge=0, le=1)
     when: FaultTiming = FaultTiming.BEFORE
     status: int = Field(500, ge=400, le=599)
@@ -102,6 +107,7 @@ class FaultSettings(BaseModel):
     seed: int = 0
     rules: tuple[FaultRule, ...] = ()
     throttled_workers: int = Field(0, ge=0, description="number of workers that cannot be started")
+    missing_images: tuple[str, ...] = Field((), description="images that cannot be pulled")
 
 
 class Faults:

@@ -84,6 +84,8 @@ class Fleet:
         self._start = start
         self._faults = faults
         self._redaction = redaction
+        self._version = 1
+        self._replacements = 0
         self._workers: dict[str, FleetWorker] = {}
         self._exited: deque[FleetWorker] = deque(maxlen=_MAX_EXITED_WORKERS)
         self._consecutive_failures = 0
@@ -147,6 +149,20 @@ class Fleet:
 
     # Control of workers.
 
+    def update(self, settings: FleetSettings, redaction: Redaction, version: int) -> None:
+        """Apply other settings.
+
+        With another version, all present workers become stale: each is given no more jobs, and replaced when it runs
+        none.
+        """
+        self._settings, self._redaction = settings, redaction
+        if version != self._version:
+            self._version = version
+            # What failed with the last version says nothing about this one.
+            self._consecutive_failures, self._backoff_until = 0, 0.0
+            for worker in self._workers.values():
+                worker.is_stale = worker.version is not None
+
     def tick(self) -> None:
         """Apply time-outs and the autoscaler's decision; to be called several times a second."""
         now = self._clock()
@@ -154,11 +170,16 @@ class Fleet:
         self.refresh_states()
         for worker in list(self._workers.values()):
             self._check(worker, now)
+            if worker.is_stale:
+                self._replace(worker)
         for worker_id in self._queue.unresponsive_workers():
             if worker_id in self._workers:
                 self.stop(worker_id, "ignored a stop signal")
-        if self._closing or not self._settings.command:
-            return
+        if self._settings.command and not self._closing:
+            self._scale(now)
+
+    def _scale(self, now: float) -> None:
+        """Apply the autoscaler's decision, and replace stale workers that were stopped."""
         own = [
             worker
             for worker in self._workers.values()
@@ -170,11 +191,22 @@ class Fleet:
             self._fail(self._workers[worker_id], f"not ready after {self._settings.effective_init_timeout_s:g} s")
         for worker_id in decision.stop:
             self._scale_down(self._workers[worker_id], f"idle for {self._settings.idle_timeout_s:g} s")
-        for _ in range(decision.start):
+        replacements = min(self._replacements, self._settings.workers_max - len(own))
+        for _ in range(max(decision.start, replacements)):
             if (frozen := self._last_frozen()) is not None:
                 self.thaw(frozen.id)
             elif now >= self._backoff_until:
                 self._start_worker(now)
+
+    def _replace(self, worker: FleetWorker) -> None:
+        """Stop a stale worker that runs no job; another is started as soon as `workersMax` allows."""
+        if worker.process is None:
+            self._remove(worker)  # It is throttled, or has failed.
+        elif worker.state in ACTIVE_STATES and not self._queue.running_jobs(worker.id):
+            self.stop(worker.id, f"replaced by version {self._version}")
+            self._replacements += 1
+        elif worker.state is WorkerState.FROZEN and not worker.is_held:
+            self.stop(worker.id, f"frozen with a version before {self._version}")
 
     def _scale_down(self, worker: FleetWorker, reason: str) -> None:
         """Stop a worker, or freeze it with FlashBoot."""
@@ -264,21 +296,16 @@ class Fleet:
         worker.process.thaw()
         self._listener.on_worker_thawed(worker_id)
 
-    def close(self) -> None:
+    def close(self, reason: str = "the emulator is shutting down") -> None:
         """Stop all workers and start no more; `is_empty` is true when they have exited."""
         self._closing = True
         for worker_id in list(self._workers):
-            self.stop(worker_id, "the emulator is shutting down")
+            self.stop(worker_id, reason)
 
     @property
     def is_empty(self) -> bool:
         """Whether no managed worker is left."""
         return not any(worker.process is not None for worker in self._workers.values())
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the fleet was closed and no managed worker is left."""
-        return self._closing and self.is_empty
 
     def kill_all(self) -> None:
         """Kill every managed worker now."""
@@ -343,10 +370,11 @@ class Fleet:
 
     def _start_worker(self, now: float) -> None:
         """Start a worker, or add a throttled one without a process."""
+        self._replacements = max(0, self._replacements - 1)
         worker_id = "".join(random.SystemRandom().choices(string.ascii_lowercase + string.digits, k=_ID_LETTERS))
         throttled = self._throttled_count() < self._faults.throttled_workers
         state = WorkerState.THROTTLED if throttled else WorkerState.INITIALIZING
-        worker = FleetWorker(worker_id, state, now, now, now)
+        worker = FleetWorker(worker_id, state, now, now, now, version=self._version)
         self._workers[worker_id] = worker
         if throttled:
             self._listener.on_event(f"worker {worker_id} throttled")

@@ -84,7 +84,8 @@ class JobQueue:
     """
 
     def __init__(self, settings: QueueSettings, clock: Callable[[], float], listener: QueueListener) -> None:
-        self._settings = settings
+        self.settings = settings
+        """May be replaced at any time."""
         self._clock = clock
         self._listener = listener
         self._jobs: dict[str, Job] = {}
@@ -244,7 +245,7 @@ class JobQueue:
         }
         if requested_at:
             self._stop_requested_at[worker] = requested_at
-            if now - min(requested_at.values()) > self._settings.stop_grace_s:
+            if now - min(requested_at.values()) > self.settings.stop_grace_s:
                 self._unresponsive.add(worker)
         else:
             self._stop_requested_at.pop(worker, None)
@@ -272,7 +273,7 @@ class JobQueue:
                 self._end(job, JobStatus.TIMED_OUT, "ttl exceeded")
             elif self._execution_deadline(job) <= now:
                 self._end(job, JobStatus.TIMED_OUT, "executionTimeout exceeded")
-            elif job.status is JobStatus.IN_PROGRESS and now - job.last_seen_at >= self._settings.lost_after_s:
+            elif job.status is JobStatus.IN_PROGRESS and now - job.last_seen_at >= self.settings.lost_after_s:
                 self._requeue_or_fail(job)
         if now >= self._next_cleanup_at:
             self._next_cleanup_at = now + CLEANUP_INTERVAL_S
@@ -318,7 +319,7 @@ class JobQueue:
         }
 
     def _check_length(self) -> None:
-        maximum = max(FULL_QUEUE_JOBS, FULL_QUEUE_JOBS_PER_WORKER * self._settings.max_workers)
+        maximum = max(FULL_QUEUE_JOBS, FULL_QUEUE_JOBS_PER_WORKER * self.settings.max_workers)
         if len(self._waiting) > maximum:
             raise TooManyRequestsError(f"the queue is full: {len(self._waiting)} jobs, limit {maximum}")
 
@@ -348,7 +349,7 @@ class JobQueue:
 
     def _requeue_or_fail(self, job: Job) -> None:
         """Handle a job whose worker is lost, or no longer reports it."""
-        if job.retries >= self._settings.max_retries:
+        if job.retries >= self.settings.max_retries:
             # The platform's message.
             self._end(job, JobStatus.FAILED, f"job timed out after {job.retries} retries")
             return
@@ -395,7 +396,7 @@ class JobQueue:
         if job.taken_at is None:
             return float("inf")
         timeout_ms = job.submission.policy.execution_timeout_ms
-        return job.taken_at + (self._settings.execution_timeout_s if timeout_ms is None else timeout_ms / 1000)
+        return job.taken_at + (self.settings.execution_timeout_s if timeout_ms is None else timeout_ms / 1000)
 
 
 def _expires_at(job: Job) -> float:

@@ -25,7 +25,9 @@ _UNKNOWN_EXIT_CODE = -int(signal.SIGKILL)
 class Process(Protocol):
     """A worker's process, as a fleet uses it."""
 
-    pid: int | None
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None while it has none."""
 
     def terminate(self) -> None:
         """Send SIGTERM to the worker's own process."""

@@ -12,7 +12,8 @@ from emulator.core.job_queue import JOBS_QUEUED_TOPIC, JobQueue, job_stop_topic
 from emulator.core.process import worker_environment
 from emulator.core.rate_limits import RateLimiter
 from emulator.core.webhooks import Webhooks
-from emulator.settings import EndpointSettings
+from emulator.redaction import Redaction
+from emulator.settings import EndpointSettings, FleetSettings
 
 
 class RunPodEndpoint(Endpoint):
@@ -55,6 +56,11 @@ class RunPodEndpoint(Endpoint):
         env = worker_environment(self._base_url, settings.id, worker, self.worker_key, settings.ping_interval_ms)
         return {**env, **self._ca_environment}
 
+    def update(self, settings: FleetSettings, redaction: Redaction, version: int) -> None:
+        """Apply other settings, to the queue too."""
+        super().update(settings, redaction.including(self.worker_key), version)
+        self.queue.settings = self.settings.queue_settings()
+
     def page_document(self) -> dict[str, str | None]:
         """Return how the page reaches the endpoint's APIs."""
         root = f"/v2/{self.settings.id}"
@@ -63,6 +69,21 @@ class RunPodEndpoint(Endpoint):
             "authorization": "Bearer {key}",
             "cancelPath": f"{root}/cancel/{{job}}",
         }
+
+    def request_urls(self) -> dict[str, str]:
+        """Return the URLs of the operations that clients call, by the names of the API."""
+        root = f"{self._base_url}/v2/{self.settings.id}"
+        names = {
+            "run": "run",
+            "runSync": "runsync",
+            "status": "status/{job_id}",
+            "stream": "stream/{job_id}",
+            "cancel": "cancel/{job_id}",
+            "retry": "retry/{job_id}",
+            "purgeQueue": "purge-queue",
+            "health": "health",
+        }
+        return {name: f"{root}/{path}" for name, path in names.items()}
 
     def forget_duplicates(self) -> None:
         """Drop the jobs that a fault would still give out a second time."""

@@ -49,6 +49,8 @@ class FleetWorker:
         restored_at: when it was last thawed; None once it has answered since.
         reason: why it is in its state, for people to read.
         jobs_taken: how many jobs it was given.
+        version: version of the endpoint's configuration that it runs; None for an external worker.
+        is_stale: whether that is no longer the endpoint's version: it is given no more jobs, and replaced.
         log: its last log lines, without secrets.
     """
 
@@ -66,4 +68,11 @@ class FleetWorker:
     restored_at: float | None = None
     reason: str = ""
     jobs_taken: int = 0
+    version: int | None = None
+    is_stale: bool = False
     log: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether it is given jobs."""
+        return self.state in TAKING_STATES and not self.is_stale

@@ -23,6 +23,8 @@ function render() {
     (id) => createElement("option", { value: id, ...(hash() === id && { selected: "" }) }, id));
   $("endpoint-label").hidden = ids.length < 2;
   const endpoint = selectedEndpoint();
+  $("board").hidden = !endpoint;
+  if (!endpoint) return;
   renderChart(histories.get(endpoint.id), state.at);
   renderBoard(endpoint, state.at);
   renderChat(endpoint);

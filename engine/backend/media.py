@@ -12,9 +12,13 @@ import functools
 import ipaddress
 import socket
 from collections.abc import Callable, Collection
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from engine.errors import EngineResponseError, safe_str
 
 REFUSAL = (
     "media is fetched from public addresses only: send it as a data: URL, or add its host to ALLOWED_MEDIA_DOMAINS of "
@@ -85,6 +89,50 @@ def public_session(refuse: Callable[[str], Exception], hosts: Collection[str] = 
 
     connector = aiohttp.TCPConnector(resolver=Resolver(), socket_factory=connect)
     return aiohttp.ClientSession(connector=connector, middlewares=(check_url,))
+
+
+async def download(url: str, max_bytes: int, hosts: Collection[str] = ()) -> bytes:
+    """Return what an http(s) URL holds, fetched as vLLM fetches audio for a chat: by the same rules and time limits.
+
+    Args:
+        url: that a job names.
+        max_bytes: of what it holds; a larger one is not read to its end.
+        hosts: `ALLOWED_MEDIA_DOMAINS`.
+
+    Raises:
+        EngineResponseError: it cannot be fetched; in vLLM's words, with the status that vLLM gives.
+    """
+    from vllm import envs
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.multimodal.media.base import MediaIO
+    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
+
+    class Content(MediaIO):  # type: ignore[misc]
+        """A medium that is not decoded."""
+
+        def get_max_bytes(self) -> int:
+            return max_bytes
+
+        def load_bytes(self, data: bytes) -> bytes:
+            return data
+
+        def load_base64(self, media_type: str, data: str) -> bytes:
+            raise NotImplementedError
+
+        def load_file(self, filepath: Path) -> bytes:
+            raise NotImplementedError
+
+    connector = MEDIA_CONNECTOR_REGISTRY.load(envs.VLLM_MEDIA_CONNECTOR, allowed_media_domains=list(hosts))
+    try:
+        content: bytes = await connector.load_from_url_async(
+            url, Content(), fetch_timeout=envs.VLLM_AUDIO_FETCH_TIMEOUT
+        )
+    except Exception as error:  # noqa: BLE001 (as vLLM's app does with whatever is raised there)
+        response = create_error_response(error)
+        if response.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            response.error.message = f"the file cannot be fetched: {safe_str(error)}"
+        raise EngineResponseError(response.error.code, response.model_dump()) from None
+    return content
 
 
 def install_public_media_connector() -> None:

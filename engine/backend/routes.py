@@ -12,6 +12,8 @@ from __future__ import annotations
 WEBSOCKET = frozenset({"/v1/realtime"})
 # Routes without a request body.
 GET_ONLY = frozenset({"/cold_start", "/health", "/tokenizer_info", "/v1/models", "/version"})
+# Routes that take a form with a file, not JSON.
+FORMS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 SERVING = frozenset(
     {
         "/classify",

@@ -7,6 +7,7 @@ It uses what `vllm serve` itself is made of. tests/integration/test_vllm_interfa
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.backend import app as vllm_app
 from engine.backend import compat, media, processes, startup_errors, stat_loggers, vllm_args
+from engine.backend.files import Files
 from engine.backend.routes import SERVING
 from engine.backend.statistics import Statistics
 from engine.backend.stream_interval import StreamInterval
@@ -62,6 +64,7 @@ class VLLMEngine:
         media.install_public_media_connector()
         self.statistics = Statistics(self._output_tokens)
         self.open_routes = SERVING | configuration.settings.allowed_routes
+        self.files = _files(configuration)
         self._configuration = configuration
         self._stall_timeout_s = configuration.settings.engine_stall_timeout_s
         interval_ms = configuration.settings.batch_interval_ms
@@ -220,6 +223,18 @@ class VLLMEngine:
         """End the engine and its processes."""
         compat.forget_variables()
         self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+
+
+def _files(configuration: Configuration) -> Files:
+    from vllm import envs
+
+    hosts = configuration.args.allowed_media_domains or ()
+    return Files(
+        configuration.settings.network_volume,
+        envs.VLLM_MAX_AUDIO_CLIP_FILESIZE_MB * 2**20,
+        "VLLM_MAX_AUDIO_CLIP_FILESIZE_MB",
+        functools.partial(media.download, hosts=hosts),
+    )
 
 
 def import_engine() -> None:

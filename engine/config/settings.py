@@ -47,6 +47,10 @@ _Directory = Annotated[Path, WithJsonSchema({"type": "string", "format": "direct
 SERVER_SETTINGS = {"port", "port_health", "health_check_path", "listen_host"}
 
 
+# Without one of these, there is no bucket.
+_BUCKET = ("bucket_endpoint_url", "bucket_name", "bucket_access_key_id", "bucket_secret_access_key")
+
+
 class Settings(BaseModel):
     """The worker's own settings; the variable of a field is its name in upper case."""
 
@@ -139,6 +143,24 @@ class Settings(BaseModel):
     )
     hf_token: SecretStr | None = Field(None, description="Hugging Face token, for gated or private models.")
 
+    bucket_endpoint_url: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+/?$")] | None = Field(
+        None,
+        examples=["https://s3.us-west-2.amazonaws.com"],
+        description="URL of an S3 API, for results that are larger than the platform accepts: their jobs yield a link. "
+        "With `BUCKET_NAME.` before the host, requests go there. Needs the next three settings too.",
+    )
+    bucket_name: str | None = Field(None, examples=["my-results"], description="Name of the bucket.")
+    bucket_access_key_id: SecretStr | None = Field(None, description="Id of a key that may write and read there.")
+    bucket_secret_access_key: SecretStr | None = Field(None, description="The key.")
+    bucket_region: str | None = Field(
+        None,
+        examples=["us-west-2"],
+        description="Region that requests are signed for. Default: the one in the URL, else `us-east-1`.",
+    )
+    bucket_link_expires_s: int = Field(
+        24 * 60 * 60, ge=1, le=7 * 24 * 60 * 60, description="How long a link works, in seconds; 7 days at most."
+    )
+
     platform: Literal["auto", "runpod", "spirit"] = Field(
         "auto",
         description="Platform that the worker takes jobs from: RunPod (its SDK's queue) or Spirit (spirit-gpu's "
@@ -221,13 +243,17 @@ class Settings(BaseModel):
         others = {name: value for name, value in values.items() if name not in SERVER_SETTINGS}
         try:
             settings = cls.model_validate(others)
-            if not settings.serves_http:
-                return settings
-            if settings.platform == "spirit":
-                raise ConfigurationError("ENDPOINT_TYPE=load_balancer is RunPod's: it cannot be set on Spirit")
-            return cls.model_validate(values)
+            if settings.serves_http:
+                if settings.platform == "spirit":
+                    raise ConfigurationError("ENDPOINT_TYPE=load_balancer is RunPod's: it cannot be set on Spirit")
+                settings = cls.model_validate(values)
         except ValidationError as error:
             raise ConfigurationError("\n".join(_validation_errors(error, variables))) from None
+        given = [name for name in _BUCKET if getattr(settings, name) is not None]
+        if given and (missing := ", ".join(name.upper() for name in _BUCKET if name not in given)):
+            value = _quote(given[0], variables)
+            raise ConfigurationError(f"{given[0].upper()}={value} is not allowed. Allowed: together with {missing}.")
+        return settings
 
 
 def allowed(name: str) -> str:

@@ -16,10 +16,12 @@ from engine.backend.app import App, Message
 from engine.backend.inline_executor import SHORT, SHORT_BYTES
 from engine.backend.merging import MERGEABLE
 from engine.errors import EngineError
-from engine.jobs.inputs import Request
+from engine.jobs.inputs import JSON, Request
 from engine.run_clock import CLOCK
 from engine.telemetry.job_times import CURRENT
 
+# A longer body arrives in pieces, as from a server: vLLM's parser of forms takes one of 25 MB eight times faster so.
+_PIECE_BYTES = 1024 * 1024
 # How long the app may take to end its request after a disconnect, before its task is cancelled.
 DISCONNECT_GRACE_S = 5.0
 
@@ -83,13 +85,14 @@ class _ASGIConnection(Response):
 
     def __init__(self, request: Request) -> None:
         super().__init__()
-        self._request: Request | None = request
+        self._unread: memoryview | None = memoryview(request.body or b"")
         self._disconnected = asyncio.Event()
 
     async def receive(self) -> Message:
-        if self._request is not None:
-            body, self._request = self._request.body or b"", None
-            return {"type": "http.request", "body": body, "more_body": False}
+        if self._unread is not None:
+            body, rest = bytes(self._unread[:_PIECE_BYTES]), self._unread[_PIECE_BYTES:]
+            self._unread = rest or None
+            return {"type": "http.request", "body": body, "more_body": self._unread is not None}
         await self._disconnected.wait()
         return {"type": "http.disconnect"}
 
@@ -158,7 +161,7 @@ async def stream(app: App, request: Request, request_id: str = "") -> AsyncItera
 
 
 def _scope(request: Request, request_id: str) -> Message:
-    headers = [(b"host", b"worker"), (b"content-type", b"application/json")]
+    headers = [(b"host", b"worker"), (b"content-type", request.content_type.encode("latin-1"))]
     if request.body is not None:
         headers.append((b"content-length", str(len(request.body)).encode()))
     if request_id and request_id.isascii() and request_id.isprintable():
@@ -185,6 +188,6 @@ def _scope(request: Request, request_id: str) -> Message:
 def _context(request: Request) -> Context:
     """Return a context that tells code deep inside vLLM, which does not see the request, about it."""
     context = copy_context()
-    context.run(SHORT.set, len(request.body or b"") <= SHORT_BYTES)
+    context.run(SHORT.set, request.content_type == JSON and len(request.body or b"") <= SHORT_BYTES)
     context.run(MERGEABLE.set, request.mergeable)
     return context

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
 
 from engine.backend import merging
-from engine.backend.routes import GET_ONLY, SERVING
+from engine.backend.routes import FORMS, GET_ONLY, SERVING
 from engine.errors import ExpiredError, InvalidInputError, RouteNotAllowedError, UnknownRouteError
 from engine.jobs.proxied import ProxiedRequest
 from engine.json_codec import decode
@@ -21,10 +21,12 @@ from engine.telemetry.job_times import is_traceparent
 ACCEPTED_INPUTS = """\
 {"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
 {"openai_route": "/v1/models"}  a GET
+{"openai_route": "/v1/audio/transcriptions", "openai_input": {"file": "https://...", ...}}  one with a file
 {"route": "/tokenize", "body": {...}}  the same, in worker-vllm's format
 {"messages": [...], "sampling_params": {...}, "stream": false}  a chat
 {"prompt": "...", "sampling_params": {...}, "stream": false}  a completion"""
 
+JSON = "application/json"
 # A path only: no scheme, no host, no empty, `.` or `..` segment, no escapes; a query may follow. A final slash is
 # dropped, as vLLM redirects to the route without it.
 _ROUTE = re.compile(r"(?P<path>(?:/(?!\.{1,2}(?:/|\?|$))[A-Za-z0-9._~-]+)+)/?(?:\?(?P<query>[!-~]*))?")
@@ -67,7 +69,9 @@ class Request:
         method: GET or POST.
         path: of the route.
         query: of the route, or empty.
-        body: JSON, or None for a GET.
+        body: JSON or a form, or None for a GET.
+        content_type: of the body.
+        form: fields of a form that is not encoded yet (`engine.jobs.multipart`), or None.
         native: whether the job is in the top-level format, whose stream is dicts with the new text, not SSE text.
         warnings: what was ignored, for the client and the log.
         mergeable: whether vLLM may put several tokens into one event, as in a stream of plain text.
@@ -81,6 +85,8 @@ class Request:
     path: str
     query: str = ""
     body: bytes | None = None
+    content_type: str = JSON
+    form: dict[str, Any] | None = None
     native: bool = False
     warnings: tuple[str, ...] = ()
     mergeable: bool = False
@@ -272,10 +278,21 @@ def parse(
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED_INPUTS}") from None
     check_route(call.path, open_routes, has_route)
     if call.document is None:
-        return Request(call.method, call.path, call.query, None, call.native, (*warnings, *own.warnings))
+        return Request(call.method, call.path, call.query, native=call.native, warnings=(*warnings, *own.warnings))
     body = {name: part for name, part in call.document.items() if name != "extra_body"} | _extra_body(call.document)
     body, own = _without_own_fields(body, own)
     document, removed = _with_current_names(call.path, body)
+    if call.path in FORMS and has_route(call.path):
+        return Request(
+            call.method,
+            call.path,
+            call.query,
+            form=document,
+            warnings=(*warnings, *removed, *own.warnings),
+            model=_model(document),
+            wants_costs=own.wants_costs,
+            traceparent=own.traceparent,
+        )
     plain = merging.is_plain_text(call.path, document)
     tokens = event_tokens(call.path) if plain else None
     if tokens is not None and tokens > 1:
@@ -285,9 +302,9 @@ def parse(
         call.method,
         call.path,
         call.query,
-        _encode(document),
-        call.native,
-        tuple(warnings),
+        encode_json(document),
+        native=call.native,
+        warnings=tuple(warnings),
         mergeable=tokens is not None,
         model=_model(document),
         wants_costs=own.wants_costs,
@@ -314,6 +331,8 @@ def _proxied(
 ) -> Request:
     call = _openai_request("the request's URI", value["route"], None)
     check_route(call.path, open_routes, has_route)
+    if value["content_type"].lower().startswith("multipart/form-data"):
+        return Request(value["method"], call.path, call.query, value.content, value["content_type"], proxied=True)
     return http_request(value["method"], call.path, call.query, value.content, event_tokens)
 
 
@@ -345,7 +364,7 @@ def http_request(method: str, path: str, query: str, body: bytes, event_tokens: 
         method,
         path,
         query,
-        body if current == document else _encode(current),
+        body if current == document else encode_json(current),
         warnings=(*removed, *own.warnings),
         mergeable=mergeable,
         proxied=True,
@@ -473,8 +492,12 @@ def _openai_request(field: str, route: str, body: dict[str, Any] | None) -> _Cal
     return _Call("GET" if body is None else "POST", path, query, body)
 
 
-def _encode(body: dict[str, Any]) -> bytes:
-    """Return the body as strict JSON in UTF-8."""
+def encode_json(body: Any) -> bytes:
+    """Return a request's body, or a field of its form, as strict JSON in UTF-8.
+
+    Raises:
+        InvalidInputError: it cannot be encoded.
+    """
     try:
         return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:

@@ -13,8 +13,9 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from engine.backend.app import App
+from engine.backend.files import Files
 from engine.errors import EngineResponseError, InternalError, InvalidInputError, JobError, WorkerShutdownError
-from engine.jobs import asgi, deltas, inputs
+from engine.jobs import asgi, deltas, inputs, multipart
 from engine.jobs.cost_report import CostReport
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES, EventBatcher
 from engine.jobs.proxied import AnswerStart
@@ -38,6 +39,10 @@ class Engine(Protocol):
     @property
     def open_routes(self) -> frozenset[str]:
         """The routes that jobs may call."""
+
+    @property
+    def files(self) -> Files:
+        """Reads the files that jobs name."""
 
     def event_tokens(self, path: str) -> int | None:
         """Return how many tokens vLLM should put into an event of a stream of plain text that starts now on this route.
@@ -78,6 +83,7 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
         for warning in request.warnings:
             _log.warning("Job %s: %s", job.get("id"), warning)
         costs = CostReport(str(job.get("id", "")), request, engine.pop_request_stats)
+        request = await multipart.with_form(request, engine.files)
         async with asgi.stream(app, request, str(job.get("id", ""))) as response:
             answer = _answer(response, costs) if request.proxied else _outputs(response, engine, request, costs)
             async with aclosing(answer) as outputs:

@@ -7,15 +7,16 @@ from typing import Any
 
 
 class ProxiedRequest(dict[str, Any]):
-    """The input of a job that is an HTTP request: `{"method", "route", "body"}`, ready for JSON.
+    """The input of a job that is an HTTP request: `{"method", "route", "content_type", "body"}`, ready for JSON.
 
-    The client's headers are not in it: its key is the platform's, and the length is that of the body.
+    The client's other headers are not in it: its key is the platform's, and the length is that of the body.
     """
 
     @classmethod
-    def of(cls, method: str, uri: str, body: bytes) -> ProxiedRequest:
+    def of(cls, method: str, uri: str, body: bytes, content_type: str = "") -> ProxiedRequest:
         """Return the input for a request with these bytes as its body."""
-        return cls(method=method.upper(), route=uri, body=body.decode(errors="surrogateescape"))
+        text = body.decode(errors="surrogateescape")
+        return cls(method=method.upper(), route=uri, content_type=content_type, body=text)
 
     @property
     def content(self) -> bytes:

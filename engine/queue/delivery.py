@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
-from engine.errors import DeliveryError, JobError, RefusedDeliveryError, RefusedOutputError, TooLargeError
+from engine.errors import BucketError, DeliveryError, JobError, RefusedDeliveryError, RefusedOutputError, TooLargeError
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES
 from engine.json_codec import encode
+from engine.queue.bucket import Bucket
 from engine.queue.protocol import MAX_RESULT_BYTES, PostKind
 from engine.run_clock import CLOCK
 from engine.telemetry.counters import COUNTERS
@@ -46,6 +47,7 @@ class JobDelivery:
         post: delivers one body, in one attempt.
         job_id: the job's.
         deadline: when the job's time is over, by `engine.run_clock`; deliveries are tried until then.
+        bucket: where a result goes that is too large for the platform, if there is one.
 
     Attributes:
         delivered_count: how many outputs have arrived.
@@ -53,10 +55,11 @@ class JobDelivery:
 
     time_limit_s: float | None = None
 
-    def __init__(self, post: Post, job_id: str, deadline: float) -> None:
+    def __init__(self, post: Post, job_id: str, deadline: float, bucket: Bucket | None = None) -> None:
         self._post = post
         self._job_id = job_id
         self._deadline = deadline
+        self._bucket = bucket
         self._outputs: list[msgspec.Raw] = []
         self._begun_at = CLOCK.now()
         self._finishing_until: float | None = None
@@ -86,8 +89,9 @@ class JobDelivery:
     async def finish(self, error: JobError | None = None, *, replace_worker: bool = False) -> str:
         """Deliver the result: all outputs, or the error. What cannot be delivered is logged.
 
-        A result that is too large, or refused, is replaced by an error that says how large it was; not if the worker
-        was frozen meanwhile, as the platform may have given the job out again.
+        A result that is too large is replaced by a link to it, if there is a bucket. Else, or if it is refused, it is
+        replaced by an error that says how large it was; not if the worker was frozen meanwhile, as the platform may
+        have given the job out again.
 
         Args:
             error: why the job failed.
@@ -104,7 +108,8 @@ class JobDelivery:
         body = encode(result)
         if len(body) > MAX_RESULT_BYTES and not isinstance(error, TooLargeError):
             too_large = TooLargeError("result", len(body), MAX_RESULT_BYTES)
-            return await self.finish(too_large, replace_worker=replace_worker)
+            failure = await self._store_outputs(too_large) if error is None else too_large
+            return await self.finish(failure, replace_worker=replace_worker)
         try:
             await self._deliver(PostKind.RESULT, body, max(self._deadline, self._finishing_until))
         except RefusedDeliveryError as refusal:
@@ -112,11 +117,24 @@ class JobDelivery:
             _log.error("Job %s: the platform refused the result (%s)", self._job_id, refusal)
             if error is not None or _was_taken_back(refusal, self._begun_at):
                 return "undelivered"
-            return await self.finish(_error_for_refusal("result", len(body), refusal), replace_worker=replace_worker)
+            reason = await self._store_outputs(_error_for_refusal("result", len(body), refusal))
+            return await self.finish(reason, replace_worker=replace_worker)
         except DeliveryError as failure:
             _log.error("Job %s: the result could not be delivered (%s)", self._job_id, failure)
             return "undelivered"
         return "completed" if error is None else "failed"
+
+    async def _store_outputs(self, refusal: JobError) -> JobError | None:
+        """Replace outputs that are too large by a link to them, or return what the job fails with."""
+        if self._bucket is None or not isinstance(refusal, TooLargeError):
+            return refusal
+        bucket, self._bucket = self._bucket, None  # Once: a link is never too large.
+        try:
+            link = await bucket.store(self._job_id, encode(self._outputs))
+        except BucketError as failure:
+            return failure
+        self._outputs = [msgspec.Raw(encode(link))]
+        return None
 
     async def stopped(self) -> None:
         """Deliver nothing: the platform, which has stopped the job, wants no result."""

@@ -22,6 +22,7 @@ import aiohttp
 import uvloop
 
 from engine.errors import DeliveryError, RateLimitedError, RefusedDeliveryError, safe_str
+from engine.queue.bucket import Bucket
 from engine.queue.delivery import JobDelivery
 from engine.queue.http_client import HTTPClient
 from engine.queue.protocol import POLL_CANCEL_GRACE_S, TAKE_TIMEOUT_S, Delivery, PostKind
@@ -73,13 +74,18 @@ class _Connections:
 
 
 class RunPodClient:
-    """A `JobQueue` on one event loop: `async with RunPodClient() as queue`."""
+    """A `JobQueue` on one event loop: `async with RunPodClient() as queue`.
 
-    def __init__(self) -> None:
+    Args:
+        bucket: where results go that are too large for the platform, if there is one.
+    """
+
+    def __init__(self, bucket: Bucket | None = None) -> None:
         from runpod.http_client import TooManyRequests, get_auth_header
         from runpod.serverless.modules import rp_http, rp_job
         from runpod.serverless.modules.worker_state import JobsProgress
 
+        self._bucket = bucket
         self._sdk_job = rp_job
         self._rate_limited: type[Exception] = TooManyRequests
         self._in_progress = JobsProgress()
@@ -143,7 +149,7 @@ class RunPodClient:
 
     def delivery(self, job_id: str, deadline: float) -> Delivery:
         """Return the delivery of a job: each output as it comes, then all of them as the result."""
-        return JobDelivery(self.post, job_id, deadline)
+        return JobDelivery(self.post, job_id, deadline, self._bucket)
 
     async def post(self, kind: PostKind, job_id: str, body: bytes) -> None:
         """Deliver a JSON body for a job, in one attempt.
@@ -225,6 +231,7 @@ def serve(
     run: Callable[[RunPodClient], Awaitable[int]],
     concurrency: int,
     failure: Callable[[], str | None],
+    bucket: Bucket | None = None,
 ) -> int:
     """Let the SDK start the worker, with `run` instead of its loop; return the exit status.
 
@@ -233,6 +240,7 @@ def serve(
         run: takes jobs from the queue until it is asked to stop; returns the exit status.
         concurrency: most jobs at once; used with the SDK's own loop.
         failure: returns what is wrong with the engine for good, or None; used with the SDK's own loop.
+        bucket: where results go that are too large for the platform; not used with the SDK's own loop.
     """
     import runpod
     from runpod.serverless.modules import rp_scale
@@ -252,7 +260,7 @@ def serve(
                 statuses.append(runner.run(self._run()))
 
         async def _run(self) -> int:
-            async with RunPodClient() as queue:
+            async with RunPodClient(bucket) as queue:
                 return await run(queue)
 
     if not runpod.__version__.startswith(TESTED_VERSIONS):

@@ -17,6 +17,7 @@ from typing import Any, Self
 import uvloop
 
 from engine.errors import DeliveryError, RefusedDeliveryError, UnusableQueueError, WorkerShutdownError
+from engine.queue.bucket import Bucket
 from engine.queue.protocol import Delivery
 from engine.queue.spirit_agent import SpiritAgent, until_delivered
 from engine.queue.spirit_answer import ProxiedDelivery
@@ -43,13 +44,17 @@ class SpiritClient:
     Args:
         concurrency: the SDK's, whose tasks its heartbeats name.
         request_timeout_s: how long a request may run while its client waits, in seconds.
+        bucket: where results go that are too large for the platform, if there is one.
     """
 
-    def __init__(self, concurrency: Concurrency, request_timeout_s: float = 170.0) -> None:
+    def __init__(
+        self, concurrency: Concurrency, request_timeout_s: float = 170.0, bucket: Bucket | None = None
+    ) -> None:
         from spirit_gpu.settings import HEADER_HEALTH, SETTINGS
 
         self._running = concurrency.current_jobs
         self._request_timeout_s = request_timeout_s
+        self._bucket = bucket
         self._agent = SpiritAgent(SETTINGS.agent_url(), HEADER_HEALTH)
         self._tasks: dict[str, SpiritTask] = {}
         self._repeated: set[str] = set()
@@ -141,7 +146,7 @@ class SpiritClient:
         if task.is_proxied:
             delivery = ProxiedDelivery(self._agent, task, deadline, limit_s, self._gone.put_nowait)
         else:
-            delivery = HandlerDelivery(self._agent, task, deadline, limit_s)
+            delivery = HandlerDelivery(self._agent, task, deadline, limit_s, self._bucket)
         delivery.on_answered = lambda: self._remember(job_id)
         return delivery
 
@@ -161,20 +166,26 @@ class SpiritClient:
         self._tasks.pop(job_id, None)
 
 
-def serve(run: Callable[[SpiritClient], Awaitable[int]], concurrency: Concurrency, request_timeout_s: float) -> int:
+def serve(
+    run: Callable[[SpiritClient], Awaitable[int]],
+    concurrency: Concurrency,
+    request_timeout_s: float,
+    bucket: Bucket | None = None,
+) -> int:
     """Let the SDK start the worker, with `run` instead of its loop; return the exit status.
 
     Args:
         run: takes jobs from the queue until it is asked to stop; returns the exit status.
         concurrency: what `start_heartbeat` has returned.
         request_timeout_s: how long a request may run while its client waits, in seconds.
+        bucket: where results go that are too large for the platform, if there is one.
     """
     import spirit_gpu
 
     statuses: list[int] = []
 
     async def run_own_loop(_handlers: dict[str, Any], _env: object) -> None:
-        async with SpiritClient(concurrency, request_timeout_s) as queue:
+        async with SpiritClient(concurrency, request_timeout_s, bucket) as queue:
             statuses.append(await run(queue))
 
     log_through_sdk()

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import Any
 
 from engine.errors import (
+    BucketError,
     DeliveryError,
     InternalError,
     JobError,
@@ -24,6 +25,7 @@ from engine.errors import (
     TooLargeError,
 )
 from engine.json_codec import encode
+from engine.queue.bucket import Bucket
 from engine.queue.delivery import MIN_RESULT_TIMEOUT_S
 from engine.queue.spirit_agent import SpiritAgent, until_delivered
 from engine.queue.spirit_task import SpiritTask
@@ -91,8 +93,16 @@ class TaskDelivery:
 class HandlerDelivery(TaskDelivery):
     """Delivers the outputs of a handler's task as one document: to the agent, and to the client's webhook."""
 
-    def __init__(self, agent: SpiritAgent, task: SpiritTask, deadline: float, time_limit_s: float | None) -> None:
+    def __init__(
+        self,
+        agent: SpiritAgent,
+        task: SpiritTask,
+        deadline: float,
+        time_limit_s: float | None,
+        bucket: Bucket | None = None,
+    ) -> None:
         super().__init__(agent, task, deadline, time_limit_s)
+        self._bucket = bucket
         self._outputs: list[Any] = []
 
     async def stream(self, output: Any) -> None:
@@ -123,11 +133,20 @@ class HandlerDelivery(TaskDelivery):
     async def _post_result(self, status: int, body: bytes, message: str) -> None:
         limit = MAX_RESULT_BYTES["async" if self._task.is_async else "sync"]
         if len(body) > limit:
-            too_large = TooLargeError("result", len(body), limit)
-            (status, body), message = error_answer(too_large), f"{too_large}, or name a webhook"
+            status, body, message = await self._shortened(status, body, message, limit)
         result = {"statusCode": status, "message": message, "data": base64.b64encode(body).decode()}
         encoded = encode(result)
         await self._until_delivered(lambda: self._agent.call("request-result", self._task.id, encoded))
+
+    async def _shortened(self, status: int, body: bytes, message: str, limit: int) -> tuple[int, bytes, str]:
+        """Return a link to a result that is too large, if there is a bucket; else an error that says so."""
+        error: JobError = TooLargeError("result", len(body), limit)
+        if self._bucket is not None and not message:
+            try:
+                return status, encode(await self._bucket.store(self._task.id, body)), message
+            except BucketError as failure:
+                error = failure
+        return *error_answer(error), f"{error}, or name a webhook"
 
     async def _call_webhook(self, status: int, body: bytes) -> str:
         """Post the result to the webhook, if there is one; return what went wrong, if anything."""

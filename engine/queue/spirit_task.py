@@ -129,7 +129,15 @@ def _read_body(task: Any) -> tuple[Any, bool, str]:
         body = base64.b64decode(document.get("body") or "", validate=True)
     except (TypeError, ValueError):
         return UnreadableInput("the body of the request is not base64"), True, ""
-    return ProxiedRequest.of(method, uri, body), True, ""
+    return ProxiedRequest.of(method, uri, body, _content_type(document.get("header"))), True, ""
+
+
+def _content_type(header: Any) -> str:
+    """Return the client's header `Content-Type`, of which the agent gives a list of values; empty if there is none."""
+    fields = header if isinstance(header, dict) else {}
+    values = next((values for name, values in fields.items() if str(name).lower() == "content-type"), None)
+    value = values[0] if isinstance(values, list) and values else values
+    return value if isinstance(value, str) and value.isascii() and value.isprintable() else ""
 
 
 def _unreadable(task: Any, why: str) -> tuple[Any, bool, str]:

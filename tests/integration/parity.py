@@ -84,7 +84,18 @@ class ParityClient:
 
     def direct(self, case: Case) -> Answer:
         """Return vLLM's answer."""
-        answer = self._client.request("GET" if case.body is None else "POST", case.route, json=case.body)
+        return self._answer(self._client.request("GET" if case.body is None else "POST", case.route, json=case.body))
+
+    def uploaded(self, route: str, fields: dict[str, Any], files: dict[str, tuple[str, bytes, str]]) -> Answer:
+        """Return vLLM's answer to a multipart upload; of a file, the name, the content and the type."""
+        texts = [
+            (name, one) for name, value in fields.items() for one in (value if isinstance(value, list) else [value])
+        ]
+        parts: list[tuple[str, Any]] = [(name, (None, str(one))) for name, one in texts]
+        return self._answer(self._client.post(route, files=[*parts, *files.items()]))
+
+    @staticmethod
+    def _answer(answer: httpx.Response) -> Answer:
         is_json = answer.headers.get("content-type") == "application/json"
         return Answer(answer.status_code, answer.json() if is_json else answer.text)
 
@@ -112,7 +123,7 @@ def joined(text: str) -> list[Any]:
         data = event["data"]
         if isinstance(data, dict) and data.get("choices"):
             for choice in data["choices"]:
-                choices.setdefault(choice["index"], _Choice()).add(data, choice)
+                choices.setdefault(choice.get("index", 0), _Choice()).add(data, choice)
         elif others and _delta_target(event) is not None and _delta_target(event) == _delta_target(others[-1]):
             others[-1] = _join("", others[-1], event)
         else:

@@ -370,8 +370,8 @@ NOT_CLASSIFIED: dict[str, Case] = {
 NOT_COMPARED: dict[str, str] = {
     "/cold_start": "the worker's own, which vLLM has not; tested with the start",
     "/cohere/v2/chat": "needs the package `cohere` and VLLM_ENABLE_COHERE_API; without them vLLM has no such route",
-    "/v1/audio/transcriptions": "takes a multipart form, which no job can hold, and needs a speech model",
-    "/v1/audio/translations": "takes a multipart form, which no job can hold, and needs a speech model",
+    "/v1/audio/transcriptions": "takes a form and needs a model for it; tests/integration/test_audio.py compares it",
+    "/v1/audio/translations": "takes a form and needs a model for it; tests/integration/test_audio.py compares it",
 }
 
 # The same over HTTP, where a worker answers as vLLM's own server does: both ways, and refused.

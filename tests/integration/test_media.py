@@ -6,7 +6,8 @@ import asyncio
 import base64
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -14,9 +15,14 @@ import pytest
 from PIL import Image
 
 from engine.backend import media
+from engine.errors import EngineResponseError
 
 # Importing vLLM issues deprecation warnings.
 pytestmark = [pytest.mark.in_process, pytest.mark.filterwarnings("ignore")]
+
+
+# Sizes of what the server has sent of large files.
+sent: list[int] = []
 
 
 def picture() -> bytes:
@@ -36,10 +42,26 @@ def url() -> Iterator[str]:
                 self.send_header("Location", address.replace("127.0.0.1", self.path.removeprefix("/to/")))
                 self.end_headers()
                 return
+            if self.path.startswith("/status/"):
+                self.send_error(int(self.path.removeprefix("/status/")))
+                return
+            if self.path.startswith("/size/"):
+                self._send_zeros(int(self.path.removeprefix("/size/")))
+                return
             self.send_response(200)
             self.send_header("Content-Type", "image/png")
             self.end_headers()
             self.wfile.write(picture())
+
+        def _send_zeros(self, size_bytes: int) -> None:
+            self.send_response(200)
+            if size_bytes < 2**20:  # Of a larger file, the size is not said before.
+                self.send_header("Content-Length", str(size_bytes))
+            self.end_headers()
+            with suppress(ConnectionError):
+                for start in range(0, size_bytes, 2**16):
+                    self.wfile.write(bytes(min(2**16, size_bytes - start)))
+                    sent.append(2**16)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -69,6 +91,71 @@ def fetch(url: str, domains: list[str] | None = None) -> tuple[int, int]:
             connector.connection.session = connector.connection._async_client = None
 
     return asyncio.run(once())
+
+
+def download(url: str, max_bytes: int = 1000, hosts: Sequence[str] = ("127.0.0.1",)) -> bytes:
+    """Download a file as a job that names it has it downloaded."""
+    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
+
+    media.install_public_media_connector()
+
+    async def once() -> bytes:
+        connector: Any = MEDIA_CONNECTOR_REGISTRY.load("http", allowed_media_domains=list(hosts))
+        try:
+            return await media.download(url, max_bytes, hosts)
+        finally:
+            await (await connector.connection.get_async_client()).close()
+            connector.connection.session = connector.connection._async_client = None
+
+    return asyncio.run(once())
+
+
+def refusal(url: str, hosts: Sequence[str] = ("127.0.0.1",)) -> tuple[int, str]:
+    """Return status and message of a download that fails."""
+    with pytest.raises(EngineResponseError) as refused:
+        download(url, hosts=hosts)
+    document = refused.value.document()
+    return document["status"], document["error"]["message"]
+
+
+def test_a_file_is_downloaded_from_a_listed_host(url: str) -> None:
+    assert download(url) == picture()
+    assert download(url.replace("picture.png", "to/127.0.0.1")) == picture()
+    assert download(url.replace("picture.png", "size/1000")) == bytes(1000)
+
+
+def test_a_file_is_refused_by_the_rules_for_other_media(url: str) -> None:
+    redirected = url.replace("picture.png", "to/127.0.0.2")
+    expected = {
+        (redirected, ("127.0.0.1",)): (400, "public addresses only"),
+        (url, ()): (400, "public addresses only"),
+        (url.replace("127.0.0.1", "localhost"), ()): (400, "public addresses only"),
+        (url, ("a.org",)): (400, "allowed domains"),
+        (url.replace("picture.png", "status/404"), ("127.0.0.1",)): (422, "HTTP 404"),
+    }
+
+    for (address, hosts), (status, reason) in expected.items():
+        found = refusal(address, hosts)
+        assert (found[0], reason in found[1]) == (status, True), found
+
+
+def test_a_server_that_fails_is_named_as_the_reason_without_the_url(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
+
+    status, message = refusal(url.replace("picture.png", "status/503"))
+
+    assert status == 500
+    assert message.startswith("the file cannot be fetched: ClientResponseError: 503")
+    assert "http://" not in message
+
+
+def test_a_file_above_the_limit_is_not_downloaded_to_its_end(url: str) -> None:
+    sent.clear()
+    for size_bytes in (1001, 2**28):
+        status, message = refusal(url.replace("picture.png", f"size/{size_bytes}"))
+        assert (status, "exceed" in message) == (400, True), message
+
+    assert sum(sent) < 2**26
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0.0.0.0"])

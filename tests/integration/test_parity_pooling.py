@@ -28,25 +28,27 @@ CLASSES = 3
 
 @pytest.fixture(scope="module")
 def embedding_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParityClient]:
-    with _served(tiny_model, {"CONVERT": "embed"}, tmp_path_factory.mktemp("embedding") / "log") as parity:
+    with served(
+        tiny_model, {"RUNNER": "pooling", "CONVERT": "embed"}, tmp_path_factory.mktemp("embedding") / "log"
+    ) as parity:
         yield parity
 
 
 @pytest.fixture(scope="module")
 def classifier(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParityClient]:
     folder = tmp_path_factory.mktemp("classifier")
-    with _served(with_head(Path(tiny_model), folder / "model"), {}, folder / "log") as parity:
+    with served(with_head(Path(tiny_model), folder / "model"), {"RUNNER": "pooling"}, folder / "log") as parity:
         yield parity
 
 
 @contextmanager
-def _served(model: str, more: Mapping[str, str], log: Path) -> Iterator[ParityClient]:
-    """Run a worker with a pooling model, and yield a client of its queue and of its app."""
+def served(model: str, more: Mapping[str, str], log: Path) -> Iterator[ParityClient]:
+    """Run a worker with a model, and yield a client of its queue and of its app."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with emulator_queue() as queue, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         environment = {**VLLM_ENVIRONMENT, **queue.environment, **more, "HTTP_PORT": str(port)}
-        environment |= {"MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny", "RUNNER": "pooling"}
+        environment |= {"MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny"}
         # One request at a time and no prefix cache: batches and caches change the last bits of a number.
         environment |= {"MAX_NUM_SEQS": "1", "ENABLE_PREFIX_CACHING": "false"}
         with running(["-m", "tests.served_worker"], environment, log) as process:

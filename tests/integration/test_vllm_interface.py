@@ -50,6 +50,9 @@ USED = {
         "args",
         "supported_tasks",
     ],
+    "vllm.multimodal.media.connector.MediaConnector.load_from_url_async": ["url", "media_io", "fetch_timeout"],
+    "vllm.multimodal.media.base.MediaIO.get_max_bytes": ["self"],
+    "vllm.entrypoints.serve.exception_handling.error_response.create_error_response": ["message"],
     "vllm.utils.argparse_utils.FlexibleArgumentParser": [],
     "vllm.platforms.current_platform.is_cpu": [],
     "vllm.v1.metrics.loggers.StatLoggerBase.record": [

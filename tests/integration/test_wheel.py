@@ -52,16 +52,20 @@ def run(site: Path, tmp_path: Path) -> Run:
     return run
 
 
+PACKAGES = ("batch", "builder", "deploy", "emulator", "engine", "runpod_api")
+COMMANDS = ("batch", "builder", "deploy", "emulator")
+
+
 def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(wheel: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    packages = [path for name in ("builder", "emulator", "engine") for path in (ROOT / name).rglob("*.*")]
+    packages = [path for name in PACKAGES for path in (ROOT / name).rglob("*.*")]
     files = [str(path.relative_to(ROOT)) for path in packages if "__pycache__" not in path.parts]
 
     assert sorted(names) == sorted([*files, "handler.py", "test_input.json"])
     assert "emulator/page/index.html" in names
 
 
-@pytest.mark.parametrize("command", ["vllm-serverless", "vllm-serverless-builder", "vllm-serverless-emulator"])
+@pytest.mark.parametrize("command", ["vllm-serverless", *(f"vllm-serverless-{name}" for name in COMMANDS)])
 def test_each_command_shows_its_help(run: Run, command: str) -> None:
     shown = run(command, "--help")
 

@@ -35,17 +35,20 @@ PLATFORM = {
     "RUNPOD_SKIP_GPU_CHECK",
     "VLLM_CACHE_ROOT",
     "VLLM_ENABLE_STARTUP_PLAN",
+    "VLLM_MAX_AUDIO_CLIP_FILESIZE_MB",
     "TRITON_CACHE_DIR",
     "RUNPOD_INIT_TIMEOUT",
     "RUNPOD_API_KEY",
+    "RUNPOD_API_URL",
+    "VLLM_SERVERLESS_IMAGE",
     "EASE_AGENT_URL",
     "HTTP_PROXY",
     "NO_PROXY",
 }
-API = {"REQUEST_COUNT", "QUEUE_DELAY"}
+GUIDES = ("deploy.md", "operate.md", "spirit.md")
+API = {"ADA_24", "REQUEST_COUNT", "QUEUE_DELAY"}
 PLACEHOLDERS = {
-    "YOUR_NAME", "YOUR_TOKEN", "YOUR_TENANT", "REGISTRY_AUTH_ID", "TEMPLATE_ID", "ENDPOINT_ID", "SERVERLESS_ID",
-    "SERVERLESS_KEY",
+    "YOUR_NAME", "YOUR_TOKEN", "YOUR_TENANT", "ENDPOINT_ID", "SERVERLESS_ID", "SERVERLESS_KEY",
 }  # fmt: skip
 
 
@@ -84,16 +87,16 @@ def test_every_example_parses(document: Path) -> None:
             json.loads(body)
 
 
-def test_every_variable_in_the_deployment_guide_exists() -> None:
+def test_every_variable_in_the_deployment_guides_exists() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`[^|]+)\|", readme, re.MULTILINE)
     flags = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     settings = {name.upper() for name in Settings.model_fields}
     known = settings | flags | set(ALIASES) | BUILD | PLATFORM | API | PLACEHOLDERS
-    named = set(VARIABLE.findall((ROOT / "docs/deploy.md").read_text(encoding="utf-8")))
+    named = set(VARIABLE.findall("".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in GUIDES)))
 
     assert sorted(named - known) == []
-    assert sorted((PLATFORM | API | PLACEHOLDERS) - named) == [], "no longer in the guide"
+    assert sorted((PLATFORM | API | PLACEHOLDERS) - named) == [], "no longer in the guides"
 
 
 def commands_not_run() -> list[str]:
@@ -115,7 +118,7 @@ def test_every_command_that_is_listed_as_not_run_is_in_the_documents_and_has_a_r
 def test_every_block_is_run_or_listed_as_not_run() -> None:
     """A block in another language would be neither."""
     assert {step.language for step in steps()} <= {"", "console", "sh", "python", "json"}
-    assert {step.document for step in to_run()} == {"README.md", "api.md", "deploy.md"}
+    assert {step.document for step in to_run()} == {"README.md", "api.md", "deploy.md", "spirit.md"}
     fenced = [block for document in RUN for block in BLOCK.findall(document.read_text(encoding="utf-8"))]
     assert [(step.language, step.text) for step in steps() if step.language] == fenced
 

@@ -42,7 +42,7 @@ class Site:
     """HTTP clients of an emulator with one endpoint, `ep`."""
 
     def __init__(self, url: str, stack: ExitStack, ca_file: Path | None = None) -> None:
-        self.url = url
+        self.url, self.ca_file = url, ca_file
         headers = {"Authorization": f"Bearer {KEY}"}
         verify = ssl.create_default_context(cafile=ca_file) if ca_file else True
 

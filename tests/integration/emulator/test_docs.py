@@ -24,6 +24,7 @@ import pytest
 from engine.backend.routes import SERVING
 from tests.documents import ACCOUNT, REPLACED, ROOT, Step, steps, to_run
 from tests.integration.test_parity_pooling import with_head
+from tests.whisper import transcription_model
 
 START_S = 300.0
 STOP_S = 60.0
@@ -131,12 +132,18 @@ def classifier_directory(tiny_model: str, tmp_path_factory: pytest.TempPathFacto
     return with_head(Path(tiny_model), tmp_path_factory.mktemp("classifier") / "model")
 
 
+@pytest.fixture(scope="module")
+def whisper_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return transcription_model(tmp_path_factory.mktemp("whisper"))
+
+
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_every_documented_command_works(step: Step, terminal: Terminal, request: pytest.FixtureRequest) -> None:
     printed = ""
     if command := step.runs_on:
         if "=DIR " in command:
-            command = command.replace("=DIR ", f"={request.getfixturevalue('classifier_directory')} ")
+            model = "classifier_directory" if "RUNNER=pooling" in command else "whisper_directory"
+            command = command.replace("=DIR ", f"={request.getfixturevalue(model)} ")
         printed = terminal.start(command, step.before)
     text = step.text
     for written, replacement in REPLACED.items():

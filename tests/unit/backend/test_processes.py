@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,7 +23,10 @@ class Stopped(Exception):  # noqa: N818 (not an error: the test needs no engine)
 class FakeConfiguration:
     """A configuration whose engine configuration sets the start method, as vLLM's does on a CPU."""
 
-    settings = SimpleNamespace(allowed_routes=frozenset(), engine_stall_timeout_s=1.0, batch_interval_ms="auto")
+    settings = SimpleNamespace(
+        allowed_routes=frozenset(), engine_stall_timeout_s=1.0, batch_interval_ms="auto", network_volume=Path("/none")
+    )
+    args = SimpleNamespace(allowed_media_domains=None)
     flags = SimpleNamespace(value=lambda _: None)
 
     @property

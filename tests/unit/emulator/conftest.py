@@ -113,7 +113,9 @@ def start(shared_emulator: Emulator) -> Iterator[Start]:
             if other_endpoints:
                 return Site(stack.enter_context(emulator_with(endpoint, *other_endpoints)), stack)
             shared_emulator.faults.set(FaultSettings())
-            new_endpoint = shared_emulator._create_endpoint(EndpointSettings.model_validate(endpoint))
+            new_endpoint = shared_emulator._create_endpoint(
+                EndpointSettings.model_validate(endpoint), shared_emulator._surroundings
+            )
             shared_emulator.endpoints["ep"] = new_endpoint
             return Site(shared_emulator, stack)
 

@@ -12,6 +12,7 @@ import pytest
 
 from emulator import cli
 from emulator.app import Emulator
+from emulator.control_plane.settings import ControlPlaneSettings
 from emulator.errors import SettingsError
 from emulator.settings import BalancerSettings, EmulatorSettings, EndpointSettings
 from emulator.spirit.settings import SpiritEndpointSettings
@@ -54,6 +55,81 @@ def test_settings_of_the_tiny_model_can_be_overridden_and_empty_values_count_as_
         "SERVED_MODEL_NAME": "mine",
         "ENABLE_AUTO_TOOL_CHOICE": "true",
     }
+
+
+def control_plane(*options: str) -> ControlPlaneSettings:
+    settings, _ = cli.read_settings(list(options))
+    assert isinstance(settings, EmulatorSettings)
+    return settings.control_plane
+
+
+def test_created_endpoints_have_the_options_of_the_first_and_the_tiny_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_tiny_model_dir", lambda: "/models/tiny")
+    monkeypatch.delenv("MODEL_NAME", raising=False)
+    options = [
+        "--grace",
+        "7",
+        "--env",
+        "A=1",
+        "--endpoint",
+        "first",
+        "--no-rate-limits",
+        "--scaler-type",
+        "QUEUE_DELAY",
+    ]
+    settings = control_plane(*options)
+    assert Path(settings.endpoint["command"][-1]).name == "handler.py"
+    assert {name: settings.endpoint[name] for name in ("grace", "env")} == {"grace": 7, "env": {"A": "1"}}
+    assert not {"id", "scalerType"} & settings.endpoint.keys()
+    assert (settings.model_dir, settings.rate_limits) == ("/models/tiny", None)
+
+
+@pytest.mark.parametrize(
+    "options", [["--load-models", "--no-endpoint"], ["--env", "MODEL_NAME=a/b"], ["--command", "worker"]]
+)
+def test_created_endpoints_load_the_model_that_they_ask_for(
+    monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr(cli, "_tiny_model_dir", lambda: pytest.fail("not needed"))
+    monkeypatch.delenv("MODEL_NAME", raising=False)
+    settings = control_plane(*options)
+    assert settings.model_dir is None
+    assert settings.endpoint["command"] == "worker" or len(settings.endpoint["command"]) == 2
+
+
+def test_the_emulator_starts_without_an_endpoint(tmp_path: Path) -> None:
+    assert cli.read_settings(["--no-endpoint", "--command", "worker"])[0].endpoints == ()
+    with pytest.raises(SettingsError, match="remove the options for no_endpoint"):
+        cli.read_settings(["--config", write(tmp_path / "config", {}), "--no-endpoint"])
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"endpoints": [{"id": "serverless"}]}, "id=serverless is a path of the control plane"),
+        ({"controlPlane": {"permissions": {"other": "READ"}}}, "a key is none of apiKeys"),
+        ({"controlPlane": {"rateLimits": {"minute": 0}}}, "controlPlane.rateLimits.minute"),
+    ],
+)
+def test_wrong_control_plane_settings_are_refused(tmp_path: Path, document: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        cli.read_settings(["--config", write(tmp_path / "config", document)])
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [
+        ({"colour": 1}, "controlPlane.endpoint: colour cannot be set"),
+        ({"workersMax": 1}, "controlPlane.endpoint: workersMax cannot be set"),
+        ({"grace": -1}, "controlPlane.endpoint: grace"),
+    ],
+)
+def test_wrong_settings_of_created_endpoints_are_refused(endpoint: dict[str, Any], message: str) -> None:
+    settings = EmulatorSettings.model_validate({"port": 0, "controlPlane": {"endpoint": endpoint}})
+    with pytest.raises(SettingsError, match=message):
+        Emulator(settings)
 
 
 def test_a_configured_model_is_not_replaced_by_the_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +379,7 @@ def test_a_setting_of_the_other_platform_is_refused_in_one_line(
 def test_a_fault_of_the_other_platform_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     faults = write(tmp_path / "faults", {"rules": [{"kind": "error", "route": "heartbeat"}]})
     assert cli.main(["--command", "x", "--port", "0", "--faults", faults]) == 1
-    assert "the platform has no route heartbeat; it has balancer, cancel, health," in capsys.readouterr().err
+    assert "the platform has no route heartbeat; it has balancer, cancel, control-plane," in capsys.readouterr().err
 
 
 def test_an_agents_port_in_use_is_reported(capsys: pytest.CaptureFixture[str]) -> None:

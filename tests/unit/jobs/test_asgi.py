@@ -34,6 +34,27 @@ async def test_the_app_receives_the_request_and_the_caller_the_response() -> Non
     assert app.disconnects == 0
 
 
+async def test_a_large_body_arrives_in_pieces_and_complete() -> None:
+    pieces: list[int] = []
+    body = bytes(range(256)) * 10_000
+
+    async def app(_: Message, receive: Receive, send: Send) -> None:
+        received = b""
+        message: Message = {}
+        while message.get("more_body", True):
+            message = await receive()
+            received += message["body"]
+            pieces.append(len(message["body"]))
+        await send({"type": "http.response.start", "status": 200 if received == body else 400, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with asgi.stream(app, Request("POST", "/v1/audio/transcriptions", body=body)) as response:
+        assert response.status == 200
+
+    assert len(pieces) > 1
+    assert max(pieces) <= 2**20
+
+
 async def test_a_job_id_that_is_not_a_valid_header_is_not_sent() -> None:
     app = ScriptedApp()
 

@@ -16,6 +16,7 @@ from emulator.spirit.settings import SpiritEmulatorSettings
 from engine.backend.app import App, Message, Receive, Send
 from engine.jobs import pipeline
 from engine.queue.admission import Admission
+from engine.queue.bucket import Bucket
 from engine.queue.job_loop import JobLoop, Timeouts
 from engine.queue.spirit_client import SpiritClient
 from tests.scripted_worker import ScriptedEngine
@@ -114,8 +115,13 @@ class SpiritSite:
     async def proxied(self, text: str, **fields: Any) -> httpx.Response:
         return await self.post_proxied(json=self.chat(text, **fields))
 
-    async def post_proxied(self, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
-        return await self._client.post(path, headers={"Authorization": f"{ID}-{KEY}"}, **options)
+    async def post_proxied(
+        self, path: str = "/v1/chat/completions", content_type: str | None = None, **options: Any
+    ) -> httpx.Response:
+        headers = {"Authorization": f"{ID}-{KEY}"}
+        if content_type is not None:
+            headers["Content-Type"] = content_type
+        return await self._client.post(path, headers=headers, **options)
 
     def stream(self, text: str) -> Any:
         """Return a streamed request, as an async context manager."""
@@ -159,7 +165,11 @@ class SpiritSite:
 
 @asynccontextmanager
 async def spirit_site(
-    monkeypatch: pytest.MonkeyPatch, exit_status: int = 0, request_timeout_s: float = 170.0, **settings: Any
+    monkeypatch: pytest.MonkeyPatch,
+    exit_status: int = 0,
+    request_timeout_s: float = 170.0,
+    bucket: Bucket | None = None,
+    **settings: Any,
 ) -> AsyncIterator[SpiritSite]:
     """Run the emulator and the job loop during the block; the loop must end with this exit status.
 
@@ -167,6 +177,7 @@ async def spirit_site(
         monkeypatch: sets the agent's URL.
         exit_status: the loop's.
         request_timeout_s: the client's.
+        bucket: the client's.
         settings: fields of `Timeouts` (`..._s`), and settings of the endpoint.
     """
     from spirit_gpu.concurrency import Concurrency
@@ -182,7 +193,7 @@ async def spirit_site(
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=emulator.url, timeout=30, limits=limits) as client:
             site = SpiritSite(emulator, client, GatedEngine(), **timeouts)
-            async with SpiritClient(concurrency, request_timeout_s) as queue:
+            async with SpiritClient(concurrency, request_timeout_s, bucket) as queue:
                 site.serve(queue)
                 yield site
                 site.loop.stop()

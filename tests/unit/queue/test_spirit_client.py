@@ -7,6 +7,7 @@ import base64
 import json
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.unit.queue.spirit_site import SpiritSite, spirit_site
@@ -81,6 +82,18 @@ async def test_the_apps_request_has_the_tasks_id_and_no_header_of_the_client(mon
         "content-length": str(len(body)),
         "x-request-id": task["id"],
     }
+
+
+async def test_an_uploaded_form_reaches_the_app_byte_for_byte_with_its_boundary(monkeypatch: Monkey) -> None:
+    content = bytes(range(256)) * 10
+    async with spirit_site(monkeypatch) as site:
+        upload = {"file": ("a.wav", content, "audio/wav")}
+        form = httpx.Request("POST", "http://host", data={"model": "m"}, files=upload)
+        await site.post_proxied(
+            "/v1/audio/transcriptions", content=form.read(), content_type=form.headers["content-type"]
+        )
+    ((headers, body),) = site.engine.requests
+    assert (headers["content-type"], body) == (form.headers["content-type"], form.content)
 
 
 async def test_a_body_that_is_not_json_is_for_the_app_to_refuse(monkeypatch: Monkey) -> None:

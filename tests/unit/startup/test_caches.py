@@ -48,7 +48,7 @@ def pack(started: Caches) -> None:
     started.pack_later()
     for thread in threading.enumerate():
         if thread.name == "pack caches":
-            thread.join(30)
+            thread.join(100)
 
 
 def test_every_library_has_a_directory_of_its_own_below_one(tmp_path: Path, volume: Path) -> None:

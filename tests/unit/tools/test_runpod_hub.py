@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -37,8 +37,59 @@ def test_the_listing_offers_the_settings_as_they_are_declared() -> None:
 
 def test_the_rest_of_the_listing_is_the_generators() -> None:
     config = {name: value for name, value in LISTING["config"].items() if name != "env"}
+    made = {**runpod_hub.MACHINE, "presets": runpod_hub.PRESETS}
 
-    assert {**LISTING, "config": config} == {**runpod_hub.LISTING, "config": runpod_hub.MACHINE}, "run `make docs`"
+    assert {**LISTING, "config": config} == {**runpod_hub.LISTING, "config": made}, "run `make docs`"
+
+
+def test_the_listing_has_the_fields_of_the_guide() -> None:
+    assert LISTING.keys() <= {"title", "description", "type", "category", "iconUrl", "config"}
+    assert LISTING["type"] == "serverless"
+    assert LISTING["category"] in {"audio", "embedding", "language", "video", "image"}
+    fields = {
+        "runsOn",
+        "endpointType",
+        "containerDiskInGb",
+        "gpuCount",
+        "gpuIds",
+        "allowedCudaVersions",
+        "env",
+        "presets",
+    }
+    assert LISTING["config"].keys() <= fields
+
+
+@pytest.mark.parametrize("preset", LISTING["config"]["presets"], ids=lambda preset: preset["name"])
+def test_a_preset_sets_what_the_form_offers_to_what_it_accepts(preset: dict[str, Any]) -> None:
+    assert preset.keys() == {"name", "defaults"}
+    for name, value in preset["defaults"].items():
+        offered = INPUTS[name]
+        assert isinstance(value, bool) == (offered["type"] == "boolean")
+        if "options" in offered:
+            assert value in [option["value"] for option in offered["options"]]
+
+
+class _NoFlags:
+    """Stands for vLLM's flags, which are not imported here."""
+
+    actions: ClassVar[dict[str, Any]] = {}
+
+
+def test_a_listing_for_load_balancers_has_the_type_and_fixed_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runpod_hub, "FLAGS", {})
+
+    made = runpod_hub.document(_NoFlags(), "https://example.com/icon.png", load_balancer=True)  # type: ignore[arg-type]
+
+    assert made["iconUrl"] == "https://example.com/icon.png"
+    assert made["config"]["endpointType"] == "LB"
+    assert {one["key"]: one["value"] for one in made["config"]["env"] if "value" in one} == runpod_hub.LOAD_BALANCER
+    keys = [one["key"] for one in made["config"]["env"]]
+    assert len(keys) == len(set(keys))
+
+
+def test_the_ordinary_listing_is_for_a_queue() -> None:
+    """The hub's tests send jobs, and a listing has one type."""
+    assert "endpointType" not in LISTING["config"]
 
 
 def test_every_flag_that_is_offered_is_in_the_readmes_table() -> None:
@@ -55,10 +106,11 @@ def test_no_secret_and_nothing_that_is_set_by_the_image_or_the_platform_or_is_fo
     left_out = {name.upper() for name in Settings.model_fields} - INPUTS.keys()
 
     secret = {"HF_TOKEN", "RUNPOD_WEBHOOK_GET_JOB"}
+    with_a_secret = {name.upper() for name in Settings.model_fields if name.startswith("bucket_")}
     spirits = {"EASE_AGENT_URL", "PLATFORM", "SPIRIT_REQUEST_TIMEOUT_S"}
     of_the_platform = {"LISTEN_HOST", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID"}
     of_the_image = {"BAKED_MODEL_DIR", "BAKED_SETTINGS_FILE", "COMPILE_CACHE_DIR"}
-    assert left_out == {*of_the_image, *of_the_platform, *secret, *spirits}
+    assert left_out == {*of_the_image, *of_the_platform, *secret, *spirits, *with_a_secret}
     assert not [name for name in INPUTS if name.lower() in Settings.model_fields and is_secret(name.lower())]
 
 

@@ -48,6 +48,7 @@ def test_faults_are_listed_with_counts_and_can_be_removed(site: Site) -> None:
             }
         ],
         "throttled_workers": 0,
+        "missing_images": [],
         "struck": [1],
     }
     assert site.root.put("/faults", json={}).json()["rules"] == []

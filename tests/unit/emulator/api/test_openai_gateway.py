@@ -166,7 +166,7 @@ def test_a_stream_whose_worker_is_lost_ends_with_an_error_event(site: Site) -> N
             assert time.monotonic() < deadline
             time.sleep(0.01)
         # Makes the queue consider the job lost, as if the worker were silent.
-        endpoint.queue._settings = endpoint.queue._settings.__class__(lost_after_s=0)
+        endpoint.queue.settings = endpoint.queue.settings.__class__(lost_after_s=0)
 
     body = {**CHAT, "stream": True}
     response = with_worker(site, work, lambda: site.client.post("/openai/v1/chat/completions", json=body))

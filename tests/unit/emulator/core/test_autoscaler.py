@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from emulator.core.autoscaler import ScalingDecision, decide
+from emulator.core.autoscaler import TICK_INTERVAL_S, ScalingDecision, WorkerCounts, decide, next_change_s, scale
 from emulator.core.work import QueueLoad
 from emulator.core.worker import FleetWorker, WorkerState
-from emulator.settings import EndpointSettings
+from emulator.settings import EndpointSettings, FleetSettings
 from emulator.spirit.settings import SpiritEndpointSettings
 
 NOW = 1000.0
@@ -132,3 +134,55 @@ def test_queue_length_adds_a_worker_for_so_many_waiting_tasks_less_those_that_st
     rules = SpiritEndpointSettings.model_validate(document)
     workers = [worker("running", "running"), *(worker(f"{number}", "initializing") for number in range(starting))]
     assert decide(rules, QueueLoad(waiting, 1, 99), workers, NOW).start == started
+
+
+def test_stale_workers_serve_no_more_but_keep_their_places() -> None:
+    rules = settings(workersMin=1, workersMax=2)
+    stale = [worker("a", "running"), worker("b", "running")]
+    for one in stale:
+        one.is_stale = True
+    assert decide(rules, QueueLoad(0, 2, 0), stale, NOW).start == 0
+    assert decide(rules, QueueLoad(0, 1, 0), stale[:1], NOW).start == 1
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> WorkerCounts:
+    ages_s = draw(st.lists(st.floats(0, 10), max_size=4))
+    idle = {f"{number}": NOW - age_s for number, age_s in enumerate(sorted(ages_s, reverse=True))}
+    starting = draw(st.integers(0, 2))
+    count = len(idle) + starting
+    return WorkerCounts(count, count, starting, NOW - draw(st.floats(0, 10)), idle)
+
+
+@given(
+    scaler=st.sampled_from(["QUEUE_DELAY", "REQUEST_COUNT", "QUEUE_LENGTH"]),
+    value=st.sampled_from([0.5, 1, 4]),
+    minimum=st.integers(0, 2),
+    waits_s=st.none() | st.floats(0, 10),
+    workers=fleets(),
+)
+def test_nothing_is_decided_before_the_next_change(
+    scaler: str, value: float, minimum: int, waits_s: float | None, workers: WorkerCounts
+) -> None:
+    """A caller that does nothing until then misses no decision, however long it waits."""
+    rules = FleetSettings.model_validate(
+        {"workersMin": minimum, "workersMax": 9, "idleTimeout": 5, "scalerType": scaler, "scalerValue": value}
+    )
+
+    def load(now_s: float) -> QueueLoad:
+        return QueueLoad(int(waits_s is not None), 3, 0 if waits_s is None else waits_s + now_s - NOW)
+
+    nothing = (0, ())
+    change_s = next_change_s(rules, load(NOW), workers, NOW)
+    if scale(rules, load(NOW), workers, NOW) == nothing:
+        ticks = (NOW + tick * TICK_INTERVAL_S for tick in range(200))
+        before = [now_s for now_s in ticks if now_s < change_s]
+        assert [scale(rules, load(now_s), workers, now_s) for now_s in before] == [nothing] * len(before)
+
+
+def test_the_next_change_is_the_end_of_a_wait() -> None:
+    rules = settings(scalerValue=4)
+    idle = WorkerCounts(1, 1, 0, NOW - 60, {"a": NOW - 2})
+    assert next_change_s(rules, QueueLoad(0, 0, 0), idle, NOW) == NOW + 3
+    assert next_change_s(rules, QueueLoad(1, 0, 3), WorkerCounts(1, 1, 1, NOW - 2), NOW) == NOW + 2
+    assert next_change_s(rules, QueueLoad(0, 1, 0), WorkerCounts(1, 1, 0, NOW - 2), NOW) == float("inf")

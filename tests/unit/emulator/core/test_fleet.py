@@ -12,7 +12,7 @@ from emulator.core.fleet import Fleet
 from emulator.core.job import JobStatus
 from emulator.core.job_queue import JobQueue
 from emulator.core.process import ProcessListener
-from emulator.core.worker import TAKING_STATES, FleetWorker
+from emulator.core.worker import TAKING_STATES, FleetWorker, WorkerState
 from emulator.errors import NotFoundError
 from emulator.redaction import Redaction
 from emulator.settings import EndpointSettings
@@ -364,3 +364,115 @@ def test_workers_scale_from_zero_to_two_to_zero() -> None:
     assert counts[-1] == 0
     assert max(counts) == 2
     assert harness.queue.health()["completed"] == 8
+
+
+def release(harness: FleetHarness, version: int = 2, **settings: Any) -> None:
+    """Update the fleet's settings, as a release of this version does."""
+    harness.settings = EndpointSettings.model_validate({**harness.settings.model_dump(), **settings})
+    harness.fleet.update(harness.settings, Redaction({}, ()), version)
+
+
+def test_an_idle_stale_worker_is_replaced_at_once() -> None:
+    harness = FleetHarness(scalerType="QUEUE_DELAY", workersMin=1, workersMax=1)
+    harness.fleet.tick()
+    (worker,) = harness.fleet.workers()
+    harness.fleet.on_poll(worker.id)
+    release(harness, env={"A": "2"})
+    assert not worker.takes_jobs
+    harness.fleet.tick()
+    assert harness.processes[0].terminated
+    assert worker.reason == "replaced by version 2"
+    assert len(harness.processes) == 1  # workersMax
+    harness.processes[0].listener.on_exit(0)
+    harness.fleet.tick()
+    assert harness.processes[1].env["A"] == "2"
+    (other,) = harness.fleet.workers()
+    assert (other.version, other.is_stale) == (2, False)
+
+
+def test_an_idle_worker_that_no_job_needs_is_replaced_too_and_only_once() -> None:
+    harness = FleetHarness(scalerType="QUEUE_DELAY", idleTimeout=5, workersMax=3)
+    submit(harness.queue)
+    harness.advance(60)
+    (worker,) = harness.fleet.workers()
+    harness.fleet.on_poll(worker.id)
+    (job,) = harness.queue.take(worker.id, 1)
+    harness.queue.finish(worker.id, job.id, "done")
+    release(harness)
+    for _ in range(3):
+        harness.fleet.tick()
+    assert [process.terminated for process in harness.processes] == [True, False]
+    harness.processes[0].listener.on_exit(0)
+    harness.fleet.on_poll(harness.fleet.workers()[-1].id)
+    harness.advance(5)
+    assert harness.processes[1].terminated
+    harness.processes[1].listener.on_exit(0)
+    harness.advance(60)
+    assert len(harness.processes) == 2
+
+
+def test_a_busy_stale_worker_finishes_its_job_and_is_given_no_other() -> None:
+    harness = FleetHarness(workersMax=1)
+    worker = harness.ready_worker()
+    (job,) = harness.queue.take(worker.id, 1)
+    release(harness)
+    harness.advance(30)
+    assert not harness.processes[0].terminated
+    assert worker.state in TAKING_STATES
+    assert not worker.takes_jobs
+    harness.queue.finish(worker.id, job.id, "done")
+    harness.fleet.tick()
+    assert harness.processes[0].terminated
+    assert job.status is JobStatus.COMPLETED
+
+
+def test_workers_that_start_fail_or_are_throttled_are_replaced_without_a_backoff() -> None:
+    harness = FleetHarness(workersMin=2, workersMax=2)
+    harness.faults.set(FaultSettings(throttled_workers=1))
+    harness.fleet.tick()
+    harness.processes[0].listener.on_exit(1)
+    assert harness.fleet.health()["unhealthy"] == harness.fleet.health()["throttled"] == 1
+    harness.faults.set(FaultSettings())
+    release(harness)
+    harness.fleet.tick()
+    assert [worker.version for worker in harness.fleet.workers()] == [2, 2]
+    assert len(harness.processes) == 3
+    release(harness, version=3)
+    harness.fleet.tick()
+    assert [process.terminated for process in harness.processes] == [False, True, True]
+
+
+def test_other_settings_of_the_same_version_replace_no_worker() -> None:
+    harness = FleetHarness(scalerType="QUEUE_DELAY", workersMin=1, workersMax=2)
+    harness.fleet.tick()
+    harness.fleet.on_poll(harness.fleet.workers()[0].id)
+    release(harness, version=1, workers_min=2)
+    harness.fleet.tick()
+    assert [process.terminated for process in harness.processes] == [False, False]
+
+
+def test_an_external_worker_is_never_stale() -> None:
+    harness = FleetHarness()
+    worker = harness.fleet.on_poll("external")
+    release(harness)
+    assert worker.takes_jobs
+
+
+def test_a_frozen_stale_worker_is_ended_and_not_replaced() -> None:
+    harness = FleetHarness(scalerType="QUEUE_DELAY", idleTimeout=5, flashboot=True)
+    submit(harness.queue)
+    harness.advance(60)
+    worker = harness.fleet.on_poll(harness.fleet.workers()[0].id)
+    (job,) = harness.queue.take(worker.id, 1)
+    harness.fleet.tick()
+    harness.queue.finish(worker.id, job.id, "done")
+    harness.fleet.tick()
+    harness.advance(5)
+    assert worker.state is WorkerState.FROZEN
+    release(harness)
+    harness.fleet.tick()
+    assert harness.processes[0].killed
+    harness.processes[0].listener.on_exit(-9)
+    submit(harness.queue)
+    harness.advance(60)
+    assert [one.version for one in harness.fleet.workers()] == [2]

@@ -1,0 +1,1 @@
+"""The parts of `python -m bench advise`: a worker's figures, arrivals, the simulation, and the search for settings."""

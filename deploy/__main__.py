@@ -1,0 +1,234 @@
+"""The command line: `python -m deploy COMMAND`.
+
+Results go to stdout, everything else to stderr. An error is a message on stderr and an exit code of
+`errors.EXIT_CODES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from builder.errors import BuilderError
+from deploy import commands, environment
+from deploy.api import KEY_VARIABLE, URL, Api, client
+from deploy.console import Console
+from deploy.context import Context
+from deploy.environment import Redaction
+from deploy.errors import EXIT_CODES, DeployError
+from deploy.first_request import KINDS
+from deploy.options import FLASHBOOT, TYPES, Options
+from deploy.up import up
+
+URL_VARIABLE, IMAGE_VARIABLE = "RUNPOD_API_URL", "VLLM_SERVERLESS_IMAGE"
+_TIMEOUT_S = 1800.0
+
+Run = Callable[[Context, argparse.Namespace], Awaitable[None]]
+
+
+async def _up(context: Context, arguments: argparse.Namespace) -> None:
+    options = _options(arguments)
+    await up(
+        context,
+        arguments.model,
+        options,
+        name=arguments.name,
+        revision=arguments.revision,
+        skip_doctor=arguments.skip_doctor,
+        wait=arguments.wait,
+        kinds=[arguments.task] if arguments.task else [],
+    )
+
+
+async def _update(context: Context, arguments: argparse.Namespace) -> None:
+    await commands.update(context, arguments.name, _options(arguments), skip_doctor=arguments.skip_doctor)
+
+
+async def _rollback(context: Context, arguments: argparse.Namespace) -> None:
+    await commands.roll_back(context, arguments.name, arguments.to)
+
+
+async def _status(context: Context, arguments: argparse.Namespace) -> None:
+    await commands.status(context, arguments.name, as_json=arguments.json)
+
+
+async def _logs(context: Context, arguments: argparse.Namespace) -> None:
+    await commands.logs(
+        context, arguments.name, follow=arguments.follow, tail=arguments.tail, worker_id=arguments.worker
+    )
+
+
+async def _down(context: Context, arguments: argparse.Namespace) -> None:
+    await commands.down(context, arguments.name, confirmed=arguments.yes)
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    """Return what the command line asks of an endpoint."""
+    env = environment.read(arguments.env, arguments.env_file, arguments.secret, os.environ)
+    if arguments.max_model_len is not None:
+        env["MAX_MODEL_LEN"] = arguments.max_model_len
+    return Options(
+        image=arguments.image,
+        type=TYPES[arguments.type] if arguments.type else None,
+        gpus=tuple(arguments.gpu),
+        gpus_per_worker=arguments.gpus_per_worker,
+        min_cuda=arguments.min_cuda,
+        workers_min=arguments.workers_min,
+        workers_max=arguments.workers_max,
+        idle_timeout_s=arguments.idle_timeout,
+        requests_per_worker=arguments.requests_per_worker,
+        queue_delay_s=arguments.queue_delay,
+        flashboot=FLASHBOOT[arguments.flashboot] if arguments.flashboot else None,
+        volumes=tuple(arguments.volume),
+        data_centers=tuple(arguments.data_center),
+        registry=arguments.registry,
+        disk_gb=arguments.disk,
+        execution_timeout_s=arguments.execution_timeout,
+        env=env,
+        unset=tuple(arguments.unset),
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `up` and `update` may ask of an endpoint."""
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--gpu", action="append", default=[], metavar="POOL_OR_TYPE", help="such as ADA_24, or 4090; may be repeated"
+    )
+    machine.add_argument("--gpus-per-worker", type=int, metavar="N", help="the model is split across them")
+    machine.add_argument("--min-cuda", metavar="VERSION", help="of the machines' drivers, at the least (13.0)")
+    machine.add_argument("--disk", type=int, metavar="GB", help="of the container (20, and room for the model)")
+    machine.add_argument("--volume", action="append", default=[], metavar="ID", help="network volume; may be repeated")
+    machine.add_argument("--data-center", action="append", default=[], metavar="ID", help="may be repeated")
+    machine.add_argument("--flashboot", choices=FLASHBOOT, help="(on)")
+
+    scaling = parser.add_argument_group("scaling")
+    scaling.add_argument("--workers-min", type=int, metavar="N", help="workers that always run, and are paid for (0)")
+    scaling.add_argument("--workers-max", type=int, metavar="N", help="(3)")
+    scaling.add_argument("--requests-per-worker", type=int, metavar="N", help="add workers by requests (16)")
+    scaling.add_argument("--queue-delay", type=float, metavar="S", help="or by how long a request waits")
+    scaling.add_argument("--idle-timeout", type=int, metavar="S", help="stop idle workers after this time (60)")
+    scaling.add_argument("--execution-timeout", type=float, metavar="S", help="of one request (600)")
+
+    worker = parser.add_argument_group("worker")
+    worker.add_argument(
+        "--image", default=os.environ.get(IMAGE_VARIABLE) or None, help=f"of the worker (default: {IMAGE_VARIABLE})"
+    )
+    worker.add_argument("--registry", metavar="ID", help="credentials of a private registry, of the account")
+    worker.add_argument("--max-model-len", metavar="TOKENS", help="prompt and answer together, such as 8192 or 16k")
+    worker.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="setting; without a value, the environment's"
+    )
+    worker.add_argument(
+        "--env-file", action="append", default=[], type=Path, metavar="FILE", help="lines of NAME=VALUE"
+    )
+    worker.add_argument(
+        "--secret", action="append", default=[], metavar="NAME=SECRET", help="setting from a secret of the account"
+    )
+    worker.add_argument("--type", choices=TYPES, help="of the endpoint (queue)")
+    parser.set_defaults(unset=[])
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--api-url",
+        metavar="URL",
+        default=os.environ.get(URL_VARIABLE) or URL,
+        help=f"(default: {URL_VARIABLE}, or {URL})",
+    )
+    common.add_argument(
+        "--dry-run", action="store_true", help="print the requests that would change something, without sending them"
+    )
+    common.add_argument("--timeout", type=float, default=_TIMEOUT_S, metavar="S", help="of a start or rollout (1800)")
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy",
+        description=f"Run a model on a serverless endpoint of RunPod. {KEY_VARIABLE} must be in the environment.",
+        epilog="exit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Run, help_text: str, description: str) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(name, help=help_text, description=description, parents=[common])
+        command.set_defaults(run=run)
+        return command
+
+    command = add(
+        "up",
+        _up,
+        "from a model's name to an endpoint that answers",
+        "Check that the model fits, choose GPUs, create the endpoint (or change what differs), wait until it has "
+        "answered a first request, and print how to call it. Run it again at any time: it creates no second endpoint.",
+    )
+    command.add_argument("model", metavar="MODEL", help="hub id, such as Qwen/Qwen3-8B, or a directory of the image")
+    command.add_argument("--name", help="of the endpoint (default: the last part of MODEL)")
+    command.add_argument("--revision", help="branch, tag or commit of the model")
+    command.add_argument("--skip-doctor", action="store_true", help="do not check model and settings; needs --gpu")
+    command.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait for a first answer")
+    command.add_argument("--task", choices=KINDS, help="kind of the first request (default: what the model answers)")
+    _add_options(command)
+
+    command = add("update", _update, "change what the options name", "Change an endpoint, and follow the release.")
+    command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
+    command.add_argument("--skip-doctor", action="store_true", help="do not check the settings")
+    _add_options(command)
+    command.add_argument("--unset", action="append", metavar="NAME", help="remove a setting; may be repeated")
+    command.set_defaults(image=None)
+
+    command = add("rollback", _rollback, "go back to an earlier release", "Undo the newest release, or all after --to.")
+    command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
+    command.add_argument("--to", type=int, metavar="RELEASE", help="number of a release, as `status` shows it")
+
+    command = add("status", _status, "workers, release and price", "Print the state of an endpoint, or list all.")
+    command.add_argument("name", metavar="NAME", nargs="?", help="name or id of the endpoint")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    command = add("logs", _logs, "of the workers", "Print the logs of an endpoint's workers, and of their machines.")
+    command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
+    command.add_argument("-f", "--follow", action="store_true", help="go on until interrupted, also with new workers")
+    command.add_argument("--tail", type=int, default=100, metavar="N", help="lines of each worker to begin with (100)")
+    command.add_argument("--worker", metavar="ID", help="of this worker only")
+
+    command = add("down", _down, "delete the endpoint", "Delete an endpoint, its workers and its jobs.")
+    command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
+    command.add_argument("--yes", action="store_true", help="do not ask")
+    return parser
+
+
+async def _run(arguments: argparse.Namespace, console: Console) -> None:
+    key = os.environ.get(KEY_VARIABLE, "").strip() or None
+    console.redaction.add([key] if key else [])
+    async with client(arguments.api_url, key) as http:
+        context = Context(
+            http,
+            Api(http, console.log),
+            console,
+            has_key=key is not None,
+            dry_run=arguments.dry_run,
+            timeout_s=arguments.timeout,
+        )
+        await arguments.run(context, arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the process's exit code. argparse exits with 2 for an invalid command line."""
+    arguments = _parser().parse_args(argv)
+    console = Console(Redaction())
+    try:
+        asyncio.run(_run(arguments, console))
+    except (DeployError, BuilderError) as error:
+        console.log(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.log("interrupted")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

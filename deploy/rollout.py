@@ -1,0 +1,86 @@
+"""Changes of an endpoint: what differs is sent, and the new release is followed until no worker runs an older one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from deploy import plan
+from deploy.api import check
+from deploy.context import Context
+from deploy.errors import CapacityError
+from deploy.start import PHASES, StartWatcher
+from runpod_api.models import Endpoint
+
+
+async def apply(context: Context, endpoint: Endpoint, wanted: dict[str, Any]) -> Endpoint | None:
+    """Change what differs, and say what; None if nothing does, or in a dry run."""
+    body, lines = plan.changes(endpoint, wanted)
+    if not body:
+        context.console.log(f"{endpoint.name} ({endpoint.id}) is as wanted: no change")
+        return None
+    for line in lines:
+        context.console.log(f"{endpoint.name}: {line}")
+    check("UpdateEndpointRequest", body)
+    if context.dry_run:
+        context.show_request("PATCH", f"/v2/serverless/{endpoint.id}", body)
+        return None
+    changed = await context.api.update(endpoint.id, body)
+    context.console.log(f"{endpoint.name} is updated")
+    return changed
+
+
+async def follow(context: Context, endpoint: Endpoint) -> None:
+    """Wait until all workers run the newest release; a new worker that cannot start ends the wait."""
+    api, console = context.api, context.console
+    version = (await api.releases(endpoint.id)).endpoint_version
+    progress = console.progress(PHASES)
+    watcher = StartWatcher(api, endpoint.id, console, progress, version=version, poll_s=context.poll_s)
+    rollout = asyncio.create_task(_until_rolled_out(context, endpoint, version))
+    try:
+        await first_of(rollout, asyncio.create_task(watcher.watch()), context.timeout_s)
+    except TimeoutError:
+        raise CapacityError(
+            f"the release is not on all workers after {context.timeout_s:.0f} s: look at `logs {endpoint.name}`, "
+            f"or go back with `rollback {endpoint.name}`"
+        ) from None
+    finally:
+        progress.close()
+    console.result(f"{endpoint.name}: release {version} is rolled out, {progress.total_s:.1f} s after the change")
+
+
+async def _until_rolled_out(context: Context, endpoint: Endpoint, version: int | None) -> None:
+    """Wait until no worker runs an older release, and as many as always run are ready; say how far that is."""
+    said = ""
+    while True:
+        answer = await context.api.releases(endpoint.id)
+        rollout = answer.rollout
+        is_current = version is None or answer.endpoint_version is None or answer.endpoint_version >= version
+        text = f"{rollout.workers_on_latest} of {rollout.workers_total} workers run release {answer.endpoint_version}"
+        if not rollout.workers_total:
+            text = f"no workers run now; the next one runs release {answer.endpoint_version}"
+        if text != said:
+            context.console.log(text)
+            said = text
+        if is_current and not rollout.in_progress:
+            summary = (await context.api.workers(endpoint.id)).summary
+            needed = max(endpoint.workers.min or 0, min(rollout.workers_total, 1))
+            if summary.running + summary.idle >= needed:
+                return
+        await asyncio.sleep(context.poll_s)
+
+
+async def first_of(wanted: asyncio.Task[Any], watch: asyncio.Task[None], timeout_s: float) -> None:
+    """Wait until `wanted` is done; raise what ends either task, or TimeoutError."""
+    try:
+        done, _ = await asyncio.wait({wanted, watch}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise TimeoutError
+        for task in (wanted, watch):
+            if task in done:
+                task.result()
+                return
+    finally:
+        for task in (wanted, watch):
+            task.cancel()
+        await asyncio.gather(wanted, watch, return_exceptions=True)

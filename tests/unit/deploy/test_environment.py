@@ -1,0 +1,75 @@
+"""The worker's variables: where they come from, and that no secret is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploy import environment
+from deploy.environment import Redaction
+from deploy.errors import OptionError
+
+HUB_TOKEN = "hf_abcdefghijklmnopqrst"  # noqa: S105 (not a real one)
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.write_text("# settings\nA=1\n\nB=1\nC\n")
+
+    read = environment.read(["B=2", "D=a=b"], [file], ["HF_TOKEN=hub"], {"C": "3"})
+
+    assert read == {"A": "1", "B": "2", "C": "3", "D": "a=b", "HF_TOKEN": "{{ RUNPOD_SECRET_hub }}"}
+
+
+def test_a_secret_comes_from_the_environment_and_is_masked() -> None:
+    read = environment.read(["HF_TOKEN"], [], [], {"HF_TOKEN": HUB_TOKEN})
+
+    assert read == {"HF_TOKEN": HUB_TOKEN}
+    assert environment.masked(read) == {"HF_TOKEN": "***"}
+    assert environment.secrets_in(read) == [HUB_TOKEN]
+
+
+def test_a_reference_is_no_secret() -> None:
+    read = environment.read([], [], ["HF_TOKEN=hub"], {})
+
+    assert environment.masked(read) == read
+    assert environment.secrets_in(read) == []
+
+
+@pytest.mark.parametrize(
+    "text", [f"HF_TOKEN={HUB_TOKEN}", "MY_API_KEY=12345", f"VLLM_EXTRA_ARGS=--hf-token {HUB_TOKEN}"]
+)
+def test_a_secret_on_the_command_line_is_refused_without_showing_it(text: str) -> None:
+    with pytest.raises(OptionError, match=r"set .* in the environment") as raised:
+        environment.read([text], [], [], {})
+
+    assert text.partition("=")[2] not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "secrets", "says"),
+    [
+        (["=x"], [], "write NAME=VALUE or NAME"),
+        (["A B=x"], [], "write NAME=VALUE or NAME"),
+        (["MISSING"], [], "--env MISSING: it is not set in the environment"),
+        ([], ["HF_TOKEN"], r"--secret HF_TOKEN=\*\*\*: give NAME=SECRET"),
+        ([], [f"HF_TOKEN={HUB_TOKEN}"], r"--secret HF_TOKEN=\*\*\*: give NAME=SECRET"),
+    ],
+)
+def test_what_cannot_be_read_says_how_to_write_it(texts: list[str], secrets: list[str], says: str) -> None:
+    with pytest.raises(OptionError, match=says) as raised:
+        environment.read(texts, [], secrets, {})
+
+    assert HUB_TOKEN not in str(raised.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"--env-file .*none cannot be read"):
+        environment.read([], [tmp_path / "none"], [], {})
+
+
+def test_known_secrets_and_hub_tokens_are_hidden_in_any_text() -> None:
+    redaction = Redaction(["rpa_key", "ab"])
+
+    assert redaction.apply(f"ab rpa_key {HUB_TOKEN}") == "ab *** ***"

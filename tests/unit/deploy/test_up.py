@@ -1,0 +1,171 @@
+"""The command `up` before anything runs: the doctor's choice, the request, and what is shown of it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.doctor.worker_config import WorkerConfig
+from deploy import __main__ as command_line
+from deploy import model as doctor
+from deploy.context import Context
+from deploy.errors import CapacityError, DoctorError, OptionError
+from deploy.options import Options
+from deploy.up import up
+from runpod_api.description import violations
+from tests.unit.deploy.conftest import Terminal
+from tests.unit.deploy.fakes import FakeRunPod
+
+# Llama's shape with 8 billion parameters: 15 GiB in 16 bits.
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return a model's directory. The worker is not asked for its settings: that takes seconds."""
+
+    def query(_: str | None, variables: Any) -> WorkerConfig:
+        warnings = ("MAX_MODEL_LENN is not a setting",) if "MAX_MODEL_LENN" in variables else ()
+        return WorkerConfig(variables, warnings=warnings)
+
+    monkeypatch.setattr(doctor, "query_worker", query)
+    directory = tmp_path / "Llama-8B"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return str(directory)
+
+
+def made(context: Context, model: str, runpod: FakeRunPod, **options: Any) -> dict[str, Any]:
+    """Return the request that `up` sends."""
+    asyncio.run(up(context, model, Options(image="x/y:1", **options), wait=False))
+    return runpod.bodies[-1]
+
+
+def test_the_doctor_chooses_the_cheapest_gpus_that_fit(
+    context: Context, model: str, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    body = made(context, model, runpod, env={"MAX_MODEL_LEN": "8192"})
+
+    assert body["gpu"] == {"pools": ["AMPERE_24"], "count": 1, "minCudaVersion": "13.0"}
+    assert body["name"] == "llama-8b"
+    assert body["disk"] == 40, "16 GB of weights and their copies"
+    assert (
+        "deploy: GPU: AMPERE_24 (L4, RTX A5000, 24 GB, $0.68/h): 3.6 requests of 8192 tokens fit at once"
+        in terminal.messages
+    )
+
+
+def test_a_longer_context_needs_a_larger_gpu_and_says_what_a_shorter_one_would_cost(
+    context: Context, model: str, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    body = made(context, model, runpod)
+
+    assert body["gpu"]["pools"] == ["AMPERE_48"]
+    assert "it would fit AMPERE_24 (L4, RTX A5000, 24 GB, $0.68/h)" in terminal.messages
+
+
+def test_a_named_gpu_that_is_too_small_is_refused_in_the_doctors_words(
+    context: Context, model: str, runpod: FakeRunPod
+) -> None:
+    with pytest.raises(DoctorError, match=r"on ADA_24 .* it does not fit: set MAX_MODEL_LEN=\d+ or less"):
+        made(context, model, runpod, gpus=("4090",))
+
+    assert runpod.bodies == []
+
+
+def test_the_pools_of_an_endpoint_are_kept_when_prices_change(
+    context: Context, model: str, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    made(context, model, runpod)
+    runpod.catalogue[3]["availability"] = "NONE"
+
+    asyncio.run(up(context, model, Options(image="x/y:1"), wait=False))
+
+    assert len(runpod.bodies) == 1
+    assert "is as wanted: no change" in terminal.messages
+    runpod.catalogue[3]["availability"] = "HIGH"
+
+
+def test_a_misspelt_setting_is_refused(context: Context, model: str, runpod: FakeRunPod) -> None:
+    with pytest.raises(DoctorError, match=r"MAX_MODEL_LENN is not a setting\ncorrect the settings, or .*--skip-doctor"):
+        made(context, model, runpod, env={"MAX_MODEL_LENN": "1"})
+
+
+def test_without_the_doctor_gpus_are_named(context: Context, runpod: FakeRunPod) -> None:
+    with pytest.raises(OptionError, match="without the doctor, name the GPUs with --gpu"):
+        asyncio.run(up(context, "org/tiny", Options(image="x/y:1"), skip_doctor=True))
+
+    assert runpod.bodies == []
+
+
+def test_an_image_is_needed(context: Context) -> None:
+    with pytest.raises(OptionError, match="--image or VLLM_SERVERLESS_IMAGE"):
+        asyncio.run(up(context, "org/tiny", Options()))
+
+
+def test_two_endpoints_of_one_name_are_an_error_with_their_ids(
+    context: Context, model: str, runpod: FakeRunPod
+) -> None:
+    body = made(context, model, runpod)
+    runpod.add(body)
+
+    with pytest.raises(OptionError, match="2 endpoints are called llama-8b: give one of their ids, ep1, ep2"):
+        asyncio.run(up(context, model, Options(image="x/y:1"), wait=False))
+
+
+def test_a_request_that_nobody_answers_ends_after_the_timeout(context: Context, runpod: FakeRunPod) -> None:
+    runpod.workers = [{"id": "w", "status": "THROTTLED", "isStale": False, "gpuCount": 0}]
+
+    with pytest.raises(CapacityError, match="no GPU was free for 0 s"):
+        asyncio.run(
+            up(
+                dataclasses.replace(context, timeout_s=0.05),
+                "org/tiny", Options(image="x/y:1", gpus=("4090",)), skip_doctor=True,
+            )
+        )  # fmt: skip
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str, dict[str, Any]]:
+    assert command_line.main([*arguments, "--dry-run", "--api-url", "http://127.0.0.1:9"]) == 0
+    printed = capsys.readouterr()
+    first, _, rest = printed.out.partition("\n")
+    return first, printed.err, json.loads(rest)
+
+
+def test_a_dry_run_without_a_key_prints_the_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """Nothing is sent: nobody listens at the URL."""
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    monkeypatch.setenv("MY_TOKEN", "abcdefgh")
+
+    first, messages, body = dry_run(
+        capsys, "up", model, "--image", "x/y:1", "--gpu", "ADA_24", "--env", "MY_TOKEN", "--secret", "HF_TOKEN=hub"
+    )
+
+    assert first == "POST http://127.0.0.1:9/v2/serverless"
+    secrets = {"MY_TOKEN": "***", "HF_TOKEN": "{{ RUNPOD_SECRET_hub }}"}
+    assert body["env"] == {"MODEL_NAME": model, "WARM_UP": "true", **secrets}
+    assert body["gpu"]["pools"] == ["ADA_24"]
+    assert violations("CreateEndpointRequest", body) == []
+    assert "abcdefgh" not in messages
+
+
+def test_a_dry_run_without_a_key_and_a_pool_says_how_much_memory_the_model_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+
+    _, messages, body = dry_run(capsys, "up", model, "--image", "x/y:1", "--max-model-len", "8192")
+
+    assert body["gpu"]["pools"][0].startswith("(the cheapest of at least ")
+    assert "RUNPOD_API_KEY is not set: prices and stock are not known; --gpu names pools" in messages
