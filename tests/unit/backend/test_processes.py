@@ -24,7 +24,11 @@ class FakeConfiguration:
     """A configuration whose engine configuration sets the start method, as vLLM's does on a CPU."""
 
     settings = SimpleNamespace(
-        allowed_routes=frozenset(), engine_stall_timeout_s=1.0, batch_interval_ms="auto", network_volume=Path("/none")
+        allowed_routes=frozenset(),
+        engine_stall_timeout_s=1.0,
+        batch_interval_ms="auto",
+        network_volume=Path("/none"),
+        otel_exporter_otlp_endpoint=None,
     )
     args = SimpleNamespace(allowed_media_domains=None)
     flags = SimpleNamespace(value=lambda _: None)
