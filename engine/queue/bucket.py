@@ -73,9 +73,13 @@ class Bucket:
 
         Raises:
             BucketError: the bucket does not accept it.
-            BucketUnavailableError: it did not answer, in several attempts.
+            BucketUnavailableError: it did not answer, in several attempts; or the upload was cancelled, as the worker
+                ends: there is time left to say so.
         """
-        return await asyncio.to_thread(self._store, job_id, result)
+        try:
+            return await asyncio.to_thread(self._store, job_id, result)
+        except asyncio.CancelledError:
+            raise BucketUnavailableError(len(result), self.name, "the worker has ended before") from None
 
     def _store(self, job_id: str, result: bytes) -> dict[str, Any]:
         from botocore.exceptions import ClientError, ConnectionError, HTTPClientError  # noqa: A004

@@ -298,6 +298,32 @@ async def test_after_a_long_upload_the_link_is_delivered_for_as_long_as_any_resu
     assert post.arrived[-1][1]["output"][0]["output_url"] == "http://host/job"
 
 
+async def test_a_job_whose_upload_the_workers_end_cuts_off_fails_as_retryable(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "MAX_RESULT_BYTES", 1000)
+    uploading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def put(_: web.Request) -> web.Response:
+        uploading.set()
+        await go_on.wait()
+        return web.Response()
+
+    async with serving(put) as url:
+        post = FakePost()
+        job = JobDelivery(post, "job", NEVER, replace(bucket, endpoint_url=url))
+        await job.stream("a" * 1000)
+        finishing = asyncio.create_task(job.finish())
+        await uploading.wait()
+        finishing.cancel()
+        assert await finishing == "failed"
+        go_on.set()
+
+    error = json.loads(post.arrived[-1][1]["error"])
+    assert (error["status"], error["retryable"]) == (503, True)
+    assert "the worker has ended before" in error["error"]["message"]
+
+
 async def test_an_upload_does_not_block_the_event_loop(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also not the first one, which imports boto3 and makes the client."""
     going_on = asyncio.Event()
