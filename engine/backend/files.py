@@ -118,7 +118,7 @@ class Files:
         return File("file" + (mimetypes.guess_extension(media_type) or ""), media_type, data)
 
     def _decode(self, text: str) -> bytes:
-        self._check_size(len(text) * 3 // 4 - 2)
+        self._check_size((len(text) - text.count("\n") - text.count("\r")) * 3 // 4 - 2)
         try:
             try:
                 return pybase64.b64decode(text, validate=True)

@@ -59,6 +59,8 @@ def test_a_csv_has_seconds_or_times_and_tokens_where_they_are_known(tmp_path: Pa
         ("time\nnan\n", "line 2: time='nan': write seconds"),
         ("time,tokens\n1,5\n2,-5\n", "line 3: tokens='-5': write an integer"),
         ("time,tokens\n1,0\n", "line 2: tokens='0': write an integer"),
+        ("time\n12.5\n2026-11-30T10:00:00Z\n", "days: write all times in seconds, or all in ISO 8601"),
+        ("time\n1764496800000\n1764583200000\n", "lasts 1,000 days"),  # Milliseconds.
     ],
 )
 def test_a_csv_that_cannot_be_used_is_an_error_with_its_line(tmp_path: Path, text: str, message: str) -> None:

@@ -198,6 +198,12 @@ async def test_an_unusable_file_or_field_is_refused_with_the_reason(given: dict[
     assert (status, reason in message) == (400, True), message
 
 
+async def test_line_breaks_do_not_count_towards_the_limit() -> None:
+    ((_, upload),) = await form_of(ScriptedApp(), {"file": base64.encodebytes(b"x" * 1000).decode()})
+
+    assert upload[2] == b"x" * 1000
+
+
 async def test_without_a_file_vllm_is_asked_and_says_what_is_missing() -> None:
     assert await form_of(ScriptedApp(), {"model": "m", "file": None}) == [("model", "m")]
 
