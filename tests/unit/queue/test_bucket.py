@@ -404,6 +404,9 @@ def test_a_part_of_the_settings_is_refused(server: S3Server) -> None:
             Settings.read(some)
     with pytest.raises(ConfigurationError, match=r"^BUCKET_ACCESS_KEY_ID=\(hidden\) is not allowed"):
         Settings.read({"BUCKET_ACCESS_KEY_ID": Variable(KEY_ID, "environment")})
+    with pytest.raises(ConfigurationError, match="is not allowed") as refused:
+        Settings.read({"BUCKET_ENDPOINT_URL": Variable(f"https://user:{KEY}@host", "environment")})
+    assert KEY not in str(refused.value)
     assert Bucket.of(Settings.read({})) is None
 
 
