@@ -19,6 +19,7 @@ from bench import report
 from bench.advisor import plots
 from bench.advisor.errors import InputError
 from bench.advisor.search import SHARES, Goal, Grid, Prices, Result, Search, cheapest, frontier
+from bench.advisor.simulation import EndpointPlan
 from bench.advisor.trace import DAY_S, MadeUpDay, TokenCounts, Trace, read_csv, read_worker_log
 from bench.advisor.worker_log import WorkerLog
 from bench.advisor.worker_profile import Figures, WorkerProfile
@@ -66,7 +67,7 @@ def add_options(result: argparse.ArgumentParser) -> None:
     source = requests.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE", help="CSV with the columns time and, if known, tokens")
     source.add_argument("--trace-log", type=Path, metavar="FILE", help="a worker's log with times")
-    source.add_argument("--day", type=_count, metavar="N", help="a made-up day of N requests")
+    source.add_argument("--day", type=_positive_count, metavar="N", help="a made-up day of N requests")
     requests.add_argument(
         "--peak", type=_peak, default=1.8, metavar="X", help="made-up day: peak rate / mean rate (default: 1.8)"
     )
@@ -74,7 +75,11 @@ def add_options(result: argparse.ArgumentParser) -> None:
         "--bursts", type=_count, default=4, metavar="N", help="made-up day: bursts of 1 %% of it (default: 4)"
     )
     requests.add_argument(
-        "--duration", type=_duration, default=DAY_S, metavar="TIME", help="made-up day: its length (default: 24h)"
+        "--duration",
+        type=_positive_duration,
+        default=DAY_S,
+        metavar="TIME",
+        help="made-up day: its length (default: 24h)",
     )
     requests.add_argument(
         "--tokens", type=_positive, default=300.0, metavar="N", help="mean output tokens, if not known (default: 300)"
@@ -133,7 +138,12 @@ def _add_grid(grid: Any) -> None:
         help="idleTimeout with QUEUE_DELAY (default: 5s 60s 300s)",
     )
     grid.add_argument(
-        "--workers-min", type=_count, nargs="+", default=default.workers_min, metavar="N", help="(default: 0 1 2)"
+        "--workers-min",
+        type=_count,
+        nargs="+",
+        default=default.workers_min,
+        metavar="N",
+        help="workersMin of the endpoint (default: 0 1 2)",
     )
     grid.add_argument(
         "--workers-max",
@@ -141,7 +151,7 @@ def _add_grid(grid: Any) -> None:
         nargs="+",
         default=default.workers_max,
         metavar="N",
-        help="(default: 3 10)",
+        help="workersMax of the endpoint (default: 3 10)",
     )
 
 
@@ -158,6 +168,13 @@ def _duration(text: str) -> float:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r}: write a time like 500ms, 2s, 5m or 24h")
     return float(found[1]) * _UNITS_S[found[2]]
+
+
+def _positive_duration(text: str) -> float:
+    seconds = _duration(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text!r}: write more than 0")
+    return seconds
 
 
 def _queue_delay(text: str) -> float:
@@ -211,12 +228,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         worker = _worker(arguments)
         trace = _trace(arguments)
+        plans = _plans(arguments, worker)
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     share = next(share for share in SHARES if getattr(arguments, f"ttft_p{share}") is not None)
     goal = Goal(share, getattr(arguments, f"ttft_p{share}"))
-    results = _search(arguments, worker, trace)
+    results = _search(arguments, worker, trace, plans)
     best = cheapest(results, goal)
     sys.stdout.write(render(results, goal, best, trace, everything=arguments.all))
     if arguments.json is not None:
@@ -248,7 +266,7 @@ def _trace(arguments: argparse.Namespace) -> Trace:
     return day.trace(tokens)
 
 
-def _search(arguments: argparse.Namespace, worker: WorkerProfile, trace: Trace) -> list[Result]:
+def _plans(arguments: argparse.Namespace, worker: WorkerProfile) -> list[EndpointPlan]:
     grid = Grid(
         arguments.queue_delay,
         arguments.request_count,
@@ -258,6 +276,17 @@ def _search(arguments: argparse.Namespace, worker: WorkerProfile, trace: Trace) 
         arguments.workers_max,
     )
     plans = list(grid.plans())
+    if not plans:
+        raise InputError(
+            "no settings to try: give --queue-delay or --request-count a value, and --workers-max one that is not "
+            "below --workers-min"
+        )
+    return plans
+
+
+def _search(
+    arguments: argparse.Namespace, worker: WorkerProfile, trace: Trace, plans: Sequence[EndpointPlan]
+) -> list[Result]:
     prices = arguments.price and Prices(arguments.price, arguments.active_price or arguments.price)
     shown_at = time.monotonic()
 

@@ -10,7 +10,7 @@ from deploy.errors import OptionError
 
 MASK = "***"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|KEY_ID|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{10,}\b")
 # RunPod replaces it by the account's secret when a worker starts.
 _REFERENCE = re.compile(r"\{\{ *RUNPOD_SECRET_\w+ *\}\}")

@@ -273,6 +273,11 @@ def error_text(output: Any) -> str | None:
 _URL = re.compile(r"\S*://\S*")
 
 
+def without_urls(text: str) -> str:
+    """Return a text for logs and clients without its URLs: the platform's hold keys, and so do signed ones."""
+    return _URL.sub("(URL)", text)
+
+
 def safe_str(error: BaseException) -> str:
-    """Return the type and message of an error, for logs and clients, without URLs: those of the platform hold keys."""
-    return f"{type(error).__name__}: {_URL.sub('(URL)', str(error))}"
+    """Return the type and message of an error, for logs and clients, without URLs."""
+    return f"{type(error).__name__}: {without_urls(str(error))}"

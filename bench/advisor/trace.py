@@ -15,6 +15,7 @@ from bench.advisor.errors import InputError
 from bench.advisor.worker_log import WorkerLog
 
 DAY_S = 86_400.0
+_MAX_DAYS = 366
 _DAY_PIECES = 1440
 _BURST_S = 60.0
 # Of the logarithm of the output tokens: 5 % of answers are 2.7 times as long as the mean.
@@ -104,6 +105,9 @@ def read_csv(path: Path, tokens: TokenCounts) -> Trace:
         raise InputError(f"{path} is no CSV file in UTF-8: {error}") from None
     if not known:
         raise InputError(f"{path} has no requests: add a line for each below the heading")
+    times_s = [time_s for time_s, _ in known]
+    if (days := (max(times_s) - min(times_s)) / DAY_S) > _MAX_DAYS:
+        raise InputError(f"{path} lasts {days:,.0f} days: write all times in seconds, or all in ISO 8601")
     return _trace(known, tokens)
 
 

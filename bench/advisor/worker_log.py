@@ -36,7 +36,7 @@ class LoggedJob:
         watched: time between the lines during its run, in seconds, or their number if they have no times.
         job_time: the same, times the jobs that ran.
         tokens: output tokens, if it was completed and they are known.
-        first_output_s: from the take to its first output.
+        first_output_s: from the take to its first output; None if that was the whole answer, as without streaming.
         duration_s: from the take to its end.
     """
 
@@ -80,7 +80,9 @@ class WorkerLog:
 
     def _read(self, number: int, line: str) -> None:
         if (start := line.find(_COLD_START)) >= 0:
-            self.cold_starts_s.append(self._json(number, line[start + len(_COLD_START) - 1 :])["total_s"])
+            total_s = self._json(number, line[start + len(_COLD_START) - 1 :]).get("total_s")
+            if total_s is not None:
+                self.cold_starts_s.append(total_s)
             self._running.clear()
         elif found := _JOB_LINE.search(line):
             document = self._json(number, line[found.start() :])
@@ -91,8 +93,9 @@ class WorkerLog:
                 self._running[document["job"]] = job
                 self.jobs.append(job)
             elif (ended := self._running.pop(document["job"], None)) and document.get("status") == "completed":
-                ended.tokens, ended.first_output_s = document["tokens_out"], document["first_output_s"]
-                ended.duration_s = document["duration_s"]
+                ended.tokens, ended.duration_s = document.get("tokens_out"), document.get("duration_s")
+                if document.get("batches", 0) > 1:
+                    ended.first_output_s = document.get("first_output_s")
 
     def _watch(self, time_s: float | None) -> None:
         """Count the time since the last line, which ends now, for all jobs that run."""
@@ -148,6 +151,9 @@ def _time_s(text: str) -> float | None:
     found = _TIME.search(text)
     if found is None:
         return None
-    # Log drivers write nanoseconds.
-    time = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", found[0]))
+    try:
+        # Log drivers write nanoseconds.
+        time = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", found[0]))
+    except ValueError:
+        return None
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()

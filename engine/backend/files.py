@@ -21,7 +21,7 @@ from engine.errors import FileNotAllowedError, InvalidInputError
 
 # Text that begins with `/` and is longer than any path of Linux is base64, as that of an MP3 file begins so too.
 _MAX_PATH_CHARACTERS = 4096
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}):")
 _MEDIA_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+", re.ASCII)
 _ANY_TYPE = "application/octet-stream"
 _ACCEPTED = "Accepted: an http(s) URL, a data: URL or other base64, or the path of a file on the network volume"
@@ -40,7 +40,8 @@ class File:
     @classmethod
     def named(cls, path: str, data: bytes) -> File:
         """Return the file of a path or of a URL's path, which says its type."""
-        name = PurePosixPath(path).name or "file"
+        # Half of a surrogate pair is no character that a form can hold.
+        name = PurePosixPath(path).name.encode(errors="replace").decode() or "file"
         return cls(name, mimetypes.guess_type(name)[0] or _ANY_TYPE, data)
 
 
@@ -75,9 +76,9 @@ class Files:
         scheme = match[1].lower() if match else ""
         if scheme in ("http", "https"):
             data = await self._download(reference, self._max_bytes)
-            return File.named(unquote(urlsplit(reference).path), data)
+            return File.named(_url_path(reference), data)
         if scheme == "file":
-            return await asyncio.to_thread(self._read_path, unquote(urlsplit(reference).path))
+            return await asyncio.to_thread(self._read_path, _url_path(reference))
         if scheme == "data":
             return await asyncio.to_thread(self._decode_data_url, reference)
         if scheme:
@@ -117,7 +118,7 @@ class Files:
         return File("file" + (mimetypes.guess_extension(media_type) or ""), media_type, data)
 
     def _decode(self, text: str) -> bytes:
-        self._check_size(len(text) * 3 // 4 - 2)
+        self._check_size((len(text) - text.count("\n") - text.count("\r")) * 3 // 4 - 2)
         try:
             try:
                 return pybase64.b64decode(text, validate=True)
@@ -132,6 +133,13 @@ class Files:
                 f"the file has {size_bytes / 2**20:.1f} MiB, and {self._limit} of the worker allows "
                 f"{self._max_bytes / 2**20:g} MiB"
             )
+
+
+def _url_path(url: str) -> str:
+    try:
+        return unquote(urlsplit(url).path)
+    except ValueError:
+        raise InvalidInputError("the file's URL is not valid") from None
 
 
 def _open_at_once(path: str, flags: int) -> int:

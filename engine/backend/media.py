@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import logging
 import socket
 from collections.abc import Callable, Collection
 from http import HTTPStatus
@@ -18,7 +19,7 @@ from typing import Any
 
 import aiohttp
 
-from engine.errors import EngineResponseError, safe_str
+from engine.errors import EngineResponseError, safe_str, without_urls
 
 REFUSAL = (
     "media is fetched from public addresses only: send it as a data: URL, or add its host to ALLOWED_MEDIA_DOMAINS of "
@@ -100,10 +101,12 @@ async def download(url: str, max_bytes: int, hosts: Collection[str] = ()) -> byt
         hosts: `ALLOWED_MEDIA_DOMAINS`.
 
     Raises:
-        EngineResponseError: it cannot be fetched; in vLLM's words, with the status that vLLM gives.
+        EngineResponseError: it cannot be fetched; in vLLM's words but for the URL, which may hold a signature or a
+            password, with the status that vLLM gives.
     """
     from vllm import envs
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
     from vllm.multimodal.media.base import MediaIO
     from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
 
@@ -128,15 +131,26 @@ async def download(url: str, max_bytes: int, hosts: Collection[str] = ()) -> byt
             url, Content(), fetch_timeout=envs.VLLM_AUDIO_FETCH_TIMEOUT
         )
     except Exception as error:  # noqa: BLE001 (as vLLM's app does with whatever is raised there)
+        if isinstance(error, VLLMUnprocessableEntityError | VLLMValidationError):
+            error.parameter, error.value = "file", None  # The value is the URL.
         response = create_error_response(error)
+        response.error.message = without_urls(response.error.message)
         if response.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
             response.error.message = f"the file cannot be fetched: {safe_str(error)}"
         raise EngineResponseError(response.error.code, response.model_dump()) from None
     return content
 
 
+def _hide_urls(record: logging.LogRecord) -> bool:
+    record.msg, record.args = without_urls(record.getMessage()), ()
+    return True
+
+
 def install_public_media_connector() -> None:
-    """Make vLLM fetch media through `public_session`; vLLM itself checks URLs against `ALLOWED_MEDIA_DOMAINS`."""
+    """Make vLLM fetch media through `public_session`; vLLM itself checks URLs against `ALLOWED_MEDIA_DOMAINS`.
+
+    When it tries again, it logs the URL; here, without signature and password.
+    """
     from vllm.connections import HTTPConnection
     from vllm.exceptions import VLLMValidationError
     from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
@@ -156,6 +170,7 @@ def install_public_media_connector() -> None:
             raise VLLMValidationError("media is fetched asynchronously only")
 
     connection = functools.cache(PublicConnection)
+    logging.getLogger(HTTPConnection.__module__).addFilter(_hide_urls)
 
     @MEDIA_CONNECTOR_REGISTRY.register("http")
     class PublicMediaConnector(MediaConnector):  # type: ignore[misc]

@@ -24,7 +24,7 @@ from pydantic import (
 
 from engine.config import environment
 from engine.config.environment import BAKED_SETTINGS_FILE, NULL_WORDS, Variable
-from engine.config.redaction import MASK
+from engine.config.redaction import MASK, redacted
 from engine.errors import ConfigurationError
 
 
@@ -272,7 +272,7 @@ def is_secret(name: str) -> bool:
 
 
 def _quote(name: str, variables: Mapping[str, Variable]) -> str:
-    return MASK if is_secret(name) else repr(variables[name.upper()].value)
+    return MASK if is_secret(name) else redacted(repr(variables[name.upper()].value))
 
 
 def _describe_schema(schema: dict[str, Any]) -> str:

@@ -21,6 +21,8 @@ from engine.errors import BucketError, BucketUnavailableError
 # `s3.us-west-2.amazonaws.com`, `NAME.s3.eu-central-003.backblazeb2.com`
 _REGION = re.compile(r"(?:^|\.)s3[.-]([a-z0-9]+(?:-[a-z0-9]+)+)\.")
 _DEFAULT_REGION = "us-east-1"
+# S3's codes for a worker that was slow or frozen, or whose clock is wrong: another may do better.
+_PASSING_CODES = {"RequestTimeout", "RequestTimeTooSkewed"}
 _ATTEMPTS = 5
 _CONNECT_TIMEOUT_S = 10
 _READ_TIMEOUT_S = 60
@@ -71,12 +73,16 @@ class Bucket:
 
         Raises:
             BucketError: the bucket does not accept it.
-            BucketUnavailableError: it did not answer, in several attempts.
+            BucketUnavailableError: it did not answer, in several attempts; or the upload was cancelled, as the worker
+                ends: there is time left to say so.
         """
-        return await asyncio.to_thread(self._store, job_id, result)
+        try:
+            return await asyncio.to_thread(self._store, job_id, result)
+        except asyncio.CancelledError:
+            raise BucketUnavailableError(len(result), self.name, "the worker has ended before") from None
 
     def _store(self, job_id: str, result: bytes) -> dict[str, Any]:
-        from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError  # noqa: A004
+        from botocore.exceptions import ClientError, ConnectionError, HTTPClientError  # noqa: A004
 
         place = {"Bucket": self.name, "Key": f"{job_id}/output.json"}
         try:
@@ -85,9 +91,14 @@ class Bucket:
             url = self._client.generate_presigned_url("get_object", place, self.link_expires_s)
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            reason = f"{error.response.get('Error', {}).get('Code', 'unknown error')}, status {status}"
-            is_passing = status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.TOO_MANY_REQUESTS
-        except (BotoCoreError, ValueError) as error:  # Its message may hold the request.
+            code = error.response.get("Error", {}).get("Code", "unknown error")
+            reason = f"{code}, status {status}"
+            is_passing = (
+                status >= HTTPStatus.INTERNAL_SERVER_ERROR
+                or status == HTTPStatus.TOO_MANY_REQUESTS
+                or code in _PASSING_CODES
+            )
+        except Exception as error:  # noqa: BLE001 (it ends this job and no other; its message may hold the request)
             reason, is_passing = type(error).__name__, isinstance(error, HTTPClientError | ConnectionError)
         else:
             _log.info("Job %s: its result of %d bytes is in the bucket %s", job_id, len(result), self.name)

@@ -133,6 +133,8 @@ class JobDelivery:
             link = await bucket.store(self._job_id, encode(self._outputs))
         except BucketError as failure:
             return failure
+        finally:  # However long the upload took.
+            self._finishing_until = None
         self._outputs = [msgspec.Raw(encode(link))]
         return None
 

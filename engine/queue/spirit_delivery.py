@@ -113,7 +113,6 @@ class HandlerDelivery(TaskDelivery):
     async def finish(self, error: JobError | None = None, *, replace_worker: bool = False) -> str:
         """Post the result, then report and acknowledge the task; return the outcome."""
         del replace_worker
-        self._deadline = max(self._deadline, CLOCK.now() + MIN_RESULT_TIMEOUT_S)
         status, body = (int(HTTPStatus.OK), encode(_joined(self._outputs))) if error is None else error_answer(error)
         webhook = asyncio.ensure_future(self._call_webhook(status, body))
         try:
@@ -136,6 +135,7 @@ class HandlerDelivery(TaskDelivery):
             status, body, message = await self._shortened(status, body, message, limit)
         result = {"statusCode": status, "message": message, "data": base64.b64encode(body).decode()}
         encoded = encode(result)
+        self._deadline = max(self._deadline, CLOCK.now() + MIN_RESULT_TIMEOUT_S)
         await self._until_delivered(lambda: self._agent.call("request-result", self._task.id, encoded))
 
     async def _shortened(self, status: int, body: bytes, message: str, limit: int) -> tuple[int, bytes, str]:

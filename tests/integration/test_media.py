@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -43,7 +44,7 @@ def url() -> Iterator[str]:
                 self.end_headers()
                 return
             if self.path.startswith("/status/"):
-                self.send_error(int(self.path.removeprefix("/status/")))
+                self.send_error(int(self.path.removeprefix("/status/").partition("?")[0]))
                 return
             if self.path.startswith("/size/"):
                 self._send_zeros(int(self.path.removeprefix("/size/")))
@@ -147,6 +148,25 @@ def test_a_server_that_fails_is_named_as_the_reason_without_the_url(url: str, mo
     assert status == 500
     assert message.startswith("the file cannot be fetched: ClientResponseError: 503")
     assert "http://" not in message
+
+
+@pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, 2)])
+def test_a_signed_url_is_in_no_error_and_no_log(
+    status: int, attempts: int, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its signature is a secret, and so is a password in it. vLLM logs the URL before it tries again."""
+    monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", str(attempts))
+    monkeypatch.setattr("vllm.connections._RETRY_BACKOFF_FACTOR", 0.01)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    signed = url.replace("picture.png", f"status/{status}?Signature=s3cret").replace("//", "//user:s3cret@")
+
+    _, message = refusal(signed)
+
+    assert str(status) in message
+    assert caplog.text.count("HTTP fetch failed for (URL) (attempt 1/2") == attempts - 1
+    for text in (message, caplog.text):
+        assert "s3cret" not in text
+        assert "image_url" not in text
 
 
 def test_a_file_above_the_limit_is_not_downloaded_to_its_end(url: str) -> None:

@@ -61,6 +61,8 @@ def test_a_csv_has_seconds_or_times_and_tokens_where_they_are_known(tmp_path: Pa
         ("time\nnan\n", "line 2: time='nan': write seconds"),
         ("time,tokens\n1,5\n2,-5\n", "line 3: tokens='-5': write an integer"),
         ("time,tokens\n1,0\n", "line 2: tokens='0': write an integer"),
+        ("time\n12.5\n2026-11-30T10:00:00Z\n", "days: write all times in seconds, or all in ISO 8601"),
+        ("time\n1764496800000\n1764583200000\n", "lasts 1,000 days"),  # Milliseconds.
     ],
 )
 def test_a_csv_that_cannot_be_used_is_an_error_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -138,6 +140,22 @@ def test_what_a_worker_logs_is_what_is_read(tmp_path: Path, caplog: pytest.LogCa
     figures = Figures()
     figures.read_log(WorkerLog(written(tmp_path / "worker.log", text)))
     assert (figures.tokens_per_s, figures.ttft_s, len(figures.cold_starts_s)) == ({1: 10.0}, {1: 0.25}, 1)
+
+
+def test_an_answer_in_one_piece_does_not_show_the_time_to_first_token(tmp_path: Path) -> None:
+    lines = [STARTED % "a", (ENDED % ("a", 10)).replace('"batches": 3', '"batches": 1')]
+    log = WorkerLog(written(tmp_path / "worker.log", "\n".join(lines)))
+    assert log.by_concurrency() == ({1: 10}, {})
+
+
+def test_lines_that_lack_something_are_no_error(tmp_path: Path) -> None:
+    lines = [
+        "Cold start {}",
+        '2026-99-01T00:00:00Z {"job": "a", "status": "started"}',
+        '{"job": "a", "status": "completed"}',
+    ]
+    log = WorkerLog(written(tmp_path / "worker.log", "\n".join(lines)))
+    assert (log.cold_starts_s, len(log.jobs), log.by_concurrency()) == ([], 1, ({}, {}))
 
 
 def test_without_times_the_order_of_the_lines_shows_how_many_jobs_ran(tmp_path: Path) -> None:
@@ -295,6 +313,8 @@ def test_an_impossible_goal_is_said_to_be_so(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--day", "0", "--ttft-p95", "1s"), "not a positive integer"),
+        (("--day", "9", "--duration", "0h", "--ttft-p95", "1s"), "more than 0"),
         (("--day", "9", "--ttft-p95", "soon"), "write a time like 500ms"),
         (("--day", "9", "--ttft-p95", "1s", "--idle-timeout", "0.5s"), "from 1s to 3600s"),
         (("--day", "9", "--ttft-p95", "1s", "--queue-delay", "0.1s"), "accepts 0.5s and more"),
@@ -322,6 +342,16 @@ def test_a_bad_trace_is_a_usage_error_with_its_line(tmp_path: Path, capsys: pyte
 def test_a_plot_of_another_kind_is_refused_before_the_search(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", *WORKER, "--day", "9", "--ttft-p95", "1s", "--plot", "a.gif"]) == 2
     assert "--plot a.gif: the name must end with .svg or .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [("--workers-min", "4", "--workers-max", "3"), ("--queue-delay", "--request-count")]
+)
+def test_without_settings_to_try_nothing_is_simulated(
+    options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["advise", *WORKER, "--day", "9", "--ttft-p95", "1s", *options]) == 2
+    assert "no settings to try: give --queue-delay" in capsys.readouterr().err
 
 
 def test_without_figures_of_the_worker_nothing_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,13 @@ def test_a_reference_is_no_secret() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [f"HF_TOKEN={HUB_TOKEN}", "MY_API_KEY=12345", f"VLLM_EXTRA_ARGS=--hf-token {HUB_TOKEN}"]
+    "text",
+    [
+        f"HF_TOKEN={HUB_TOKEN}",
+        "MY_API_KEY=12345",
+        "BUCKET_ACCESS_KEY_ID=12345",
+        f"VLLM_EXTRA_ARGS=--hf-token {HUB_TOKEN}",
+    ],
 )
 def test_a_secret_on_the_command_line_is_refused_without_showing_it(text: str) -> None:
     with pytest.raises(OptionError, match=r"set .* in the environment") as raised:

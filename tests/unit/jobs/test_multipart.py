@@ -105,6 +105,7 @@ async def test_fields_become_form_fields_as_openais_clients_write_them() -> None
         (base64.encodebytes(WAV * 9).decode(), ("file", "application/octet-stream", WAV * 9)),
         ("https://host/a%20b/talk%201.flac?key=1", ("talk 1.flac", "audio/flac", b"https://host/a%20b/talk%201.flac?key=1")),
         ("HTTP://host", ("file", "application/octet-stream", b"HTTP://host")),
+        ("http://h/a%0D%0AX: 1.wav", ("a%0D%0AX: 1.wav", "audio/x-wav", b"http://h/a%0D%0AX: 1.wav")),
     ],
 )  # fmt: skip
 async def test_a_file_keeps_its_name_and_type_or_gets_them(reference: str, upload: tuple[str, str, bytes]) -> None:
@@ -130,6 +131,14 @@ async def test_a_file_on_the_network_volume_is_named_by_its_path(tmp_path: Path)
     app = ScriptedApp(files=scripted_files(volume))
     ((_, quoted),) = await form_of(app, {"file": f'{volume}/a "b".wav'})
     assert quoted[2] == WAV
+
+
+async def test_a_name_that_is_no_text_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "\udcff.wav"
+    path.touch()
+    app = ScriptedApp(files=scripted_files(tmp_path))
+
+    assert await form_of(app, {"file": str(path)}) == [("file", ("?.wav", "audio/x-wav", b""))]
 
 
 async def test_a_path_that_leaves_the_network_volume_is_refused(tmp_path: Path) -> None:
@@ -173,6 +182,8 @@ async def test_what_is_no_file_of_the_volume_is_refused(tmp_path: Path) -> None:
         ({"file": TEXT[:-1]}, "is not base64"),
         ({"file": "data:audio/wav,plain"}, "must be in base64"),
         ({"file": "ftp://host/a.wav"}, "cannot be read from ftp: URLs"),
+        ({"file": "a" * 500 + ":"}, "is not base64"),
+        ({"file": "file://[/a.wav"}, "URL is not valid"),
         ({"file": base64.b64encode(b"x" * 1004).decode()}, "MAX of the worker allows"),
         ({"file": {"url": "https://host"}}, "file must be text"),
         ({"audio": ""}, "audio must be text"),
@@ -185,6 +196,12 @@ async def test_an_unusable_file_or_field_is_refused_with_the_reason(given: dict[
     status, message = await error_of(ScriptedApp(), given)
 
     assert (status, reason in message) == (400, True), message
+
+
+async def test_line_breaks_do_not_count_towards_the_limit() -> None:
+    ((_, upload),) = await form_of(ScriptedApp(), {"file": base64.encodebytes(b"x" * 1000).decode()})
+
+    assert upload[2] == b"x" * 1000
 
 
 async def test_without_a_file_vllm_is_asked_and_says_what_is_missing() -> None:

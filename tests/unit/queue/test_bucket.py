@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,7 +20,13 @@ from aiohttp import web
 
 from engine.config.environment import Variable
 from engine.config.settings import Settings
-from engine.errors import BucketError, BucketUnavailableError, ConfigurationError, RefusedDeliveryError
+from engine.errors import (
+    BucketError,
+    BucketUnavailableError,
+    ConfigurationError,
+    DeliveryError,
+    RefusedDeliveryError,
+)
 from engine.queue import delivery
 from engine.queue.bucket import Bucket
 from engine.queue.delivery import JobDelivery
@@ -26,6 +34,7 @@ from engine.queue.protocol import PostKind
 from tests.s3_server import KEY, KEY_ID, NAME, S3Server, s3_server
 from tests.unit.queue.spirit_site import spirit_site
 from tests.unit.queue.test_delivery import FakePost
+from tests.virtual_time import in_virtual_time
 
 pytestmark = pytest.mark.anyio
 NEVER = float("inf")
@@ -41,6 +50,20 @@ def bucket_of(variables: dict[str, str]) -> Bucket:
 async def fetch(url: httpx.URL | str) -> httpx.Response:
     async with httpx.AsyncClient() as client:
         return await client.get(url)
+
+
+@asynccontextmanager
+async def serving(put: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    """Answer uploads with `put`; yield the URL."""
+    app = web.Application()
+    app.router.add_put("/{path:.*}", put)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
 
 
 @pytest.fixture(scope="module")
@@ -211,24 +234,94 @@ async def test_an_upload_that_fails_is_tried_again(
         attempts.append(await request.read())
         return web.Response(status=503 if len(attempts) <= failures else 200)
 
-    app = web.Application()
-    app.router.add_put("/{path:.*}", put)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    failing = replace(bucket, endpoint_url=f"http://127.0.0.1:{runner.addresses[0][1]}")
-    try:
+    async with serving(put) as url:
+        failing = replace(bucket, endpoint_url=url)
         if succeeds:
             await failing.store("job-1", RESULT)
         else:
             with pytest.raises(BucketUnavailableError, match="status 503"):
                 await failing.store("job-1", RESULT)
-    finally:
-        await runner.cleanup()
 
     assert attempts == [RESULT] * 5
     assert len(pauses) == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "retryable"),
+    [(403, "RequestTimeTooSkewed", True), (400, "RequestTimeout", True), (403, "AccessDenied", False)],
+)
+async def test_a_refusal_because_of_the_time_is_retryable(
+    status: int, code: str, retryable: bool, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a freeze, or on a machine whose clock is wrong."""
+    monkeypatch.setattr(botocore.endpoint.time, "sleep", lambda _: None)
+
+    async def put(_: web.Request) -> web.Response:
+        return web.Response(status=status, text=f"<Error><Code>{code}</Code></Error>", content_type="application/xml")
+
+    async with serving(put) as url:
+        with pytest.raises(BucketError, match=f"{code}, status {status}") as failed:
+            await replace(bucket, endpoint_url=url).store("job-1", RESULT)
+
+    assert failed.value.retryable is retryable
+
+
+async def test_whatever_an_upload_raises_is_the_jobs_error(bucket: Bucket) -> None:
+    class Broken:
+        def put_object(self, **_: Any) -> None:
+            raise RuntimeError(KEY)
+
+    vars(bucket)["_client"] = Broken()
+
+    with pytest.raises(BucketError, match=r"\(RuntimeError\)") as failed:
+        await bucket.store("job-1", RESULT)
+
+    assert KEY not in str(failed.value)
+
+
+@in_virtual_time
+async def test_after_a_long_upload_the_link_is_delivered_for_as_long_as_any_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class SlowBucket(Bucket):
+        async def store(self, job_id: str, result: bytes) -> dict[str, Any]:
+            await asyncio.sleep(100)
+            return {"output_url": f"http://host/{job_id}", "size_bytes": len(result)}
+
+    monkeypatch.setattr(delivery, "MAX_RESULT_BYTES", 1000)
+    post = FakePost(None, *[RefusedDeliveryError("a key is being replaced", 401), DeliveryError("down")] * 2)
+    job = JobDelivery(post, "job", time.monotonic() + 10, SlowBucket("http://host", NAME, "us-east-1", 60, "", ""))
+    await job.stream("a" * 1000)
+
+    assert await job.finish() == "completed"
+
+    assert post.arrived[-1][1]["output"][0]["output_url"] == "http://host/job"
+
+
+async def test_a_job_whose_upload_the_workers_end_cuts_off_fails_as_retryable(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "MAX_RESULT_BYTES", 1000)
+    uploading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def put(_: web.Request) -> web.Response:
+        uploading.set()
+        await go_on.wait()
+        return web.Response()
+
+    async with serving(put) as url:
+        post = FakePost()
+        job = JobDelivery(post, "job", NEVER, replace(bucket, endpoint_url=url))
+        await job.stream("a" * 1000)
+        finishing = asyncio.create_task(job.finish())
+        await uploading.wait()
+        finishing.cancel()
+        assert await finishing == "failed"
+        go_on.set()
+
+    error = json.loads(post.arrived[-1][1]["error"])
+    assert (error["status"], error["retryable"]) == (503, True)
+    assert "the worker has ended before" in error["error"]["message"]
 
 
 async def test_an_upload_does_not_block_the_event_loop(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +404,9 @@ def test_a_part_of_the_settings_is_refused(server: S3Server) -> None:
             Settings.read(some)
     with pytest.raises(ConfigurationError, match=r"^BUCKET_ACCESS_KEY_ID=\(hidden\) is not allowed"):
         Settings.read({"BUCKET_ACCESS_KEY_ID": Variable(KEY_ID, "environment")})
+    with pytest.raises(ConfigurationError, match="is not allowed") as refused:
+        Settings.read({"BUCKET_ENDPOINT_URL": Variable(f"https://user:{KEY}@host", "environment")})
+    assert KEY not in str(refused.value)
     assert Bucket.of(Settings.read({})) is None
 
 
