@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -307,7 +308,18 @@ def check(schema: str, body: dict[str, Any]) -> None:
 
 
 def client(url: str, key: str | None, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
-    """Return an HTTP client with the key, which also asks the endpoint itself. `SSL_CERT_FILE` is trusted too."""
+    """Return an HTTP client with the key, which also asks the endpoint itself. `SSL_CERT_FILE` is trusted too.
+
+    Raises:
+        OptionError: the URL is none of HTTP.
+        RefusedError: the key has characters that an HTTP header cannot have.
+    """
+    if key and not re.fullmatch(r"[!-~]+", key):
+        raise RefusedError(
+            f"{KEY_VARIABLE} has a space, a line end or a character that is not ASCII: copy it from the console again"
+        )
+    if not re.match(r"https?://[^/\s]", url):
+        raise OptionError(f"{url} is not a URL: set --api-url or RUNPOD_API_URL to one such as {URL}")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S, transport=transport)
 
