@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from contextlib import aclosing
 
 from deploy import choice, environment, gpus, plan, report, rollback, rollout
 from deploy.console import table
@@ -117,14 +118,14 @@ async def logs(context: Context, name: str, *, follow: bool, tail: int, worker_i
 
 
 async def _print_log(context: Context, endpoint_id: str, worker: str, *, follow: bool, tail: int) -> None:
-    lines = context.api.logs(endpoint_id, worker, tail=tail, pause_s=context.poll_s)
-    while True:
-        try:
-            # A log that is not followed ends where nothing more comes: the API keeps the stream open.
-            line = await asyncio.wait_for(anext(lines), None if follow else 1.0 + context.poll_s)
-        except (StopAsyncIteration, TimeoutError):
-            return
-        context.console.result(f"{line.time} {worker} {line.source}: {line.text}")
+    async with aclosing(context.api.logs(endpoint_id, worker, tail=tail, pause_s=context.poll_s)) as lines:
+        while True:
+            try:
+                # A log that is not followed ends where nothing more comes: the API keeps the stream open.
+                line = await asyncio.wait_for(anext(lines), None if follow else 1.0 + context.poll_s)
+            except (StopAsyncIteration, TimeoutError):
+                return
+            context.console.result(f"{line.time} {worker} {line.source}: {line.text}")
 
 
 async def down(context: Context, name: str, *, confirmed: bool) -> None:

@@ -17,7 +17,9 @@ from deploy import api
 from deploy.api import Api
 from emulator.app import run_in_thread
 from emulator.settings import EmulatorSettings
+from tests import deploy_errors
 from tests.integration.deploy.conftest import KEY, READ_KEY, UP, Account
+from tests.processes import ROOT
 from tests.unit.deploy.test_api import body
 
 
@@ -71,6 +73,14 @@ def test_each_refusal_is_one_line(  # noqa: PLR0913, PLR0917 (a table)
     assert KEY not in ran.err + ran.out
 
 
+def test_the_table_of_refusals_is_what_the_user_reads() -> None:
+    document = ROOT / "docs" / "deploy-errors.md"
+
+    assert deploy_errors.with_table(text := document.read_text(encoding="utf-8")) == text, (
+        "run `python -m tests.deploy_errors docs/deploy-errors.md`"
+    )
+
+
 def test_a_used_up_quota_is_waited_for(account: Callable[..., Account], monkeypatch: pytest.MonkeyPatch) -> None:
     """The API says 60 s; the test waits less, and so it is refused until it gives up."""
     monkeypatch.setattr(api, "MAX_RETRY_AFTER_S", 0.01)
@@ -82,7 +92,7 @@ def test_a_used_up_quota_is_waited_for(account: Callable[..., Account], monkeypa
 
     assert ran.code == 6
     assert ran.err.count("trying again") == 4
-    assert "too many requests (rate limit exceeded for the minute window): wait a minute" in ran.err
+    assert "too many requests (rate limit exceeded for the minute window): run the command again when" in ran.err
 
 
 def test_a_lost_answer_creates_one_endpoint(account: Callable[..., Account]) -> None:
