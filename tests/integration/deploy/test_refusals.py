@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,6 +182,9 @@ def test_ctrl_c_ends_the_question_of_down(account: Callable[..., Account]) -> No
     ) as process:
         assert process.stdout is not None
         assert process.stdout.read(len("Delete tiny")) == "Delete tiny"
+        stat = Path(f"/proc/{process.pid}/stat")
+        while stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)  # until it waits for the answer
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         assert process.stderr is not None
