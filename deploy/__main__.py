@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,6 +24,9 @@ from deploy.errors import EXIT_CODES, DeployError
 from deploy.first_request import KINDS
 from deploy.options import FLASHBOOT, TYPES, Options
 from deploy.up import up
+
+# What the doctor cannot download ends with an error of its own: no line for each attempt.
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 URL_VARIABLE, IMAGE_VARIABLE = "RUNPOD_API_URL", "VLLM_SERVERLESS_IMAGE"
 _TIMEOUT_S = 1800.0
@@ -224,6 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DeployError, BuilderError) as error:
         console.log(str(error))
         return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer
+        return 0
     except KeyboardInterrupt:
         console.log("interrupted")
         return 130

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -161,7 +163,7 @@ class Api:
         """Return the releases of an endpoint, newest first, and how far the newest is rolled out."""
         return await self._call("GET", f"{_ENDPOINTS}/{endpoint_id}/releases", models.ListEndpointReleasesResponse)
 
-    async def logs(self, endpoint_id: str, worker_id: str, *, tail: int, pause_s: float) -> AsyncIterator[LogLine]:
+    async def logs(self, endpoint_id: str, worker_id: str, *, tail: int, pause_s: float) -> AsyncGenerator[LogLine]:
         """Yield the last `tail` lines of a worker's log, then new ones as they come, each once.
 
         A stream that ends is opened again after `pause_s`, where it ended. It is over when the worker is forgotten.
@@ -172,14 +174,15 @@ class Api:
         last_id, at_last_id, failures = "", set[str](), 0
         while True:
             try:
-                async for line in self._log_stream(endpoint_id, worker_id, tail, last_id):
-                    failures = 0
-                    if line.id != last_id:
-                        last_id, at_last_id = line.id, set()
-                    elif line.text in at_last_id:
-                        continue  # an id may be a time, at whose first line the stream goes on
-                    at_last_id.add(line.text)
-                    yield line
+                async with aclosing(self._log_stream(endpoint_id, worker_id, tail, last_id)) as stream:
+                    async for line in stream:
+                        failures = 0
+                        if line.id != last_id:
+                            last_id, at_last_id = line.id, set()
+                        elif line.text in at_last_id:
+                            continue  # an id may be a time, at whose first line the stream goes on
+                        at_last_id.add(line.text)
+                        yield line
             except NotFoundError:
                 return
             except _PassingError as error:
@@ -188,7 +191,7 @@ class Api:
                     raise error.error from None
             await asyncio.sleep(pause_s)
 
-    async def _log_stream(self, endpoint_id: str, worker_id: str, tail: int, last_id: str) -> AsyncIterator[LogLine]:
+    async def _log_stream(self, endpoint_id: str, worker_id: str, tail: int, last_id: str) -> AsyncGenerator[LogLine]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_id} if last_id else {})
         path = f"{_ENDPOINTS}/{endpoint_id}/workers/{worker_id}/logs"
         timeout = httpx.Timeout(TIMEOUT_S, read=None)
@@ -278,7 +281,7 @@ class Api:
         """Return the error for a response that is one."""
         status, detail = response.status_code, _detail(response)
         if status == HTTPStatus.TOO_MANY_REQUESTS:
-            error = UnreachableError(f"too many requests ({detail}): wait a minute, and run the command again")
+            error = UnreachableError(f"too many requests ({detail}): run the command again when that window has ended")
             return _PassingError(error, _seconds(response.headers.get("Retry-After", "")))
         if response.is_server_error:
             error = UnreachableError(f"the API fails with {status} ({detail}): try again later")
@@ -307,7 +310,18 @@ def check(schema: str, body: dict[str, Any]) -> None:
 
 
 def client(url: str, key: str | None, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
-    """Return an HTTP client with the key, which also asks the endpoint itself. `SSL_CERT_FILE` is trusted too."""
+    """Return an HTTP client with the key, which also asks the endpoint itself. `SSL_CERT_FILE` is trusted too.
+
+    Raises:
+        OptionError: the URL is none of HTTP.
+        RefusedError: the key has characters that an HTTP header cannot have.
+    """
+    if key and not re.fullmatch(r"[!-~]+", key):
+        raise RefusedError(
+            f"{KEY_VARIABLE} has a space, a line end or a character that is not ASCII: copy it from the console again"
+        )
+    if not re.match(r"https?://[^/\s]", url):
+        raise OptionError(f"{url} is not a URL: set --api-url or RUNPOD_API_URL to one such as {URL}")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S, transport=transport)
 
@@ -328,10 +342,10 @@ async def _log_lines(response: httpx.Response) -> AsyncIterator[LogLine]:
 
 
 def _detail(response: httpx.Response) -> str:
-    """Return what an error says, in one line."""
+    """Return what an error says, in one line: each place if it names them, else its text."""
     try:
         document = response.json()
-        parts = [str(document.get("detail") or document.get("title") or ""), *map(str, document.get("errors") or ())]
+        parts = [*map(str, document.get("errors") or [document.get("detail") or document.get("title") or ""])]
     except (ValueError, AttributeError, TypeError):
         parts = [response.text[:200]]
     return " ".join("; ".join(part for part in parts if part).split()) or response.reason_phrase

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+from contextlib import aclosing
 
 from deploy import choice, environment, gpus, plan, report, rollback, rollout
 from deploy.console import table
@@ -12,6 +14,7 @@ from deploy.errors import OptionError, RefusedError
 from deploy.first_request import Site
 from deploy.model import check_settings
 from deploy.options import Options
+from deploy.threads import in_thread
 
 
 async def update(context: Context, name: str, options: Options, *, skip_doctor: bool = False) -> None:
@@ -25,7 +28,7 @@ async def update(context: Context, name: str, options: Options, *, skip_doctor: 
     context.console.redaction.add(environment.secrets_in(wanted["env"]))
     if options.env and not skip_doctor:
         context.console.log("checking the settings")
-        await asyncio.to_thread(check_settings, wanted["env"].get("MODEL_NAME"), wanted["env"])
+        await in_thread(lambda: check_settings(wanted["env"].get("MODEL_NAME"), wanted["env"]))
     changed = await rollout.apply(context, endpoint, wanted)
     if changed is not None:
         await rollout.follow(context, changed)
@@ -101,6 +104,9 @@ async def logs(context: Context, name: str, *, follow: bool, tail: int, worker_i
             for one in chosen:
                 if one not in followed:
                     followed[one] = asyncio.create_task(_print_log(context, endpoint.id, one, follow=follow, tail=tail))
+            for task in followed.values():
+                if task.done():
+                    task.result()  # raises what has ended it
             if not follow:
                 await asyncio.gather(*followed.values())
                 return
@@ -112,14 +118,14 @@ async def logs(context: Context, name: str, *, follow: bool, tail: int, worker_i
 
 
 async def _print_log(context: Context, endpoint_id: str, worker: str, *, follow: bool, tail: int) -> None:
-    lines = context.api.logs(endpoint_id, worker, tail=tail, pause_s=context.poll_s)
-    while True:
-        try:
-            # A log that is not followed ends where nothing more comes: the API keeps the stream open.
-            line = await asyncio.wait_for(anext(lines), None if follow else 1.0 + context.poll_s)
-        except (StopAsyncIteration, TimeoutError):
-            return
-        context.console.result(f"{line.time} {worker} {line.source}: {line.text}")
+    async with aclosing(context.api.logs(endpoint_id, worker, tail=tail, pause_s=context.poll_s)) as lines:
+        while True:
+            try:
+                # A log that is not followed ends where nothing more comes: the API keeps the stream open.
+                line = await asyncio.wait_for(anext(lines), None if follow else 1.0 + context.poll_s)
+            except (StopAsyncIteration, TimeoutError):
+                return
+            context.console.result(f"{line.time} {worker} {line.source}: {line.text}")
 
 
 async def down(context: Context, name: str, *, confirmed: bool) -> None:
@@ -133,14 +139,18 @@ async def down(context: Context, name: str, *, confirmed: bool) -> None:
     question = (
         f"Delete {endpoint.name} ({endpoint.id}), its {workers} workers and all its jobs? This cannot be undone. [y/N] "
     )
-    if not confirmed and not await asyncio.to_thread(_is_confirmed, question):
+    if not confirmed and not _is_confirmed(question):
         raise OptionError("not deleted: answer y, or give --yes")
     await context.api.delete(endpoint.id)
     context.console.result(f"{endpoint.name} ({endpoint.id}) is deleted")
 
 
 def _is_confirmed(question: str) -> bool:
+    # asyncio's handler of Ctrl-C would cancel a task, which nobody notices before the answer.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return input(question).strip().lower() in ("y", "yes")
     except EOFError:
         return False
+    finally:
+        signal.signal(signal.SIGINT, handler)

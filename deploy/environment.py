@@ -10,6 +10,7 @@ from deploy.errors import OptionError
 
 MASK = "***"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_EXPORT = re.compile(r"^export\s+")
 _SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|KEY_ID|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{10,}\b")
 # RunPod replaces it by the account's secret when a worker starts.
@@ -24,7 +25,8 @@ def read(
 
     Args:
         texts: `NAME=VALUE`, or `NAME` for the value of the environment.
-        files: of such lines; empty lines and those that begin with # are ignored.
+        files: of such lines, which may begin with `export` and have their value in quotes; empty lines and those that
+            begin with # are ignored.
         secrets: `NAME=SECRET`, the name of a secret of the RunPod account.
         environment: of this process.
 
@@ -39,7 +41,8 @@ def read(
             raise OptionError(f"--env-file {file} cannot be read: {error}") from None
         for number, line in enumerate(lines, 1):
             if line.strip() and not line.lstrip().startswith("#"):
-                variables |= _variable(line.strip(), environment, f"--env-file {file}, line {number}")
+                source = f"--env-file {file}, line {number}"
+                variables |= _variable(_unquoted(line, source), environment, source)
     for text in texts:
         name, separator, value = text.partition("=")
         if separator and is_secret(name, value) and not _REFERENCE.search(value):
@@ -56,6 +59,20 @@ def read(
             )
         variables[name] = f"{{{{ RUNPOD_SECRET_{secret} }}}}"
     return variables
+
+
+def _unquoted(line: str, source: str) -> str:
+    """Return a line of a file without `export` and the quotes around the value, as a shell would read it."""
+    name, separator, value = _EXPORT.sub("", line.strip()).partition("=")
+    if value[:1] in ("'", '"'):
+        quote, end = value[0], value.rfind(value[0])
+        if end == 0 or end + 1 < len(value):
+            raise OptionError(
+                f"{source}: the value of {name} must end with the quote {quote} that it begins with; "
+                "a comment needs a line of its own"
+            )
+        value = value[1:-1]
+    return f"{name}{separator}{value}"
 
 
 def _variable(text: str, environment: Mapping[str, str], source: str) -> dict[str, str]:

@@ -182,10 +182,11 @@ class Site:
                         f"the endpoint refuses RUNPOD_API_KEY ({response.status_code}): the key needs access to "
                         "api.runpod.ai for this endpoint (console, Settings > API Keys)"
                     )
-                if response.is_success:
-                    document: dict[str, Any] = response.json()
-                    return document
-                problem = UnreachableError(f"{url} answers {response.status_code}: try again later")
+                with suppress(ValueError):  # a proxy's page
+                    document = response.json()
+                    if response.is_success and isinstance(document, dict):
+                        return document
+                problem = UnreachableError(f"{url} answers {response.status_code}, not a job: try again later")
             if time.monotonic() > deadline:
                 raise problem
             await asyncio.sleep(1)

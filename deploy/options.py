@@ -19,7 +19,6 @@ _OPTIONS = {
     "disk": "--disk",
     "env": "--env",
     "flashboot": "--flashboot",
-    "gpu.allowedCudaVersions": "--min-cuda",
     "gpu.count": "--gpus-per-worker",
     "gpu.excludedTypes": "--gpu",
     "gpu.minCudaVersion": "--min-cuda",
@@ -31,6 +30,7 @@ _OPTIONS = {
     "registry": "--registry",
     "scaling.queueDelay": "--queue-delay",
     "scaling.requestCount": "--requests-per-worker",
+    "tail": "--tail",
     "scaling": "--requests-per-worker or --queue-delay",
     "timeout": "--execution-timeout",
     "type": "--type",
@@ -61,7 +61,7 @@ def option_names(text: str) -> str:
 
     named = _AT_BEGINNING.sub(lambda match: _OPTIONS[match[1]], _PATH.sub(path, text))
     named = _IN_PROSE.sub(lambda match: {**_LAST_PARTS, **_PROSE}[match[1]], named)
-    return named.removeprefix("$: ")
+    return named.removeprefix("$: ").replace(": $: ", ": ")
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,7 @@ def create_request(
     if kind == LOAD_BALANCER and scaling["type"] == "QUEUE_DELAY":
         raise OptionError("--queue-delay is for --type queue: a load-balancing endpoint has no queue")
     workers = {**_WORKERS, **given.get("workers", {})}
-    if workers["min"] > workers["max"]:
-        raise OptionError(f"--workers-min {workers['min']} exceeds --workers-max {workers['max']}")
+    _check_workers(workers)
     if not _has_idle_timeout(kind, scaling):
         if "idleTimeout" in workers:
             raise OptionError("--idle-timeout is not for queues that scale by requests: give --queue-delay as well")
@@ -133,6 +132,11 @@ def _has_idle_timeout(kind: str | None, scaling: Mapping[str, Any]) -> bool:
     return kind == LOAD_BALANCER or scaling["type"] == "QUEUE_DELAY"
 
 
+def _check_workers(workers: Mapping[str, Any]) -> None:
+    if workers["max"] is not None and workers["min"] > workers["max"] >= 0:
+        raise OptionError(f"--workers-min {workers['min']} exceeds --workers-max {workers['max']}: raise --workers-max")
+
+
 def update_request(endpoint: Endpoint, options: Options, choice: Choice | None) -> dict[str, Any]:
     """Return what the options ask of an endpoint, as in `create_request` but only what they name.
 
@@ -145,6 +149,9 @@ def update_request(endpoint: Endpoint, options: Options, choice: Choice | None) 
     scaling = wanted.get("scaling") or endpoint.scaling.model_dump(by_alias=True)
     if "idleTimeout" in wanted.get("workers", {}) and not _has_idle_timeout(endpoint.type, scaling):
         raise OptionError("--idle-timeout is not for queues that scale by requests: give --queue-delay as well")
+    workers = {"min": endpoint.workers.min or 0, "max": endpoint.workers.max, **wanted.get("workers", {})}
+    if "workers" in wanted:
+        _check_workers(workers)
     if choice is not None:
         wanted["gpu"] = wanted.get("gpu", {}) | {"pools": choice.pool_ids, "count": choice.count}
         wanted["gpu"]["excludedTypes"] = choice.excluded

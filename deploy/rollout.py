@@ -44,6 +44,10 @@ async def follow(context: Context, endpoint: Endpoint) -> None:
             f"the release is not on all workers after {context.timeout_s:.0f} s: look at `logs {endpoint.name}`, "
             f"or go back with `rollback {endpoint.name}`"
         ) from None
+    except asyncio.CancelledError:
+        name = endpoint.name
+        console.log(f"{name}: release {version} goes on: `status {name}` shows it, `rollback {name}` undoes it")
+        raise
     finally:
         progress.close()
     console.result(f"{endpoint.name}: release {version} is rolled out, {progress.total_s:.1f} s after the change")

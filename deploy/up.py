@@ -9,14 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from deploy import choice, environment, plan, report, rollout
-from deploy.api import KEY_VARIABLE, check
+from deploy.api import KEY_VARIABLE, check, same_name
 from deploy.console import Console, table
 from deploy.context import Context
-from deploy.errors import CapacityError, OptionError
+from deploy.errors import CapacityError, DeployError, OptionError
 from deploy.first_request import KINDS, Site
 from deploy.model import Examined, examine
 from deploy.options import Options
 from deploy.start import PHASES, REQUEST, StartWatcher
+from deploy.threads import in_thread
 from runpod_api.models import Endpoint, GpuType
 
 
@@ -41,7 +42,7 @@ async def up(  # noqa: PLR0913 (the command's own options)
         raise OptionError("name the worker's image with --image or VLLM_SERVERLESS_IMAGE (docs/deploy.md builds one)")
     name = name or plan.endpoint_name(model)
     existing = None if context.dry_run and not context.has_key else await context.find(name)
-    examined = None if skip_doctor else await asyncio.to_thread(_examine, context.console, model, revision, options)
+    examined = None if skip_doctor else await in_thread(lambda: _examine(context.console, model, revision, options))
     catalogue = await context.api.gpus(plan.min_cuda(options)) if context.has_key else []
     chosen = choice.choose(options, examined, catalogue, existing)
     download_bytes = None if examined is None else examined.download_bytes
@@ -59,7 +60,13 @@ async def up(  # noqa: PLR0913 (the command's own options)
     if endpoint is None:
         return
     if wait:
-        await _answer(context, endpoint, catalogue, list(kinds) or _kinds(body["env"]))
+        try:
+            await _answer(context, endpoint, catalogue, list(kinds) or _kinds(body["env"]))
+        except (asyncio.CancelledError, DeployError):
+            context.console.log(
+                f"{endpoint.name} ({endpoint.id}) is left as it is: run `up` again to go on, or `down {endpoint.name}`"
+            )
+            raise
     else:
         url = Site(context.client, endpoint).openai_url
         context.console.result(table({"Endpoint": f"{endpoint.name} ({endpoint.id})", "URL": url}))
@@ -72,13 +79,30 @@ async def _make(context: Context, existing: Endpoint | None, body: dict[str, Any
         if context.dry_run:
             context.show_request("POST", "/v2/serverless", body)
             return None
-        endpoint = await context.api.create(body)
+        try:
+            endpoint = await context.api.create(body)
+        except asyncio.CancelledError:
+            context.console.log(f"{body['name']} may have been created: look at `status`")
+            raise
         context.console.log(f"{endpoint.name} is created: {endpoint.id}")
-        return endpoint
+        return await _oldest_of_its_name(context, endpoint)
     changed = await rollout.apply(context, existing, body)
     if changed is not None:
         await rollout.follow(context, changed)
     return None if context.dry_run else changed or existing
+
+
+async def _oldest_of_its_name(context: Context, created: Endpoint) -> Endpoint:
+    """Return the oldest endpoint with the name of a new one, which is deleted if it is another.
+
+    The API has no unique names: two commands at once can each make one. Whichever lists last sees both.
+    """
+    same = [one for one in await context.api.endpoints() if same_name(one.name, created.name)]
+    oldest = min(same, key=lambda one: (one.created_at, one.id), default=created)
+    if oldest.id != created.id:
+        await context.api.delete(created.id)
+        context.console.log(f"another command has created {oldest.name} ({oldest.id}): {created.id} is deleted again")
+    return oldest
 
 
 def _examine(console: Console, model: str, revision: str | None, options: Options) -> Examined:

@@ -110,7 +110,7 @@ def _config_directory(model: str, revision: str | None, token: str | None) -> Pa
     except errors.RepositoryNotFoundError:
         reason = "there is no such model, or it is private and HF_TOKEN gives no access to it"
     except errors.LocalEntryNotFoundError:
-        reason = "the hub cannot be reached"
+        reason = "the hub cannot be reached: check the network and HF_ENDPOINT, or name a directory with the model"
     except (errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
         reason = " ".join(str(error).split())[:200]
     raise ModelNotFoundError(f"cannot download the config.json of {model}: {reason}")

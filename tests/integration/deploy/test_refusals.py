@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +19,9 @@ from deploy import api
 from deploy.api import Api
 from emulator.app import run_in_thread
 from emulator.settings import EmulatorSettings
+from tests import deploy_errors
 from tests.integration.deploy.conftest import KEY, READ_KEY, UP, Account
+from tests.processes import ROOT
 from tests.unit.deploy.test_api import body
 
 
@@ -28,7 +33,7 @@ def error(status: int) -> dict[str, Any]:
     ("arguments", "key", "faults", "code", "says"),
     [
         (("update", "tiny", "--workers-min", "5"), KEY, [], 2,
-         "the API does not accept the request: --workers-min, --workers-max or --idle-timeout: min=5 exceeds max=3"),
+         "--workers-min 5 exceeds --workers-max 3: raise --workers-max"),
         (("update", "tiny", "--workers-max", "-1"), KEY, [], 2, "--workers-max: -1 is less than the minimum of 0"),
         (("update", "tiny", "--gpu", "ADA_25"), KEY, [], 2, "--gpu ADA_25: there is no such pool or GPU type"),
         (("update", "tiny", "--min-cuda", "13"), KEY, [], 2, "--min-cuda: '13' does not match"),
@@ -70,6 +75,14 @@ def test_each_refusal_is_one_line(  # noqa: PLR0913, PLR0917 (a table)
     assert KEY not in ran.err + ran.out
 
 
+def test_the_table_of_refusals_is_what_the_user_reads() -> None:
+    document = ROOT / "docs" / "deploy-errors.md"
+
+    assert deploy_errors.with_table(text := document.read_text(encoding="utf-8")) == text, (
+        "run `python -m tests.deploy_errors docs/deploy-errors.md`"
+    )
+
+
 def test_a_used_up_quota_is_waited_for(account: Callable[..., Account], monkeypatch: pytest.MonkeyPatch) -> None:
     """The API says 60 s; the test waits less, and so it is refused until it gives up."""
     monkeypatch.setattr(api, "MAX_RETRY_AFTER_S", 0.01)
@@ -81,7 +94,7 @@ def test_a_used_up_quota_is_waited_for(account: Callable[..., Account], monkeypa
 
     assert ran.code == 6
     assert ran.err.count("trying again") == 4
-    assert "too many requests (rate limit exceeded for the minute window): wait a minute" in ran.err
+    assert "too many requests (rate limit exceeded for the minute window): run the command again when" in ran.err
 
 
 def test_a_lost_answer_creates_one_endpoint(account: Callable[..., Account]) -> None:
@@ -151,9 +164,70 @@ def test_an_interrupted_start_leaves_no_job_behind(account: Callable[..., Accoun
         assert any("no GPU of the endpoint's pools is free" in line for line in lines)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
-        assert process.stderr.read().splitlines()[-1] == "deploy: interrupted"
+        left, last = process.stderr.read().splitlines()[-2:]
+    (endpoint,) = site.endpoints()
+    assert left == f"deploy: tiny ({endpoint['id']}) is left as it is: run `up` again to go on, or `down tiny`"
+    assert last == "deploy: interrupted"
     health = site.http.get(f"/v2/{site.endpoints()[0]['id']}/health").json()
     assert health["jobs"]["inQueue"] == 0
+
+
+def test_ctrl_c_ends_the_question_of_down(account: Callable[..., Account]) -> None:
+    site = account()
+    assert site.run(*UP, "--no-wait").code == 0
+    environment = {**os.environ, "RUNPOD_API_KEY": KEY, "RUNPOD_API_URL": site.url}
+    command = [sys.executable, "-u", "-m", "deploy", "down", "tiny"]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(len("Delete tiny")) == "Delete tiny"
+        stat = Path(f"/proc/{process.pid}/stat")
+        while stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)  # until it waits for the answer
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == "deploy: interrupted\n"
+    assert len(site.endpoints()) == 1
+
+
+def test_ctrl_c_ends_the_doctor_while_the_hub_does_not_answer(account: Callable[..., Account]) -> None:
+    site = account()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and answers nothing
+        hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {
+            **os.environ, "RUNPOD_API_KEY": KEY, "RUNPOD_API_URL": site.url,
+            "HF_ENDPOINT": hub, "HF_HUB_ETAG_TIMEOUT": "300",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "deploy", "up", "org/tiny", "--image", "x/y:1"]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = silent.accept()
+            with connection:
+                process.send_signal(signal.SIGINT)
+                assert process.wait(30) == 130
+            assert process.stderr is not None
+            assert process.stderr.read().splitlines() == [
+                "deploy: checking org/tiny and its settings", "deploy: interrupted"
+            ]  # fmt: skip
+    assert site.endpoints() == []
+
+
+def test_logs_end_when_nobody_reads_them(account: Callable[..., Account]) -> None:
+    site = account()
+    assert site.run(*UP, "--workers-min", "1").code == 0
+    environment = {**os.environ, "RUNPOD_API_KEY": KEY, "RUNPOD_API_URL": site.url}
+    command = [sys.executable, "-m", "deploy", "logs", "tiny", "--follow"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert "create container x/y:1" in process.stdout.readline()
+        process.stdout.close()
+        assert site.run(*UP, "--workers-min", "1").code == 0, "which logs more"
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
 
 
 def test_a_certificate_is_trusted_by_ssl_cert_file(

@@ -10,12 +10,12 @@ import httpx
 import pytest
 
 from deploy import plan
-from deploy.api import Api
+from deploy.api import Api, client
 from deploy.errors import DeployError, OptionError, RefusedError, UnreachableError
 from deploy.gpus import Choice, Pool
 from deploy.options import Options
 from tests.unit.deploy.conftest import Terminal
-from tests.unit.deploy.fakes import FakeRunPod, problem
+from tests.unit.deploy.fakes import URL, FakeRunPod, problem
 
 CHOICE = Choice((Pool("ADA_24", (), (), 1.1, None),), 1)
 
@@ -26,6 +26,20 @@ def body(**fields: Any) -> dict[str, Any]:
 
 def answering(*responses: httpx.Response) -> list[Callable[[httpx.Request], httpx.Response | None]]:
     return [lambda _, response=response: response for response in responses]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("key", ["rpa_abc\nrpa_def", "rpa_abcé", "rpa_abc def"])
+def test_a_key_that_no_header_can_have_is_refused_without_showing_it(key: str) -> None:
+    with pytest.raises(RefusedError, match="RUNPOD_API_KEY has a space, a line end") as raised:
+        client(URL, key)
+
+    assert "rpa_" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://runpod.test", "http://", ""])
+def test_what_is_no_url_is_refused_at_once(url: str) -> None:
+    with pytest.raises(OptionError, match="is not a URL: set --api-url or RUNPOD_API_URL to one such as https://"):
+        client(url, None)
 
 
 @pytest.mark.parametrize(

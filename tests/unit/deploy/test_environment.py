@@ -53,6 +53,24 @@ def test_a_secret_on_the_command_line_is_refused_without_showing_it(text: str) -
     assert text.partition("=")[2] not in str(raised.value)
 
 
+def test_a_file_may_be_one_for_the_shell(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.write_text('export A=1\nB="two words # and more"\n  export  C=\'3\'\nD=4 # 5\nE=""\nexport F\n')
+
+    read = environment.read([], [file], [], {"F": "6"})
+
+    assert read == {"A": "1", "B": "two words # and more", "C": "3", "D": "4 # 5", "E": "", "F": "6"}
+
+
+@pytest.mark.parametrize("line", ["A='1", "A='", 'A="1" # why', "A=\"1'"])
+def test_a_quote_in_a_file_that_does_not_end_is_an_error(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "env"
+    file.write_text(f"# settings\n{line}\n")
+
+    with pytest.raises(OptionError, match="line 2: the value of A must end with the quote"):
+        environment.read([], [file], [], {})
+
+
 @pytest.mark.parametrize(
     ("texts", "secrets", "says"),
     [

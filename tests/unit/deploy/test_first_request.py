@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from deploy import first_request
 from deploy.api import client
-from deploy.errors import RefusedError, WorkerError
+from deploy.errors import RefusedError, UnreachableError, WorkerError
 from deploy.first_request import KINDS, Answer, Site
 from deploy.options import LOAD_BALANCER
 from runpod_api.models import Endpoint
@@ -131,3 +132,10 @@ def test_a_load_balancer_is_asked_when_a_worker_is_ready() -> None:
         "POST https://ep1.api.runpod.test/v1/chat/completions",
         "GET https://ep1.api.runpod.test/cold_start",
     ]
+
+
+def test_a_page_of_a_proxy_is_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_request, "_PATIENCE_S", -1.0)
+
+    with pytest.raises(UnreachableError, match="answers 200, not a job: try again later"):
+        ask(lambda _: httpx.Response(200, text="<html>wait</html>"), ["chat"])

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from builder.doctor.worker_config import WorkerConfig
@@ -120,6 +121,26 @@ def test_two_endpoints_of_one_name_are_an_error_with_their_ids(
 
     with pytest.raises(OptionError, match="2 endpoints are called llama-8b: give one of their ids, ep1, ep2"):
         asyncio.run(up(context, model, Options(image="x/y:1"), wait=False))
+
+
+@pytest.mark.parametrize(("created_at", "kept"), [("2026-06-01T11:59:59Z", "other"), ("2026-06-01T12:00:01Z", "ep2")])
+def test_of_two_commands_at_once_one_deletes_its_endpoint(  # noqa: PLR0913, PLR0917 (fixtures)
+    context: Context, model: str, runpod: FakeRunPod, terminal: Terminal, created_at: str, kept: str
+) -> None:
+    """The other command has created its endpoint between this one's look and its request."""
+
+    def create_another(_: httpx.Request) -> None:
+        endpoint = runpod.add({"name": "llama-8b", "type": "QUEUE", "image": "x/y:1", "gpu": {"pools": ["ADA_24"]},
+                               "scaling": {"type": "REQUEST_COUNT", "requestCount": 1}})  # fmt: skip
+        runpod.endpoints = {"other": endpoint | {"id": "other", "createdAt": created_at}}
+
+    runpod.script = [lambda _: None, lambda _: None, create_another]
+    made(context, model, runpod)
+
+    assert f"llama-8b ({kept})" in terminal.result
+    assert ("ep2" in runpod.endpoints) == (kept == "ep2")
+    assert "other" in runpod.endpoints, "which is for the other command to delete"
+    assert ("another command has created llama-8b (other)" in terminal.messages) == (kept == "other")
 
 
 def test_a_request_that_nobody_answers_ends_after_the_timeout(context: Context, runpod: FakeRunPod) -> None:

@@ -23,9 +23,8 @@ def gpu(**changes: Any) -> dict[str, Any]:
     return create_body(gpu={"pools": ["ADA_24"], **changes})
 
 
-@pytest.fixture(scope="module")
-def ids(plane: ControlPlaneClient) -> dict[str, str]:
-    """The ids that stand in the table: endpoints and templates."""
+def make_ids(plane: ControlPlaneClient) -> dict[str, str]:
+    """Make the endpoints and templates that stand in the table; return their ids."""
     template = {"name": "t", "image": "me/vllm:1"}
     on_gpu = plane.create(gpu={"pools": ["ADA_24"], "minCudaVersion": "12.4"})["id"]
     bound = [one["id"] for one in plane.get("templates")["templates"]]
@@ -38,6 +37,11 @@ def ids(plane: ControlPlaneClient) -> dict[str, str]:
         "BOUND": bound[0],
         "PUBLIC": "public-vllm",
     }
+
+
+@pytest.fixture(scope="module")
+def ids(plane: ControlPlaneClient) -> dict[str, str]:
+    return make_ids(plane)
 
 
 Case = tuple[int, str, str, Any, str]
