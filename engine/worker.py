@@ -114,7 +114,6 @@ class Worker:
         Returns:
             The exit status: 0 if the worker was asked to stop, 1 if the engine has failed.
         """
-        from engine.jobs import warm_up
         from engine.queue.job_loop import JobLoop, Timeouts
 
         engine, settings = self.engine, self._settings
@@ -132,15 +131,8 @@ class Worker:
         )
         cold_start.WORKER.mark("sdk")
         _stop_on_signals(jobs.stop, settings.drain_timeout_s)
-        await engine.app()
-        cold_start.WORKER.mark("app")
-        if settings.warm_up:
-            await warm_up.run(engine)
-            engine.pop_token_counts(warm_up.JOB_ID)
-            cold_start.WORKER.mark("first_request")
-        cold_start.WORKER.log("Cold start")
-        if self._caches is not None:
-            self._caches.pack_later()
+        await self._make_ready()
+        self._note_ready()
         jobs.supervise(health.heartbeat(engine.failure), "heartbeat")
         with CLOCK.watched(jobs.on_thaw):
             return await jobs.run()
@@ -173,16 +165,26 @@ class Worker:
         )
         service = Service(app, check, limiter, engine.failure, settings.drain_timeout_s)
         _stop_on_signals(service.stop, settings.drain_timeout_s)
-        await engine.app()
+        await self._make_ready()
         service.supervise(health.heartbeat(engine.failure), "heartbeat")
+        with CLOCK.watched(app.on_thaw):
+            return await service.run(listeners, loading, self._note_ready)
 
-        def on_ready() -> None:
-            cold_start.WORKER.mark("app")
-            cold_start.WORKER.log("Cold start")
-            if self._caches is not None:
-                self._caches.pack_later()
+    async def _make_ready(self) -> None:
+        """Make the app, and run a first request if the settings ask for it."""
+        from engine.jobs import warm_up
 
-        return await service.run(listeners, loading, on_ready)
+        await self.engine.app()
+        cold_start.WORKER.mark("app")
+        if self._settings.warm_up:
+            await warm_up.run(self.engine)
+            self.engine.pop_token_counts(warm_up.JOB_ID)
+            cold_start.WORKER.mark("first_request")
+
+    def _note_ready(self) -> None:
+        cold_start.WORKER.log("Cold start")
+        if self._caches is not None:
+            self._caches.pack_later()
 
     def _admission(self) -> Admission:
         engine = self.engine

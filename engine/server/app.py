@@ -18,6 +18,7 @@ from engine.cold_start import FINAL_PHASE, ColdStart
 from engine.errors import InternalError, JobError, TimedOutError
 from engine.jobs import inputs, job_log
 from engine.json_codec import decode
+from engine.run_clock import CLOCK
 from engine.server.health_check import HealthCheck
 from engine.server.limiter import Limiter
 from engine.server.request import RunningRequest
@@ -55,13 +56,13 @@ class ServerApp:
         engine: whose app is served.
         health: answers the health check.
         limiter: of the requests that the engine runs.
-        execution_timeout_s: how long a request may take, in seconds; None for no limit.
+        execution_timeout_s: how long a request may take, in seconds by `engine.run_clock`; None for no limit.
         log_inputs: whether the log shows JSON bodies.
         cold_start: is marked when the first request came, and when its first output was there.
 
     Attributes:
         running: requests in progress, also those that wait for the engine.
-        last_request_at: when the last one came, by `time.monotonic()`.
+        last_request_at: when the last one came, by `engine.run_clock`.
         refusal: what every new request is refused with, if any.
     """
 
@@ -81,8 +82,9 @@ class ServerApp:
         self._execution_timeout_s = execution_timeout_s
         self._log_inputs = log_inputs
         self._cold_start = cold_start
+        self._cold_start_ended = "First output"
         self.running: dict[str, RunningRequest] = {}
-        self.last_request_at = time.monotonic()
+        self.last_request_at = CLOCK.now()
         self.refusal: JobError | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -90,7 +92,7 @@ class ServerApp:
         if self._health.is_for(scope):
             await self._health.answer(scope, send)
             return
-        self.last_request_at = time.monotonic()
+        self.last_request_at = CLOCK.now()
         if self._cold_start is not None:
             self._cold_start.mark("first_take")
         request = RunningRequest(scope, receive, send, self._mark_first_output)
@@ -151,15 +153,19 @@ class ServerApp:
         limit_s = self._execution_timeout_s
         if limit_s is None:
             return lambda: None
-        loop = asyncio.get_running_loop()
-        return loop.call_later(limit_s, lambda: request.abort(TimedOutError(limit_s))).cancel
+        return CLOCK.call_later(limit_s, lambda: request.abort(TimedOutError(limit_s))).cancel
+
+    def on_thaw(self, frozen_s: float) -> None:
+        """Note that the process was frozen for so many seconds. Connections that died are for clients to open anew."""
+        _log.info("Restored: the process did not run for %.1f s; %d requests in progress", frozen_s, len(self.running))
+        self._cold_start, self._cold_start_ended = ColdStart(time.monotonic()), "First output since the restore"
 
     def _mark_first_output(self) -> None:
-        """Note the worker's first output of all, which ends its cold start."""
+        """Note the first output of all, which ends the cold start, or the first since a freeze."""
         cold_start, self._cold_start = self._cold_start, None
         if cold_start is not None:
             cold_start.mark(FINAL_PHASE)
-            cold_start.log("First output")
+            cold_start.log(self._cold_start_ended)
 
     def _log_ended(self, request: RunningRequest, described: dict[str, Any]) -> None:
         try:
@@ -169,7 +175,7 @@ class ServerApp:
                 request.outcome,
                 tokens=self._engine.pop_token_counts(request.id),
                 first_output_s=request.first_output_s,
-                duration_s=time.monotonic() - request.started_at,
+                duration_s=CLOCK.now() - request.started_at,
                 outputs=request.outputs,
             )
         except Exception:  # noqa: BLE001 (a line of the log is not worth the request)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +14,7 @@ from engine.backend.app import App, Message, Receive, Send
 from engine.errors import JobError
 from engine.jobs import deltas
 from engine.jobs.http_server import send_error
+from engine.run_clock import CLOCK, Timer
 
 # How long the app may take to end a request that is aborted, before its task is cancelled.
 ABORT_GRACE_S = 5.0
@@ -44,7 +44,7 @@ class RunningRequest:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.scope = scope
-        self.started_at = time.monotonic()
+        self.started_at = CLOCK.now()
         self.first_output_s: float | None = None
         self.outputs = 0
         self.error: JobError | None = None
@@ -54,7 +54,8 @@ class RunningRequest:
         self._body: bytes | None = None
         self._aborted = asyncio.Event()
         self._task = asyncio.current_task()
-        self._cancelling: asyncio.TimerHandle | None = None
+        self._cancelling: Timer | None = None
+        self._is_in_app = False
         self._status = 0
         self._is_stream = False
         self._has_failed = False
@@ -88,7 +89,8 @@ class RunningRequest:
             self.error = error
             self._aborted.set()
             if self._task is not None:
-                self._cancelling = asyncio.get_running_loop().call_later(ABORT_GRACE_S, self._task.cancel)
+                grace_s = ABORT_GRACE_S if self._is_in_app else 0.0
+                self._cancelling = CLOCK.call_later(grace_s, self._task.cancel)
 
     async def run(self, app: App, body: bytes | None = None) -> None:
         """Call the app.
@@ -97,7 +99,7 @@ class RunningRequest:
             app: vLLM's.
             body: of the request, if it was read.
         """
-        self._body = body
+        self._body, self._is_in_app = body, True
         own = {b"x-request-id": self.id.encode()}
         replaced = {b"x-request-id"}
         if body is not None:
@@ -181,7 +183,7 @@ class RunningRequest:
         if body or message["type"] == "websocket.send":
             self.outputs += 1
             if self.first_output_s is None:
-                self.first_output_s = time.monotonic() - self.started_at
+                self.first_output_s = CLOCK.now() - self.started_at
                 self._on_first_output()
         if self._is_stream and deltas.error_in(body.decode(errors="replace")) is not None:
             self._has_failed = True
