@@ -40,7 +40,7 @@ class Listeners:
                 for one in sockets:
                     one.close()
                 # Those of name resolution are negative.
-                reason = os.strerror(error.errno) if (error.errno or 0) > 0 else "it is not an address"
+                reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else "no address"
                 raise ConfigurationError(
                     f"{name}={port}: the worker cannot listen on {settings.listen_host}:{port} ({reason}); set {name} "
                     "to a port that is free, and LISTEN_HOST to an address of this machine"

