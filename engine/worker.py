@@ -127,7 +127,6 @@ class Worker:
         Returns:
             The exit status: 0 if the worker was asked to stop, 1 if the engine has failed.
         """
-        from engine.jobs import warm_up
         from engine.queue.job_loop import JobLoop, Timeouts
 
         engine, settings = self.engine, self._settings
@@ -147,17 +146,8 @@ class Worker:
         )
         cold_start.WORKER.mark("sdk")
         _stop_on_signals(jobs.stop, settings.drain_timeout_s + self._flush_timeout_s)
-        await engine.app()
-        cold_start.WORKER.mark("app")
-        if settings.warm_up:
-            await warm_up.run(engine)
-            engine.pop_request_stats(warm_up.JOB_ID)
-            cold_start.WORKER.mark("first_request")
-        cold_start.WORKER.log("Cold start")
-        if self._export is not None:
-            self._export.cold_start_ended(cold_start.WORKER)
-        if self._caches is not None:
-            self._caches.pack_later()
+        await self._make_ready()
+        self._note_ready()
         jobs.supervise(health.heartbeat(engine.failure), "heartbeat")
         with CLOCK.watched(jobs.on_thaw):
             return await jobs.run()
@@ -205,20 +195,30 @@ class Worker:
             **self._start_export(),
         )
         service = Service(app, check, limiter, engine.failure, settings.drain_timeout_s)
-        _stop_on_signals(service.stop, settings.drain_timeout_s)
-        await engine.app()
+        _stop_on_signals(service.stop, settings.drain_timeout_s + self._flush_timeout_s)
+        await self._make_ready()
         service.supervise(health.heartbeat(engine.failure), "heartbeat")
+        with CLOCK.watched(app.on_thaw):
+            return await service.run(listeners, loading, self._note_ready)
 
-        def on_ready() -> None:
-            cold_start.WORKER.mark("app")
-            cold_start.WORKER.log("Cold start")
-            self._costs.seconds.ready()
-            if self._export is not None:
-                self._export.cold_start_ended(cold_start.WORKER)
-            if self._caches is not None:
-                self._caches.pack_later()
+    async def _make_ready(self) -> None:
+        """Make the app, and run a first request if the settings ask for it."""
+        from engine.jobs import warm_up
 
-        return await service.run(listeners, loading, on_ready)
+        await self.engine.app()
+        cold_start.WORKER.mark("app")
+        if self._settings.warm_up:
+            await warm_up.run(self.engine)
+            self.engine.pop_request_stats(warm_up.JOB_ID)
+            cold_start.WORKER.mark("first_request")
+
+    def _note_ready(self) -> None:
+        cold_start.WORKER.log("Cold start")
+        self._costs.seconds.ready()
+        if self._export is not None:
+            self._export.cold_start_ended(cold_start.WORKER)
+        if self._caches is not None:
+            self._caches.pack_later()
 
     def _admission(self) -> Admission:
         engine = self.engine

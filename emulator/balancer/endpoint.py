@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from weakref import WeakSet
 
 import aiohttp
 
 from emulator.api.ports import HOST, Ports
 from emulator.balancer.affinity import Affinity
-from emulator.balancer.requests import WORKERS_TOPIC, Requests
+from emulator.balancer.requests import WORKERS_TOPIC, BalancedRequest, Requests
 from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.faults import FaultKind
 from emulator.core.long_poll import Disconnect
@@ -79,6 +81,8 @@ class BalancerEndpoint(Endpoint):
         self.workers: dict[str, BalancedWorker] = {}
         self._ports = ports
         self._session: aiohttp.ClientSession | None = None
+        # Of the session's connections, by the worker's port.
+        self._sockets: defaultdict[int, WeakSet[socket.socket]] = defaultdict(WeakSet)
         self.fleet = self._create_fleet(self._environment, surroundings.redaction)
         try:
             port = ports.open(settings.id, port=settings.port)
@@ -95,7 +99,7 @@ class BalancerEndpoint(Endpoint):
         if self._session is None:
             # What a response is encoded in is the client's business, and so are redirects and cookies.
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, socket_factory=self._open_socket),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=_HEALTH_TIMEOUT_S),
@@ -133,6 +137,11 @@ class BalancerEndpoint(Endpoint):
             one.jobs_taken += worker is not None and one.id == worker.id
         return worker
 
+    def count_output(self, request: BalancedRequest, worker: str) -> None:
+        """Record a piece of a response's body, which a worker has sent."""
+        self.queue.count_output(request)
+        self.fleet.on_answer(worker)
+
     def healthy_workers(self) -> list[BalancedWorker]:
         """Return the workers that get requests, in order of their start."""
         return [
@@ -161,19 +170,24 @@ class BalancerEndpoint(Endpoint):
         """Do nothing: it gets no requests from now on."""
 
     def on_worker_frozen(self, worker: str, *, drops_connections: bool) -> None:
-        """Give it no request until a health check after the freeze; its connections are the balancer's own."""
-        del drops_connections
-        if worker in self.workers:
-            self.workers[worker].status = 0
+        """Check its health no more, so that it gets no requests until it is thawed; close the connections to it."""
+        if (frozen := self.workers.get(worker)) is not None:
+            frozen.status = 0
+            self._stop_checking(frozen)
+            if drops_connections:
+                self._drop_connections(frozen)
 
     def on_worker_thawed(self, worker: str) -> None:
-        """Do nothing: its next health check makes it healthy."""
+        """Check its health from now on."""
+        if (thawed := self.workers.get(worker)) is not None:
+            self._begin_checking(thawed)
 
     def on_worker_exited(self, worker: str) -> None:
         """Check its health no more, and let requests that wait for it know."""
-        exited = self.workers.pop(worker, None)
-        if exited is not None and exited.checking is not None:
-            exited.checking.cancel()
+        if (exited := self.workers.pop(worker, None)) is not None:
+            self._stop_checking(exited)
+            for port in (exited.port, exited.port_health):
+                self._sockets.pop(port, None)
         self.long_poll.notify(WORKERS_TOPIC)
 
     async def close(self) -> None:
@@ -187,9 +201,7 @@ class BalancerEndpoint(Endpoint):
     def _environment(self, worker: str) -> Mapping[str, str]:
         """Return the variables of a worker on free ports, whose health is checked from now on."""
         balanced = self.workers[worker] = BalancedWorker(worker, _free_port(), _free_port())
-        with suppress(RuntimeError):  # Without an event loop, as in a test of the fleet.
-            loop = asyncio.get_running_loop()
-            balanced.checking = loop.create_task(self._check_health(balanced), name=f"health of {worker}")
+        self._begin_checking(balanced)
         return {
             "PORT": str(balanced.port),
             "PORT_HEALTH": str(balanced.port_health),
@@ -202,6 +214,25 @@ class BalancerEndpoint(Endpoint):
             "RUNPOD_SKIP_GPU_CHECK": "true",
             "PYTHONUNBUFFERED": "1",
         }
+
+    def _begin_checking(self, worker: BalancedWorker) -> None:
+        worker.checking = asyncio.create_task(self._check_health(worker), name=f"health of {worker.id}")
+
+    def _stop_checking(self, worker: BalancedWorker) -> None:
+        if worker.checking is not None:
+            worker.checking.cancel()
+
+    def _open_socket(self, address: aiohttp.AddrInfoType) -> socket.socket:
+        opened = socket.socket(*address[:3])
+        self._sockets[address[4][1]].add(opened)
+        return opened
+
+    def _drop_connections(self, worker: BalancedWorker) -> None:
+        """End the connections to a worker; requests on them fail. Closing the session leaves them waiting for ever."""
+        for port in (worker.port, worker.port_health):
+            for opened in self._sockets.pop(port, ()):
+                with suppress(OSError):  # It is closed already.
+                    opened.shutdown(socket.SHUT_RDWR)
 
     async def _check_health(self, worker: BalancedWorker) -> None:
         while True:

@@ -173,7 +173,7 @@ class _Exchange:
                     if sent > limit:
                         await self._break_off(request, BadGatewayError(f"the response exceeds {limit} bytes"))
                         return
-                    endpoint.queue.count_output(request)
+                    endpoint.count_output(request, worker.id)
                     await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
                 request.is_complete = True
@@ -220,7 +220,7 @@ class _Exchange:
             async for message in upstream:
                 if message.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
                     break
-                endpoint.queue.count_output(request)
+                endpoint.count_output(request, self._worker)
                 kind = "text" if message.type is aiohttp.WSMsgType.TEXT else "bytes"
                 await self._send({"type": "websocket.send", kind: message.data})
             code = upstream.close_code or _INTERNAL_ERROR

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.backend.app import App, Message, Send
 from engine.errors import JobError, safe_str
+from engine.run_clock import CLOCK
 
 _WATCH_INTERVAL_S = 0.25
 # Longer than balancers keep idle connections (Google's: 600 s), so that none is closed just as a request is sent on it.
@@ -32,10 +34,24 @@ class Server(uvicorn.Server):
         yield
 
 
+class _Connection(HttpToolsProtocol):
+    """uvicorn's connection, which may be idle for as long in time in which the worker runs."""
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the idle connection; after a freeze, wait again: its timer came due with a request in the buffer."""
+        if CLOCK.was_frozen_since(CLOCK.now() - self.timeout_keep_alive):
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        else:
+            super().timeout_keep_alive_handler()
+
+
 def server_config(app: App, **options: Any) -> uvicorn.Config:
     """Return uvicorn's configuration: no lifespan, no logs, and what `options` say."""
     return uvicorn.Config(
         app,
+        http=_Connection,
         interface="asgi3",
         lifespan="off",
         log_config=None,
@@ -43,6 +59,8 @@ def server_config(app: App, **options: Any) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
+        # It would count frozen time. A dead peer of a WebSocket is noticed by TCP.
+        ws_ping_timeout=None,
         **options,
     )
 

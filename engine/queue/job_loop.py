@@ -232,7 +232,6 @@ class JobLoop:
 
         If it is cancelled, it abandons the running jobs.
         """
-        self._costs.seconds.ready()
         taking = self.supervise(self._take_jobs(), "take jobs")
         self.supervise(self._watch_stop_signals(), "watch for stop signals")
         self.supervise(self._watch_engine(), "watch the engine")

@@ -59,7 +59,7 @@ class ServerApp:
         engine: whose app is served.
         health: answers the health check.
         limiter: of the requests that the engine runs.
-        execution_timeout_s: how long a request may take, in seconds; None for no limit.
+        execution_timeout_s: how long a request may take, in seconds by `engine.run_clock`; None for no limit.
         log_inputs: whether the log shows JSON bodies.
         cold_start: is marked when the first request came, and when its first output was there.
         costs: counts what each request costs.
@@ -67,7 +67,7 @@ class ServerApp:
 
     Attributes:
         running: requests in progress, also those that wait for the engine.
-        last_request_at: when the last one came, by `time.monotonic()`.
+        last_request_at: when the last one came, by `engine.run_clock`.
         refusal: what every new request is refused with, if any.
     """
 
@@ -93,8 +93,9 @@ class ServerApp:
         self._costs = costs or Costs(CLOCK.now())
         self._on_started = on_started
         self._on_ended = on_ended
+        self._cold_start_ended = "First output"
         self.running: dict[str, RunningRequest] = {}
-        self.last_request_at = time.monotonic()
+        self.last_request_at = CLOCK.now()
         self.refusal: JobError | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -102,7 +103,7 @@ class ServerApp:
         if self._health.is_for(scope):
             await self._health.answer(scope, send)
             return
-        self.last_request_at = time.monotonic()
+        self.last_request_at = CLOCK.now()
         if self._cold_start is not None:
             self._cold_start.mark("first_take")
         request = RunningRequest(scope, receive, send, self._mark_first_output)
@@ -167,15 +168,19 @@ class ServerApp:
         limit_s = self._execution_timeout_s
         if limit_s is None:
             return lambda: None
-        loop = asyncio.get_running_loop()
-        return loop.call_later(limit_s, lambda: request.abort(TimedOutError(limit_s))).cancel
+        return CLOCK.call_later(limit_s, lambda: request.abort(TimedOutError(limit_s))).cancel
+
+    def on_thaw(self, frozen_s: float) -> None:
+        """Note that the process was frozen for so many seconds. Connections that died are for clients to open anew."""
+        _log.info("Restored: the process did not run for %.1f s; %d requests in progress", frozen_s, len(self.running))
+        self._cold_start, self._cold_start_ended = ColdStart(time.monotonic()), "First output since the restore"
 
     def _mark_first_output(self) -> None:
-        """Note the worker's first output of all, which ends its cold start."""
+        """Note the first output of all, which ends the cold start, or the first since a freeze."""
         cold_start, self._cold_start = self._cold_start, None
         if cold_start is not None:
             cold_start.mark(FINAL_PHASE)
-            cold_start.log("First output")
+            cold_start.log(self._cold_start_ended)
 
     def _log_ended(self, request: RunningRequest, described: dict[str, Any]) -> None:
         times = request.times

@@ -41,12 +41,10 @@ class HealthCheck:
 
     def is_for(self, scope: Message) -> bool:
         """Return whether a request is a health check, or has come to its own port."""
-        if scope["type"] != "http":
-            return False
         return self._is_check(scope) or (self._own_port is not None and scope["server"][1] == self._own_port)
 
     def _is_check(self, scope: Message) -> bool:
-        return bool(scope["path"] == self._path and scope["method"] in ("GET", "HEAD"))
+        return scope["type"] == "http" and scope["path"] == self._path and scope["method"] in ("GET", "HEAD")
 
     async def answer(self, scope: Message, send: Send) -> None:
         """Answer a request that is for the health check; 404 for another path on its own port."""
@@ -57,5 +55,6 @@ class HealthCheck:
         headers = [(b"connection", b"close"), (b"cache-control", b"no-store")]
         if status is not HTTPStatus.NO_CONTENT:
             headers.append((b"content-length", b"0"))
-        await send({"type": "http.response.start", "status": int(status), "headers": headers})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
+        await send({"type": f"{kind}.start", "status": int(status), "headers": headers})
+        await send({"type": f"{kind}.body", "body": b"", "more_body": False})

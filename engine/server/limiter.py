@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from engine.errors import EngineFullError
+from engine.run_clock import CLOCK
 
 # `Retry-After` is in whole seconds: a client that is refused at once would come back no earlier than this.
 MAX_WAIT_S = 1.0
@@ -23,7 +24,7 @@ class Limiter:
     Args:
         available_slots: returns how many more requests the engine can start while this many run.
         load_changed: is set when that may have changed; the limiter clears it.
-        max_wait_s: how long a request may wait, in seconds.
+        max_wait_s: how long a request may wait, in seconds by `engine.run_clock`.
     """
 
     def __init__(
@@ -64,25 +65,19 @@ class Limiter:
         if turn.done():
             return
         try:
-            async with asyncio.timeout(self._max_wait_s):
-                await turn
-        except TimeoutError:
-            self._leave(turn)
-            raise EngineFullError("the worker's engine is full; try again") from None
+            await CLOCK.wait({turn}, self._max_wait_s)
         except asyncio.CancelledError:
-            self._leave(turn)
+            if turn.done():  # It came just now.
+                self.running -= 1
+                self._start_waiting()
+            else:
+                self._waiting.remove(turn)
             raise
-
-    def _leave(self, turn: asyncio.Future[None]) -> None:
-        if turn in self._waiting:
+        if not turn.done():
             self._waiting.remove(turn)
-        elif not turn.cancelled():  # It came just now.
-            self.running -= 1
-            self._start_waiting()
+            raise EngineFullError("the worker's engine is full; try again")
 
     def _start_waiting(self) -> None:
         while self._waiting and self._available_slots(self.running) > 0:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                self.running += 1
-                turn.set_result(None)
+            self.running += 1
+            self._waiting.popleft().set_result(None)

@@ -34,13 +34,13 @@ class Listeners:
         if settings.port_health not in (None, settings.port):
             ports["PORT_HEALTH"] = settings.port_health
         for name, port in ports.items():
-            family = socket.AF_INET6 if ":" in settings.listen_host else socket.AF_INET
             try:
-                sockets.append(socket.create_server((settings.listen_host, port), family=family, backlog=_BACKLOG))
+                sockets.append(_listen(settings.listen_host, port))
             except OSError as error:
                 for one in sockets:
                     one.close()
-                reason = os.strerror(error.errno or 0)
+                # Those of name resolution are negative.
+                reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else "no address"
                 raise ConfigurationError(
                     f"{name}={port}: the worker cannot listen on {settings.listen_host}:{port} ({reason}); set {name} "
                     "to a port that is free, and LISTEN_HOST to an address of this machine"
@@ -58,3 +58,11 @@ class Listeners:
         """Listen no more, once the duplicates are closed too."""
         for one in self._sockets:
             one.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Listen on an address; on `::` also for IPv4, as other servers do."""
+    if ":" not in host:
+        return socket.create_server((host, port), backlog=_BACKLOG)
+    dual = host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=dual)

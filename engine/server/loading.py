@@ -17,6 +17,7 @@ from typing import Self
 from engine.backend.app import Message, Receive, Send
 from engine.errors import LoadingError
 from engine.jobs.http_server import Server, send_error, server_config
+from engine.run_clock import CLOCK
 from engine.server.health_check import HealthCheck
 from engine.server.listeners import Listeners
 
@@ -38,7 +39,7 @@ class LoadingServer:
         self._health = health
         self._listeners = listeners
         self._sockets = listeners.duplicates()
-        self._server = _ClosingServer(server_config(self._answer, http="httptools", loop="asyncio", ws="none"))
+        self._server = _ClosingServer(server_config(self._answer, loop="asyncio", ws="none"))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="health check", daemon=True)
 
@@ -107,8 +108,8 @@ class _ClosingServer(Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self.stop_accepting()
-        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        deadline = CLOCK.now() + _CLOSE_TIMEOUT_S
         await asyncio.sleep(0.05)  # An accepted connection is counted one turn of the event loop later.
-        while self.server_state.connections and time.monotonic() < deadline:  # noqa: ASYNC110 (uvicorn sends no event)
+        while self.server_state.connections and CLOCK.now() < deadline:  # noqa: ASYNC110 (uvicorn sends no event)
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)

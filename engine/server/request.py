@@ -16,7 +16,7 @@ from engine.jobs import deltas
 from engine.jobs.cost_report import CostReport
 from engine.jobs.http_server import send_error
 from engine.json_codec import decode, encode
-from engine.run_clock import CLOCK
+from engine.run_clock import CLOCK, Timer
 from engine.telemetry.job_times import JobTimes, is_traceparent
 
 # How long the app may take to end a request that is aborted, before its task is cancelled.
@@ -63,7 +63,8 @@ class RunningRequest:
         self._body: bytes | None = None
         self._aborted = asyncio.Event()
         self._task = asyncio.current_task()
-        self._cancelling: asyncio.TimerHandle | None = None
+        self._cancelling: Timer | None = None
+        self._is_in_app = False
         self._status = 0
         self._is_stream = False
         self._has_failed = False
@@ -97,7 +98,8 @@ class RunningRequest:
             self.error = error
             self._aborted.set()
             if self._task is not None:
-                self._cancelling = asyncio.get_running_loop().call_later(ABORT_GRACE_S, self._task.cancel)
+                grace_s = ABORT_GRACE_S if self._is_in_app else 0.0
+                self._cancelling = CLOCK.call_later(grace_s, self._task.cancel)
 
     async def run(self, app: App, body: bytes | None = None) -> None:
         """Call the app.
@@ -106,7 +108,7 @@ class RunningRequest:
             app: vLLM's.
             body: of the request, if it was read.
         """
-        self._body = body
+        self._body, self._is_in_app = body, True
         own = {b"x-request-id": self.id.encode()}
         replaced = {b"x-request-id"}
         if body is not None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from engine.errors import WorkerShutdownError, safe_str
 from engine.jobs.http_server import Server, server_config, wait_for_failure
+from engine.run_clock import CLOCK
 from engine.server.app import ServerApp
 from engine.server.health_check import Health, HealthCheck
 from engine.server.limiter import Limiter
@@ -29,7 +29,6 @@ _UNNOTICED_S = 5.0
 # How long vLLM's own errors may take to reach the clients once the engine has failed.
 _FAILURE_GRACE_S = 3.0
 _POLL_INTERVAL_S = 0.05
-_START_TIMEOUT_S = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class Service:
         health: what the balancer is told.
         limiter: of the app's requests.
         failure: returns what is wrong with the engine for good, or None.
-        drain_s: how long running requests may continue after `stop`, in seconds.
+        drain_s: how long running requests may continue after `stop`, in seconds by `engine.run_clock`.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class Service:
 
     def _begin_ending(self, how: str) -> None:
         self._health.state = Health.DRAINING
-        self._ending_since = time.monotonic()
+        self._ending_since = CLOCK.now()
         self._ending.set()
         _log.info("Worker %s: %d requests in progress", how, len(self._app.running))
 
@@ -111,9 +110,8 @@ class Service:
         self.supervise(self._watch_engine(), "watch the engine")
         self.supervise(self._limiter.run(), "start waiting requests")
         try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn sends no event)
-                    await asyncio.sleep(0.005)
+            while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn sends no event)
+                await asyncio.sleep(0.005)
             await loading.hand_over()
             if not self._ending.is_set():
                 self._health.state = Health.READY
@@ -144,15 +142,15 @@ class Service:
         error = WorkerShutdownError("the worker was asked to stop before the request had ended; try again")
         if self._failed is not None:
             error = WorkerShutdownError(f"the worker has failed: {self._failed}")
-            await self._poll(lambda: not self._app.running, time.monotonic() + _FAILURE_GRACE_S)
+            await self._poll(lambda: not self._app.running, CLOCK.now() + _FAILURE_GRACE_S)
         for request in list(self._app.running.values()):
             request.abort(error)
-        await self._poll(lambda: not self._app.running, time.monotonic() + ABORT_GRACE_S + 1)
+        await self._poll(lambda: not self._app.running, CLOCK.now() + ABORT_GRACE_S + 1)
 
     async def _poll(self, is_over: Callable[[], bool], until: float) -> None:
-        while not is_over() and time.monotonic() < until:  # noqa: ASYNC110 (of several kinds of events, at the end only)
+        while not is_over() and CLOCK.now() < until:  # noqa: ASYNC110 (of several kinds of events, at the end only)
             await asyncio.sleep(_POLL_INTERVAL_S)
 
     def _has_balancer_noticed(self) -> bool:
-        is_quiet = time.monotonic() - self._app.last_request_at >= _QUIET_S
+        is_quiet = CLOCK.now() - self._app.last_request_at >= _QUIET_S
         return self._health.drain_answers >= _TOLD_TIMES and is_quiet

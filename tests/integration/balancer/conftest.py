@@ -19,9 +19,13 @@ from tests.integration.emulator.conftest import KEY, REPOSITORY, eventually
 class Site:
     """A load-balancing endpoint, and a client of it."""
 
-    def __init__(self, endpoint: BalancerEndpoint, client: httpx.Client, state: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, endpoint: BalancerEndpoint, client: httpx.Client, root: httpx.Client, state: Callable[[], dict[str, Any]]
+    ) -> None:
         self.url = endpoint.url
         self.client = client
+        self.root = root
+        """Calls the emulator's own routes."""
         self.state = state
         """Returns the endpoint's part of /state."""
 
@@ -36,6 +40,18 @@ class Site:
             return idle if len(idle) == count else []
 
         return eventually(poll, timeout_s)
+
+    def freeze(self, worker: str, *, drops_connections: bool = True) -> None:
+        """Freeze a worker with all its processes, until `thaw`."""
+        options = {"dropConnections": drops_connections}
+        self.root.post(f"/workers/{worker}/freeze", json=options).raise_for_status()
+
+    def thaw(self, worker: str) -> None:
+        self.root.post(f"/workers/{worker}/thaw").raise_for_status()
+
+    def lines_with(self, text: str) -> list[str]:
+        """Return the lines of the workers' logs that have a text in them."""
+        return [line for worker in self.state()["workers"] for line in worker["log"] if text in line]
 
     def exited(self, worker: str) -> int:
         """Wait until a worker has exited; return its exit status."""
@@ -62,16 +78,17 @@ def balancer_with(**endpoint: Any) -> Iterator[Site]:
     }
     document = EmulatorSettings.model_validate({"port": 0, "apiKeys": [KEY], "endpoints": [settings]})
     headers = {"Authorization": f"Bearer {KEY}"}
-    with run_in_thread(document) as emulator, httpx.Client(timeout=60) as plain:
+    with run_in_thread(document) as emulator, httpx.Client(headers=headers, timeout=60) as root:
+        root.base_url = httpx.URL(emulator.url)
         balanced = emulator.endpoints["lb"]
         assert isinstance(balanced, BalancerEndpoint)
 
         def state() -> dict[str, Any]:
-            document: dict[str, Any] = plain.get(f"{emulator.url}/state").json()["endpoints"][0]
+            document: dict[str, Any] = root.get("/state").json()["endpoints"][0]
             return document
 
         with httpx.Client(base_url=balanced.url, headers=headers, timeout=60) as client:
-            yield Site(balanced, client, state)
+            yield Site(balanced, client, root, state)
 
 
 @pytest.fixture

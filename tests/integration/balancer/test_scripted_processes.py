@@ -103,6 +103,13 @@ def test_the_health_check_can_have_a_port_of_its_own(worker: StartWorker) -> Non
     health_url = f"http://127.0.0.1:{port}"
     process.wait_for(lambda: httpx.get(f"{health_url}/up").status_code == 200 if ping(health_url) else False)
     assert httpx.post(f"{health_url}/v1/chat/completions", json=chat("a")).status_code == 404
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    assert httpx.get(f"{health_url}/v1/realtime", headers=upgrade).status_code == 404
     assert httpx.post(f"{url}/v1/chat/completions", json=chat("a"), timeout=30).json() == {"said": "a"}
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import aiohttp
 import httpx
@@ -17,13 +18,15 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.websockets import WebSocket
+from uvicorn.server import ServerState
 
 from engine.backend.app import App, Message, Receive, Send
 from engine.backend.inline_executor import SHORT
 from engine.backend.merging import MERGEABLE
 from engine.cold_start import ColdStart
 from engine.errors import WorkerShutdownError
-from engine.jobs.http_server import Server, server_config
+from engine.jobs.http_server import Server, _Connection, server_config
+from engine.run_clock import CLOCK
 from engine.server.app import ServerApp
 from engine.server.health_check import Health, HealthCheck
 from engine.server.limiter import Limiter
@@ -346,3 +349,57 @@ async def test_a_requests_times_are_its_own_and_in_its_clients_trace() -> None:
     assert (times.route, times.outcome) == ("/v1/completions", "completed")
     assert times.delivery_count > 0
     assert costs.by_model["tiny"].jobs == 1
+
+
+async def test_a_request_whose_body_is_still_on_its_way_ends_at_once_when_it_is_aborted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.server.request.ABORT_GRACE_S", 3600)
+    engine = Engine()
+
+    async with serve(engine, execution_timeout_s=0.05) as site:
+        address = site.client.base_url
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+        )
+        writer.write(head.encode())
+        status = await reader.readline()
+        writer.close()
+
+    assert b" 504 " in status
+    assert engine.requests == []
+
+
+async def test_the_first_output_after_a_freeze_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "engine")
+
+    async with serve(Engine()) as site:
+        await site.client.post("/v1/completions", json={"prompt": "a"})
+        await until(lambda: not site.app.running)
+        site.app.on_thaw(312.0)
+        await site.client.get("/ping")
+        for _ in range(2):
+            await site.client.post("/v1/completions", json={"prompt": "a"})
+
+    assert "Restored: the process did not run for 312.0 s; 0 requests in progress" in caplog.text
+    assert caplog.text.count("First output since the restore") == 1
+    assert '"first_take"' in caplog.text
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["idle", "frozen"])
+async def test_an_idle_connection_is_closed_when_it_was_idle_for_long_but_not_by_a_freeze(
+    frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = server_config(Engine())
+    config.load()
+    connection = _Connection(config, ServerState(), {})
+    connection.transport = mock.Mock(is_closing=lambda: False)
+    monkeypatch.setattr(CLOCK, "_thawed_at", CLOCK.now() - config.timeout_keep_alive * (0.5 if frozen else 2))
+
+    connection.timeout_keep_alive_handler()
+
+    assert connection.transport.close.called is not frozen
+    assert (connection.timeout_keep_alive_task is not None) is frozen
+    if connection.timeout_keep_alive_task is not None:
+        connection.timeout_keep_alive_task.cancel()

@@ -8,7 +8,7 @@ import pytest
 
 from engine.errors import EngineFullError
 from engine.server.limiter import MAX_WAIT_S, Limiter
-from tests.virtual_time import in_virtual_time
+from tests.virtual_time import freeze, in_virtual_time, watched_for_freezes
 
 
 class Room:
@@ -107,3 +107,19 @@ async def test_a_slot_that_comes_just_as_its_request_is_cancelled_goes_to_the_ne
 
     assert order == ["second"]
     assert limiter.running == 0
+
+
+@in_virtual_time
+async def test_time_in_which_the_worker_was_frozen_takes_nothing_of_the_second() -> None:
+    loop = asyncio.get_running_loop()
+    limiter = Limiter(Room(1).slots, asyncio.Event())
+    order: list[str] = []
+
+    with watched_for_freezes(loop, lambda _: None):
+        first = asyncio.create_task(hold(limiter, "first", order, 0.5))
+        second = asyncio.create_task(hold(limiter, "second", order, 0))
+        await asyncio.sleep(0.1)
+        freeze(loop, 300)
+        await asyncio.gather(first, second)
+
+    assert order == ["first", "second"]

@@ -12,7 +12,7 @@ import pytest
 from engine.errors import JobError
 from engine.server.health_check import Health, HealthCheck
 from engine.server.service import Service
-from tests.virtual_time import in_virtual_time
+from tests.virtual_time import freeze, in_virtual_time, watched_for_freezes
 
 
 @dataclass
@@ -93,3 +93,23 @@ async def test_running_requests_have_the_whole_drain_time_and_are_then_aborted()
     ((at, error),) = aborted
     assert at - begun == pytest.approx(10, abs=0.1)
     assert (error.status, error.retryable) == (503, True)
+
+
+@in_virtual_time
+async def test_time_in_which_the_worker_was_frozen_takes_nothing_of_the_drain() -> None:
+    aborted: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    class Request:
+        def abort(self, error: JobError) -> None:
+            del error
+            aborted.append(time.monotonic())
+            app.running.clear()
+
+    app = App({"one": Request()})
+    with watched_for_freezes(loop, lambda _: None):
+        begun = time.monotonic()
+        loop.call_later(4, freeze, loop, 300)
+        await accepting_s(app, HealthCheck("/ping"), 10)
+
+    assert aborted == [pytest.approx(begun + 310, abs=0.1)]
