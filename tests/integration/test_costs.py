@@ -13,8 +13,8 @@ import pytest
 
 from tests.processes import ROOT, VLLM_ENVIRONMENT
 
-# There are 6,084 with vLLM 0.32. Change the limit with its version.
-MAX_MODULES = 6150
+# There are 6,211 with vLLM 0.32 and the packages that it decodes audio with. Change the limit with its version.
+MAX_MODULES = 6300
 # Modules that only vLLM's OpenAI app and only the SDK import.
 APP, SDK = "vllm.entrypoints.serve.middleware", "runpod.serverless.modules.rp_logger"
 

@@ -217,4 +217,5 @@ def test_every_route_has_a_job_a_curl_and_a_python_example() -> None:
     assert {title: kinds for title, kinds in languages.items() if kinds - {"console"} != wanted} == {
         "Setup": {"console", "sh", "python"},
         "Errors": {"python"},
+        "Many requests: a batch file": {"sh"},
     }
