@@ -209,7 +209,7 @@ class Worker:
             **self._start_export(),
         )
         service = Service(app, check, limiter, engine.failure, settings.drain_timeout_s)
-        _stop_on_signals(service.stop, settings.drain_timeout_s)
+        _stop_on_signals(service.stop, settings.drain_timeout_s + self._flush_timeout_s)
         await engine.app()
         service.supervise(health.heartbeat(engine.failure), "heartbeat")
 
