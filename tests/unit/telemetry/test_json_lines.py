@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -112,3 +113,27 @@ def test_the_filter_reads_on_if_nobody_reads_its_output() -> None:
     process.stdout.close()
 
     assert process.wait(15) == 3
+
+
+CRASH = r"""
+import runpy, sys
+from engine import worker
+worker.current = lambda *_: 1 / 0
+sys.argv = ["handler.py"]
+runpy.run_path("handler.py", run_name="__main__")
+"""
+
+
+def test_a_crash_of_the_worker_is_in_the_log() -> None:
+    environment = {
+        **os.environ,
+        "LOG_FORMAT": "json",
+        "RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/take",
+        "MODEL_NAME": "tiny",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+
+    assert done.returncode == 1
+    assert json.loads(done.stderr.splitlines()[-1])["message"] == "ZeroDivisionError: division by zero"
