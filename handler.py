@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,6 @@ def main() -> int:
     from engine.config.settings import Settings
     from engine.errors import ConfigurationError
     from engine.startup import amx
-    from engine.telemetry import json_lines
 
     cold_start.WORKER.mark("interpreter")
     amx.request_permission()
@@ -121,7 +121,6 @@ def main() -> int:
         return 1
     finally:
         worker.shutdown()
-        json_lines.finish()
 
 
 def _print_configuration(variables: Mapping[str, Variable]) -> int:
@@ -253,6 +252,12 @@ if __name__ == "__main__":
         exit_status = main()
     except SystemExit as stop:
         exit_status = 0 if stop.code is None else stop.code if isinstance(stop.code, int) else 1
+    except Exception:  # noqa: BLE001 (printed as Python would, but before the log ends)
+        traceback.print_exc()
+        exit_status = 1
+    from engine.telemetry import json_lines
+
+    json_lines.finish()
     sys.stdout.flush()
     # Skip the interpreter's shutdown: all processes have ended, and the teardown of vLLM and torch takes time and may
     # raise errors.

@@ -23,6 +23,7 @@ from engine.queue.admission import Admission
 from engine.run_clock import CLOCK
 from engine.startup import configure, model_resolver, weight_prefetch
 from engine.startup.caches import Caches
+from engine.telemetry import otlp_variables
 from engine.telemetry.costs import Costs
 from engine.telemetry.identity import platform_identity
 
@@ -45,6 +46,7 @@ SWITCH_INTERVAL_S = 0.001
 # gc.set_threshold: collect generation 0 after 20,000 net allocations (default 700), older ones every 20th time. 64
 # streams keep about 20,000 live objects.
 GC_THRESHOLDS = (20_000, 20, 20)
+_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 # How long the end of the worker waits for a collector of telemetry.
 FLUSH_TIMEOUT_S = 2.0
 
@@ -82,6 +84,8 @@ class Worker:
         child_processes.kill_children_on_exit()
         variables = environment.read() if variables is None else variables
         settings = Settings.read(variables)
+        if settings.otel_exporter_otlp_endpoint is not None:
+            otlp_variables.check({**os.environ, _ENDPOINT: settings.otel_exporter_otlp_endpoint})
         environment.export_token(variables)
         caches = Caches(
             settings.compile_cache_dir, settings.network_volume, model_resolver.named_model(settings, variables)

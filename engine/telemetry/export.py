@@ -1,7 +1,8 @@
 """Exports traces, metrics and logs by OTLP. Imported only if an endpoint is set.
 
-Nothing waits for a collector: jobs that have ended go into a bounded queue, a thread makes spans and metrics of them,
-and OpenTelemetry's own threads send them in batches, from bounded queues. What is too much is dropped and counted.
+Nothing waits for a collector: jobs that have ended go into a bounded queue, twice a second a thread makes spans and
+metrics of them, and OpenTelemetry's own threads send them in batches, from bounded queues. What is too much is dropped
+and counted.
 Batches, intervals, headers and limits are set by OpenTelemetry's own variables (`OTEL_BSP_*`, `OTEL_METRIC_*`, …).
 """
 
@@ -10,9 +11,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 SERVICE_NAME = "vllm-serverless"
 # Jobs that have ended and wait for the thread.
 MAX_WAITING_JOBS = 4096
+_ADD_INTERVAL_S = 0.5
 _LOGGERS = ("engine", "vllm")
 _PREFIX = "OTEL_EXPORTER_OTLP"
 _HISTOGRAMS = f"{_PREFIX}_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
@@ -82,9 +84,8 @@ class Export:
         reader = PeriodicExportingMetricReader(WithVLLMsMetrics(exporters.of("metrics")))
         self._meters = MeterProvider([reader], resource, shutdown_on_exit=False)
         ids = JobIds()
-        self._traces = TracerProvider(
-            resource=resource, id_generator=ids, shutdown_on_exit=False, meter_provider=self._meters
-        )
+        # Only the processors count what they drop: counting each span would cost as much as making it.
+        self._traces = TracerProvider(resource=resource, id_generator=ids, shutdown_on_exit=False)
         self._traces.add_span_processor(BatchSpanProcessor(exporters.of("traces"), meter_provider=self._meters))
         self._logs = LoggerProvider(resource, shutdown_on_exit=False)
         self._logs.add_log_record_processor(BatchLogRecordProcessor(exporters.of("logs"), meter_provider=self._meters))
@@ -95,7 +96,8 @@ class Export:
         self._handler = LogHandler(self._logs)
         for name in _LOGGERS:
             logging.getLogger(name).addHandler(self._handler)
-        self._waiting: queue.Queue[JobTimes | None] = queue.Queue(MAX_WAITING_JOBS)
+        self._waiting: deque[JobTimes] = deque()
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._add_jobs, name="telemetry of jobs", daemon=True)
         self._thread.start()
         _log.info("Telemetry goes to %s", endpoint)
@@ -109,10 +111,10 @@ class Export:
         times.has_span, times.engine_is_traced = True, self._engine_is_traced
 
     def job_ended(self, times: JobTimes) -> None:
-        """Export a job that has ended, later."""
-        try:
-            self._waiting.put_nowait(times)
-        except queue.Full:
+        """Export a job that has ended, later. The thread is not woken: the event loop would wait for the GIL."""
+        if len(self._waiting) < MAX_WAITING_JOBS:
+            self._waiting.append(times)
+        else:
             COUNTERS.dropped += 1
 
     def shutdown(self, timeout_s: float) -> None:
@@ -120,11 +122,8 @@ class Export:
         until = time.monotonic() + timeout_s
         for name in _LOGGERS:
             logging.getLogger(name).removeHandler(self._handler)
-        try:
-            self._waiting.put(None, timeout=timeout_s)
-        except queue.Full:
-            return
-        self._thread.join(max(until - time.monotonic(), 0))
+        self._ending.set()
+        self._thread.join(timeout_s)
         # One after another, a collector that hangs would cost the others their time.
         ends: list[Callable[[], Any]] = [self._traces.shutdown, self._meters.shutdown, self._logs.shutdown]
         if self._engine_is_traced:  # vLLM's provider is the global one; the worker's exit leaves out its own flush.
@@ -137,12 +136,19 @@ class Export:
             thread.join(max(until - time.monotonic(), 0))
 
     def _add_jobs(self) -> None:
-        while (times := self._waiting.get()) is not None:
-            try:
-                self._metrics.add_job(times)
-                self._spans.add_job(times, self._costs.document(times))
-            except Exception:  # noqa: BLE001 (the next job's telemetry may be better)
-                _log.exception("Job %s: its telemetry could not be made", times.job_id)
+        is_last = False
+        while not is_last:
+            is_last = self._ending.wait(_ADD_INTERVAL_S)
+            while self._waiting:
+                self._add_job(self._waiting.popleft())
+                time.sleep(0)  # Let the event loop have the GIL.
+
+    def _add_job(self, times: JobTimes) -> None:
+        try:
+            self._metrics.add_job(times)
+            self._spans.add_job(times, self._costs.document(times))
+        except Exception:  # noqa: BLE001 (the next job's telemetry may be better)
+            _log.exception("Job %s: its telemetry could not be made", times.job_id)
 
 
 class _Exporters:

@@ -15,7 +15,7 @@ from engine.telemetry.counters import COUNTERS
 from engine.telemetry.worker_seconds import Share
 
 # A long stream has thousands of deliveries: the first ones and the last are kept one by one, all are summed.
-MAX_DELIVERIES = 64
+MAX_DELIVERIES = 8
 OTHER = "other"
 # https://www.w3.org/TR/trace-context/, version 00: trace id, parent id, flags.
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")

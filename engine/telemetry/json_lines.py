@@ -15,6 +15,7 @@ import sys
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,8 @@ from typing import IO, Any
 _END = b"\0end\n"
 # How long the end of the worker waits for its last lines.
 _FINISH_TIMEOUT_S = 1.0
+# A longer line becomes several.
+_MAX_LINE_BYTES = 1 << 20
 _LEVELS = "DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|TRACE|TIP"
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # The worker's and the SDKs': `INFO   | message`.
@@ -33,7 +36,7 @@ _VLLM = re.compile(
     re.DOTALL,
 )
 
-_filter: subprocess.Popen[bytes] | None = None
+_waiting: threading.Thread | None = None
 
 
 def record(line: str) -> dict[str, Any]:
@@ -48,18 +51,22 @@ def record(line: str) -> dict[str, Any]:
     if message.startswith("{") and message.endswith("}"):
         try:
             return {"level": fields["level"], **json.loads(message)}
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return {name: text for name, text in fields.items() if text is not None}
 
 
 def redirect() -> None:
-    """From now on, pass stdout and stderr of this process and its children through the filter."""
-    global _filter  # noqa: PLW0603 (the streams are the process's)
+    """From now on, pass stdout and stderr of this process and its children through the filter.
+
+    If the filter ends, this process writes to its own streams again, as text.
+    """
+    global _waiting  # noqa: PLW0603 (the streams are the process's)
     sys.stdout.flush()
     sys.stderr.flush()
+    own = [os.dup(stream) for stream in (1, 2)]
     pipes = [os.pipe() for _ in range(2)]
-    _filter = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, *(str(read) for read, _ in pipes)],
         pass_fds=[read for read, _ in pipes],
     )
@@ -67,31 +74,51 @@ def redirect() -> None:
         os.close(read)
         os.dup2(write, stream)
         os.close(write)
+    _waiting = threading.Thread(target=_restore, args=(process, own), name="wait for the log's filter", daemon=True)
+    _waiting.start()
+
+
+def _restore(process: subprocess.Popen[bytes], own: list[int]) -> None:
+    """Wait for the filter's end; then writing to its pipes would fail."""
+    process.wait()
+    for original, stream in zip(own, (1, 2), strict=True):
+        os.dup2(original, stream)
 
 
 def finish() -> None:
-    """Let the filter write the last lines, and wait for it; nothing that is written later is seen."""
-    if _filter is None:
+    """Let the filter write the last lines, and wait for it; what this process writes later is text."""
+    if _waiting is None:
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with suppress(BrokenPipeError, subprocess.TimeoutExpired):
-        for stream in (1, 2):
-            os.write(stream, _END)
-        _filter.wait(_FINISH_TIMEOUT_S)
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if _waiting.is_alive():
+            for stream in (1, 2):
+                os.write(stream, _END)
+    _waiting.join(_FINISH_TIMEOUT_S)
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> None:
-    for raw in iter(source.readline, b""):
+    """Copy a stream until its end, whatever it has: a worker whose lines nobody reads would block."""
+    for raw in iter(partial(source.readline, _MAX_LINE_BYTES), b""):
         is_end = raw.endswith(_END)
         # Of a progress bar, which a carriage return draws anew, the last state.
         line = raw.removesuffix(_END).decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
         if line.strip():
-            time = datetime.now(UTC).isoformat(timespec="milliseconds")
-            target.write(json.dumps({"time": time, **record(line)}, ensure_ascii=False).encode() + b"\n")
-            target.flush()
+            with suppress(OSError):  # Whoever read this process' output has ended.
+                target.write(_encoded(line))
+                target.flush()
         if is_end:
             return
+
+
+def _encoded(line: str) -> bytes:
+    time = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    try:
+        text = json.dumps(time | record(line), ensure_ascii=False, allow_nan=False)
+        return text.encode() + b"\n"
+    except (ValueError, RecursionError):  # A client's words: half a surrogate pair, NaN, too deep a nesting.
+        return json.dumps(time | {"level": "INFO", "message": line}).encode() + b"\n"
 
 
 def _main() -> None:

@@ -82,7 +82,7 @@ def test_the_image_has_only_the_files_that_a_worker_needs(image: dict[str, Any],
     del image
     files = buildah.files(buildah.container(IMAGE)) / "app"
     assert {path.name for path in files.iterdir()} == {
-        "LICENSE", "builder", "emulator", "engine", "handler.py", "requirements", "test_input.json"
+        "LICENSE", "builder", "emulator", "engine", "handler.py", "requirements", "runpod_api", "test_input.json"
     }  # fmt: skip
 
 

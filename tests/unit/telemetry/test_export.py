@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
 import subprocess
 import sys
 import time
@@ -229,14 +228,14 @@ async def test_no_output_waits_for_a_collector_that_hangs(receiver: OTLPReceiver
     assert receiver.spans == []
 
 
-def test_jobs_that_are_too_many_are_dropped_and_counted(receiver: OTLPReceiver) -> None:
+def test_jobs_that_are_too_many_are_dropped_and_counted(
+    receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = COUNTERS.dropped
     with exporting(receiver) as export:
-        waiting = vars(export)["_waiting"]
-        vars(export)["_waiting"] = queue.Queue(1)
-        for _ in range(3):
+        monkeypatch.setattr("engine.telemetry.export.MAX_WAITING_JOBS", 0)
+        for _ in range(2):
             export.job_ended(JobTimes("job-1"))
-        vars(export)["_waiting"] = waiting
 
     assert COUNTERS.dropped - before == 2
 
