@@ -56,6 +56,8 @@ _UNPACK_TIMEOUT_S = 60.0
 # After these times, in seconds after the worker is ready and after each other, it packs what is new: first what the
 # start has compiled, then what the first requests have.
 _PACK_AFTER_S = (5.0, 60.0)
+# Linux stamps files by a clock that ticks every 1 to 10 ms, so a file can look older than it is.
+_TIMESTAMP_RESOLUTION_S = 0.02
 # A file that has just changed may not be complete.
 _SETTLED_S = 2.0
 _LOWEST_PRIORITY = 19
@@ -78,7 +80,7 @@ class Caches:
     """
 
     def __init__(self, cache_dir: Path | None, volume: Path, model: str) -> None:
-        self._started_at = time.time()
+        self._started_at = time.time() - _TIMESTAMP_RESOLUTION_S
         self._volume = volume
         shared = volume.absolute() / "compiled" / key()
         self.directory = (cache_dir or layout.compiled_dir()).absolute() / shared.name
