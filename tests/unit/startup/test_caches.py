@@ -114,6 +114,17 @@ def test_what_the_image_or_the_volume_has_is_not_packed_again(tmp_path: Path, vo
     assert list(volume.rglob("*.tar")) == []
 
 
+def test_a_file_whose_time_is_a_tick_of_linux_clock_before_the_start_is_new(tmp_path: Path, volume: Path) -> None:
+    before_s = time.time() - 0.01
+    started = Caches(tmp_path / "caches", volume, MODEL)
+    compile_kernel("TRITON_CACHE_DIR")
+    os.utime(Path(os.environ["TRITON_CACHE_DIR"]) / "a" / "kernel", (before_s, before_s))
+
+    pack(started)
+
+    assert len(list(volume.rglob("*.tar"))) == 1
+
+
 def test_models_have_a_file_each(tmp_path: Path, volume: Path) -> None:
     """So that a worker does not unpack what it cannot use."""
     for model in ("org/one", "other/one"):
