@@ -119,6 +119,7 @@ async def download(url: str, max_bytes: int, hosts: Collection[str] = ()) -> byt
         def load_bytes(self, data: bytes) -> bytes:
             return data
 
+        # The other two are abstract, and for `data:` and `file:` URLs, which do not come here.
         def load_base64(self, media_type: str, data: str) -> bytes:
             raise NotImplementedError
 
