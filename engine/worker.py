@@ -233,7 +233,8 @@ class Worker:
         if self._caches is not None:
             self._caches.close()
         self.engine.shutdown()
-        self._costs.log_summary()
+        if self._costs.seconds.has_served:
+            self._costs.log_summary()
         if self._export is not None:
             self._export.shutdown(self._flush_timeout_s)
 

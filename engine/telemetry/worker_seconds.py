@@ -72,6 +72,11 @@ class WorkerSeconds:
         self._start_left_s = 0.0
         self._waiting_for_start = 0
 
+    @property
+    def has_served(self) -> bool:
+        """Whether the start has ended. It does not for a single job off the platform, which is not counted."""
+        return self._ready_at is not None
+
     def ready(self) -> None:
         """End the start: the worker takes jobs from now on."""
         with self._lock:
