@@ -124,7 +124,7 @@ def test_an_image_that_cannot_be_pulled_is_said_at_once(account: Callable[..., A
 
 def test_a_worker_that_cannot_start_is_said_at_once(account: Callable[..., Account]) -> None:
     """The real worker refuses the setting before it loads anything."""
-    site = account(command=["python", "handler.py"])
+    site = account(command=[sys.executable, "handler.py"])
 
     ran = site.run(*UP, "--env", "MAX_CONCURRENCY=many")
 
@@ -133,7 +133,7 @@ def test_a_worker_that_cannot_start_is_said_at_once(account: Callable[..., Accou
 
 
 def test_a_worker_that_exits_again_and_again_is_given_up(account: Callable[..., Account]) -> None:
-    site = account(command=["python", "-c", "print('no such module'); raise SystemExit(3)"])
+    site = account(command=[sys.executable, "-c", "print('no such module'); raise SystemExit(3)"])
 
     ran = site.run(*UP)
 
