@@ -110,7 +110,28 @@ async def test_a_route_that_is_not_open_is_refused_as_a_job_is(path: str, unknow
         response = await site.client.post(path, json={})
 
     assert response.status_code == response.json()["status"] == status
+    assert "job" not in response.json()["error"]["message"]
     assert engine.requests == []
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "/v1/completions/?a=b"])
+async def test_a_slash_at_the_end_of_a_route_is_dropped_as_in_a_job(path: str) -> None:
+    """A redirect, as vLLM sends, would lead to the address of the worker, which clients of a balancer do not reach."""
+    engine = Engine()
+
+    async with serve(engine) as site:
+        response = await site.client.post(path, json={"prompt": "a"})
+
+    ((scope, _),) = engine.requests
+    assert response.status_code == 200
+    assert (scope["path"], scope["raw_path"]) == ("/v1/completions", b"/v1/completions")
+
+
+async def test_a_route_of_websockets_gets_vllms_own_answer_without_an_upgrade() -> None:
+    async with serve(Engine(status=404)) as site:
+        response = await site.client.get("/v1/realtime")
+
+    assert response.status_code == 404
 
 
 async def test_old_names_are_translated_and_other_json_is_untouched() -> None:
