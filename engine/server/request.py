@@ -21,6 +21,8 @@ from engine.telemetry.job_times import JobTimes, is_traceparent
 
 # How long the app may take to end a request that is aborted, before its task is cancelled.
 ABORT_GRACE_S = 5.0
+# How long a client may take to make room in its buffers for the error that ends its response.
+LAST_SEND_S = 1.0
 # RFC 6455: the server goes away.
 _GOING_AWAY = 1001
 # In whole seconds. A full engine, or another worker, may have room then.
@@ -125,19 +127,26 @@ class RunningRequest:
     async def end(self) -> None:
         """Send the error of an aborted request as its response, or as the last event of a stream.
 
-        Another response stays cut off.
+        Another response stays cut off, and so does one whose client does not read.
         """
         if self._cancelling is not None:
             self._cancelling.cancel()
         if self.error is None or self._is_complete or self.has_left:
             return
+        sending = asyncio.ensure_future(self._send_error(self.error))
+        try:
+            await CLOCK.wait({sending}, LAST_SEND_S)
+        finally:
+            sending.cancel()
+
+    async def _send_error(self, error: JobError) -> None:
         with suppress(OSError, RuntimeError):  # The client has gone meanwhile.
             if not self._status:
-                await self.refuse(self.error)
+                await self.refuse(error)
             elif self.scope["type"] == "websocket":
-                await self._send({"type": "websocket.close", "code": _GOING_AWAY, "reason": str(self.error)[:100]})
+                await self._send({"type": "websocket.close", "code": _GOING_AWAY, "reason": str(error)[:100]})
             elif self._is_stream:
-                events = f"data: {json.dumps(self.error.document())}\n\ndata: [DONE]\n\n".encode()
+                events = f"data: {json.dumps(error.document())}\n\ndata: [DONE]\n\n".encode()
                 await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     def is_cancelled_here(self) -> bool:

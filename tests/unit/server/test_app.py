@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -228,6 +229,20 @@ async def test_a_stream_that_takes_too_long_ends_with_an_error_event() -> None:
     assert engine.disconnects == 1
 
 
+async def test_a_client_that_does_not_read_cannot_keep_its_request_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers are full, so that not even the error at the end can be sent."""
+    monkeypatch.setattr("engine.server.request.LAST_SEND_S", 0.1)
+    engine = Engine(body=[b"x" * 2**20] * 1000, content_type="text/event-stream")
+
+    async with serve(engine, execution_timeout_s=0.5) as site:
+        with socket.create_connection((site.client.base_url.host, site.client.base_url.port or 0)) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+            await until(lambda: site.app.running)
+            await asyncio.wait_for(until(lambda: not site.app.running), 10)
+
+    assert engine.disconnects == 1
+
+
 async def test_an_app_that_ignores_the_end_of_its_request_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.server.request.ABORT_GRACE_S", 0.1)
 
@@ -308,9 +323,9 @@ async def test_a_websocket_needs_an_open_route_too() -> None:
             return self
 
     async with serve(Realtime()) as site, aiohttp.ClientSession() as session:
-        async with session.ws_connect(f"{site.url}/v1/realtime") as socket:
-            await socket.send_str("hello")
-            assert await socket.receive_str() == "HELLO"
+        async with session.ws_connect(f"{site.url}/v1/realtime") as connection:
+            await connection.send_str("hello")
+            assert await connection.receive_str() == "HELLO"
         with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
             await session.ws_connect(f"{site.url}/sleep")
 
