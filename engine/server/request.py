@@ -44,7 +44,7 @@ class RunningRequest:
         times: its times.
         costs: adds what it cost to the response.
         error: why it was aborted.
-        has_left: whether its client has left.
+        has_left: whether its client has left before the end.
     """
 
     def __init__(self, scope: Message, receive: Receive, send: Send, on_first_output: Callable[[], None]) -> None:
@@ -76,7 +76,7 @@ class RunningRequest:
     @property
     def outcome(self) -> str:
         """How it ended: "completed", "failed", or "stopped" by its client."""
-        if self.has_left and not self._is_complete:
+        if self.has_left:
             return "stopped"
         failed = self.error is not None or self._has_failed or self._status >= HTTPStatus.BAD_REQUEST
         return "completed" if self._is_complete and not failed else "failed"
@@ -177,7 +177,7 @@ class RunningRequest:
         if message["type"] == "websocket.disconnect" and self._status == HTTPStatus.SWITCHING_PROTOCOLS:
             self._is_complete = True  # A client ends a WebSocket so.
         elif message["type"].endswith(".disconnect"):
-            self.has_left = True
+            self.has_left = not self._is_complete
         return message
 
     async def _send_unless_aborted(self, message: Message) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -16,7 +16,7 @@ import aiohttp
 import httpx
 import pytest
 from starlette.datastructures import UploadFile
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.websockets import WebSocket
 from uvicorn.server import ServerState
@@ -347,6 +347,28 @@ async def test_a_client_that_leaves_while_it_sends_its_body_reaches_no_engine() 
         await until(lambda: not site.app.running)
 
     assert engine.requests == []
+
+
+async def test_a_client_that_leaves_while_it_uploads_a_file_has_stopped_its_request() -> None:
+    """Whatever the app still answers: vLLM's says 400, as the form has no end."""
+
+    class Form(Engine):
+        async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+            with suppress(ClientDisconnect):
+                await Request(scope, receive).form()
+            await Response(status_code=400)(scope, receive, send)
+
+    ended: list[JobTimes] = []
+    async with serve(Form(), on_ended=ended.append) as site:
+        address = site.client.base_url
+        _, writer = await asyncio.open_connection(address.host, address.port)
+        kind = "content-type: multipart/form-data; boundary=b\r\ncontent-length: 100"
+        writer.write(f"POST /v1/audio/transcriptions HTTP/1.1\r\nhost: x\r\n{kind}\r\n\r\n--b\r\n".encode())
+        await until(lambda: site.app.running)
+        writer.close()
+        await until(lambda: ended)
+
+    assert ended[0].outcome == "stopped"
 
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
