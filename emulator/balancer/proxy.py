@@ -280,6 +280,7 @@ class _RequestBody:
         if is_empty:
             self._is_read.set()
         self._too_large = False
+        self._client_has_gone = False
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes."""
@@ -287,6 +288,7 @@ class _RequestBody:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
+                self._client_has_gone = True
                 raise aiohttp.ClientConnectionError("the client has gone")
             size += len(message.get("body", b""))
             if size > self._limit:
@@ -327,7 +329,8 @@ class _RequestBody:
         except aiohttp.ClientError:
             if self._too_large:
                 raise ContentTooLargeError(f"the body exceeds {self._limit} bytes") from None
-            raise
+            if not self._client_has_gone:
+                raise
         finally:
             watching.cancel()
             answering.cancel()
