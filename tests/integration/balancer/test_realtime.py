@@ -1,8 +1,7 @@
-"""The WebSocket `/v1/realtime` of the worker as it is (`python handler.py`), through the balancer, with a tiny Voxtral."""
+"""The WebSocket `/v1/realtime` through the balancer: the worker as it is (`python handler.py`), and a tiny Voxtral."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import socket
 import sys
@@ -15,7 +14,7 @@ import aiohttp
 import pytest
 
 from tests.integration.balancer.conftest import Site, balancer_with
-from tests.integration.emulator.conftest import KEY, LLM_START_S
+from tests.integration.emulator.conftest import KEY, LLM_START_S, eventually
 from tests.processes import VLLM_ENVIRONMENT
 from tests.voxtral import RATE_HZ, SETTINGS, realtime_model
 from tests.whisper import tone
@@ -117,8 +116,7 @@ async def test_a_client_that_leaves_frees_its_place_in_the_engine_for_the_next(s
         begun.connection.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     assert refused.value.status == HTTPStatus.TOO_MANY_REQUESTS
-    while site.workers("running"):
-        await asyncio.sleep(0.05)
+    eventually(lambda: not site.workers("running"))
     _, end = await transcribed(site)
     assert end["type"] == "transcription.done"
 
