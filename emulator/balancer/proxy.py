@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
@@ -203,7 +203,10 @@ class _Exchange:
                 request.is_complete = True
         except aiohttp.WSServerHandshakeError as error:
             request.status_code, request.is_complete = error.status, True
-            await self._deny(error.status, json.dumps({"error": f"the worker answered with status {error.status}"}))
+            text = json.dumps({"error": f"the worker answered with status {error.status}"})
+            retry_after = None if error.headers is None else error.headers.get("retry-after")
+            more = [] if retry_after is None else [(b"retry-after", retry_after.encode())]
+            await self._deny(error.status, text, more)
 
     async def _relay(
         self, upstream: aiohttp.ClientWebSocketResponse, endpoint: BalancerEndpoint, request: BalancedRequest
@@ -251,9 +254,9 @@ class _Exchange:
             return
         await self._deny(int(error.status), json.dumps({"error": str(error)}))
 
-    async def _deny(self, status: int, text: str) -> None:
+    async def _deny(self, status: int, text: str, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
         kind = "websocket.http.response" if self._is_websocket else "http.response"
-        headers = [(b"content-type", b"application/json")]
+        headers = [(b"content-type", b"application/json"), *more]
         if self._worker:
             headers.append((HEADER, self._worker.encode()))
         await self._send({"type": f"{kind}.start", "status": status, "headers": headers})
