@@ -258,7 +258,9 @@ class TimedOutError(JobError):
     type = "TimeoutError"
 
     def __init__(self, limit_s: float) -> None:
-        super().__init__(f"it has run for {limit_s:g} s, the limit that EXECUTION_TIMEOUT_S or the platform sets")
+        super().__init__(
+            f"the request has run for {limit_s:g} s, the limit that EXECUTION_TIMEOUT_S or the platform sets"
+        )
 
 
 def error_text(output: Any) -> str | None:
