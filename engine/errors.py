@@ -8,7 +8,7 @@ WorkerError
 ├── RefusedDeliveryError      the platform does not accept a delivery, and will not
 └── JobError                  one job ends with this error; the worker continues
     ├── InvalidInputError     400: the job's input is not accepted
-    ├── RouteNotAllowedError  403: jobs may not call the route
+    ├── RouteNotAllowedError  403: clients may not call the route
     ├── FileNotAllowedError   403: jobs may not read the file
     ├── UnknownRouteError     404: vLLM has no such route
     ├── EngineResponseError   vLLM answered with an error status, or ended a stream with an error; passed on unchanged
@@ -22,7 +22,7 @@ WorkerError
     ├── EngineError           500: the engine stopped without a response; another attempt may succeed
     ├── WorkerShutdownError   503: the worker ends before the job did; another worker may run it
     ├── LoadingError          503: the worker does not serve yet
-    └── TimedOutError         504: the job has run for longer than the worker allows
+    └── TimedOutError         504: the job or request has run for longer than the worker allows
 
 `retryable` is true where another attempt can help: the engine stopped, the worker ends, an output did not arrive, or
 vLLM answered with status 429, 502, 503 or 504. It is false for status 500: the engine is alive (a job of a dead engine
@@ -107,14 +107,14 @@ class InvalidInputError(JobError):
 
 
 class RouteNotAllowedError(JobError):
-    """Jobs may not call the route."""
+    """Clients may not call the route, by a job or over HTTP."""
 
     status = HTTPStatus.FORBIDDEN
     type = "PermissionDeniedError"
 
     def __init__(self, route: str, open_routes: list[str]) -> None:
         super().__init__(
-            f"jobs may not call {route}. Allowed: {', '.join(open_routes)}. ALLOWED_ROUTES of the worker allows more"
+            f"clients may not call {route}. Allowed: {', '.join(open_routes)}. ALLOWED_ROUTES of the worker allows more"
         )
 
 
@@ -252,13 +252,15 @@ class LoadingError(JobError):
 
 
 class TimedOutError(JobError):
-    """The job has run for longer than `limit_s` seconds."""
+    """The job, or the HTTP request, has run for longer than `limit_s` seconds."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
     type = "TimeoutError"
 
     def __init__(self, limit_s: float) -> None:
-        super().__init__(f"the job has run for {limit_s:g} s, the limit that EXECUTION_TIMEOUT_S or the platform sets")
+        super().__init__(
+            f"the request has run for {limit_s:g} s, the limit that EXECUTION_TIMEOUT_S or the platform sets"
+        )
 
 
 def error_text(output: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
@@ -203,7 +203,10 @@ class _Exchange:
                 request.is_complete = True
         except aiohttp.WSServerHandshakeError as error:
             request.status_code, request.is_complete = error.status, True
-            await self._deny(error.status, json.dumps({"error": f"the worker answered with status {error.status}"}))
+            text = json.dumps({"error": f"the worker answered with status {error.status}"})
+            retry_after = None if error.headers is None else error.headers.get("retry-after")
+            more = [] if retry_after is None else [(b"retry-after", retry_after.encode())]
+            await self._deny(error.status, text, more)
 
     async def _relay(
         self, upstream: aiohttp.ClientWebSocketResponse, endpoint: BalancerEndpoint, request: BalancedRequest
@@ -251,9 +254,9 @@ class _Exchange:
             return
         await self._deny(int(error.status), json.dumps({"error": str(error)}))
 
-    async def _deny(self, status: int, text: str) -> None:
+    async def _deny(self, status: int, text: str, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
         kind = "websocket.http.response" if self._is_websocket else "http.response"
-        headers = [(b"content-type", b"application/json")]
+        headers = [(b"content-type", b"application/json"), *more]
         if self._worker:
             headers.append((HEADER, self._worker.encode()))
         await self._send({"type": f"{kind}.start", "status": status, "headers": headers})
@@ -280,6 +283,7 @@ class _RequestBody:
         if is_empty:
             self._is_read.set()
         self._too_large = False
+        self._client_has_gone = False
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes."""
@@ -287,6 +291,7 @@ class _RequestBody:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
+                self._client_has_gone = True
                 raise aiohttp.ClientConnectionError("the client has gone")
             size += len(message.get("body", b""))
             if size > self._limit:
@@ -327,7 +332,8 @@ class _RequestBody:
         except aiohttp.ClientError:
             if self._too_large:
                 raise ContentTooLargeError(f"the body exceeds {self._limit} bytes") from None
-            raise
+            if not self._client_has_gone:
+                raise
         finally:
             watching.cancel()
             answering.cancel()

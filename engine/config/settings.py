@@ -98,7 +98,7 @@ class Settings(BaseModel):
     allowed_routes: Annotated[frozenset[_Route], BeforeValidator(_split)] = Field(
         frozenset(),
         examples=["/metrics", "/sleep,/wake_up"],
-        description="Additional vLLM routes that jobs may call (comma-separated).",
+        description="Additional vLLM routes that clients may call (comma-separated).",
     )
     log_job_inputs: bool = Field(default=False, description="Log the input of each job.")
     log_format: Literal["text", "json"] = Field(

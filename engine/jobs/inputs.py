@@ -244,7 +244,7 @@ def parse(
     Args:
         job: as it was taken.
         max_model_len: maximum tokens of prompt and output together.
-        open_routes: the routes that jobs may call.
+        open_routes: the routes that clients may call.
         event_tokens: returns how many tokens an event of a stream of plain text should have on a route; None where each
             token must be an event of its own.
         has_route: returns whether vLLM has a route.
@@ -252,7 +252,7 @@ def parse(
     Raises:
         InvalidInputError: the input is in none of the accepted formats; the message says what is wrong and what is
             accepted.
-        RouteNotAllowedError: jobs may not call the route.
+        RouteNotAllowedError: clients may not call the route.
         UnknownRouteError: vLLM has no such route.
         ExpiredError: the job waited for too long.
     """

@@ -38,7 +38,7 @@ class Engine(Protocol):
 
     @property
     def open_routes(self) -> frozenset[str]:
-        """The routes that jobs may call."""
+        """The routes that clients may call."""
 
     @property
     def files(self) -> Files:

@@ -106,7 +106,7 @@ class ServerApp:
         self.last_request_at = CLOCK.now()
         if self._cold_start is not None:
             self._cold_start.mark("first_take")
-        request = RunningRequest(scope, receive, send, self._mark_first_output)
+        request = RunningRequest(_without_trailing_slash(scope), receive, send, self._mark_first_output)
         if request.id in self.running:
             request.id = request.times.job_id = uuid.uuid4().hex
         CURRENT.set(request.times)
@@ -114,7 +114,7 @@ class ServerApp:
         self._on_started(request.times)
         self.running[request.id] = request
         timer = self._start_timer(request)
-        described: dict[str, Any] = {"input": {"route": scope["path"]}}
+        described: dict[str, Any] = {"input": {"route": request.scope["path"]}}
         try:
             await self._serve(request, described)
         except JobError as error:
@@ -135,9 +135,7 @@ class ServerApp:
         if self.refusal is not None:
             raise self.refusal
         path = request.scope["path"]
-        is_websocket = request.scope["type"] == "websocket"
-        routes = self._engine.open_routes | WEBSOCKET if is_websocket else self._engine.open_routes
-        inputs.check_route(path, routes, self._engine.has_route)
+        inputs.check_route(path, self._engine.open_routes | WEBSOCKET, self._engine.has_route)
         app = await self._engine.app()
         body = await request.body() if _has_json_body(request.scope) else None
         if request.has_left:
@@ -192,6 +190,17 @@ class ServerApp:
             self._on_ended(times)
         except Exception:  # noqa: BLE001 (a line of the log is not worth the request)
             _log.exception("Request %s: its end could not be logged", request.id)
+
+
+def _without_trailing_slash(scope: Message) -> Message:
+    """Return the scope of the route that a path with a slash at its end means, as in a job.
+
+    vLLM redirects there, to the host that the request names: behind a balancer that is not the client's.
+    """
+    if not scope["path"].endswith("/") or scope["path"] == "/":
+        return scope
+    raw_path = scope["raw_path"].removesuffix(b"/")
+    return {**scope, "path": scope["path"].removesuffix("/"), "raw_path": raw_path}
 
 
 def _has_json_body(scope: Message) -> bool:

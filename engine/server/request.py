@@ -21,6 +21,8 @@ from engine.telemetry.job_times import JobTimes, is_traceparent
 
 # How long the app may take to end a request that is aborted, before its task is cancelled.
 ABORT_GRACE_S = 5.0
+# How long a client may take to make room in its buffers for the error that ends its response.
+LAST_SEND_S = 1.0
 # RFC 6455: the server goes away.
 _GOING_AWAY = 1001
 # In whole seconds. A full engine, or another worker, may have room then.
@@ -42,7 +44,7 @@ class RunningRequest:
         times: its times.
         costs: adds what it cost to the response.
         error: why it was aborted.
-        has_left: whether its client has left.
+        has_left: whether its client has left before the end.
     """
 
     def __init__(self, scope: Message, receive: Receive, send: Send, on_first_output: Callable[[], None]) -> None:
@@ -74,7 +76,7 @@ class RunningRequest:
     @property
     def outcome(self) -> str:
         """How it ended: "completed", "failed", or "stopped" by its client."""
-        if self.has_left and not self._is_complete:
+        if self.has_left:
             return "stopped"
         failed = self.error is not None or self._has_failed or self._status >= HTTPStatus.BAD_REQUEST
         return "completed" if self._is_complete and not failed else "failed"
@@ -125,19 +127,26 @@ class RunningRequest:
     async def end(self) -> None:
         """Send the error of an aborted request as its response, or as the last event of a stream.
 
-        Another response stays cut off.
+        Another response stays cut off, and so does one whose client does not read.
         """
         if self._cancelling is not None:
             self._cancelling.cancel()
         if self.error is None or self._is_complete or self.has_left:
             return
+        sending = asyncio.ensure_future(self._send_error(self.error))
+        try:
+            await CLOCK.wait({sending}, LAST_SEND_S)
+        finally:
+            sending.cancel()
+
+    async def _send_error(self, error: JobError) -> None:
         with suppress(OSError, RuntimeError):  # The client has gone meanwhile.
             if not self._status:
-                await self.refuse(self.error)
+                await self.refuse(error)
             elif self.scope["type"] == "websocket":
-                await self._send({"type": "websocket.close", "code": _GOING_AWAY, "reason": str(self.error)[:100]})
+                await self._send({"type": "websocket.close", "code": _GOING_AWAY, "reason": str(error)[:100]})
             elif self._is_stream:
-                events = f"data: {json.dumps(self.error.document())}\n\ndata: [DONE]\n\n".encode()
+                events = f"data: {json.dumps(error.document())}\n\ndata: [DONE]\n\n".encode()
                 await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     def is_cancelled_here(self) -> bool:
@@ -168,7 +177,7 @@ class RunningRequest:
         if message["type"] == "websocket.disconnect" and self._status == HTTPStatus.SWITCHING_PROTOCOLS:
             self._is_complete = True  # A client ends a WebSocket so.
         elif message["type"].endswith(".disconnect"):
-            self.has_left = True
+            self.has_left = not self._is_complete
         return message
 
     async def _send_unless_aborted(self, message: Message) -> None:

@@ -52,7 +52,7 @@ class ParityClient:
 
     def __init__(self, queue: EmulatorQueue, client: httpx.Client) -> None:
         self._queue = queue
-        self._client = client
+        self.client = client
 
     def queued(self, case: Case) -> Answer:
         """Return the answer from the queue."""
@@ -84,20 +84,21 @@ class ParityClient:
 
     def direct(self, case: Case) -> Answer:
         """Return vLLM's answer."""
-        return self._answer(self._client.request("GET" if case.body is None else "POST", case.route, json=case.body))
+        return _answer(self.client.request("GET" if case.body is None else "POST", case.route, json=case.body))
 
-    def uploaded(self, route: str, fields: dict[str, Any], files: dict[str, tuple[str, bytes, str]]) -> Answer:
-        """Return vLLM's answer to a multipart upload; of a file, the name, the content and the type."""
-        texts = [
-            (name, one) for name, value in fields.items() for one in (value if isinstance(value, list) else [value])
-        ]
-        parts: list[tuple[str, Any]] = [(name, (None, str(one))) for name, one in texts]
-        return self._answer(self._client.post(route, files=[*parts, *files.items()]))
 
-    @staticmethod
-    def _answer(answer: httpx.Response) -> Answer:
-        is_json = answer.headers.get("content-type") == "application/json"
-        return Answer(answer.status_code, answer.json() if is_json else answer.text)
+def upload(
+    client: httpx.Client, route: str, fields: dict[str, Any], files: dict[str, tuple[str, bytes, str]]
+) -> Answer:
+    """Return the answer to a multipart upload; of a file, the name, the content and the type."""
+    texts = [(name, one) for name, value in fields.items() for one in (value if isinstance(value, list) else [value])]
+    parts: list[tuple[str, Any]] = [(name, (None, str(one))) for name, one in texts]
+    return _answer(client.post(route, files=[*parts, *files.items()]))
+
+
+def _answer(answer: httpx.Response) -> Answer:
+    is_json = answer.headers.get("content-type") == "application/json"
+    return Answer(answer.status_code, answer.json() if is_json else answer.text)
 
 
 def events(text: str) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
-"""A file that a job names is transcribed as vLLM transcribes the same file in a multipart upload."""
+"""A file is transcribed as vLLM transcribes it in a multipart upload: named by a job, or uploaded to a balancer."""
 
 from __future__ import annotations
 
 import base64
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -10,11 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
-from tests.integration.parity import Answer, ParityClient, joined, plain
+from tests.integration.balancer.conftest import Site, balancer_with
+from tests.integration.conftest import START_S
+from tests.integration.emulator.conftest import KEY, eventually
+from tests.integration.parity import Answer, ParityClient, joined, plain, upload
 from tests.integration.parity_cases import Case
 from tests.integration.test_parity_pooling import served
+from tests.processes import OTHER_CORE, VLLM_ENVIRONMENT
 from tests.whisper import tone, transcription_model
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
@@ -22,6 +29,10 @@ TRANSLATIONS = "/v1/audio/translations"
 ENGLISH: dict[str, Any] = {"model": "tiny", "language": "en"}
 # Longer than one clip of the model, and of a rate that is not the model's.
 AUDIO = tone(5, rate_hz=22_050)
+LIMITS = {
+    "VLLM_MAX_AUDIO_CLIP_FILESIZE_MB": "1",
+    "MAX_NUM_BATCHED_TOKENS": "512",  # A clip is a prompt of the encoder, which is not divided.
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +74,31 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def parity(folder: Path, volume: Path) -> Iterator[ParityClient]:
-    model = transcription_model(folder / "model")
-    environment = {
-        "NETWORK_VOLUME": str(volume),
-        "ALLOWED_MEDIA_DOMAINS": "127.0.0.1",
-        "VLLM_MAX_AUDIO_CLIP_FILESIZE_MB": "1",
-        "MAX_NUM_BATCHED_TOKENS": "512",  # A clip is a prompt of the encoder, which is not divided.
-    }
+def model(folder: Path) -> str:
+    return transcription_model(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def parity(model: str, folder: Path, volume: Path) -> Iterator[ParityClient]:
+    environment = {"NETWORK_VOLUME": str(volume), "ALLOWED_MEDIA_DOMAINS": "127.0.0.1", **LIMITS}
     with served(model, environment, folder / "log") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def site(model: str) -> Iterator[Site]:
+    """Run the worker as it is on a load-balancing endpoint, with the same model."""
+    variables = {**VLLM_ENVIRONMENT, **OTHER_CORE, **LIMITS, "MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny"}
+    variables |= {"MAX_NUM_SEQS": "1", "ENABLE_PREFIX_CACHING": "false"}
+    command = [sys.executable, "handler.py"]
+    with balancer_with(command=command, env=variables, workersMin=1, workersMax=1, initTimeout=START_S) as started:
+        started.idle_workers(1, START_S)
+        yield started
+
+
+@pytest.fixture
+def client(site: Site) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{site.url}/v1", api_key=KEY, max_retries=0) as client:
         yield client
 
 
@@ -85,8 +112,12 @@ def file(request: pytest.FixtureRequest, url: str, volume: Path) -> str:
 
 def uploaded(parity: ParityClient, route: str, fields: dict[str, Any], audio: bytes | None = AUDIO) -> Answer:
     """Return vLLM's answer to the same as a multipart upload."""
-    files = {} if audio is None else {"file": ("tone.wav", audio, "audio/wav")}
-    return parity.uploaded(route, fields, files)
+    return upload(parity.client, route, fields, file_part(audio))
+
+
+def file_part(audio: bytes | None, field: str = "file") -> dict[str, tuple[str, bytes, str]]:
+    """Return the form's part with the file, if there is one."""
+    return {} if audio is None else {field: ("tone.wav", audio, "audio/wav")}
 
 
 @pytest.mark.parametrize("route", [TRANSCRIPTIONS, TRANSLATIONS])
@@ -164,3 +195,72 @@ def test_a_file_that_may_not_be_read_is_refused(url: str, volume: Path, parity: 
     for reference, (status, reason) in refusals.items():
         answer = parity.queued(Case(TRANSCRIPTIONS, {**ENGLISH, "file": reference}))
         assert (answer.status, reason in answer.body["error"]["message"]) == (status, True), answer
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # Of OpenAI's client: translations.
+@pytest.mark.parametrize("kind", ["transcriptions", "translations"])
+def test_the_openai_client_uploads_a_file_to_a_load_balancing_endpoint(
+    kind: str, client: openai.OpenAI, parity: ParityClient
+) -> None:
+    resource: Any = getattr(client.audio, kind)
+    answer = resource.create(model="tiny", file=("tone.wav", AUDIO), extra_body={"language": "en"})
+
+    assert answer.text
+    assert answer.text == uploaded(parity, f"/v1/audio/{kind}", ENGLISH).body["text"]
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # Of OpenAI's client: translations.
+@pytest.mark.parametrize("kind", ["transcriptions", "translations"])
+def test_the_openai_client_streams_the_text_of_an_upload(
+    kind: str, client: openai.OpenAI, parity: ParityClient
+) -> None:
+    fields = {"language": "en", "stream": True, "stream_include_usage": True}
+    resource: Any = getattr(client.audio, kind).with_streaming_response
+    with resource.create(model="tiny", file=("tone.wav", AUDIO), extra_body=fields) as response:
+        balanced = response.read().decode()
+
+    direct = uploaded(parity, f"/v1/audio/{kind}", ENGLISH | fields).body
+    assert len(joined(balanced)) > 1
+    assert joined(balanced) == joined(direct)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({**ENGLISH, "response_format": "verbose_json"}, file_part(AUDIO)),
+        ({**ENGLISH, "response_format": "text", "prompt": "A fox 漢"}, file_part(AUDIO)),
+        ({**ENGLISH, "temperature": 0.5, "seed": 7}, file_part(AUDIO)),
+        (ENGLISH, file_part(None)),
+        (ENGLISH, file_part(AUDIO, "audio")),
+        (ENGLISH, file_part(b"")),
+        (ENGLISH, file_part(b"no audio at all")),
+        (ENGLISH, file_part(bytes(2**20 + 1))),
+        ({**ENGLISH, "model": "gpt-5"}, file_part(AUDIO)),
+        ({**ENGLISH, "language": "xx"}, file_part(AUDIO)),
+        ({**ENGLISH, "temperature": "warm"}, file_part(AUDIO)),
+    ],
+    ids=["verbose_json", "text", "sampling", "no file", "another field", "empty file", "no audio", "large file",
+         "unknown model", "unknown language", "bad field"],
+)  # fmt: skip
+def test_an_upload_to_a_load_balancing_endpoint_gets_vllms_answer(
+    fields: dict[str, Any], parts: dict[str, tuple[str, bytes, str]], site: Site, parity: ParityClient
+) -> None:
+    balanced = upload(site.client, TRANSCRIPTIONS, fields, parts)
+    direct = upload(parity.client, TRANSCRIPTIONS, fields, parts)
+
+    assert balanced.status == direct.status < HTTPStatus.INTERNAL_SERVER_ERROR
+    assert plain(balanced.body) == plain(direct.body)
+
+
+def test_a_client_that_leaves_in_mid_upload_is_logged_as_such(site: Site) -> None:
+    host, port = site.url.removeprefix("http://").split(":")
+    head = (
+        f"POST {TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100000\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+    )
+    with socket.create_connection((host, int(port))) as leaving:
+        leaving.sendall(head.encode())
+        eventually(lambda: site.workers("running"))
+
+    eventually(lambda: site.lines_with('"status": "stopped"'))
+    assert not site.lines_with("failed in the engine")

@@ -99,17 +99,26 @@ def test_a_websocket_of_a_model_without_realtime_and_a_form_get_vllms_answers(si
     assert form.status_code in (400, 404)
 
 
-def test_a_client_that_leaves_ends_its_request_in_the_engine(site: Site) -> None:
-    body = {"model": "tiny", "prompt": "January,", "stream": True, "ignore_eos": True, "max_tokens": 1900}
-    with site.client.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_request_in_the_engine(stream: bool, site: Site) -> None:
+    body = {"model": "tiny", "prompt": "January,", "stream": stream, "ignore_eos": True, "max_tokens": 1900}
+    name = f"leaves-{stream}"
+    headers = {"X-Request-Id": name}
+    if stream:
+        with site.client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            site.client.post("/v1/completions", json=body, headers=headers, timeout=0.5)
 
-    def log_line() -> list[str]:
-        (worker,) = site.idle_workers(1)
-        return [line for line in worker["log"] if '"status": "stopped"' in line]
+    (line,) = eventually(lambda: [line for line in site.lines_with(f'"job": "{name}"') if '"duration_s"' in line])
+    ended = json.loads(line.partition("| ")[2])
+    assert (ended["route"], ended["status"]) == ("/v1/completions", "stopped")
+    assert (ended["tokens_out"] or 0) < 1900
 
-    (line,) = eventually(log_line)
-    assert json.loads(line.partition("| ")[2])["route"] == "/v1/completions"
+
+def test_a_slash_at_the_end_of_a_route_is_dropped(site: Site) -> None:
+    assert site.client.get("/v1/models/").json()["data"][0]["id"] == "tiny"
 
 
 def test_a_dead_engine_ends_its_requests_with_an_error_and_the_worker_with_1(site: Site) -> None:

@@ -62,6 +62,14 @@ def words(client: httpx.Client, text: str) -> list[str]:
     return [*said, data[-1]]
 
 
+async def talk(site: Site, path: str) -> str:
+    """Say hello to a WebSocket; return its answer."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with aiohttp.ClientSession(headers=headers) as session, session.ws_connect(site.url + path) as one:
+        await one.send_str("hello")
+        return await one.receive_str()
+
+
 def test_no_health_check_is_refused_from_the_first_204_through_the_handover_to_the_first_200s(
     worker: StartWorker,
 ) -> None:
@@ -180,7 +188,11 @@ def test_more_than_the_engine_can_run_is_refused_with_retry_after(start: Start) 
         lines = [streams.enter_context(one).iter_lines() for one in opened]
         assert all(next(one) for one in lines)
         refused = site.client.post("/v1/chat/completions", json=chat("a"))
+        with pytest.raises(aiohttp.WSServerHandshakeError) as websocket:
+            asyncio.run(talk(site, "/v1/realtime"))
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert websocket.value.headers is not None
+    assert (websocket.value.status, websocket.value.headers["retry-after"]) == (429, "1")
     # Its clients have left.
     site.idle_workers(1)
     assert words(site.client, "a b") == ["a", "b", "[DONE]"]
@@ -190,15 +202,9 @@ def test_a_websocket_reaches_its_open_route_only(start: Start) -> None:
     site = start(workersMin=1)
     site.idle_workers(1)
 
-    async def talk(path: str) -> str:
-        headers = {"Authorization": f"Bearer {KEY}"}
-        async with aiohttp.ClientSession(headers=headers) as session, session.ws_connect(site.url + path) as one:
-            await one.send_str("hello")
-            return await one.receive_str()
-
-    assert asyncio.run(talk("/v1/realtime")) == "hello"
+    assert asyncio.run(talk(site, "/v1/realtime")) == "hello"
     with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-        asyncio.run(talk("/sleep"))
+        asyncio.run(talk(site, "/sleep"))
     assert refused.value.status == 403
 
 

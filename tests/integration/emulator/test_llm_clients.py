@@ -160,7 +160,7 @@ def test_errors_raise_the_clients_matching_exceptions(client: openai.OpenAI, llm
             client.chat.completions.create(model="tiny", messages=messages_of(STORY), temperature=-1, stream=stream)
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         client.completions.create(model="tiny", prompt="fox " * 5000)
-    with pytest.raises(openai.PermissionDeniedError, match="jobs may not call"):
+    with pytest.raises(openai.PermissionDeniedError, match="clients may not call"):
         client.post("/chat/completions/render", body={"messages": messages_of(STORY)}, cast_to=object)
     with pytest.raises(openai.NotFoundError, match="vLLM has no route /v1/models/tiny"):
         client.models.retrieve("tiny")

@@ -228,7 +228,7 @@ CLOSED = ["/metrics", "/sleep", "/wake_up", "/v1/load_lora_adapter", "/start_pro
 def test_administrative_routes_are_refused_unless_a_setting_allows_them(route: str) -> None:
     job = {"id": "1", "input": {"openai_route": route, "openai_input": {}}}
 
-    with pytest.raises(RouteNotAllowedError, match=r"jobs may not call .*\. Allowed: .*ALLOWED_ROUTES"):
+    with pytest.raises(RouteNotAllowedError, match=r"clients may not call .*\. Allowed: .*ALLOWED_ROUTES"):
         parse(job, 2048)
     assert parse(job, 2048, SERVING | {route}).path == route
 

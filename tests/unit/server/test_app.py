@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ import aiohttp
 import httpx
 import pytest
 from starlette.datastructures import UploadFile
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.websockets import WebSocket
 from uvicorn.server import ServerState
@@ -110,7 +111,28 @@ async def test_a_route_that_is_not_open_is_refused_as_a_job_is(path: str, unknow
         response = await site.client.post(path, json={})
 
     assert response.status_code == response.json()["status"] == status
+    assert "job" not in response.json()["error"]["message"]
     assert engine.requests == []
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "/v1/completions/?a=b"])
+async def test_a_slash_at_the_end_of_a_route_is_dropped_as_in_a_job(path: str) -> None:
+    """A redirect, as vLLM sends, would lead to the address of the worker, which clients of a balancer do not reach."""
+    engine = Engine()
+
+    async with serve(engine) as site:
+        response = await site.client.post(path, json={"prompt": "a"})
+
+    ((scope, _),) = engine.requests
+    assert response.status_code == 200
+    assert (scope["path"], scope["raw_path"]) == ("/v1/completions", b"/v1/completions")
+
+
+async def test_a_route_of_websockets_gets_vllms_own_answer_without_an_upgrade() -> None:
+    async with serve(Engine(status=404)) as site:
+        response = await site.client.get("/v1/realtime")
+
+    assert response.status_code == 404
 
 
 async def test_old_names_are_translated_and_other_json_is_untouched() -> None:
@@ -207,6 +229,20 @@ async def test_a_stream_that_takes_too_long_ends_with_an_error_event() -> None:
     assert engine.disconnects == 1
 
 
+async def test_a_client_that_does_not_read_cannot_keep_its_request_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers are full, so that not even the error at the end can be sent."""
+    monkeypatch.setattr("engine.server.request.LAST_SEND_S", 0.1)
+    engine = Engine(body=[b"x" * 2**20] * 1000, content_type="text/event-stream")
+
+    async with serve(engine, execution_timeout_s=0.5) as site:
+        with socket.create_connection((site.client.base_url.host, site.client.base_url.port or 0)) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+            await until(lambda: site.app.running)
+            await asyncio.wait_for(until(lambda: not site.app.running), 10)
+
+    assert engine.disconnects == 1
+
+
 async def test_an_app_that_ignores_the_end_of_its_request_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.server.request.ABORT_GRACE_S", 0.1)
 
@@ -287,9 +323,9 @@ async def test_a_websocket_needs_an_open_route_too() -> None:
             return self
 
     async with serve(Realtime()) as site, aiohttp.ClientSession() as session:
-        async with session.ws_connect(f"{site.url}/v1/realtime") as socket:
-            await socket.send_str("hello")
-            assert await socket.receive_str() == "HELLO"
+        async with session.ws_connect(f"{site.url}/v1/realtime") as connection:
+            await connection.send_str("hello")
+            assert await connection.receive_str() == "HELLO"
         with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
             await session.ws_connect(f"{site.url}/sleep")
 
@@ -311,6 +347,28 @@ async def test_a_client_that_leaves_while_it_sends_its_body_reaches_no_engine() 
         await until(lambda: not site.app.running)
 
     assert engine.requests == []
+
+
+async def test_a_client_that_leaves_while_it_uploads_a_file_has_stopped_its_request() -> None:
+    """Whatever the app still answers: vLLM's says 400, as the form has no end."""
+
+    class Form(Engine):
+        async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+            with suppress(ClientDisconnect):
+                await Request(scope, receive).form()
+            await Response(status_code=400)(scope, receive, send)
+
+    ended: list[JobTimes] = []
+    async with serve(Form(), on_ended=ended.append) as site:
+        address = site.client.base_url
+        _, writer = await asyncio.open_connection(address.host, address.port)
+        kind = "content-type: multipart/form-data; boundary=b\r\ncontent-length: 100"
+        writer.write(f"POST /v1/audio/transcriptions HTTP/1.1\r\nhost: x\r\n{kind}\r\n\r\n--b\r\n".encode())
+        await until(lambda: site.app.running)
+        writer.close()
+        await until(lambda: ended)
+
+    assert ended[0].outcome == "stopped"
 
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

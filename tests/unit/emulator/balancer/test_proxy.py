@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import threading
 import time
@@ -68,11 +69,11 @@ class Server:
                 return web.Response(status=self.health)
         self.requests.append(f"{request.method} {request.path_qs}")
         if request.path == "/ws":
-            socket = web.WebSocketResponse()
-            await socket.prepare(request)
-            async for message in socket:
-                await socket.send_str(f"{message.data}!")
-            return socket
+            answer = web.WebSocketResponse()
+            await answer.prepare(request)
+            async for message in answer:
+                await answer.send_str(f"{message.data}!")
+            return answer
         if request.path == "/echo":
             headers = {
                 "x-type": request.headers.get("content-type", ""),
@@ -195,6 +196,16 @@ def test_a_client_that_leaves_ends_its_request_at_the_worker(site: Site, method:
     with site.client.stream(method, "/stream", content=b"{}" if method == "POST" else None) as response:
         next(response.iter_raw())
     assert site.servers[0].gone.wait(10)
+    wait_until(lambda: site.endpoint.queue.in_progress == 0)
+    assert site.endpoint.queue.recent(1)[0].status == "CANCELLED"
+
+
+def test_a_client_that_leaves_in_mid_upload_has_cancelled_its_request(site: Site) -> None:
+    url = httpx.URL(site.endpoint.url)
+    with socket.create_connection((url.host, url.port or 0)) as client:
+        head = f"POST /echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9\r\n\r\nhalf"
+        client.sendall(head.encode())
+        wait_until(lambda: site.servers[0].requests)
     wait_until(lambda: site.endpoint.queue.in_progress == 0)
     assert site.endpoint.queue.recent(1)[0].status == "CANCELLED"
 
