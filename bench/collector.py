@@ -51,13 +51,17 @@ class OTLPReceiver:
     @property
     def metrics(self) -> dict[str, Any]:
         """The last value of each metric, by name."""
-        return {
-            metric.name: metric
-            for request in list(self.requests["/v1/metrics"])
-            for resource in request.resource_metrics
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-        }
+        return {metric.name: metric for metric in self._all_metrics()}
+
+    def all_of(self, name: str) -> list[Any]:
+        """Return all values of a metric, in the order in which they came."""
+        return [metric for metric in self._all_metrics() if metric.name == name]
+
+    def _all_metrics(self) -> Iterator[Any]:
+        for request in list(self.requests["/v1/metrics"]):
+            for resource in request.resource_metrics:
+                for scope in resource.scope_metrics:
+                    yield from scope.metrics
 
     @property
     def logs(self) -> list[Any]:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
@@ -17,12 +17,16 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
 from bench.collector import OTLPReceiver, attributes, receiving
 from engine.backend.statistics import Statistics
+from engine.backend.vllm_engine import VLLMEngine
 from engine.cold_start import ColdStart
+from engine.config.settings import Settings
 from engine.run_clock import CLOCK
 from engine.telemetry.costs import Costs
 from engine.telemetry.counters import COUNTERS
 from engine.telemetry.export import Export
 from engine.telemetry.job_times import CURRENT, JobTimes, RequestStats
+from engine.worker import Worker
+from tests.scripted_worker import ScriptedEngine
 from tests.unit.queue.fakes import LoopHarness
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -44,8 +48,7 @@ def exporting(receiver: OTLPReceiver, costs: Costs | None = None, **options: Any
         {"service.instance.id": "worker-1", "gpu.name": "H100"},
         costs or Costs(CLOCK.now()),
         statistics,
-        variables={},
-        **options,
+        **{"variables": {}, **options},
     )
     try:
         yield export
@@ -190,6 +193,75 @@ def test_vllms_metrics_have_their_own_names(receiver: OTLPReceiver) -> None:
     assert not [name for name in metrics if name.startswith("python_")]
 
 
+def test_explicit_buckets_are_for_seconds(receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
+    monkeypatch.setenv(name, "explicit_bucket_histogram")
+    costs = Costs(CLOCK.now())
+    with exporting(receiver, costs, variables={name: "explicit_bucket_histogram"}) as export:
+        export.job_ended(ended_job(costs))
+
+    for metric in ("gen_ai.server.request.duration", "worker.job.queue.duration", "worker.delivery.duration"):
+        (point,) = receiver.metrics[metric].histogram.data_points
+        assert point.explicit_bounds[0] <= 0.1
+        assert not point.bucket_counts[0]
+
+
+def test_vllms_counts_are_differences_if_the_collector_wants_them(
+    receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "delta")
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "20")
+    counter, gauge = Counter("vllm:prompt_tokens", "Tokens"), Gauge("vllm:num_requests_running", "Requests")
+    histogram = Histogram("vllm:time_to_first_token_seconds", "TTFT", buckets=(0.1, 1.0))
+    counter.inc(7)
+    gauge.set(3)
+    histogram.observe(0.05)
+    try:
+        with exporting(receiver):
+            while "vllm:prompt_tokens" not in receiver.metrics:
+                time.sleep(0.01)
+            counter.inc(5)
+            histogram.observe(0.5)
+    finally:
+        for one in (counter, gauge, histogram):
+            REGISTRY.unregister(one)
+
+    assert receiver.metrics["vllm:prompt_tokens"].sum.aggregation_temporality == 1
+    counts = [metric.sum.data_points[0].as_double for metric in receiver.all_of("vllm:prompt_tokens")]
+    assert [count for count in counts if count] == [7.0, 5.0]
+    points = [one.histogram.data_points[0] for one in receiver.all_of("vllm:time_to_first_token_seconds")]
+    assert [list(point.bucket_counts) for point in points if point.count] == [[1, 0, 0], [0, 1, 0]]
+    assert sum(point.sum for point in points) == pytest.approx(0.55)
+    assert points[1].start_time_unix_nano == points[0].time_unix_nano
+    assert receiver.metrics["vllm:num_requests_running"].gauge.data_points[0].as_double == 3.0
+
+
+def test_attributes_of_the_user_replace_the_workers(receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=chat,deployment.environment.name=test")
+    costs = Costs(CLOCK.now())
+    with exporting(receiver, costs) as export:
+        export.job_ended(ended_job(costs))
+
+    resource = receiver.resource()
+    assert (resource["service.name"], resource["deployment.environment.name"]) == ("chat", "test")
+    assert resource["service.instance.id"] == "worker-1"
+
+
+@pytest.mark.parametrize("signal", ["traces", "metrics", "logs"])
+def test_a_signal_that_is_not_wanted_is_not_sent(receiver: OTLPReceiver, signal: str) -> None:
+    costs = Costs(CLOCK.now())
+    with exporting(receiver, costs, variables={f"OTEL_{signal.upper()}_EXPORTER": "none"}) as export:
+        times = ended_job(costs)
+        export.job_started(times)
+        export.job_ended(times)
+        export.cold_start_ended(ColdStart(time.monotonic()))
+        logging.getLogger("engine.queue.job_loop").warning("a line")
+
+    sent = {path.rpartition("/")[2] for path, requests in receiver.requests.items() if requests}
+    assert sent == {"traces", "metrics", "logs"} - {signal}
+    assert times.has_span == (signal != "traces")
+
+
 def test_log_records_say_which_job_they_are_about(receiver: OTLPReceiver) -> None:
     logger = logging.getLogger("engine.queue.job_loop")
     logger.setLevel(logging.INFO)
@@ -245,3 +317,14 @@ def test_a_worker_without_a_collector_imports_nothing_of_it() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert not [name for name in done.stdout.split() if name.startswith(("opentelemetry", "prometheus_client"))]
+
+
+def test_a_worker_serves_without_telemetry_if_opentelemetry_refuses_a_variable(
+    receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "all")
+    settings = Settings.model_construct(otel_exporter_otlp_endpoint=receiver.url, price_per_second=None)
+    worker = Worker(cast("VLLMEngine", ScriptedEngine()), settings)
+
+    assert worker._start_export() == {}
+    assert "jobs are served without telemetry" in caplog.text
