@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
 
+import grpc
 import pytest
 from opentelemetry import trace
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
@@ -26,6 +28,7 @@ from engine.telemetry.counters import COUNTERS
 from engine.telemetry.export import Export
 from engine.telemetry.job_times import CURRENT, JobTimes, RequestStats
 from engine.worker import Worker
+from tests.grpc_collector import receiving_grpc
 from tests.scripted_worker import ScriptedEngine
 from tests.unit.queue.fakes import LoopHarness
 
@@ -260,6 +263,42 @@ def test_a_signal_that_is_not_wanted_is_not_sent(receiver: OTLPReceiver, signal:
     sent = {path.rpartition("/")[2] for path, requests in receiver.requests.items() if requests}
     assert sent == {"traces", "metrics", "logs"} - {signal}
     assert times.has_span == (signal != "traces")
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+def test_all_goes_by_grpc_too(with_tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a private CA, a header and compression."""
+    credentials = None
+    if with_tls:
+        made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+        made += ["-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"]
+        subprocess.run(made, cwd=tmp_path, check=True, capture_output=True)
+        key, certificate = ((tmp_path / name).read_bytes() for name in ("key.pem", "cert.pem"))
+        credentials = grpc.ssl_server_credentials([(key, certificate)])
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(tmp_path / "cert.pem"))
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "Authorization=Basic%20abc")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
+    costs = Costs(CLOCK.now())
+    with receiving_grpc(credentials) as receiver:
+        with exporting(receiver, costs, variables={"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}) as export:
+            export.job_ended(ended_job(costs))
+            logging.getLogger("engine.queue.job_loop").warning("a line")
+
+        assert {"job", "queue"} <= {span.name for span in receiver.spans}
+        assert "worker.jobs" in receiver.metrics
+        assert "a line" in {record.body.string_value for record in receiver.logs}
+
+
+def test_a_collector_of_grpc_that_hangs_is_given_up() -> None:
+    with receiving_grpc() as receiver:
+        receiver.answers.clear()
+        export = Export(
+            receiver.url, {}, Costs(CLOCK.now()), Statistics(), variables={"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
+        )
+        begun = time.monotonic()
+        export.shutdown(0.2)
+
+        assert time.monotonic() - begun < 5.0
 
 
 def test_log_records_say_which_job_they_are_about(receiver: OTLPReceiver) -> None:
