@@ -74,7 +74,10 @@ class Metrics:
             _DURATION_S,
         )
         self._first_output = _histogram(
-            meter, "gen_ai.server.time_to_first_token", "From the take of a job to its first output", _FIRST_OUTPUT_S
+            meter,
+            "gen_ai.server.time_to_first_token",
+            "From the take of a job to a stream's first output; of other answers, the engine's time to the first token",
+            _FIRST_OUTPUT_S,
         )
         self._per_token = _histogram(
             meter, "gen_ai.server.time_per_output_token", "Time for each output token after the first", _PER_TOKEN_S
@@ -116,8 +119,8 @@ class Metrics:
         attributes = metric_attributes(times)
         self._jobs.add(1, {"outcome": times.outcome, "gen_ai.request.model": times.served_model})
         self._duration.record(times.duration_s, attributes)
-        if times.first_output_s is not None:
-            self._first_output.record(times.first_output_s, attributes)
+        if times.outcome == "completed" and times.first_token_s is not None:
+            self._first_output.record(times.first_token_s, attributes)
         for request in times.requests:
             if request.output_tokens > 1:
                 self._per_token.record(request.decode_s / (request.output_tokens - 1), attributes)

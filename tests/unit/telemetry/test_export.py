@@ -26,7 +26,7 @@ from engine.run_clock import CLOCK
 from engine.telemetry.costs import Costs
 from engine.telemetry.counters import COUNTERS
 from engine.telemetry.export import Export
-from engine.telemetry.job_times import CURRENT, JobTimes, RequestStats
+from engine.telemetry.job_times import CURRENT, JobTimes, RequestStats, is_traceparent
 from engine.worker import Worker
 from tests.grpc_collector import receiving_grpc
 from tests.scripted_worker import ScriptedEngine
@@ -97,6 +97,31 @@ def test_a_jobs_spans_are_a_part_of_its_clients_trace(receiver: OTLPReceiver) ->
     assert {"worker.job.worker_s", "worker.job.cost"} <= given.keys()
     resource = receiver.resource()
     assert (resource["service.name"], resource["gpu.name"]) == ("vllm-serverless", "H100")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        (TRACEPARENT, True),
+        (f"cc{TRACEPARENT[2:]}", True),
+        (f"cc{TRACEPARENT[2:]}-more", True),
+        (f"cc{TRACEPARENT[2:]}more", False),
+        (f"{TRACEPARENT}-more", False),
+        (f"ff{TRACEPARENT[2:]}", False),
+        (TRACEPARENT.upper(), False),
+        (f"00-{'0' * 32}-b7ad6b7169203331-01", False),
+        (f"00-{'1' * 32}-{'0' * 16}-01", False),
+        (f"{TRACEPARENT}\n", False),
+        (5, False),
+    ],
+)
+def test_a_traceparent_has_the_form_of_this_or_a_later_version(text: object, is_one: bool) -> None:
+    assert is_traceparent(text) == is_one
+    if is_one:
+        times = JobTimes("job-1")
+        times.join(str(text))
+        assert times.traceparent == TRACEPARENT
+        assert times.is_sampled
 
 
 def test_a_trace_that_its_client_does_not_record_gets_no_spans(receiver: OTLPReceiver) -> None:
@@ -194,6 +219,22 @@ def test_vllms_metrics_have_their_own_names(receiver: OTLPReceiver) -> None:
     assert (list(point.bucket_counts), list(point.explicit_bounds)) == ([1, 2, 1], [0.1, 1.0])
     assert (point.count, point.sum) == (4, pytest.approx(6.15))
     assert not [name for name in metrics if name.startswith("python_")]
+
+
+@pytest.mark.parametrize(("is_stream", "expected_s"), [(True, 0.2), (False, 0.3)])
+def test_the_time_to_the_first_token_of_an_answer_in_one_piece_is_the_engines(
+    receiver: OTLPReceiver, is_stream: bool, expected_s: float
+) -> None:
+    """A failed job has none."""
+    costs = Costs(CLOCK.now())
+    with exporting(receiver, costs) as export:
+        export.job_ended(ended_job(costs, is_stream=is_stream))
+        failed = ended_job(costs, is_stream=is_stream)
+        failed.outcome = "failed"
+        export.job_ended(failed)
+
+    (point,) = receiver.metrics["gen_ai.server.time_to_first_token"].exponential_histogram.data_points
+    assert (point.count, point.sum) == (1, pytest.approx(expected_s, abs=0.01))
 
 
 def test_explicit_buckets_are_for_seconds(receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
