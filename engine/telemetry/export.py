@@ -26,13 +26,14 @@ from opentelemetry.sdk.metrics.view import ExponentialBucketHistogramAggregation
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import Decision
 
 from engine.telemetry.counters import COUNTERS
 from engine.telemetry.log_handler import LogHandler
 from engine.telemetry.metrics import EngineLoad, Metrics
 from engine.telemetry.otlp_variables import SIGNALS
 from engine.telemetry.prometheus_bridge import WithVLLMsMetrics
-from engine.telemetry.spans import JobIds, Spans
+from engine.telemetry.spans import JobIds, Spans, parent_context
 
 if TYPE_CHECKING:
     from engine.cold_start import ColdStart
@@ -120,6 +121,11 @@ class Export:
     def job_started(self, times: JobTimes) -> None:
         """Make vLLM's spans of a job that starts a part of its trace."""
         times.has_span, times.engine_is_traced = self._exports_traces, self._engine_is_traced
+        times.is_recorded = self._is_recorded
+
+    def _is_recorded(self, times: JobTimes) -> bool:
+        sampled = self._traces.sampler.should_sample(parent_context(times), times.trace_id, "job")
+        return times.is_sampled and sampled.decision is Decision.RECORD_AND_SAMPLE
 
     def job_ended(self, times: JobTimes) -> None:
         """Export a job that has ended, later. The thread is not woken: the event loop would wait for the GIL."""

@@ -64,6 +64,7 @@ class JobTimes:
         span_id: of its span.
         has_span: whether the span is exported.
         engine_is_traced: whether vLLM exports spans of its own.
+        is_recorded: returns whether OpenTelemetry's sampler lets its span be exported.
         ended_at: when its last delivery had ended.
         outcome: of the job loop.
         describe: returns where its time went and what it cost, as `Costs.document` has it.
@@ -88,6 +89,7 @@ class JobTimes:
     span_id: int = field(default_factory=lambda: secrets.randbits(64))
     has_span: bool = False
     engine_is_traced: bool = False
+    is_recorded: Callable[[JobTimes], bool] | None = None
     ended_at: float | None = None
     outcome: str = "undelivered"
     describe: Callable[[], dict[str, Any]] | None = None
@@ -110,7 +112,8 @@ class JobTimes:
             return None
         if not self.has_span:
             return self.traceparent
-        return f"00-{self.trace_id:032x}-{self.span_id:016x}-{int(self.is_sampled):02x}"
+        is_recorded = self.is_sampled if self.is_recorded is None else self.is_recorded(self)
+        return f"00-{self.trace_id:032x}-{self.span_id:016x}-{int(is_recorded):02x}"
 
     @property
     def queue_s(self) -> float | None:

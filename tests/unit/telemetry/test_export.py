@@ -159,6 +159,20 @@ def test_vllms_spans_of_a_request_join_the_jobs(receiver: OTLPReceiver, monkeypa
     vllms.force_flush.assert_called_once()
 
 
+def test_vllms_spans_are_not_recorded_where_the_jobs_is_not(
+    receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    monkeypatch.setattr(trace, "get_tracer_provider", Mock)
+    with exporting(receiver, engine_is_traced=True) as export:
+        own, clients = JobTimes("job-1"), JobTimes("job-2")
+        for times in (own, clients):
+            export.job_started(times)
+        clients.join(TRACEPARENT)
+        assert (own.engine_traceparent or "")[-2:] == "00"
+        assert (clients.engine_traceparent or "")[-2:] == "01"
+
+
 def test_the_start_is_a_trace_that_the_job_it_was_for_links_to(receiver: OTLPReceiver) -> None:
     cold_start = ColdStart(time.monotonic() - 10.0)
     for phase in ("imports", "engine", "app"):
