@@ -84,7 +84,7 @@ class Export:
         given = OTELResourceDetector().detect()  # OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME
         resource = Resource.create({"service.name": SERVICE_NAME, **attributes}).merge(given)
         exporters = _Exporters(endpoint, variables)
-        signals = {name for name in SIGNALS if variables.get(f"OTEL_{name.upper()}_EXPORTER", "").lower() != "none"}
+        signals = _wanted_signals(variables)
         readers = []
         if "metrics" in signals:
             readers.append(PeriodicExportingMetricReader(WithVLLMsMetrics(exporters.of("metrics"))))
@@ -198,3 +198,9 @@ def _exporter_class(signal: str, *, is_grpc: bool) -> Any:
     module, name = _EXPORTERS[signal]
     package = f"opentelemetry.exporter.otlp.proto.{'grpc' if is_grpc else 'http'}"
     return getattr(importlib.import_module(f"{package}.{module}"), name)
+
+
+def _wanted_signals(variables: Mapping[str, str]) -> set[str]:
+    if variables.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return set()
+    return {name for name in SIGNALS if variables.get(f"OTEL_{name.upper()}_EXPORTER", "").lower() != "none"}

@@ -356,6 +356,18 @@ def test_a_collector_of_grpc_that_hangs_is_given_up() -> None:
         assert time.monotonic() - begun < 5.0
 
 
+def test_nothing_is_sent_if_opentelemetry_is_switched_off(receiver: OTLPReceiver) -> None:
+    costs = Costs(CLOCK.now())
+    with exporting(receiver, costs, variables={"OTEL_SDK_DISABLED": "true"}) as export:
+        times = ended_job(costs)
+        export.job_started(times)
+        export.job_ended(times)
+        logging.getLogger("engine.queue.job_loop").warning("a line")
+
+    assert not any(receiver.requests.values())
+    assert not times.has_span
+
+
 def test_log_records_say_which_job_they_are_about(receiver: OTLPReceiver) -> None:
     logger = logging.getLogger("engine.queue.job_loop")
     logger.setLevel(logging.INFO)
