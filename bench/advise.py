@@ -7,6 +7,7 @@ of the emulator. Nothing is started or measured: it takes a second for ten thous
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -280,6 +281,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--plot {arguments.plot}: the name must end with .svg or .png")
     if arguments.active_price is not None and arguments.price is None:
         raise InputError("--active-price is for the workers of workersMin: give --price, that of the others, too")
+    for path in filter(None, (arguments.json, arguments.plot)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path} cannot be written")
 
 
 def _worker(arguments: argparse.Namespace) -> WorkerProfile:

@@ -373,6 +373,14 @@ def test_a_price_of_active_workers_alone_is_refused(capsys: pytest.CaptureFixtur
     assert "give --price, that of the others, too" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_the_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path / "file", "") / "a.json"
+    assert main(["advise", *WORKER, "--day", "9", "--ttft-p95", "1s", "--json", str(path)]) == 2
+    assert f"{path} cannot be written" in capsys.readouterr().err
+
+
 def test_a_plot_of_another_kind_is_refused_before_the_search(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", *WORKER, "--day", "9", "--ttft-p95", "1s", "--plot", "a.gif"]) == 2
     assert "--plot a.gif: the name must end with .svg or .png" in capsys.readouterr().err
