@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -58,19 +59,39 @@ def _run(arguments: argparse.Namespace) -> None:
             log(f"{'continuing' if before < total else 'nothing to do'}: {before:,} of {total:,} lines are answered")
         with closing(requests), tqdm(total=total, initial=before, unit="line", disable=None) as bar:
             if before < total:
-                asyncio.run(_send(arguments, endpoint, requests, journal, bar))
+                _send_all(arguments, endpoint, requests, journal, bar)
         complete = True
     finally:
         journal.close(complete=complete)
     speed = f" ({(total - before) / (time.monotonic() - begun):.1f} lines/s)" if before < total else ""
     sys.stdout.write(f"{output}: {total - journal.failed:,} of {total:,} lines{speed}\n")
     if journal.failed:
-        raise FailedLinesError(f"{journal.failed:,} lines failed: see {errors}")
+        lines = "1 line" if journal.failed == 1 else f"{journal.failed:,} lines"
+        raise FailedLinesError(f"{lines} failed: see {errors}")
+
+
+def _send_all(
+    arguments: argparse.Namespace, endpoint: Endpoint, requests: RequestFile, journal: Journal, bar: tqdm[None]
+) -> None:
+    try:
+        asyncio.run(_send(arguments, endpoint, requests, journal, bar))
+    except asyncio.CancelledError:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # The event loop's end has undone that of `interrupt`.
+        raise KeyboardInterrupt from None
 
 
 async def _send(
     arguments: argparse.Namespace, endpoint: Endpoint, requests: RequestFile, journal: Journal, bar: tqdm[None]
 ) -> None:
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        """End the run; another Ctrl-C would leave its end half done, with tracebacks."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if task is not None:
+            task.cancel()
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
     async with endpoint:
         await endpoint.check()
         await Run(requests, journal, endpoint, Limits(arguments.max_jobs, arguments.attempts), bar).run()
@@ -165,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(str(error))
         return error.exit_code
     except OSError as error:
-        log(str(error))
+        log(str(error) if error.filename is None else f"{error.filename}: {error.strerror}")
         return BatchError.exit_code
     except KeyboardInterrupt:
         log("interrupted; jobs that were sent go on; the same command collects them, up to 30 minutes after their end")

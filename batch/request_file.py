@@ -50,6 +50,7 @@ URLS: Final = (
 # The platform's "maximum payload size" of /run.
 MAX_JOB_BYTES: Final = 10 * 1024 * 1024
 _MAX_REPORTED = 20
+_FORM = 'Each line is one request: {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {…}}'
 _HALF_PAIR = "a text has half of a surrogate pair (such as \\ud83d without \\ude00), and so is cut within a character"
 
 
@@ -156,14 +157,19 @@ class _Checker:
         self._errors: list[str] = []
         self._first_with_id: dict[str, int] = {}
         self._model: tuple[int, str | None] | None = None
+        self._begins_otherwise = False
 
     def check(self, number: int, text: bytes, offset: int) -> None:
         """Check one line."""
+        where = ""
         try:
             line = _LINE.decode(text)
+            where = "body: "
             body = _BODY.decode(line.body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            self._errors.append(f"{self._path}:{number}: {_HALF_PAIR if _has_half_pair(text) else error}")
+            problem = _HALF_PAIR if _has_half_pair(text) else f"{where}{error}"
+            self._errors.append(f"{self._path}:{number}: {problem}")
+            self._begins_otherwise |= not self._requests and not where
             return
         problems = [*_problems(line, body), *self._conflicts(number, line, body)]
         self._errors += (f"{self._path}:{number}: {problem}" for problem in problems)
@@ -180,7 +186,8 @@ class _Checker:
             errors = [f"{self._path}: the file has no requests"]
         if errors:
             more = [f"and {len(errors) - _MAX_REPORTED} more"] if len(errors) > _MAX_REPORTED else []
-            raise InputFileError("\n".join([*errors[:_MAX_REPORTED], *more]))
+            form = [_FORM] if self._begins_otherwise else []
+            raise InputFileError("\n".join([*errors[:_MAX_REPORTED], *more, *form]))
         return self._requests
 
     def _conflicts(self, number: int, line: _Line, body: _Body) -> list[str]:

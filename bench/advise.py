@@ -7,6 +7,7 @@ of the emulator. Nothing is started or measured: it takes a second for ten thous
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -22,12 +23,17 @@ from bench.advisor.search import SHARES, Goal, Grid, Prices, Result, Search, che
 from bench.advisor.simulation import EndpointPlan
 from bench.advisor.trace import DAY_S, MadeUpDay, TokenCounts, Trace, read_csv, read_worker_log
 from bench.advisor.worker_log import WorkerLog
-from bench.advisor.worker_profile import Figures, WorkerProfile
+from bench.advisor.worker_profile import NO_TTFT_S, Figures, WorkerProfile
 from bench.report import format_number, print_progress
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 _PROGRESS_S = 5.0
+# Of tokens a second, or of milliseconds to the first: what is beyond is a mistake, and would take for ever.
+_MIN_RATE, _MAX_RATE = 0.001, 1e7
+_MAX_CONCURRENCY = 10_000
+# A trace that lasts less than so many cold starts shows the start of an endpoint more than its operation.
+_MIN_STARTS = 20
 _COLUMNS = (
     "scalerType", "value", "MAX_CONC.", "idle, s", "min", "max", "p50, s", "p95, s", "p99, s", "cold starts",
     "cold requests", "refused", "GPU hours", "USD",
@@ -58,7 +64,7 @@ def add_options(result: argparse.ArgumentParser) -> None:
         "--ttft-ms", type=_point, nargs="+", default=[], metavar="N=MS", help="time to first token with N requests"
     )
     worker.add_argument(
-        "--cold-start", type=_duration, nargs="+", default=[], metavar="TIME", help="measured starts, like 41s"
+        "--cold-start", type=_start_duration, nargs="+", default=[], metavar="TIME", help="measured starts, like 41s"
     )
     worker.add_argument(
         "--stop", type=_duration, default=1.0, metavar="TIME", help="a worker's exit when it is stopped (default: 1s)"
@@ -124,7 +130,7 @@ def _add_grid(grid: Any) -> None:
     )
     grid.add_argument(
         "--concurrency",
-        type=_positive_count,
+        type=_concurrency,
         nargs="+",
         metavar="N",
         help="MAX_CONCURRENCY (default: the three largest measured ones)",
@@ -158,9 +164,11 @@ def _add_grid(grid: Any) -> None:
 def _point(text: str) -> tuple[int, float]:
     count, _, value = text.partition("=")
     try:
-        return _positive_count(count), _positive(value)
+        return _positive_count(count), _rate(value)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write N=VALUE, like 8=480") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write N=VALUE, like 8=480, from {_MIN_RATE:g} to {_MAX_RATE:,.0f}"
+        ) from None
 
 
 def _duration(text: str) -> float:
@@ -168,6 +176,13 @@ def _duration(text: str) -> float:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r}: write a time like 500ms, 2s, 5m or 24h")
     return float(found[1]) * _UNITS_S[found[2]]
+
+
+def _start_duration(text: str) -> float:
+    seconds = _duration(text)
+    if seconds > DAY_S:
+        raise argparse.ArgumentTypeError(f"{text!r}: a start takes less than 24h")
+    return seconds
 
 
 def _positive_duration(text: str) -> float:
@@ -201,6 +216,20 @@ def _positive(text: str) -> float:
     return value
 
 
+def _rate(text: str) -> float:
+    value = _positive(text)
+    if not _MIN_RATE <= value <= _MAX_RATE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from {_MIN_RATE:g} to {_MAX_RATE:g}")
+    return value
+
+
+def _concurrency(text: str) -> int:
+    count = _positive_count(text)
+    if count > _MAX_CONCURRENCY:
+        raise argparse.ArgumentTypeError(f"{text!r}: no worker runs more than {_MAX_CONCURRENCY} requests at once")
+    return count
+
+
 def _peak(text: str) -> float:
     value = _positive(text)
     if value < 1:
@@ -222,10 +251,8 @@ def _positive_count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Search; print and write the results; return the exit code: 0 if settings meet the goal, otherwise 1."""
-    if arguments.plot is not None and arguments.plot.suffix not in (".svg", ".png"):
-        sys.stderr.write(f"--plot {arguments.plot}: the name must end with .svg or .png\n")
-        return 2
     try:
+        _check(arguments)
         worker = _worker(arguments)
         trace = _trace(arguments)
         plans = _plans(arguments, worker)
@@ -236,12 +263,31 @@ def run(arguments: argparse.Namespace) -> int:
     goal = Goal(share, getattr(arguments, f"ttft_p{share}"))
     results = _search(arguments, worker, trace, plans)
     best = cheapest(results, goal)
-    sys.stdout.write(render(results, goal, best, trace, everything=arguments.all))
+    sys.stdout.write(render(results, goal, best, worker, trace, everything=arguments.all))
     if arguments.json is not None:
         report.write_json(arguments.json, to_document(results, goal, best, worker, trace))
     if arguments.plot is not None:
         plots.write_frontier(results, goal, arguments.plot)
     return 0 if best else 1
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Check what argparse cannot.
+
+    Raises:
+        InputError: an option cannot be used.
+    """
+    if arguments.plot is not None and arguments.plot.suffix not in (".svg", ".png"):
+        raise InputError(f"--plot {arguments.plot}: the name must end with .svg or .png")
+    if arguments.active_price is not None and arguments.price is None:
+        raise InputError("--active-price is for the workers of workersMin: give --price, that of the others, too")
+    for path in filter(None, (arguments.json, arguments.plot)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path} cannot be written")
 
 
 def _worker(arguments: argparse.Namespace) -> WorkerProfile:
@@ -300,22 +346,29 @@ def _search(
     return search.run(plans)
 
 
-def render(
-    results: Sequence[Result], goal: Goal, best: Result | None, trace: Trace, *, everything: bool = False
+def render(  # noqa: PLR0913 (all that is said)
+    results: Sequence[Result],
+    goal: Goal,
+    best: Result | None,
+    worker: WorkerProfile,
+    trace: Trace,
+    *,
+    everything: bool = False,
 ) -> str:
     """Return for people a table of the frontier, or of all settings, and the cheapest that meets the goal."""
     shown = sorted(results, key=lambda result: result.cost) if everything else frontier(results, goal.share)
-    tokens = sum(trace.tokens) / max(len(trace.tokens), 1)
-    hours = trace.duration_s / 3600
-    size = f"{len(trace.arrivals_s)} requests in {format_number(hours)} hours, {format_number(tokens)} tokens each"
     lines = [
-        f"{size}; {len(results)} settings tried",
+        f"{_size(trace)}; {len(results)} settings tried",
         "",
         *_table([_COLUMNS, *(_row(result) for result in shown)]),
         "",
+        *_warnings(results, worker, trace),
         f"Goal: time to first token p{goal.share} of at most {goal.seconds:g} s, and no request refused.",
     ]
-    if best is None:
+    fastest_s = min(worker.ttft_s.values())
+    if best is None and goal.seconds < fastest_s:
+        lines.append(f"No settings can: the worker alone takes {format_number(fastest_s)} s to its first token.")
+    elif best is None:
         lines.append("No settings meet it. Try more workers, a larger workersMin, or a shorter cold start.")
     else:
         plan = best.plan
@@ -325,6 +378,36 @@ def render(
             f"workersMin={plan.workers_min}, workersMax={plan.workers_max}, MAX_CONCURRENCY={plan.concurrency}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _size(trace: Trace) -> str:
+    count, tokens = len(trace.arrivals_s), sum(trace.tokens) / max(len(trace.tokens), 1)
+    return (
+        f"{count} request{'s' if count != 1 else ''} in {_as_text(trace.duration_s)}, "
+        f"{format_number(tokens)} tokens each on average"
+    )
+
+
+def _as_text(seconds: float) -> str:
+    """Return a duration in the unit that suits it."""
+    for unit, length_s in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length_s:
+            return f"{format_number(seconds / length_s)} {unit}"
+    return f"{format_number(seconds)} s"
+
+
+def _warnings(results: Sequence[Result], worker: WorkerProfile, trace: Trace) -> list[str]:
+    """Return what makes the figures doubtful."""
+    found = []
+    if worker.ttft_s == NO_TTFT_S:
+        found.append("The worker's time to first token is not known and counts as 0: give --ttft-ms.")
+    start_s = max(worker.cold_starts_s)
+    if trace.duration_s < _MIN_STARTS * start_s and any(result.plan.workers_min for result in results):
+        found.append(
+            f"The requests last {_as_text(trace.duration_s)}, a cold start {_as_text(start_s)}: workers of workersMin "
+            "start with the first request, and so look slower than they are. Give requests of some hours."
+        )
+    return found
 
 
 def _row(result: Result) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-_REQUESTS: dict[str, Any] = {
+# What comes, by the path of OTLP over HTTP.
+REQUESTS: dict[str, Any] = {
     "/v1/traces": ExportTraceServiceRequest,
     "/v1/metrics": ExportMetricsServiceRequest,
     "/v1/logs": ExportLogsServiceRequest,
@@ -35,7 +36,7 @@ class OTLPReceiver:
         self.answers = threading.Event()
         self.answers.set()
         self.asked = threading.Event()
-        self.requests: dict[str, list[Any]] = {path: [] for path in _REQUESTS}
+        self.requests: dict[str, list[Any]] = {path: [] for path in REQUESTS}
 
     @property
     def spans(self) -> list[Any]:
@@ -51,13 +52,17 @@ class OTLPReceiver:
     @property
     def metrics(self) -> dict[str, Any]:
         """The last value of each metric, by name."""
-        return {
-            metric.name: metric
-            for request in list(self.requests["/v1/metrics"])
-            for resource in request.resource_metrics
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-        }
+        return {metric.name: metric for metric in self._all_metrics()}
+
+    def all_of(self, name: str) -> list[Any]:
+        """Return all values of a metric, in the order in which they came."""
+        return [metric for metric in self._all_metrics() if metric.name == name]
+
+    def _all_metrics(self) -> Iterator[Any]:
+        for request in list(self.requests["/v1/metrics"]):
+            for resource in request.resource_metrics:
+                for scope in resource.scope_metrics:
+                    yield from scope.metrics
 
     @property
     def logs(self) -> list[Any]:
@@ -92,7 +97,7 @@ def receiving() -> Iterator[OTLPReceiver]:
                 body = gzip.decompress(body)
             receiver.asked.set()
             receiver.answers.wait()
-            receiver.requests[self.path].append(_REQUESTS[self.path].FromString(body))
+            receiver.requests[self.path].append(REQUESTS[self.path].FromString(body))
             self.send_response(200)
             self.send_header("Content-Type", "application/x-protobuf")
             self.send_header("Content-Length", "0")

@@ -85,6 +85,7 @@ class Worker:
         variables = environment.read() if variables is None else variables
         settings = Settings.read(variables)
         if settings.otel_exporter_otlp_endpoint is not None:
+            otlp_variables.remove_defaults(os.environ)
             otlp_variables.check({**os.environ, _ENDPOINT: settings.otel_exporter_otlp_endpoint})
         environment.export_token(variables)
         caches = Caches(
@@ -165,9 +166,13 @@ class Worker:
 
         engine = self.engine
         identity = {**platform_identity(), **engine.device_attributes}
-        self._export = Export(
-            endpoint, identity, self._costs, engine.statistics, engine_is_traced=engine.exports_traces
-        )
+        try:
+            self._export = Export(
+                endpoint, identity, self._costs, engine.statistics, engine_is_traced=engine.exports_traces
+            )
+        except Exception:  # noqa: BLE001 (the model is loaded: jobs are worth more than their telemetry)
+            _log.exception("OpenTelemetry refuses its variables: jobs are served without telemetry")
+            return {}
         return {"on_started": self._export.job_started, "on_ended": self._export.job_ended}
 
     async def serve_http(self, listeners: Listeners, loading: LoadingServer, check: HealthCheck) -> int:

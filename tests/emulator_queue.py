@@ -88,6 +88,11 @@ class EmulatorQueue:
         """Cancel a job; its worker gets a stop signal."""
         self._client.post(f"/cancel/{job.id}").raise_for_status()
 
+    def waiting(self) -> int:
+        """Return how many jobs no worker has taken."""
+        jobs: dict[str, int] = self._client.get("/health").raise_for_status().json()["jobs"]
+        return jobs["inQueue"]
+
     def has_worker(self) -> bool:
         """Return whether a worker has polled for jobs."""
         workers: dict[str, int] = self._client.get("/health").raise_for_status().json()["workers"]

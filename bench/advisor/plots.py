@@ -35,7 +35,11 @@ def write_frontier(results: Sequence[Result], goal: Goal, path: Path) -> None:
         times_s = [result.ttft_s[goal.share] for result in best]
         plot.step(costs, times_s, where="post", color="black", linewidth=1, label="frontier")
         plot.axhline(goal.seconds, color=_GREY, linestyle="--", linewidth=1, label=f"goal: {goal.seconds:g} s")
-        plot.set_yscale("log")
+        if all(result.ttft_s[goal.share] for result in results):
+            plot.set_yscale("log")
+        else:  # A logarithmic axis has no 0.
+            plot.set_yscale("symlog", linthresh=0.01)
+            plot.set_ylim(bottom=0)
         plot.set_xlabel("USD" if with_money else "GPU hours")
         plot.set_ylabel(f"Time to first token p{goal.share}, s")
         plot.legend(fontsize=8)

@@ -16,6 +16,8 @@ from bench.advisor.worker_log import WorkerLog
 
 DAY_S = 86_400.0
 _MAX_DAYS = 366
+# In the year 5138; milliseconds since 1970 are above it.
+_MAX_TIME_S = 1e11
 _DAY_PIECES = 1440
 _BURST_S = 60.0
 # Of the logarithm of the output tokens: 5 % of answers are 2.7 times as long as the mean.
@@ -106,6 +108,8 @@ def read_csv(path: Path, tokens: TokenCounts) -> Trace:
     if not known:
         raise InputError(f"{path} has no requests: add a line for each below the heading")
     times_s = [time_s for time_s, _ in known]
+    if max(times_s) > _MAX_TIME_S:
+        raise InputError(f"{path}: {max(times_s):.0f} is a time in milliseconds or less: write all times in seconds")
     if (days := (max(times_s) - min(times_s)) / DAY_S) > _MAX_DAYS:
         raise InputError(f"{path} lasts {days:,.0f} days: write all times in seconds, or all in ISO 8601")
     return _trace(known, tokens)

@@ -3,6 +3,10 @@
     2026-11-30T10:00:00Z INFO   | {"job": "a-u1", "route": "/v1/chat/completions", "status": "started"}
     2026-11-30T10:00:04Z INFO   | {"job": "a-u1", ..., "tokens_out": 200, "first_output_s": 0.04, "duration_s": 4.1}
 
+With LOG_FORMAT=json, each line is an object, and has a time:
+
+    {"time": "2026-11-30T10:00:00.000+00:00", "level": "INFO", "job": "a-u1", ..., "status": "started"}
+
 How many jobs ran at once is known from the order of the lines, and from their times if they have any: log drivers add
 them (`docker logs --timestamps`). With times it is also a trace: of takes, as the queue before the worker is not seen.
 """
@@ -23,6 +27,7 @@ from bench.advisor.errors import InputError
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d{1,6})?\d*(?:Z|[+-]\d\d:?\d\d)?")
 _COLD_START = "Cold start {"
 _JOB_LINE = re.compile(r'\{"job": ')
+_OBJECT_LINE = re.compile(r'\{"time": ?"')
 
 
 @dataclass
@@ -79,23 +84,43 @@ class WorkerLog:
             self._read(number, line)
 
     def _read(self, number: int, line: str) -> None:
-        if (start := line.find(_COLD_START)) >= 0:
-            total_s = self._json(number, line[start + len(_COLD_START) - 1 :]).get("total_s")
-            if total_s is not None:
-                self.cold_starts_s.append(total_s)
-            self._running.clear()
+        if found := _OBJECT_LINE.search(line):
+            self._read_object(number, line[: found.start()], line[found.start() :])
+        elif (start := line.find(_COLD_START)) >= 0:
+            self._start(self._json(number, line[start + len(_COLD_START) - 1 :]))
         elif found := _JOB_LINE.search(line):
-            document = self._json(number, line[found.start() :])
-            time_s = _time_s(line[: found.start()])
-            self._watch(time_s)
-            if document.get("status") == "started":
-                job = LoggedJob(number, time_s, len(self._running) + 1)
-                self._running[document["job"]] = job
-                self.jobs.append(job)
-            elif (ended := self._running.pop(document["job"], None)) and document.get("status") == "completed":
-                ended.tokens, ended.duration_s = document.get("tokens_out"), document.get("duration_s")
-                if document.get("batches", 0) > 1:
-                    ended.first_output_s = document.get("first_output_s")
+            self._job(number, _time_s(line[: found.start()]), self._json(number, line[found.start() :]))
+
+    def _read_object(self, number: int, before: str, text: str) -> None:
+        """Read a line of LOG_FORMAT=json."""
+        is_start = _COLD_START in text
+        if not is_start and '"job":' not in text:
+            return
+        document = self._json(number, text)
+        if "job" in document:
+            time_s = _time_s(before)
+            self._job(number, _time_s(document["time"]) if time_s is None else time_s, document)
+        elif is_start:
+            message: str = document.get("message", "")
+            self._start(self._json(number, message[message.index(_COLD_START) + len(_COLD_START) - 1 :]))
+
+    def _start(self, document: dict[str, Any]) -> None:
+        """Note a start of the worker: no job of before it runs."""
+        if (total_s := document.get("total_s")) is not None:
+            self.cold_starts_s.append(total_s)
+        self._running.clear()
+
+    def _job(self, number: int, time_s: float | None, document: dict[str, Any]) -> None:
+        """Note the start or the end of a job."""
+        self._watch(time_s)
+        if document.get("status") == "started":
+            job = LoggedJob(number, time_s, len(self._running) + 1)
+            self._running[document["job"]] = job
+            self.jobs.append(job)
+        elif (ended := self._running.pop(document["job"], None)) and document.get("status") == "completed":
+            ended.tokens, ended.duration_s = document.get("tokens_out"), document.get("duration_s")
+            if document.get("batches", 0) > 1:
+                ended.first_output_s = document.get("first_output_s")
 
     def _watch(self, time_s: float | None) -> None:
         """Count the time since the last line, which ends now, for all jobs that run."""

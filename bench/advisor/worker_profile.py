@@ -18,6 +18,9 @@ from bench.advisor.errors import InputError
 from bench.advisor.worker_log import WorkerLog
 from bench.systems import OURS
 
+# Of a worker whose time to first token is not known.
+NO_TTFT_S: Mapping[int, float] = {1: 0.0}
+
 
 @dataclass(frozen=True)
 class WorkerProfile:
@@ -31,7 +34,7 @@ class WorkerProfile:
     """
 
     tokens_per_s: Mapping[int, float]
-    ttft_s: Mapping[int, float] = field(default_factory=lambda: {1: 0.0})
+    ttft_s: Mapping[int, float] = field(default_factory=lambda: NO_TTFT_S)
     cold_starts_s: Sequence[float] = (60.0,)
     stop_s: float = 1.0
 
@@ -84,7 +87,7 @@ class Figures:
             raise InputError("the worker's throughput is not known: give --report, --worker-log or --throughput")
         if not self.cold_starts_s:
             raise InputError("the worker's cold start is not known: give --report cold-….json or --cold-start SECONDS")
-        return WorkerProfile(self.tokens_per_s, self.ttft_s or {1: 0.0}, tuple(self.cold_starts_s), stop_s)
+        return WorkerProfile(self.tokens_per_s, self.ttft_s or NO_TTFT_S, tuple(self.cold_starts_s), stop_s)
 
     def read_report(self, path: Path) -> None:
         """Add what a report of `python -m bench` says of this worker.

@@ -389,7 +389,7 @@ def _without_own_fields(value: dict[str, Any], outer: _OwnFields = _OwnFields())
     if traceparent is not None and not is_traceparent(traceparent):
         traceparent, warnings = (
             None,
-            (*warnings, "traceparent: ignored, as it is none of W3C's Trace Context, version 00"),
+            (*warnings, "traceparent: ignored, as it has not the form of W3C's Trace Context"),
         )
     own = _OwnFields(
         outer.wants_costs if wants_costs is None else wants_costs, traceparent or outer.traceparent, warnings

@@ -20,7 +20,7 @@ from engine.jobs.cost_report import CostReport
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES, EventBatcher
 from engine.jobs.proxied import AnswerStart
 from engine.json_codec import decode, encode
-from engine.telemetry.job_times import RequestStats
+from engine.telemetry.job_times import CURRENT, RequestStats
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ async def run(job: dict[str, Any], engine: Engine) -> AsyncGenerator[Any, None]:
         costs = CostReport(str(job.get("id", "")), request, engine.pop_request_stats)
         request = await multipart.with_form(request, engine.files)
         async with asgi.stream(app, request, str(job.get("id", ""))) as response:
+            if (times := CURRENT.get()) is not None:
+                times.is_stream = response.content_type == "text/event-stream"
             answer = _answer(response, costs) if request.proxied else _outputs(response, engine, request, costs)
             async with aclosing(answer) as outputs:
                 async for output in outputs:

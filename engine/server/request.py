@@ -188,6 +188,7 @@ class RunningRequest:
             self._status = message["status"]
             headers = {name.lower(): value for name, value in message.get("headers", ())}
             self._is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            self.times.is_stream = self._is_stream
         elif kind == "websocket.accept":
             self._status = HTTPStatus.SWITCHING_PROTOCOLS
         elif kind in ("http.response.body", "websocket.http.response.body", "websocket.send"):

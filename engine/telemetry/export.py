@@ -23,15 +23,17 @@ from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
 from opentelemetry.sdk.metrics import Histogram, MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.metrics.view import ExponentialBucketHistogramAggregation
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import Decision
 
 from engine.telemetry.counters import COUNTERS
 from engine.telemetry.log_handler import LogHandler
 from engine.telemetry.metrics import EngineLoad, Metrics
+from engine.telemetry.otlp_variables import SIGNALS
 from engine.telemetry.prometheus_bridge import WithVLLMsMetrics
-from engine.telemetry.spans import JobIds, Spans
+from engine.telemetry.spans import JobIds, Spans, parent_context
 
 if TYPE_CHECKING:
     from engine.cold_start import ColdStart
@@ -79,36 +81,51 @@ class Export:
     ) -> None:
         # What the SDK drops, it counts in metrics of its own.
         os.environ.setdefault(_OWN_METRICS, "true")
-        resource = Resource.create({"service.name": SERVICE_NAME, **attributes, **_named_service(variables)})
+        given = OTELResourceDetector().detect()  # OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME
+        resource = Resource.create({"service.name": SERVICE_NAME, **attributes}).merge(given)
         exporters = _Exporters(endpoint, variables)
-        reader = PeriodicExportingMetricReader(WithVLLMsMetrics(exporters.of("metrics")))
-        self._meters = MeterProvider([reader], resource, shutdown_on_exit=False)
+        signals = _wanted_signals(variables)
+        readers = []
+        if "metrics" in signals:
+            readers.append(PeriodicExportingMetricReader(WithVLLMsMetrics(exporters.of("metrics"))))
+        self._meters = MeterProvider(readers, resource, shutdown_on_exit=False)
         ids = JobIds()
+        self._exports_traces = "traces" in signals
         # Only the processors count what they drop: counting each span would cost as much as making it.
         self._traces = TracerProvider(resource=resource, id_generator=ids, shutdown_on_exit=False)
-        self._traces.add_span_processor(BatchSpanProcessor(exporters.of("traces"), meter_provider=self._meters))
+        if self._exports_traces:
+            self._traces.add_span_processor(BatchSpanProcessor(exporters.of("traces"), meter_provider=self._meters))
         self._logs = LoggerProvider(resource, shutdown_on_exit=False)
-        self._logs.add_log_record_processor(BatchLogRecordProcessor(exporters.of("logs"), meter_provider=self._meters))
         self._engine_is_traced = engine_is_traced
         self._costs = costs
         self._spans = Spans(self._traces.get_tracer(SERVICE_NAME), ids)
         self._metrics = Metrics(self._meters.get_meter(SERVICE_NAME), costs, load)
         self._handler = LogHandler(self._logs)
-        for name in _LOGGERS:
-            logging.getLogger(name).addHandler(self._handler)
+        if "logs" in signals:
+            self._logs.add_log_record_processor(
+                BatchLogRecordProcessor(exporters.of("logs"), meter_provider=self._meters)
+            )
+            for name in _LOGGERS:
+                logging.getLogger(name).addHandler(self._handler)
         self._waiting: deque[JobTimes] = deque()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._add_jobs, name="telemetry of jobs", daemon=True)
         self._thread.start()
-        _log.info("Telemetry goes to %s", endpoint)
+        _log.info("Telemetry goes to %s: %s", endpoint, ", ".join(sorted(signals)) or "nothing")
 
     def cold_start_ended(self, cold_start: ColdStart) -> None:
         """Export the phases of the worker's start."""
-        self._spans.add_cold_start(cold_start)
+        if self._exports_traces:
+            self._spans.add_cold_start(cold_start)
 
     def job_started(self, times: JobTimes) -> None:
         """Make vLLM's spans of a job that starts a part of its trace."""
-        times.has_span, times.engine_is_traced = True, self._engine_is_traced
+        times.has_span, times.engine_is_traced = self._exports_traces, self._engine_is_traced
+        times.is_recorded = self._is_recorded
+
+    def _is_recorded(self, times: JobTimes) -> bool:
+        sampled = self._traces.sampler.should_sample(parent_context(times), times.trace_id, "job")
+        return times.is_sampled and sampled.decision is Decision.RECORD_AND_SAMPLE
 
     def job_ended(self, times: JobTimes) -> None:
         """Export a job that has ended, later. The thread is not woken: the event loop would wait for the GIL."""
@@ -146,7 +163,8 @@ class Export:
     def _add_job(self, times: JobTimes) -> None:
         try:
             self._metrics.add_job(times)
-            self._spans.add_job(times, self._costs.document(times))
+            if self._exports_traces:
+                self._spans.add_job(times, self._costs.document(times))
         except Exception:  # noqa: BLE001 (the next job's telemetry may be better)
             _log.exception("Job %s: its telemetry could not be made", times.job_id)
 
@@ -182,6 +200,7 @@ def _exporter_class(signal: str, *, is_grpc: bool) -> Any:
     return getattr(importlib.import_module(f"{package}.{module}"), name)
 
 
-def _named_service(variables: Mapping[str, str]) -> dict[str, str]:
-    name = variables.get("OTEL_SERVICE_NAME")
-    return {"service.name": name} if name else {}
+def _wanted_signals(variables: Mapping[str, str]) -> set[str]:
+    if variables.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return set()
+    return {name for name in SIGNALS if variables.get(f"OTEL_{name.upper()}_EXPORTER", "").lower() != "none"}

@@ -17,8 +17,9 @@ from engine.telemetry.worker_seconds import Share
 # A long stream has thousands of deliveries: the first ones and the last are kept one by one, all are summed.
 MAX_DELIVERIES = 8
 OTHER = "other"
-# https://www.w3.org/TR/trace-context/, version 00: trace id, parent id, flags.
-_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+# https://www.w3.org/TR/trace-context/: version, trace id, parent id, flags; versions after 00 may have more behind.
+_IDS = "(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+_TRACEPARENT = re.compile(rf"00-{_IDS}|(?!00|ff)[0-9a-f]{{2}}-{_IDS}(?:-.*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class JobTimes:
         served_model: the same once the engine has answered; `other` before, and for names beyond the first few.
         traceparent: of the client's trace.
         first_output_at: when its first output came.
+        is_stream: whether that was the first piece of an answer; otherwise it was all of it.
         deliveries: begin and end of the first deliveries, and of the last.
         delivery_s: duration of all deliveries.
         requests: what the engine says of its requests that have finished.
@@ -62,6 +64,7 @@ class JobTimes:
         span_id: of its span.
         has_span: whether the span is exported.
         engine_is_traced: whether vLLM exports spans of its own.
+        is_recorded: returns whether OpenTelemetry's sampler lets its span be exported.
         ended_at: when its last delivery had ended.
         outcome: of the job loop.
         describe: returns where its time went and what it cost, as `Costs.document` has it.
@@ -77,6 +80,7 @@ class JobTimes:
     served_model: str = OTHER
     traceparent: str | None = None
     first_output_at: float | None = None
+    is_stream: bool = False
     deliveries: list[tuple[float, float]] = field(default_factory=list)
     delivery_s: float = 0.0
     delivery_count: int = 0
@@ -85,6 +89,7 @@ class JobTimes:
     span_id: int = field(default_factory=lambda: secrets.randbits(64))
     has_span: bool = False
     engine_is_traced: bool = False
+    is_recorded: Callable[[JobTimes], bool] | None = None
     ended_at: float | None = None
     outcome: str = "undelivered"
     describe: Callable[[], dict[str, Any]] | None = None
@@ -93,12 +98,12 @@ class JobTimes:
     @property
     def is_sampled(self) -> bool:
         """Whether the client's trace is recorded, as its flags say; a trace of its own is."""
-        return self.traceparent is None or bool(int(self.traceparent[-2:], 16) & 1)
+        return self.traceparent is None or bool(int(self.traceparent[53:55], 16) & 1)
 
     def join(self, traceparent: str | None) -> None:
-        """Make the job a part of the client's trace, if there is one."""
+        """Make the job a part of the client's trace, if there is one; of a later version is read what 00 has."""
         if traceparent is not None:
-            self.traceparent, self.trace_id = traceparent, int(traceparent[3:35], 16)
+            self.traceparent, self.trace_id = f"00{traceparent[2:55]}", int(traceparent[3:35], 16)
 
     @property
     def engine_traceparent(self) -> str | None:
@@ -107,7 +112,8 @@ class JobTimes:
             return None
         if not self.has_span:
             return self.traceparent
-        return f"00-{self.trace_id:032x}-{self.span_id:016x}-{int(self.is_sampled):02x}"
+        is_recorded = self.is_sampled if self.is_recorded is None else self.is_recorded(self)
+        return f"00-{self.trace_id:032x}-{self.span_id:016x}-{int(is_recorded):02x}"
 
     @property
     def queue_s(self) -> float | None:
@@ -118,6 +124,13 @@ class JobTimes:
     def first_output_s(self) -> float | None:
         """Time from the take to the first output; None without output."""
         return None if self.first_output_at is None else self.first_output_at - self.taken_at
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Time to the first token: of a stream to its first output, of another answer within the engine, if known."""
+        if self.is_stream:
+            return self.first_output_s
+        return self.requests[0].queued_s + self.requests[0].prefill_s if self.requests else None
 
     @property
     def duration_s(self) -> float:

@@ -50,10 +50,16 @@ def record(line: str) -> dict[str, Any]:
     message = fields["message"]
     if message.startswith("{") and message.endswith("}"):
         try:
-            return {"level": fields["level"], **json.loads(message)}
+            own = json.loads(message)
+            return {"level": fields["level"], **{name: own[name] for name in own if _has_type(name, own[name])}}
         except (ValueError, RecursionError):
             pass
     return {name: text for name, text in fields.items() if text is not None}
+
+
+def _has_type(name: str, value: object) -> bool:
+    """Return whether a field has the type that it has in all lines; a log's store may refuse another."""
+    return name not in ("time", "level", "message") or isinstance(value, str)
 
 
 def redirect() -> None:

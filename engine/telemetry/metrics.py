@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,11 +12,18 @@ from engine.telemetry.counters import COUNTERS, Counters
 from engine.telemetry.semantics import metric_attributes
 
 if TYPE_CHECKING:
-    from opentelemetry.metrics import Meter
+    from opentelemetry.metrics import Histogram, Meter
 
     from engine.telemetry.costs import Costs
     from engine.telemetry.job_times import JobTimes
 
+# Bounds of explicit buckets, in seconds; OpenTelemetry's default ones are for milliseconds. The first three are of the
+# semantic conventions: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics
+_DURATION_S = [0.01 * 2**power for power in range(14)]
+_FIRST_OUTPUT_S = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0]
+_PER_TOKEN_S = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5]
+_QUEUE_S = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0]
+_DELIVERY_S = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 # What is last known, not a sum.
 _GAUGES = {"slots"}
 _DESCRIPTIONS = {
@@ -60,17 +67,23 @@ class Metrics:
     """
 
     def __init__(self, meter: Meter, costs: Costs, load: EngineLoad) -> None:
-        self._duration = meter.create_histogram(
-            "gen_ai.server.request.duration", "s", "From the take of a job to the end of its last delivery"
+        self._duration = _histogram(
+            meter,
+            "gen_ai.server.request.duration",
+            "From the take of a job to the end of its last delivery",
+            _DURATION_S,
         )
-        self._first_output = meter.create_histogram(
-            "gen_ai.server.time_to_first_token", "s", "From the take of a job to its first output"
+        self._first_output = _histogram(
+            meter,
+            "gen_ai.server.time_to_first_token",
+            "From the take of a job to a stream's first output; of other answers, the engine's time to the first token",
+            _FIRST_OUTPUT_S,
         )
-        self._per_token = meter.create_histogram(
-            "gen_ai.server.time_per_output_token", "s", "Time for each output token after the first"
+        self._per_token = _histogram(
+            meter, "gen_ai.server.time_per_output_token", "Time for each output token after the first", _PER_TOKEN_S
         )
-        self._queue = meter.create_histogram("worker.job.queue.duration", "s", "Time in the platform's queue")
-        self._delivery = meter.create_histogram("worker.delivery.duration", "s", "Duration of one delivery")
+        self._queue = _histogram(meter, "worker.job.queue.duration", "Time in the platform's queue", _QUEUE_S)
+        self._delivery = _histogram(meter, "worker.delivery.duration", "Duration of one delivery", _DELIVERY_S)
         for field in fields(Counters):
             _observe_counter(meter, field.name)
         _observe(meter.create_observable_gauge, "worker.engine.running", "{request}", lambda: load.running)
@@ -106,8 +119,8 @@ class Metrics:
         attributes = metric_attributes(times)
         self._jobs.add(1, {"outcome": times.outcome, "gen_ai.request.model": times.served_model})
         self._duration.record(times.duration_s, attributes)
-        if times.first_output_s is not None:
-            self._first_output.record(times.first_output_s, attributes)
+        if times.outcome == "completed" and times.first_token_s is not None:
+            self._first_output.record(times.first_token_s, attributes)
         for request in times.requests:
             if request.output_tokens > 1:
                 self._per_token.record(request.decode_s / (request.output_tokens - 1), attributes)
@@ -115,6 +128,10 @@ class Metrics:
             self._queue.record(times.queue_s)
         for begun_at, ended_at in times.deliveries:
             self._delivery.record(ended_at - begun_at)
+
+
+def _histogram(meter: Meter, name: str, description: str, bounds_s: Sequence[float]) -> Histogram:
+    return meter.create_histogram(name, "s", description, explicit_bucket_boundaries_advisory=bounds_s)
 
 
 def _observe_counter(meter: Meter, name: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from opentelemetry.sdk.metrics import Histogram, ObservableCounter
 from opentelemetry.sdk.metrics import export as data
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from prometheus_client import REGISTRY
@@ -15,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
 PREFIX = "vllm:"
-_CUMULATIVE = data.AggregationTemporality.CUMULATIVE
+_CUMULATIVE, _DELTA = data.AggregationTemporality.CUMULATIVE, data.AggregationTemporality.DELTA
 
 
 class WithVLLMsMetrics(data.MetricExporter):
@@ -32,6 +34,12 @@ class WithVLLMsMetrics(data.MetricExporter):
         self._exporter = exporter
         self._registry = registry
         self._started_ns = time.time_ns()
+        preferred = self._preferred_temporality or {}
+        self._differences: dict[type, Differences] = {
+            kind: Differences()
+            for kind, instrument in ((data.Sum, ObservableCounter), (data.Histogram, Histogram))
+            if preferred.get(instrument) == _DELTA
+        }
 
     def export(
         self, metrics_data: data.MetricsData, timeout_millis: float = 10_000, **kwargs: Any
@@ -40,10 +48,15 @@ class WithVLLMsMetrics(data.MetricExporter):
         if metrics_data.resource_metrics:
             own = metrics_data.resource_metrics[0]
             families = [one for one in self._registry.collect() if one.name.startswith(PREFIX)]
-            vllms = data.ScopeMetrics(InstrumentationScope("vllm"), list(metrics(families, self._started_ns)), "")
+            totals = metrics(families, self._started_ns)
+            vllms = data.ScopeMetrics(InstrumentationScope("vllm"), [self._as_preferred(one) for one in totals], "")
             resource = data.ResourceMetrics(own.resource, [*own.scope_metrics, vllms], own.schema_url)
             metrics_data = data.MetricsData([resource])
         return self._exporter.export(metrics_data, timeout_millis, **kwargs)
+
+    def _as_preferred(self, metric: data.Metric) -> data.Metric:
+        differences = self._differences.get(type(metric.data))
+        return metric if differences is None else differences.since_last(metric)
 
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
         """End the exporter."""
@@ -52,6 +65,33 @@ class WithVLLMsMetrics(data.MetricExporter):
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
         """Send what is left."""
         return self._exporter.force_flush(timeout_millis)
+
+
+class Differences:
+    """Turns totals into what they have gained since the last export, for a collector that wants that (`delta`)."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, frozenset[tuple[str, Any]]], Any] = {}
+
+    def since_last(self, metric: data.Metric) -> data.Metric:
+        """Return a metric with what its points have gained."""
+        totals: Any = metric.data
+        points = [self._gained(metric.name, point) for point in totals.data_points]
+        return replace(metric, data=replace(totals, data_points=points, aggregation_temporality=_DELTA))
+
+    def _gained(self, name: str, point: Any) -> Any:
+        key = (name, frozenset(point.attributes.items()))
+        last, self._last[key] = self._last.get(key), point
+        if last is None:
+            return point
+        gained: dict[str, Any] = {"start_time_unix_nano": last.time_unix_nano}
+        if isinstance(point, data.NumberDataPoint):
+            gained["value"] = point.value - last.value
+        else:
+            pairs = zip(point.bucket_counts, last.bucket_counts, strict=True)
+            gained["bucket_counts"] = [count - before for count, before in pairs]
+            gained |= {"count": point.count - last.count, "sum": point.sum - last.sum}
+        return replace(point, **gained)
 
 
 def metrics(families: Iterable[Metric], started_ns: int) -> Iterator[data.Metric]:

@@ -14,6 +14,8 @@ from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, S
 from engine.telemetry import semantics
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
+
     from engine.cold_start import ColdStart
     from engine.telemetry.job_times import JobTimes
 
@@ -75,11 +77,7 @@ class Spans:
         if not times.is_sampled or times.ended_at is None:
             return
         wall_s = times.taken_at_s - times.taken_at
-        parent = None
-        if times.traceparent is not None:
-            client = int(times.traceparent[36:52], 16)
-            remote = SpanContext(times.trace_id, client, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED))
-            parent = trace.set_span_in_context(NonRecordingSpan(remote))
+        parent = parent_context(times)
         self._ids.use(times.trace_id, times.span_id)
         links = [Link(self._start)] if self._start is not None and times.share.start_s else []
         begun_s = times.taken_at_s if times.submitted_at_s is None else times.submitted_at_s
@@ -113,6 +111,15 @@ class Spans:
         for begun_at, ended_at in dict.fromkeys((*times.deliveries[:1], *times.deliveries[-1:])):
             add("deliver", begun_at, ended_at)
         root.end(_ns(wall_s + times.ended_at))
+
+
+def parent_context(times: JobTimes) -> Context | None:
+    """Return the client's span as OpenTelemetry has it; None for a job with a trace of its own."""
+    if times.traceparent is None:
+        return None
+    flags = TraceFlags(int(times.is_sampled))
+    remote = SpanContext(times.trace_id, int(times.traceparent[36:52], 16), is_remote=True, trace_flags=flags)
+    return trace.set_span_in_context(NonRecordingSpan(remote))
 
 
 def _ns(seconds: float) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from openai.types.chat import ChatCompletion
 
 from builder.tiny_model.corpus import CORPUS
 from tests.batch_runs import read_lines, run_with_kills
-from tests.emulator_queue import EmulatorQueue
+from tests.emulator_queue import EmulatorQueue, emulator_queue
 from tests.processes import ROOT, Process
 
 
@@ -27,17 +29,41 @@ def test_each_line_is_answered_once_when_a_worker_and_the_client_are_killed(tmp_
     assert "of 200 lines are answered" in outcome.logs[1]
 
 
+def test_ctrl_c_twice_ends_a_run_with_one_message(tmp_path: Path) -> None:
+    """No worker takes the jobs."""
+    lines = [request(str(number), "/v1/completions", prompt="a") for number in range(100)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with emulator_queue() as queue:
+        command = [sys.executable, "-m", "batch", "run", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+        with subprocess.Popen(command, cwd=ROOT, env=environment(queue), stderr=subprocess.PIPE) as process:
+            while queue.waiting() < len(lines):
+                time.sleep(0.05)
+            while process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.005)
+            assert process.stderr is not None
+            told = process.stderr.read().decode()
+
+    assert process.returncode == 130
+    assert told.splitlines()[-1].startswith("batch: interrupted; jobs that were sent go on")
+    assert "Traceback" not in told
+
+
+def environment(queue: EmulatorQueue) -> dict[str, str]:
+    return {
+        **os.environ,
+        "RUNPOD_API_KEY": queue.key,
+        "RUNPOD_ENDPOINT_BASE_URL": queue.base_url,
+        "RUNPOD_ENDPOINT_ID": queue.endpoint,
+    }
+
+
 def run_batch(directory: Path, queue: EmulatorQueue, *lines: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     (directory / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return subprocess.run(
         [sys.executable, "-m", "batch", "run", str(directory / "in.jsonl"), "-o", str(directory / "out.jsonl")],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "RUNPOD_API_KEY": queue.key,
-            "RUNPOD_ENDPOINT_BASE_URL": queue.base_url,
-            "RUNPOD_ENDPOINT_ID": queue.endpoint,
-        },
+        env=environment(queue),
         capture_output=True,
         text=True,
         check=False,

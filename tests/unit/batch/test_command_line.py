@@ -127,4 +127,4 @@ def test_a_run_whose_lines_have_failed_says_where_they_are(
     assert main([*arguments, "--endpoint", "ep"]) == 5
     captured = capsys.readouterr()
     assert captured.out == f"{arguments[3]}: 0 of 1 lines\n"
-    assert f"batch: 1 lines failed: see {errors}\n" in captured.err
+    assert f"batch: 1 line failed: see {errors}\n" in captured.err

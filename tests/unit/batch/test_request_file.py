@@ -113,7 +113,7 @@ def test_a_pipe_is_an_error(file: Path) -> None:
         (line("b", method="GET"), "method 'GET': only POST is supported"),
         (line("b", url="/v1/images/generations"), "url '/v1/images/generations' is not supported: /v1/chat/comp"),
         (line("b", url="/metrics"), "url '/metrics' is not supported"),
-        (line("b", body=[]), "Expected `object`, got `array`"),
+        (line("b", body=[]), "body: Expected `object`, got `array`"),
         (line("b", body={"model": 1}), "Expected `str | null`, got `int` - at `$.model`"),
         (line("b", body={"model": "other"}), "model 'other', but line 1 has model 'tiny': a batch has one model"),
         (line("b", body={}), "no model, but line 1 has model 'tiny': a batch has one model"),
@@ -142,8 +142,13 @@ def test_a_file_that_is_not_in_utf_8_is_an_error(file: Path) -> None:
 def test_all_wrong_lines_are_reported_up_to_twenty(file: Path) -> None:
     found = errors_of(write(file, *["no"] * 33))
 
-    assert [text.partition(":")[0] for text in found[:-1]] == [str(number) for number in range(1, 21)]
-    assert found[-1] == "and 13 more"
+    assert [text.partition(":")[0] for text in found[:20]] == [str(number) for number in range(1, 21)]
+    assert found[20] == "and 13 more"
+
+
+def test_a_file_of_another_form_is_told_what_a_line_is(file: Path) -> None:
+    assert errors_of(write(file, "[", json.dumps(line("a")) + ",", "]"))[-1].startswith('Each line is one request: {"')
+    assert len(errors_of(write(file, line("a"), "[]"))) == 1
 
 
 def test_an_empty_file_is_an_error(file: Path) -> None:

@@ -26,6 +26,7 @@ from bench.scenarios import Scenario
 from bench.systems import OURS, VLLM
 from engine.cold_start import ColdStart
 from engine.jobs import job_log
+from engine.telemetry import json_lines
 from engine.telemetry.costs import Costs
 from engine.telemetry.job_times import JobTimes, RequestStats
 
@@ -62,7 +63,8 @@ def test_a_csv_has_seconds_or_times_and_tokens_where_they_are_known(tmp_path: Pa
         ("time,tokens\n1,5\n2,-5\n", "line 3: tokens='-5': write an integer"),
         ("time,tokens\n1,0\n", "line 2: tokens='0': write an integer"),
         ("time\n12.5\n2026-11-30T10:00:00Z\n", "days: write all times in seconds, or all in ISO 8601"),
-        ("time\n1764496800000\n1764583200000\n", "lasts 1,000 days"),  # Milliseconds.
+        ("time\n0\n86400000\n", "lasts 1,000 days"),
+        ("time\n1764496800000\n1764496801000\n", "1764496801000 is a time in milliseconds"),
     ],
 )
 def test_a_csv_that_cannot_be_used_is_an_error_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -126,6 +128,18 @@ def test_a_workers_log_shows_throughput_by_concurrency_and_starts(tmp_path: Path
     assert figures.tokens_per_s == {1: 10, 2: 2 * 100 / 12.5}
     assert figures.ttft_s == {1: 0.5, 2: 0.5}
     assert figures.cold_starts_s == [41.5]
+
+
+def test_a_log_of_objects_shows_the_same(tmp_path: Path) -> None:
+    """As LOG_FORMAT=json writes it; the last line is cut off, but is of no job."""
+    lines = []
+    for line in LOG.splitlines():
+        time_text, _, text = line.partition(" ")
+        lines.append(json.dumps({"time": time_text, **json_lines.record(text)}))
+    text = "\n".join([*lines, '{"time": "2026-11-30T10:00:34Z", "level": "INFO", "mess'])
+    log, same = WorkerLog(written(tmp_path / "a.log", text)), WorkerLog(written(tmp_path / "b.log", LOG))
+    assert (log.by_concurrency(), log.cold_starts_s) == (same.by_concurrency(), same.cold_starts_s)
+    assert log.arrivals() == same.arrivals()
 
 
 def test_what_a_worker_logs_is_what_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -306,8 +320,20 @@ def test_an_impossible_goal_is_said_to_be_so(capsys: pytest.CaptureFixture[str])
     options = ("--day", "50", "--duration", "1h", "--workers-min", "0", "--workers-max", "1", "--all")
     assert main(["advise", *WORKER, *options, "--ttft-p95", "1ms"]) == 1
     shown = capsys.readouterr().out
-    assert "No settings meet it." in shown
+    assert "No settings can: the worker alone takes 0.04 s" in shown
     assert shown.count("QUEUE_DELAY") == 2 * 2 * 3
+
+
+def test_figures_that_are_doubtful_are_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worker = ("--throughput", "1=100", "--cold-start", "41s", "--workers-max", "3")
+    path = written(tmp_path / "trace.csv", "time\n5\n")
+    plot = tmp_path / "a.svg"
+    assert main(["advise", *worker, "--trace", str(path), "--ttft-p95", "2s", "--plot", str(plot)]) == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith("1 request in 0 s, ")
+    assert "time to first token is not known and counts as 0" in shown
+    assert "The requests last 0 s, a cold start 41 s" in shown
+    assert "No settings meet it. Try more workers" in shown
 
 
 @pytest.mark.parametrize(
@@ -321,6 +347,9 @@ def test_an_impossible_goal_is_said_to_be_so(capsys: pytest.CaptureFixture[str])
         (("--day", "9", "--ttft-p95", "1s", "--throughput", "8:20"), "write N=VALUE"),
         (("--day", "9", "--ttft-p95", "1s", "--peak", "0.5"), "at least the mean rate"),
         (("--day", "9", "--trace", "a.csv", "--ttft-p95", "1s"), "not allowed with"),
+        (("--day", "9", "--ttft-p95", "1s", "--throughput", "1=1e300"), "like 8=480, from 0.001"),
+        (("--day", "9", "--ttft-p95", "1s", "--concurrency", "1000000"), "no worker runs more than 10000"),
+        (("--day", "9", "--ttft-p95", "1s", "--cold-start", "48h"), "less than 24h"),
         (("--day", "9"), "--ttft-p50 --ttft-p95 --ttft-p99 is required"),
     ],
 )
@@ -337,6 +366,19 @@ def test_a_bad_trace_is_a_usage_error_with_its_line(tmp_path: Path, capsys: pyte
     path = written(tmp_path / "trace.csv", "time\nsoon\n")
     assert main(["advise", *WORKER, "--trace", str(path), "--ttft-p95", "1s"]) == 2
     assert f"{path}, line 2: time='soon'" in capsys.readouterr().err
+
+
+def test_a_price_of_active_workers_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", *WORKER, "--day", "9", "--ttft-p95", "1s", "--active-price", "1"]) == 2
+    assert "give --price, that of the others, too" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path / "file", "") / "a.json"
+    assert main(["advise", *WORKER, "--day", "9", "--ttft-p95", "1s", "--json", str(path)]) == 2
+    assert f"{path} cannot be written" in capsys.readouterr().err
 
 
 def test_a_plot_of_another_kind_is_refused_before_the_search(capsys: pytest.CaptureFixture[str]) -> None:

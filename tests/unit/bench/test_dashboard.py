@@ -30,7 +30,7 @@ def test_each_query_names_a_metric_that_is_exported() -> None:
         costs = Costs(CLOCK.now(), 0.001)
         costs.seconds.ready()
         export = Export(receiver.url, {}, costs, Statistics(), variables={})
-        times = JobTimes("job-1", submitted_at_s=1.0, requests=[RequestStats(3, 2, 0.1, 0.1, 0.1)])
+        times = JobTimes("job-1", submitted_at_s=1.0, outcome="completed", requests=[RequestStats(3, 2, 0.1, 0.1, 0.1)])
         costs.begin(times)
         times.first_output_at = CLOCK.now()
         times.add_delivery(CLOCK.now())

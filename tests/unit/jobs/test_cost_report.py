@@ -96,6 +96,14 @@ async def test_the_jobs_times_learn_of_route_model_and_trace() -> None:
     assert "traceparent" not in json.loads(app.requests[0][1])
 
 
+async def test_the_jobs_times_learn_whether_the_answer_is_a_stream() -> None:
+    for streams in (True, False):
+        body = json.dumps({"messages": MESSAGES, "stream": streams}).encode()
+        for value in (openai(stream=streams), ProxiedRequest.of("POST", "/v1/chat/completions", body)):
+            _, times, _ = await outputs_of(value, streams=streams)
+            assert times.is_stream == streams
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

@@ -385,10 +385,14 @@ async def test_an_answer_says_what_it_cost_if_its_client_asks() -> None:
 
 
 async def test_a_stream_has_the_costs_before_its_end() -> None:
-    async with serve(Engine(body=chat_chunks("a"), content_type="text/event-stream")) as served:
+    ended: list[JobTimes] = []
+    engine = Engine(body=chat_chunks("a"), content_type="text/event-stream")
+    async with serve(engine, on_ended=ended.append) as served:
         body = {"messages": [], "stream": True, "include_costs": True}
         answer = await served.client.post("/v1/chat/completions", json=body)
+        await until(lambda: ended)
 
+    assert ended[0].is_stream
     events = [event.removeprefix("data: ") for event in answer.text.split("\n\n") if event]
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["costs"]["prefill_s"] == 0.2
@@ -403,6 +407,7 @@ async def test_a_requests_times_are_its_own_and_in_its_clients_trace() -> None:
         await until(lambda: ended)
 
     (times,) = ended
+    assert not times.is_stream
     assert (times.job_id, times.traceparent, times.served_model) == ("request-1", TRACEPARENT, "tiny")
     assert (times.route, times.outcome) == ("/v1/completions", "completed")
     assert times.delivery_count > 0

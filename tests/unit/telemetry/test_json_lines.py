@@ -26,6 +26,7 @@ from engine.telemetry.json_lines import record
             '{"requestId": "1", "message": "m", "level": "WARN"}',
             {"level": "WARN", "message": "m", "requestId": "1"},
         ),
+        ('{"time": 5, "level": 30, "message": {"a": 1}, "x": 2}', {"level": "INFO", "x": 2}),
         ("\x1b[31mred\x1b[0m {not json}", {"level": "INFO", "message": "red {not json}"}),
         ("{not json}", {"level": "INFO", "message": "{not json}"}),
     ],
