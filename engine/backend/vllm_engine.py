@@ -228,8 +228,10 @@ class VLLMEngine:
     def shutdown(self) -> None:
         """End the engine and its processes."""
         compat.forget_variables()
-        self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
-        self._sockets.close()
+        try:
+            self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+        finally:
+            self._sockets.close()
 
 
 def _files(configuration: Configuration) -> Files:
