@@ -119,9 +119,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     scaling.add_argument("--execution-timeout", type=float, metavar="S", help="of one request (600)")
 
     worker = parser.add_argument_group("worker")
-    worker.add_argument(
-        "--image", default=os.environ.get(IMAGE_VARIABLE) or None, help=f"of the worker (default: {IMAGE_VARIABLE})"
-    )
     worker.add_argument("--registry", metavar="ID", help="credentials of a private registry, of the account")
     worker.add_argument("--max-model-len", metavar="TOKENS", help="prompt and answer together, such as 8192 or 16k")
     worker.add_argument(
@@ -133,8 +130,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     worker.add_argument(
         "--secret", action="append", default=[], metavar="NAME=SECRET", help="setting from a secret of the account"
     )
-    worker.add_argument("--type", choices=TYPES, help="of the endpoint (queue)")
-    parser.set_defaults(unset=[])
+    parser.set_defaults(unset=[], type=None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,20 +141,26 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get(URL_VARIABLE) or URL,
         help=f"(default: {URL_VARIABLE}, or {URL})",
     )
-    common.add_argument(
+    changes = argparse.ArgumentParser(add_help=False)
+    changes.add_argument(
         "--dry-run", action="store_true", help="print the requests that would change something, without sending them"
     )
-    common.add_argument("--timeout", type=float, default=_TIMEOUT_S, metavar="S", help="of a start or rollout (1800)")
+    waits = argparse.ArgumentParser(add_help=False)
+    waits.add_argument("--timeout", type=float, default=_TIMEOUT_S, metavar="S", help="of a start or rollout (1800)")
     parser = argparse.ArgumentParser(
         prog="python -m deploy",
         description=f"Run a model on a serverless endpoint of RunPod. {KEY_VARIABLE} must be in the environment.",
         epilog="exit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(dry_run=False, timeout=_TIMEOUT_S)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Run, help_text: str, description: str) -> argparse.ArgumentParser:
-        command = subparsers.add_parser(name, help=help_text, description=description, parents=[common])
+    def add(
+        name: str, run: Run, help_text: str, description: str, *options: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        parents = [common, *options]
+        command = subparsers.add_parser(name, help=help_text, description=description, parents=parents)
         command.set_defaults(run=run)
         return command
 
@@ -168,7 +170,10 @@ def _parser() -> argparse.ArgumentParser:
         "from a model's name to an endpoint that answers",
         "Check that the model fits, choose GPUs, create the endpoint (or change what differs), wait until it has "
         "answered a first request, and print how to call it. Run it again at any time: it creates no second endpoint.",
+        changes,
+        waits,
     )
+    image = os.environ.get(IMAGE_VARIABLE) or None
     command.add_argument("model", metavar="MODEL", help="hub id, such as Qwen/Qwen3-8B, or a directory of the image")
     command.add_argument("--name", help="of the endpoint (default: the last part of MODEL)")
     command.add_argument("--revision", help="branch, tag or commit of the model")
@@ -176,15 +181,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait for a first answer")
     command.add_argument("--task", choices=KINDS, help="kind of the first request (default: what the model answers)")
     _add_options(command)
+    command.add_argument("--image", default=image, help=f"of the worker (default: {IMAGE_VARIABLE})")
+    command.add_argument("--type", choices=TYPES, help="of the endpoint (queue)")
 
-    command = add("update", _update, "change what the options name", "Change an endpoint, and follow the release.")
+    command = add(
+        "update", _update, "change what the options name", "Change an endpoint, and follow the release.", changes, waits
+    )
     command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
     command.add_argument("--skip-doctor", action="store_true", help="do not check the settings")
     _add_options(command)
+    command.add_argument("--image", help="of the worker")
     command.add_argument("--unset", action="append", metavar="NAME", help="remove a setting; may be repeated")
-    command.set_defaults(image=None)
 
-    command = add("rollback", _rollback, "go back to an earlier release", "Undo the newest release, or all after --to.")
+    command = add(
+        "rollback",
+        _rollback,
+        "go back to an earlier release",
+        "Undo the newest release, or all after --to.",
+        changes,
+        waits,
+    )
     command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
     command.add_argument("--to", type=int, metavar="RELEASE", help="number of a release, as `status` shows it")
 
@@ -198,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tail", type=int, default=100, metavar="N", help="lines of each worker to begin with (100)")
     command.add_argument("--worker", metavar="ID", help="of this worker only")
 
-    command = add("down", _down, "delete the endpoint", "Delete an endpoint, its workers and its jobs.")
+    command = add("down", _down, "delete the endpoint", "Delete an endpoint, its workers and its jobs.", changes)
     command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
     command.add_argument("--yes", action="store_true", help="do not ask")
     return parser

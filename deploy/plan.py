@@ -144,8 +144,6 @@ def update_request(endpoint: Endpoint, options: Options, choice: Choice | None) 
         OptionError: options exclude each other, or do not suit the endpoint.
     """
     wanted = options.fields()
-    if options.type is not None and endpoint.type is not None and options.type != endpoint.type:
-        raise _other_type(endpoint)
     scaling = wanted.get("scaling") or endpoint.scaling.model_dump(by_alias=True)
     if "idleTimeout" in wanted.get("workers", {}) and not _has_idle_timeout(endpoint.type, scaling):
         raise OptionError("--idle-timeout is not for queues that scale by requests: give --queue-delay as well")
@@ -180,7 +178,10 @@ def changes(endpoint: Endpoint, wanted: Mapping[str, Any]) -> tuple[dict[str, An
             f"{endpoint.name} is a CPU endpoint, which cannot become one with GPUs: choose another --name"
         )
     if wanted.get("type") is not None and endpoint.type is not None and wanted["type"] != endpoint.type:
-        raise _other_type(endpoint)
+        raise OptionError(
+            f"{endpoint.name} is of type {endpoint.type}, which cannot be changed: choose another --name, "
+            f"or run `down {endpoint.name}` first"
+        )
     present = endpoint.model_dump(mode="json", by_alias=True)
     body: dict[str, Any] = {}
     lines: list[str] = []
@@ -253,10 +254,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
-
-
-def _other_type(endpoint: Endpoint) -> OptionError:
-    return OptionError(
-        f"{endpoint.name} is of type {endpoint.type}, which cannot be changed: choose another --name, "
-        f"or run `down {endpoint.name}` first"
-    )

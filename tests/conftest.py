@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 
@@ -21,6 +22,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("untimed")
+
+# What killed processes leave in the temporary directory, such as vLLM's sockets, goes at the end of the run. pytest's
+# own directories stay elsewhere, for a look at the logs of tests that have failed.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    _temporary = tempfile.TemporaryDirectory(prefix="vllm-tests-", ignore_cleanup_errors=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = _temporary.name
 
 # A background job of a shell ignores Ctrl-C, and so would the processes that tests start.
 if threading.current_thread() is threading.main_thread():

@@ -19,6 +19,7 @@ from typing import Any
 
 import aiohttp
 
+from engine.backend.media_errors import fetch_failure
 from engine.errors import EngineResponseError, safe_str, without_urls
 
 REFUSAL = (
@@ -101,8 +102,8 @@ async def download(url: str, max_bytes: int, hosts: Collection[str] = ()) -> byt
         hosts: `ALLOWED_MEDIA_DOMAINS`.
 
     Raises:
-        EngineResponseError: it cannot be fetched; in vLLM's words but for the URL, which may hold a signature or a
-            password, with the status that vLLM gives.
+        EngineResponseError: it cannot be fetched; vLLM's answer to a chat, but for the URL, which may hold a signature
+            or a password.
     """
     from vllm import envs
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -132,12 +133,13 @@ async def download(url: str, max_bytes: int, hosts: Collection[str] = ()) -> byt
             url, Content(), fetch_timeout=envs.VLLM_AUDIO_FETCH_TIMEOUT
         )
     except Exception as error:  # noqa: BLE001 (as vLLM's app does with whatever is raised there)
-        if isinstance(error, VLLMUnprocessableEntityError | VLLMValidationError):
-            error.parameter, error.value = "file", None  # The value is the URL.
-        response = create_error_response(error)
+        reason = fetch_failure(error) or error
+        if isinstance(reason, VLLMUnprocessableEntityError | VLLMValidationError):
+            reason.parameter, reason.value = "file", None  # The value is the URL.
+        response = create_error_response(reason)
         response.error.message = without_urls(response.error.message)
-        if response.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            response.error.message = f"the file cannot be fetched: {safe_str(error)}"
+        if response.error.code == HTTPStatus.INTERNAL_SERVER_ERROR:
+            response.error.message = f"the file cannot be fetched: {safe_str(reason)}"
         raise EngineResponseError(response.error.code, response.model_dump()) from None
     return content
 
@@ -150,7 +152,8 @@ def _hide_urls(record: logging.LogRecord) -> bool:
 def install_public_media_connector() -> None:
     """Make vLLM fetch media through `public_session`; vLLM itself checks URLs against `ALLOWED_MEDIA_DOMAINS`.
 
-    When it tries again, it logs the URL; here, without signature and password.
+    When it tries again, it logs the URL; here, without signature and password. What it cannot fetch ends with the
+    status that `fetch_failure` gives it.
     """
     from vllm.connections import HTTPConnection
     from vllm.exceptions import VLLMValidationError
@@ -178,3 +181,11 @@ def install_public_media_connector() -> None:
         def __init__(self, *arguments: Any, allowed_media_domains: list[str] | None = None, **options: Any) -> None:
             options["connection"] = connection(tuple(allowed_media_domains or ()))
             super().__init__(*arguments, allowed_media_domains=allowed_media_domains, **options)
+
+        async def load_from_url_async(self, *arguments: Any, **options: Any) -> Any:
+            try:
+                return await super().load_from_url_async(*arguments, **options)
+            except Exception as error:
+                if (failure := fetch_failure(error)) is not None:
+                    raise failure from None
+                raise

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from engine.backend import app as vllm_app
 from engine.backend import compat, media, processes, startup_errors, stat_loggers, vllm_args
 from engine.backend.files import Files
+from engine.backend.ipc_directory import IPCDirectory
 from engine.backend.routes import SERVING
 from engine.backend.statistics import Statistics
 from engine.backend.stream_interval import StreamInterval
@@ -75,13 +76,18 @@ class VLLMEngine:
         arguments, config = configuration.engine_config
         if not start_method_is_set:
             processes.prefer_fork()
-        self._engine = AsyncLLM.from_vllm_config(
-            config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            stat_loggers=self._stat_loggers(),
-            enable_log_requests=arguments.enable_log_requests,
-            disable_log_stats=arguments.disable_log_stats,
-        )
+        self._sockets = IPCDirectory()
+        try:
+            self._engine = AsyncLLM.from_vllm_config(
+                config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=self._stat_loggers(),
+                enable_log_requests=arguments.enable_log_requests,
+                disable_log_stats=arguments.disable_log_stats,
+            )
+        except BaseException:
+            self._sockets.close()
+            raise
         self._idle_at = CLOCK.now()
         self._app: Any = None
         self._app_lock = asyncio.Lock()
@@ -222,7 +228,10 @@ class VLLMEngine:
     def shutdown(self) -> None:
         """End the engine and its processes."""
         compat.forget_variables()
-        self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+        try:
+            self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+        finally:
+            self._sockets.close()
 
 
 def _files(configuration: Configuration) -> Files:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 from engine.jobs.inputs import Request
-from engine.json_codec import encode
+from engine.json_codec import decode, encode
 from engine.telemetry.job_times import CURRENT, RequestStats
 
 _DONE = b"data: [DONE]\n\n"
+# In streams without `[DONE]`, the last event with fields of its own: of Anthropic's messages, and of responses.
+_LAST_EVENT = re.compile(
+    rb"^event: (?:message_delta|response\.(?:completed|incomplete))\ndata: (\{.*\})$", re.MULTILINE
+)
 # vLLM's app may answer a few turns of the event loop before vLLM reports the request's times.
 _MAX_TURNS = 50
 _OBJECTS = {"/v1/chat/completions": "chat.completion.chunk", "/v1/completions": "text_completion"}
@@ -48,11 +53,19 @@ class CostReport:
         return document | {"costs": await self._document()}
 
     async def added_to_stream(self, events: bytes) -> bytes:
-        """Return events with one more before the last, `[DONE]`, if it is among them.
+        """Return complete events with the costs, if the stream ends with them.
 
-        It has the form of a chunk without choices, like that of `stream_options.include_usage`, which clients accept.
+        Before `[DONE]`, they are a chunk without choices, like that of `stream_options.include_usage`, which clients
+        accept. A stream without that has them as a field of an event: in `response` of `response.completed`, as in a
+        response that is not streamed, and in Anthropic's `message_delta`, next to the usage.
         """
-        if not self.wanted or not events.endswith(_DONE):
+        if not self.wanted:
+            return events
+        if (last := _LAST_EVENT.search(events)) is not None:
+            event = decode(last[1])
+            event.get("response", event)["costs"] = await self._document()
+            return events[: last.start(1)] + encode(event) + events[last.end(1) :]
+        if not events.endswith(_DONE):
             return events
         chunk = {
             "id": self._job_id,

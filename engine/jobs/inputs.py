@@ -262,7 +262,7 @@ def parse(
     if isinstance(value, UnreadableInput):
         raise InvalidInputError(f"the job's input cannot be read: {value}")
     if isinstance(value, ProxiedRequest):
-        return _proxied(value, open_routes, event_tokens, has_route)
+        return _proxied(value, str(job.get("id", "")), open_routes, event_tokens, has_route)
     if not isinstance(value, dict):
         raise InvalidInputError(f"the job's input must be a JSON object. Accepted:\n{ACCEPTED_INPUTS}")
     warnings = list(_ignored(value))
@@ -297,6 +297,7 @@ def parse(
     tokens = event_tokens(call.path) if plain else None
     if tokens is not None and tokens > 1:
         document = {**document, "stream_interval": tokens}
+    document = _with_id(call.path, document, str(job.get("id", "")))
     warnings += [*removed, *own.warnings]
     return Request(
         call.method,
@@ -325,6 +326,7 @@ def check_route(path: str, open_routes: frozenset[str], has_route: Callable[[str
 
 def _proxied(
     value: ProxiedRequest,
+    job_id: str,
     open_routes: frozenset[str],
     event_tokens: Callable[[str], int | None],
     has_route: Callable[[str], bool],
@@ -333,18 +335,22 @@ def _proxied(
     check_route(call.path, open_routes, has_route)
     if value["content_type"].lower().startswith("multipart/form-data"):
         return Request(value["method"], call.path, call.query, value.content, value["content_type"], proxied=True)
-    return http_request(value["method"], call.path, call.query, value.content, event_tokens)
+    return http_request(value["method"], call.path, call.query, value.content, event_tokens, request_id=job_id)
 
 
-def http_request(method: str, path: str, query: str, body: bytes, event_tokens: Callable[[str], int | None]) -> Request:
+def http_request(  # noqa: PLR0913 (all that a request has)
+    method: str, path: str, query: str, body: bytes, event_tokens: Callable[[str], int | None], *, request_id: str = ""
+) -> Request:
     """Return the request as its client wrote it, in today's names. Whether its body is valid is for vLLM to say.
 
     Args:
         method: any of HTTP's.
         path: of the route.
         query: of the route, or empty.
-        body: as it came; it is only changed if it is a JSON object with fields that have another name today.
+        body: as it came; it is only changed if it is a JSON object with fields that have another name today, or on a
+            route that takes the id from it.
         event_tokens: as for `parse`.
+        request_id: names the request in vLLM.
 
     Raises:
         InvalidInputError: fields of another name are where they cannot be used.
@@ -358,6 +364,7 @@ def http_request(method: str, path: str, query: str, body: bytes, event_tokens: 
     given = {name: part for name, part in document.items() if name != "extra_body"} | _extra_body(document)
     given, own = _without_own_fields(given)
     current, removed = _with_current_names(path, given)
+    current = _with_id(path, current, request_id)
     # Its client gets each token as an event, unless it is slower than the engine, as with vLLM's own server.
     mergeable = merging.is_plain_text(path, current) and event_tokens(path) is not None
     return Request(
@@ -479,6 +486,14 @@ def _with_current_names(path: str, body: dict[str, Any]) -> tuple[dict[str, Any]
     if guided:
         body["structured_outputs"] = {GUIDED_FIELDS[name]: part for name, part in guided.items()}
     return body, warnings
+
+
+def _with_id(path: str, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+    """Return the body with the request's id, if vLLM takes it from there and not from the header `X-Request-Id`.
+
+    `VLLMEngine.pop_request_stats` finds the request by it. A client's own stays.
+    """
+    return {"request_id": f"resp_{request_id}", **body} if path == "/v1/responses" and request_id else body
 
 
 def _openai_request(field: str, route: str, body: dict[str, Any] | None) -> _Call:

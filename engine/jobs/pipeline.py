@@ -168,7 +168,7 @@ async def _stream(
     """
     error: JobError | None = None
     warnings = list(request.warnings)
-    async with aclosing(_batches(response, engine, cut=not request.native)) as batches:
+    async with aclosing(_batches(response, engine, costs, native=request.native)) as batches:
         async for batch in batches:
             if request.native:
                 for delta in deltas.from_events(batch):
@@ -178,22 +178,25 @@ async def _stream(
                         yield part
             else:
                 error = error or deltas.error_in(batch)
-                yield (await costs.added_to_stream(batch.encode())).decode() if costs.wanted else batch
+                yield batch
     if error is not None:
         raise error
     if request.native and costs.wanted:
         yield await costs.added_to({})
 
 
-async def _batches(response: asgi.Response, engine: Engine, *, cut: bool) -> AsyncGenerator[str, None]:
+async def _batches(
+    response: asgi.Response, engine: Engine, costs: CostReport, *, native: bool
+) -> AsyncGenerator[str, None]:
     """Yield a streamed body in batches: the first one at once, then one per `batch_interval_s`.
 
     What arrives while the consumer delivers a batch, or during the interval, is one batch.
     """
-    batcher = EventBatcher(cut=cut)
+    batcher = EventBatcher(cut=not native)
     async for chunk in response.chunks():
         begun = time.monotonic()
-        for batch in batcher.feed(chunk):
+        events = await costs.added_to_stream(chunk) if costs.wanted and not native else chunk
+        for batch in batcher.feed(events):
             yield batch
         await response.wait_complete(engine.batch_interval_s - (time.monotonic() - begun))
     for batch in batcher.finish():

@@ -151,8 +151,9 @@ class ServerApp:
     def _current(self, request: RunningRequest, body: bytes) -> bytes:
         """Return a JSON body in the names that vLLM has today; tell code deep inside vLLM about it."""
         scope = request.scope
+        query = scope["query_string"].decode("latin-1")
         read = inputs.http_request(
-            scope["method"], scope["path"], scope["query_string"].decode("latin-1"), body, self._engine.event_tokens
+            scope["method"], scope["path"], query, body, self._engine.event_tokens, request_id=request.id
         )
         request.costs = CostReport(request.id, read, self._engine.pop_request_stats)
         for warning in read.warnings:

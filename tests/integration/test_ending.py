@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,15 +32,27 @@ def queue() -> Iterator[EmulatorQueue]:
 def own_worker(
     queue: EmulatorQueue, tiny_model: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Process]:
-    """Run a worker that the test may end; the fixture's parameter adds variables to its environment.
+    """Run a worker that the test ends; the fixture's parameter adds variables to its environment.
 
-    The stall timeout is long by default, as an engine on a busy machine may make no step for seconds.
+    It leaves no socket behind. The stall timeout is long by default: an engine on a busy machine may make no step for
+    seconds.
     """
     timeouts = {"DRAIN_TIMEOUT_S": "10", "ENGINE_STALL_TIMEOUT_S": "60", **getattr(request, "param", {})}
     environment = {**VLLM_ENVIRONMENT, **queue.environment, "MODEL_NAME": tiny_model, **timeouts}
-    with running(["handler.py"], environment, tmp_path / "log") as process:
+    # pytest's own directories have a path that is too long for a socket.
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        running(["handler.py"], {**environment, "TMPDIR": temporary}, tmp_path / "log") as process,
+    ):
         process.wait_for(queue.has_worker, START_S)
+        assert sockets_in(temporary)
         yield process
+        assert process.popen.poll() is not None
+        assert sockets_in(temporary) == []
+
+
+def sockets_in(directory: str) -> list[Path]:
+    return [path for path in Path(directory).rglob("*") if path.is_socket()]
 
 
 def engine_core(process: Process) -> psutil.Process:

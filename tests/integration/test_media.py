@@ -6,16 +6,21 @@ import asyncio
 import base64
 import io
 import logging
+import socket
+import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest.mock import Mock
 
+import aiohttp
 import pytest
 from PIL import Image
 
 from engine.backend import media
+from engine.backend.media_errors import fetch_failure
 from engine.errors import EngineResponseError
 
 # Importing vLLM issues deprecation warnings.
@@ -32,46 +37,57 @@ def picture() -> bytes:
     return file.getvalue()
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Serves a picture, or what the path asks for."""
+
+    silence = threading.Event()
+
+    def do_GET(self) -> None:
+        what, _, rest = self.path.partition("?")[0].removeprefix("/").partition("/")
+        match what:
+            case "to":
+                self.send_response(302)
+                self.send_header("Location", f"http://{self.headers['Host']}/".replace("127.0.0.1", rest))
+                self.end_headers()
+            case "status":
+                self.send_error(int(rest))
+            case "size":
+                self._send_zeros(int(rest))
+            case "silent":
+                self.silence.wait()
+            case "cut":
+                self._send(500, bytes(100))
+            case "picture.png" | "":
+                self._send(len(picture()), picture())
+
+    def _send(self, said_bytes: int, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(said_bytes))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _send_zeros(self, size_bytes: int) -> None:
+        self.send_response(200)
+        if size_bytes < 2**20:  # Of a larger file, the size is not said before.
+            self.send_header("Content-Length", str(size_bytes))
+        self.end_headers()
+        with suppress(ConnectionError):
+            for start in range(0, size_bytes, 2**16):
+                self.wfile.write(bytes(min(2**16, size_bytes - start)))
+                sent.append(2**16)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """Serve a picture on the loopback interface; yield its URL."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path.startswith("/to/"):
-                self.send_response(302)
-                self.send_header("Location", address.replace("127.0.0.1", self.path.removeprefix("/to/")))
-                self.end_headers()
-                return
-            if self.path.startswith("/status/"):
-                self.send_error(int(self.path.removeprefix("/status/").partition("?")[0]))
-                return
-            if self.path.startswith("/size/"):
-                self._send_zeros(int(self.path.removeprefix("/size/")))
-                return
-            self.send_response(200)
-            self.send_header("Content-Type", "image/png")
-            self.end_headers()
-            self.wfile.write(picture())
-
-        def _send_zeros(self, size_bytes: int) -> None:
-            self.send_response(200)
-            if size_bytes < 2**20:  # Of a larger file, the size is not said before.
-                self.send_header("Content-Length", str(size_bytes))
-            self.end_headers()
-            with suppress(ConnectionError):
-                for start in range(0, size_bytes, 2**16):
-                    self.wfile.write(bytes(min(2**16, size_bytes - start)))
-                    sent.append(2**16)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as web:
-        address = f"http://127.0.0.1:{web.server_port}/picture.png"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
         thread = threading.Thread(target=web.serve_forever)
         thread.start()
-        yield address
+        yield f"http://127.0.0.1:{web.server_port}/picture.png"
+        Handler.silence.set()
         web.shutdown()
         thread.join()
 
@@ -132,7 +148,8 @@ def test_a_file_is_refused_by_the_rules_for_other_media(url: str) -> None:
         (url, ()): (400, "public addresses only"),
         (url.replace("127.0.0.1", "localhost"), ()): (400, "public addresses only"),
         (url, ("a.org",)): (400, "allowed domains"),
-        (url.replace("picture.png", "status/404"), ("127.0.0.1",)): (422, "HTTP 404"),
+        (url.replace("picture.png", "status/404"), ("127.0.0.1",)): (422, "answered with status 404: check the URL"),
+        (url.replace("picture.png", "status/403"), ("127.0.0.1",)): (422, "answered with status 403: check the URL"),
     }
 
     for (address, hosts), (status, reason) in expected.items():
@@ -140,14 +157,76 @@ def test_a_file_is_refused_by_the_rules_for_other_media(url: str) -> None:
         assert (found[0], reason in found[1]) == (status, True), found
 
 
-def test_a_server_that_fails_is_named_as_the_reason_without_the_url(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("path", "status", "reason"),
+    [
+        ("status/500", 502, "the URL's server answered with status 500: try again later"),
+        ("status/503", 502, "the URL's server answered with status 503: try again later"),
+        ("status/429", 502, "the URL's server answered with status 429: try again later"),
+        ("silent", 504, "the URL's server did not answer in time: try again later"),
+        ("closed", 502, "the URL's server cannot be reached, or has closed the connection (ServerDisconnectedError"),
+        ("cut", 502, "the URL's server cannot be reached, or has closed the connection (ClientPayloadError"),
+        (":refused", 502, "the URL's server cannot be reached, or has closed the connection (ClientConnectorError"),
+    ],
+)
+def test_a_url_that_cannot_be_fetched_now_is_an_error_that_says_try_again(
+    path: str, status: int, reason: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a job that names a file, and in a chat with a picture, where vLLM makes the answer."""
+    from vllm import envs
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
     monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
+    for name in ("VLLM_AUDIO_FETCH_TIMEOUT", "VLLM_IMAGE_FETCH_TIMEOUT"):
+        monkeypatch.setitem(envs.environment_variables, name, lambda: 0.3)
+    where = url.replace("picture.png", path)
+    if path == ":refused":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            where = f"http://127.0.0.1:{free.getsockname()[1]}/a.wav"
 
-    status, message = refusal(url.replace("picture.png", "status/503"))
+    with pytest.raises(EngineResponseError) as refused:
+        download(where)
+    with pytest.raises(Exception, match=r"try again later") as in_chat:
+        fetch(where, ["127.0.0.1"])
 
-    assert status == 500
-    assert message.startswith("the file cannot be fetched: ClientResponseError: 503")
-    assert "http://" not in message
+    document = refused.value.document()
+    answer = create_error_response(in_chat.value).error
+    assert (document["status"], document["retryable"]) == (status, True)
+    assert (document["status"], document["error"]["message"]) == (answer.code, answer.message)
+    assert answer.message.startswith(reason)
+    assert "http://" not in answer.message
+
+
+def test_a_refusal_in_a_chat_has_no_url(url: str) -> None:
+    signed = url.replace("picture.png", "status/403?Signature=s3cret")
+
+    with pytest.raises(Exception, match="answered with status 403") as refused:
+        fetch(signed, ["127.0.0.1"])
+
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (aiohttp.ClientConnectorDNSError(Mock(host="a.invalid"), socket.gaierror(socket.EAI_NONAME, "unknown")), 422),
+        (aiohttp.ClientConnectorDNSError(Mock(host="a.invalid"), socket.gaierror(socket.EAI_AGAIN, "later")), 502),
+        (aiohttp.ClientConnectorCertificateError(Mock(host="a"), ssl.SSLCertVerificationError("self-signed")), 422),
+        (ConnectionResetError("by peer"), 502),
+    ],
+)
+def test_what_a_test_cannot_provoke_has_its_status_too(error: Exception, status: int) -> None:
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    failure = fetch_failure(error)
+
+    assert failure is not None
+    assert create_error_response(failure).error.code == status
+
+
+def test_a_file_that_is_no_picture_is_not_taken_for_a_failure_of_its_server(url: str) -> None:
+    with pytest.raises(ValueError, match="cannot identify image"):
+        fetch(url.replace("picture.png", "size/100"), ["127.0.0.1"])
 
 
 @pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, 2)])

@@ -51,6 +51,7 @@ USED = {
         "supported_tasks",
     ],
     "vllm.multimodal.media.connector.MediaConnector.load_from_url_async": ["url", "media_io", "fetch_timeout"],
+    "vllm.exceptions.GracefulHTTPError": ["message", "http_status"],
     "vllm.multimodal.media.base.MediaIO.get_max_bytes": ["self"],
     "vllm.entrypoints.serve.exception_handling.error_response.create_error_response": ["message"],
     "vllm.utils.argparse_utils.FlexibleArgumentParser": [],

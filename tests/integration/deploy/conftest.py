@@ -53,7 +53,8 @@ class Account:
             self._patch.delenv("RUNPOD_API_KEY", raising=False)
         else:
             self._patch.setenv("RUNPOD_API_KEY", key)
-        code = command_line.main([*arguments, "--api-url", self.url, "--timeout", str(timeout_s)])
+        waits = ["--timeout", str(timeout_s)] if arguments[0] in ("up", "update", "rollback") else []
+        code = command_line.main([*arguments, "--api-url", self.url, *waits])
         printed = self._capsys.readouterr()
         return Ran(code, printed.out, printed.err)
 

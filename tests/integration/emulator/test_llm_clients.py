@@ -230,6 +230,32 @@ def test_anthropic_messages_are_returned_and_streamed(claude: anthropic.Anthropi
     assert count.input_tokens == answer.usage.input_tokens
 
 
+def test_streams_say_what_they_cost(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    question = STORY.messages[-1]["content"]
+    asked = {"include_costs": True}
+    costs: list[dict[str, float]] = []
+
+    for chunk in client.chat.completions.create(
+        model="tiny", messages=messages_of(STORY), max_tokens=5, stream=True, extra_body=asked
+    ):
+        costs += [chunk.model_extra["costs"]] if chunk.model_extra and "costs" in chunk.model_extra else []
+    with client.responses.stream(model="tiny", input=question, max_output_tokens=5, extra_body=asked) as answer:
+        response = answer.get_final_response()
+    costs.append((response.model_extra or {})["costs"])
+    message: anthropic.types.MessageParam = {"role": "user", "content": question}
+    with claude.messages.stream(model="tiny", max_tokens=5, messages=[message], extra_body=asked) as events:
+        costs += [(event.model_extra or {})["costs"] for event in events if event.type == "message_delta"]
+    events_as_sent = claude.messages.create(
+        model="tiny", max_tokens=5, messages=[message], stream=True, extra_body=asked
+    )
+    costs += [(event.model_extra or {})["costs"] for event in events_as_sent if event.type == "message_delta"]
+
+    assert len(costs) == 4
+    assert all(one["worker_s"] > 0 and one["decode_s"] > 0 for one in costs)
+    assert response.usage is not None
+    assert events.get_final_message().usage.output_tokens == response.usage.output_tokens == 5
+
+
 def test_errors_raise_the_anthropic_clients_matching_exceptions(claude: anthropic.Anthropic) -> None:
     message: anthropic.types.MessageParam = {"role": "user", "content": "hi"}
 

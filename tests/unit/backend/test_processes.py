@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from engine.backend import compat, media, processes
+from engine.backend import compat, ipc_directory, media, processes
 from engine.backend.configuration import Configuration
 from engine.backend.vllm_engine import VLLMEngine
 
@@ -61,4 +61,5 @@ def test_processes_are_forked_unless_the_user_has_set_another_start_method(
         VLLMEngine(cast("Configuration", FakeConfiguration()))
 
     assert len(calls) == preferred
+    assert ipc_directory.VARIABLE not in os.environ, "the directory of an engine that does not start is removed"
     monkeypatch.delenv(processes.START_METHOD, raising=False)

@@ -186,7 +186,6 @@ def test_an_update_changes_only_what_it_names() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (Options(type=LOAD_BALANCER), "tiny is of type QUEUE, which cannot be changed: choose another --name"),
         (Options(unset=("A",)), "--unset A: the endpoint does not have it; it has MODEL_NAME, WARM_UP"),
         (Options(idle_timeout_s=5), "--idle-timeout is not for queues that scale by requests"),
     ],

@@ -19,9 +19,11 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-async def outputs_of(value: Any, *, streams: bool = True) -> tuple[list[Any], JobTimes, ScriptedApp]:
+async def outputs_of(
+    value: Any, *, streams: bool = True, chunks: list[bytes] | None = None
+) -> tuple[list[Any], JobTimes, ScriptedApp]:
     """Run a job as the job loop does; return its outputs, its times, and the app that has answered."""
-    app = ScriptedApp(body=chat_chunks("a", "b"), content_type="text/event-stream")
+    app = ScriptedApp(body=chunks or chat_chunks("a", "b"), content_type="text/event-stream")
     if not streams:
         app = ScriptedApp(body=[b'{"id": "x", "choices": []}'])
     times = JobTimes("job-1")
@@ -59,6 +61,56 @@ async def test_a_stream_has_a_chunk_with_the_costs_before_its_end() -> None:
     assert (chunk["object"], chunk["choices"], chunk["model"]) == ("chat.completion.chunk", [], "tiny")
     assert chunk["costs"]["decode_s"] == 0.3
     assert "".join(outputs).count("[DONE]") == 1
+
+
+def named_events(*events: dict[str, Any]) -> list[bytes]:
+    return [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() for event in events]
+
+
+# As vLLM writes them, with a text that looks like an event.
+FAKE = "\nevent: message_delta\ndata: {}\n"
+MESSAGE = named_events(
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": FAKE}},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 2}},
+    {"type": "message_stop"},
+)
+RESPONSE = named_events(
+    {"type": "response.output_text.delta", "delta": FAKE},
+    {"response": {"id": "r", "status": "completed", "usage": {}}, "sequence_number": 9, "type": "response.completed"},
+)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("is_proxied", [True, False])
+@pytest.mark.parametrize(("route", "chunks"), [("/v1/messages", MESSAGE), ("/v1/responses", RESPONSE)])
+async def test_a_stream_without_a_done_has_them_in_its_last_event_with_fields(
+    route: str, chunks: list[bytes], *, is_proxied: bool, together: bool
+) -> None:
+    body = {"model": "tiny", "stream": True, "include_costs": True}
+    value: Any = {"openai_route": route, "openai_input": body}
+    if is_proxied:
+        value = ProxiedRequest.of("POST", route, json.dumps(body).encode())
+
+    outputs, _, _ = await outputs_of(value, chunks=[b"".join(chunks)] if together else chunks)
+
+    text = b"".join(outputs[1:]).decode() if is_proxied else "".join(outputs)
+    events = [json.loads(event.partition("data: ")[2]) for event in text.split("\n\n") if event]
+    given = [json.loads(chunk.partition(b"data: ")[2]) for chunk in chunks]
+    last = events[1].get("response", events[1])
+    assert last.pop("costs")["decode_s"] == 0.3
+    assert events == given
+
+
+async def test_a_response_above_the_platforms_limit_has_them_too() -> None:
+    long = named_events({"type": "response.completed", "response": {"id": "r", "text": "x" * 1_500_000}})
+
+    outputs, _, _ = await outputs_of(
+        {"openai_route": "/v1/responses", "openai_input": {"stream": True, "include_costs": True}}, chunks=long
+    )
+
+    assert len(outputs) > 1
+    event = json.loads("".join(outputs).partition("data: ")[2])
+    assert event["response"]["costs"]["decode_s"] == 0.3
 
 
 async def test_a_top_level_stream_ends_with_an_output_of_its_own() -> None:

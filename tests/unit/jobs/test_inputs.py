@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from engine.backend.routes import SERVING
 from engine.errors import InvalidInputError, JobError, RouteNotAllowedError, UnknownRouteError
 from engine.jobs.inputs import BATCHING_FIELDS, Request, parse
+from engine.jobs.proxied import ProxiedRequest
 
 MESSAGES = [{"role": "user", "content": "漢 😀"}]
 
@@ -366,3 +367,19 @@ def test_inputs_for_other_workers_become_the_same_request(value: dict[str, Any],
 
     assert json.loads(request.body or b"null") == json.loads(expected.body or b"null")
     assert replace(request, body=None, warnings=()) == replace(expected, body=None)
+
+
+@pytest.mark.parametrize(
+    ("value", "sent"),
+    [
+        ({"openai_route": "/v1/responses", "openai_input": {"input": "hi"}}, "resp_job-1"),
+        ({"openai_route": "/v1/responses", "openai_input": {"input": "hi", "request_id": "mine"}}, "mine"),
+        (ProxiedRequest.of("POST", "/v1/responses", b'{"input": "hi"}'), "resp_job-1"),
+        ({"openai_route": "/v1/completions", "openai_input": {"prompt": "hi"}}, None),
+        (ProxiedRequest.of("POST", "/v1/completions", b'{"prompt": "hi"}'), None),
+    ],
+)
+def test_a_response_has_the_jobs_id_in_its_body_where_vllm_takes_it_from(value: Any, sent: str | None) -> None:
+    request = parse({"id": "job-1", "input": value}, 2048)
+
+    assert json.loads(request.body or b"").get("request_id") == sent

@@ -79,6 +79,16 @@ async def serve(engine: Any, slots: int = 8, max_wait_s: float = 0.05, **options
             await serving
 
 
+async def test_a_response_has_the_requests_id_in_its_body() -> None:
+    engine = Engine()
+
+    async with serve(engine) as site:
+        await site.client.post("/v1/responses", json={"input": "hi"}, headers={"x-request-id": "mine-1"})
+
+    ((_, sent),) = engine.requests
+    assert json.loads(sent) == {"input": "hi", "request_id": "resp_mine-1"}
+
+
 async def test_a_request_reaches_the_app_as_it_was_sent_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "engine")
     engine, cold_start = Engine(body=[b'{"b":', b"2}"]), ColdStart()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -225,8 +224,9 @@ def test_a_volume_that_the_workers_user_may_not_read_is_not_looked_into(
     user = os.geteuid()
     try:
         if user == 0:
+            temporary = Path(os.environ["PYTEST_DEBUG_TEMPROOT"])
             for parent in (machine.volume, *machine.volume.parents):
-                if parent.is_relative_to(tempfile.gettempdir()) and parent != Path(tempfile.gettempdir()):
+                if parent.is_relative_to(temporary) and parent != temporary:
                     parent.chmod(0o755)
             os.seteuid(65534)
         model = machine.choose(NAME)
