@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,8 @@ from tqdm import tqdm
 from deploy.environment import Redaction
 
 _WIDTH = 100
+# Sequences for colours and the cursor, and other control characters; a worker's log and a model's answer may have them.
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Console:
@@ -38,9 +41,15 @@ class Console:
         self._write(self._err, f"deploy: {text}")
 
     def _write(self, file: TextIO, text: str) -> None:
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        shown = self.shown(text).encode(encoding, "backslashreplace").decode(encoding)
         with tqdm.external_write_mode(file=file):  # not into a progress bar
-            file.write(self.redaction.apply(text) + "\n")
+            file.write(shown + "\n")
             file.flush()
+
+    def shown(self, text: str) -> str:
+        """Return a text without secrets, and without what would control the terminal."""
+        return _CONTROL.sub("", self.redaction.apply(text))
 
     def progress(self, phases: tuple[str, ...]) -> Progress:
         """Return a progress bar through these phases, or lines if stderr is no terminal."""
@@ -92,7 +101,7 @@ class Progress:
     def detail(self, text: str) -> None:
         """Show what happens in the current phase; a bar shows it until the next."""
         if self._bar is not None:
-            self._bar.set_postfix_str(self._console.redaction.apply(text)[:_WIDTH])
+            self._bar.set_postfix_str(self._console.shown(text)[:_WIDTH])
 
     def refresh(self) -> None:
         """Draw the bar again, with the time that has passed."""

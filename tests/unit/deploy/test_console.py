@@ -56,3 +56,17 @@ def test_phases_are_a_bar_on_a_terminal() -> None:
 
 def test_further_lines_of_a_text_are_indented() -> None:
     assert table({"A": "1\n2", "Bcd": "3"}) == "A    1\n     2\nBcd  3"
+
+
+def test_what_stdout_cannot_encode_is_escaped() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+    Console(Redaction(), out, io.StringIO()).result("grün \ud800")
+
+    assert out.buffer.getvalue() == b"gr\\xfcn \\ud800\n"
+
+
+def test_an_answer_does_not_control_the_terminal(terminal: Terminal) -> None:
+    terminal.console.result("\x1b[31mred\x1b[0m\x1b]0;title\x07\tand\r 40 %\x08\nmore")
+
+    assert terminal.result == "red\tand 40 %\nmore\n"
