@@ -110,7 +110,7 @@ class StartWatcher:
                     raise WorkerError(self._fault)
                 self._progress.refresh()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._fault_found.wait(), self._poll_s)
+                    await asyncio.wait_for(self._fault_found.wait(), self._api.pause_s(self._poll_s))
         finally:
             for task in self._followed.values():
                 task.cancel()

@@ -43,7 +43,7 @@ def error(status: int) -> dict[str, Any]:
         (("status", "other"), KEY, [], 3, "there is no endpoint other; there are tiny"),
         (("rollback", "tiny", "--to", "7"), KEY, [], 2, "--to 7: tiny has the releases 1"),
         (("status", "tiny"), KEY, [error(400)], 2, "the API does not accept the request"),
-        (("status", "tiny"), KEY, [error(404)], 3, "check the endpoint's name with `status`"),
+        (("status", "tiny"), KEY, [error(404)], 1, "the API answers 404 (Not Found): is http://127.0.0.1:"),
         (("status", "tiny"), KEY, [error(422)], 2, "the API does not accept the request"),
         (("status", "tiny"), KEY, [error(429)], 6, "too many requests"),
         (("status", "tiny"), KEY, [error(500)], 6, "the API fails with 500"),
@@ -85,7 +85,7 @@ def test_the_table_of_refusals_is_what_the_user_reads() -> None:
 
 def test_a_used_up_quota_is_waited_for(account: Callable[..., Account], monkeypatch: pytest.MonkeyPatch) -> None:
     """The API says 60 s; the test waits less, and so it is refused until it gives up."""
-    monkeypatch.setattr(api, "MAX_RETRY_AFTER_S", 0.01)
+    monkeypatch.setattr(api, "_seconds", lambda _: 0.01)
     site = account({"rateLimits": {"minute": 1}})
 
     ran = site.run("status")
