@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -97,13 +98,40 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
 
 
+def _seconds(text: str) -> float:
+    """Return a time of an option.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def _count(text: str) -> int:
+    """Return a number of GPUs.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+_seconds.__name__, _count.__name__ = "number of seconds", "number of GPUs"  # as argparse names them in its errors
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add what `up` and `update` may ask of an endpoint."""
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--gpu", action="append", default=[], metavar="POOL_OR_TYPE", help="such as ADA_24, or 4090; may be repeated"
     )
-    machine.add_argument("--gpus-per-worker", type=int, metavar="N", help="the model is split across them")
+    machine.add_argument("--gpus-per-worker", type=_count, metavar="N", help="the model is split across them")
     machine.add_argument("--min-cuda", metavar="VERSION", help="of the machines' drivers, at the least (13.0)")
     machine.add_argument("--disk", type=int, metavar="GB", help="of the container (20, and room for the model)")
     machine.add_argument("--volume", action="append", default=[], metavar="ID", help="network volume; may be repeated")
@@ -114,9 +142,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     scaling.add_argument("--workers-min", type=int, metavar="N", help="workers that always run, and are paid for (0)")
     scaling.add_argument("--workers-max", type=int, metavar="N", help="(3)")
     scaling.add_argument("--requests-per-worker", type=int, metavar="N", help="add workers by requests (16)")
-    scaling.add_argument("--queue-delay", type=float, metavar="S", help="or by how long a request waits")
+    scaling.add_argument("--queue-delay", type=_seconds, metavar="S", help="or by how long a request waits")
     scaling.add_argument("--idle-timeout", type=int, metavar="S", help="stop idle workers after this time (60)")
-    scaling.add_argument("--execution-timeout", type=float, metavar="S", help="of one request (600)")
+    scaling.add_argument("--execution-timeout", type=_seconds, metavar="S", help="of one request (600)")
 
     worker = parser.add_argument_group("worker")
     worker.add_argument(
@@ -148,7 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--dry-run", action="store_true", help="print the requests that would change something, without sending them"
     )
-    common.add_argument("--timeout", type=float, default=_TIMEOUT_S, metavar="S", help="of a start or rollout (1800)")
+    common.add_argument(
+        "--timeout", type=_seconds, default=_TIMEOUT_S, metavar="S", help="of a start or rollout (1800)"
+    )
     parser = argparse.ArgumentParser(
         prog="python -m deploy",
         description=f"Run a model on a serverless endpoint of RunPod. {KEY_VARIABLE} must be in the environment.",
@@ -173,7 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--name", help="of the endpoint (default: the last part of MODEL)")
     command.add_argument("--revision", help="branch, tag or commit of the model")
     command.add_argument("--skip-doctor", action="store_true", help="do not check model and settings; needs --gpu")
-    command.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait for a first answer")
+    command.add_argument(
+        "--no-wait", dest="wait", action="store_false", help="do not wait for the rollout or a first answer"
+    )
     command.add_argument("--task", choices=KINDS, help="kind of the first request (default: what the model answers)")
     _add_options(command)
 

@@ -163,6 +163,8 @@ def update_request(endpoint: Endpoint, options: Options, choice: Choice | None) 
         env["DELIVERY_TIMEOUT_S"] = f"{options.execution_timeout_s:g}"
     if options.gpus_per_worker is not None:
         env["TENSOR_PARALLEL_SIZE"] = str(options.gpus_per_worker)
+    if options.flashboot not in (None, "OFF"):
+        env.setdefault("WARM_UP", "true")
     return wanted | {"env": env}
 
 
@@ -175,7 +177,7 @@ def changes(endpoint: Endpoint, wanted: Mapping[str, Any]) -> tuple[dict[str, An
     Raises:
         OptionError: a difference cannot be changed.
     """
-    if endpoint.cpu:
+    if endpoint.cpu and "gpu" in wanted:
         raise OptionError(
             f"{endpoint.name} is a CPU endpoint, which cannot become one with GPUs: choose another --name"
         )

@@ -10,6 +10,7 @@ from typing import Any
 from deploy.api import KEY_VARIABLE
 from deploy.console import table
 from deploy.first_request import Answer, Site
+from deploy.gpus import excluded_types
 from deploy.options import LOAD_BALANCER
 from runpod_api.models import Endpoint, GpuType
 
@@ -68,7 +69,8 @@ def price(endpoint: Endpoint, catalogue: Sequence[GpuType], gpu_type: str | None
     if endpoint.gpu is None:
         return ""
     count = endpoint.gpu.count or 1
-    pools = [one for one in catalogue if one.pool in endpoint.gpu.pools]
+    excluded = excluded_types(endpoint)
+    pools = [one for one in catalogue if one.pool in endpoint.gpu.pools and one.id not in excluded]
     types = [one for one in pools if one.id == gpu_type] or pools
     prices = [one.price.serverless * count for one in types if one.price.serverless is not None]
     if not prices:

@@ -20,7 +20,8 @@ from deploy.options import Options
 from deploy.up import up
 from runpod_api.description import violations
 from tests.unit.deploy.conftest import Terminal
-from tests.unit.deploy.fakes import FakeRunPod
+from tests.unit.deploy.fakes import FakeRunPod, gpu
+from tests.unit.deploy.test_api import body
 
 # Llama's shape with 8 billion parameters: 15 GiB in 16 bits.
 CONFIG = {
@@ -190,3 +191,65 @@ def test_a_dry_run_without_a_key_and_a_pool_says_how_much_memory_the_model_needs
 
     assert body["gpu"]["pools"][0].startswith("(the cheapest of at least ")
     assert "RUNPOD_API_KEY is not set: prices and stock are not known; --gpu names pools" in messages
+
+
+@pytest.mark.parametrize("env", [{"MODEL_NAME": "other-org/tiny"}, {}])
+def test_an_endpoint_for_something_else_is_changed_only_by_its_name(
+    context: Context, runpod: FakeRunPod, env: dict[str, str]
+) -> None:
+    """Models of two organizations may have the same name; and it may be an endpoint that `up` has not made."""
+    runpod.add(body(env=env))
+    options = Options(image="x/y:1", gpus=("4090",))
+
+    with pytest.raises(OptionError, match=r"tiny \(ep1\) .*: give another --name, or `--name tiny` to change it"):
+        asyncio.run(up(context, "org/tiny", options, skip_doctor=True, wait=False))
+    assert runpod.bodies == []
+
+    asyncio.run(up(context, "org/tiny", options, name="tiny", skip_doctor=True, wait=False))
+    assert runpod.bodies[-1]["env"]["MODEL_NAME"] == "org/tiny"
+
+
+def test_the_number_of_gpus_that_is_enough_is_named(context: Context, model: str, runpod: FakeRunPod) -> None:
+    with pytest.raises(DoctorError, match=r"\(--gpus-per-worker 2 is enough\)"):
+        made(context, model, runpod, gpus=("4090",))
+
+
+def test_stock_counts_for_as_many_gpus_as_a_worker_needs(context: Context, model: str, runpod: FakeRunPod) -> None:
+    """One 4090 is free here and there, but two in one machine only of another type."""
+    runpod.catalogue = [gpu("NVIDIA GeForce RTX 4090", "ADA_24", 24, 1.10), gpu("NVIDIA L4", "AMPERE_24", 24, 1.50)]
+    taken = [gpu("NVIDIA GeForce RTX 4090", "ADA_24", 24, 1.10, "NONE"), runpod.catalogue[1]]
+
+    def two_gpus(request: httpx.Request) -> httpx.Response | None:
+        if request.url.params.get("count") == "2":
+            return httpx.Response(200, json={"gpus": taken})
+        return None
+
+    runpod.script = [two_gpus] * 9
+
+    asked = made(context, model, runpod, env={"MAX_MODEL_LEN": "65536"})
+
+    assert (asked["gpu"]["pools"], asked["gpu"]["count"]) == (["AMPERE_24"], 2)
+
+
+def test_a_model_that_fits_nothing_says_what_to_change(context: Context, model: str, runpod: FakeRunPod) -> None:
+    runpod.catalogue = [gpu("NVIDIA RTX A2000", "AMPERE_6", 6, 0.2, maxCount={"secure": 1, "community": 1})]
+
+    with pytest.raises(OptionError, match="shorten --max-model-len"):
+        made(context, model, runpod)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--execution-timeout", "nan"), ("--execution-timeout", "inf"), ("--queue-delay", "nan"), ("--timeout", "0"),
+        ("--timeout", "nan"), ("--gpus-per-worker", "0"), ("--gpus-per-worker", "-1"),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_none_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        command_line.main(["update", "tiny", *arguments])
+
+    assert raised.value.code == 2
+    assert f"argument {arguments[0]}: invalid number of " in capsys.readouterr().err
