@@ -199,7 +199,11 @@ def _parser() -> argparse.ArgumentParser:
         "Check that the model fits, choose GPUs, create the endpoint (or change what differs), wait until it has "
         "answered a first request, and print how to call it. Run it again at any time: it creates no second endpoint.",
     )
-    command.add_argument("model", metavar="MODEL", help="hub id, such as Qwen/Qwen3-8B, or a directory of the image")
+    command.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hub id, such as Qwen/Qwen3-8B, or a directory of the image (if it is not here too: with --skip-doctor)",
+    )
     command.add_argument("--name", help="of the endpoint (default: the last part of MODEL)")
     command.add_argument("--revision", help="branch, tag or commit of the model")
     command.add_argument("--skip-doctor", action="store_true", help="do not check model and settings; needs --gpu")

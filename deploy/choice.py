@@ -124,7 +124,9 @@ def explain(console: Console, choice: Choice, examined: Examined | None, catalog
         text += f"; also {', '.join(pool.describe(choice.count) for pool in others)}"
     console.log(text)
     if all(not pool.is_free for pool in choice.pools):
-        console.log("none of these is free now: the first worker may have to wait")
+        console.log(
+            "none of these is free now with the driver that --min-cuda asks for: the first worker may wait long"
+        )
     if examined is None or fit is None or first.price is None:
         return
     cheaper = gpus.cheaper_with_less_context(catalogue, examined.fit, choice)

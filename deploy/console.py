@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -52,7 +53,7 @@ class Console:
         return _CONTROL.sub("", self.redaction.apply(text))
 
     def progress(self, phases: tuple[str, ...]) -> Progress:
-        """Return a progress bar through these phases, or lines if stderr is no terminal."""
+        """Return a progress bar through these phases, or lines if stderr is no terminal, or one without a width."""
         return Progress(self, phases, self._err)
 
 
@@ -76,7 +77,7 @@ class Progress:
         self._current = 0
         self.durations_s: dict[str, float] = {}
         self._bar: Any = None
-        if file.isatty():
+        if file.isatty() and _has_width(file):
             layout = "{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}]{postfix}"
             self._bar = tqdm(total=len(phases), file=file, bar_format=layout, leave=False, dynamic_ncols=True)
             self._show("")
@@ -130,6 +131,14 @@ class Progress:
             self._bar.n = self._current
             self._bar.set_description_str(self.phase)
             self.detail(detail)
+
+
+def _has_width(file: TextIO) -> bool:
+    """Return whether a terminal says how wide it is: on one that does not, tqdm shows nothing."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns > 0
+    except OSError:
+        return True
 
 
 def table(rows: Mapping[str, str]) -> str:

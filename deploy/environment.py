@@ -59,7 +59,8 @@ def read(
         name, _, secret = text.partition("=")
         if not _NAME.fullmatch(name) or not re.fullmatch(r"\w+", secret) or _HUB_TOKEN.fullmatch(secret):
             raise OptionError(
-                f"--secret {name}={MASK}: give NAME=SECRET, where SECRET is the name of an account's secret"
+                f"--secret {name}={MASK}: give NAME=SECRET, where SECRET is not the value, but the name that a secret "
+                "of the account has in the console (letters, digits, _)"
             )
         variables[name] = f"{{{{ RUNPOD_SECRET_{secret} }}}}"
     return variables

@@ -39,8 +39,7 @@ async def up(  # noqa: PLR0913 (the command's own options)
         DeployError: one line that says what to change.
         BuilderError: the doctor cannot read the model.
     """
-    if options.image is None:
-        raise OptionError("name the worker's image with --image or VLLM_SERVERLESS_IMAGE (docs/deploy.md builds one)")
+    _check_is_given(model, options)
     own_name = name or plan.endpoint_name(model)
     existing = None if context.dry_run and not context.has_key else await context.find(own_name)
     if name is None and existing is not None:
@@ -74,6 +73,18 @@ async def up(  # noqa: PLR0913 (the command's own options)
     else:
         url = Site(context.client, endpoint).openai_url
         context.console.result(table({"Endpoint": f"{endpoint.name} ({endpoint.id})", "URL": url}))
+
+
+def _check_is_given(model: str, options: Options) -> None:
+    """Check that there are a model and an image.
+
+    Raises:
+        OptionError: one is missing.
+    """
+    if options.image is None:
+        raise OptionError("name the worker's image with --image or VLLM_SERVERLESS_IMAGE (docs/deploy.md builds one)")
+    if not model.strip():
+        raise OptionError("name the model: a hub id, such as Qwen/Qwen3-8B, or a directory of the image")
 
 
 def _check_is_for(endpoint: Endpoint, model: str) -> None:

@@ -78,6 +78,7 @@ def test_a_quote_in_a_file_that_does_not_end_is_an_error(tmp_path: Path, line: s
         (["A B=x"], [], "write NAME=VALUE or NAME"),
         (["MISSING"], [], "--env: MISSING is not set in the environment"),
         ([], ["HF_TOKEN"], r"--secret HF_TOKEN=\*\*\*: give NAME=SECRET"),
+        ([], ["HF_TOKEN=my-secret"], r"not the value, but the name that a secret of the account has"),
         ([], [f"HF_TOKEN={HUB_TOKEN}"], r"--secret HF_TOKEN=\*\*\*: give NAME=SECRET"),
     ],
 )

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
+import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from builder.doctor.worker_config import WorkerConfig
 from deploy import __main__ as command_line
@@ -253,3 +256,35 @@ def test_a_number_that_is_none_is_refused_at_once(
 
     assert raised.value.code == 2
     assert f"argument {arguments[0]}: invalid number of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "says"),
+    [
+        (errors.LocalEntryNotFoundError("offline"), 6, "the hub cannot be reached: check the network and HF_ENDPOINT"),
+        (errors.RepositoryNotFoundError("404", response=httpx2.Response(404, request=httpx2.Request("GET", "http://hub"))),
+         3, "there is no such model, or it is private"),
+    ],
+)  # fmt: skip
+def test_a_model_that_the_hub_does_not_give_ends_as_the_exit_codes_say(  # noqa: PLR0913, PLR0917 (fixtures)
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    refusal: Exception,
+    code: int,
+    says: str,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise refusal
+
+    del model  # whose fixture keeps the worker from being asked
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+
+    assert command_line.main(["up", "org/none", "--image", "x/y:1", "--dry-run"]) == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_model_without_a_name_is_refused(context: Context) -> None:
+    with pytest.raises(OptionError, match="name the model: a hub id"):
+        asyncio.run(up(context, " ", Options(image="x/y:1")))
