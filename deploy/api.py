@@ -270,7 +270,7 @@ class Api:
         def say(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
             seconds = state.next_action.sleep if state.next_action else 0
-            self._log(f"{error}; trying again in {seconds:.0f} s")
+            self._log(f"{error}; trying again in {max(seconds, 1):.0f} s")
 
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(_ATTEMPTS),

@@ -71,15 +71,12 @@ async def status(context: Context, name: str | None, *, as_json: bool = False) -
         context.console.result(json.dumps(document, indent=2, ensure_ascii=False))
         return
     counts = workers.summary.model_dump()
-    rollout = releases.rollout
-    in_progress = ", in progress" if rollout.in_progress else ""
     rows = {
         "Endpoint": f"{endpoint.name} ({endpoint.id}), {report.type_name(endpoint)}, image {endpoint.image}",
         "URL": Site(context.client, endpoint).openai_url,
         "Workers": ", ".join(f"{count} {state}" for state, count in counts.items() if count and state != "total")
         or "none",
-        "Release": f"{releases.endpoint_version}, on {rollout.workers_on_latest} of {rollout.workers_total} "
-        f"workers{in_progress}",
+        "Release": report.releases(releases),
         "Price": report.price(endpoint, catalogue, None),
     }
     lines = [

@@ -207,3 +207,26 @@ def test_ctrl_c_during_a_change_says_that_it_may_have_been_made(
 
     assert "deploy: tiny may have been changed: look at `status tiny`" in terminal.messages
     assert "deploy: tiny may have been deleted: look at `status`" in terminal.messages
+
+
+def test_a_status_lists_the_releases_that_one_can_go_back_to(
+    context: Context, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    diffs = [[], ["template.imageName", "template.env"], ["gpuIds"]]
+    runpod.releases = [
+        {
+            "id": f"rel{version}", "version": version, "source": "MANUAL", "workerCount": 0,
+            "createdAt": f"2026-06-01T12:0{version}:00+02:00",
+            "diff": [{"field": field, "old": "a", "new": "b"} for field in fields],
+        }
+        for version, fields in enumerate(diffs, 1)
+    ]  # fmt: skip
+
+    asyncio.run(commands.status(context, "tiny"))
+
+    lines = [line.split(None, 4) for line in terminal.result.splitlines() if " UTC  " in line]
+    assert lines == [
+        ["3", "2026-06-01", "10:03:00", "UTC", "gpu.pools"],
+        ["2", "2026-06-01", "10:02:00", "UTC", "image, env"],
+        ["1", "2026-06-01", "10:01:00", "UTC", "created"],
+    ]
