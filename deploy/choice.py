@@ -59,7 +59,10 @@ def _counts(options: Options, examined: Examined | None) -> tuple[int, ...]:
     """Return the numbers of GPUs that a worker may have, the smallest first."""
     if options.gpus_per_worker is not None:
         return (options.gpus_per_worker,)
-    return (1,) if examined is None else examined.counts
+    if examined is not None:
+        return examined.counts
+    size = (options.env or {}).get("TENSOR_PARALLEL_SIZE", "")
+    return (int(size) if size.isdecimal() and int(size) > 0 else 1,)
 
 
 async def _named(options: Options, examined: Examined | None, catalogue_for: Catalogue) -> tuple[Choice, list[GpuType]]:

@@ -47,6 +47,7 @@ async def up(  # noqa: PLR0913 (the command's own options)
     examined = None if skip_doctor else await in_thread(lambda: _examine(context.console, model, revision, options))
     if existing is not None:  # The doctor takes a while, in which somebody else may have changed the endpoint.
         existing = await context.api.endpoint(existing.id)
+        options = plan.with_places(options, existing)
     chosen, catalogue = await _choose(context, options, examined, existing)
     download_bytes = None if examined is None else examined.download_bytes
     body = plan.create_request(own_name, model, options, chosen, download_bytes)

@@ -288,3 +288,23 @@ def test_a_model_that_the_hub_does_not_give_ends_as_the_exit_codes_say(  # noqa:
 def test_a_model_without_a_name_is_refused(context: Context) -> None:
     with pytest.raises(OptionError, match="name the model: a hub id"):
         asyncio.run(up(context, " ", Options(image="x/y:1")))
+
+
+def test_an_endpoint_keeps_its_volume_and_data_centers(context: Context, model: str, runpod: FakeRunPod) -> None:
+    """Neither is given again: the disk stays without room for the model, and GPUs are chosen where workers may run."""
+    here = [{"id": "EU-1", "name": "EU", "availability": "LOW"}]
+    runpod.catalogue = [gpu("NVIDIA L4", "CHEAP", 24, 0.1), gpu("NVIDIA A40", "THERE", 48, 1.22, dataCenters=here)]
+    first = made(context, model, runpod, volumes=("vol",), data_centers=("EU-1",))
+
+    asyncio.run(up(context, model, Options(image="x/y:2"), wait=False))
+
+    assert (first["disk"], first["gpu"]["pools"]) == (20, ["THERE"])
+    assert runpod.bodies[1:] == [{"image": "x/y:2"}]
+
+
+def test_a_split_that_a_setting_asks_for_needs_as_many_gpus(context: Context, runpod: FakeRunPod) -> None:
+    options = Options(image="x/y:1", gpus=("4090",), env={"TENSOR_PARALLEL_SIZE": "2"})
+
+    asyncio.run(up(context, "org/tiny", options, skip_doctor=True, wait=False))
+
+    assert runpod.bodies[-1]["gpu"]["count"] == 2
