@@ -69,18 +69,26 @@ def receipt(cold_start: Mapping[str, Any] | None) -> str:
 
 
 def price(endpoint: Endpoint, catalogue: Sequence[GpuType], gpu_type: str | None) -> str:
-    """Return what workers cost per hour: one that runs, those that always run, and all at the most."""
+    """Return what workers cost per hour: one that runs, those that always run, and all at the most.
+
+    Args:
+        endpoint: as the API describes it.
+        catalogue: GPU types.
+        gpu_type: of the worker that runs, if that is known; others may get any type of the endpoint's pools.
+    """
     if endpoint.gpu is None:
         return ""
     count = endpoint.gpu.count or 1
     excluded = excluded_types(endpoint)
     pools = [one for one in catalogue if one.pool in endpoint.gpu.pools and one.id not in excluded]
-    types = [one for one in pools if one.id == gpu_type] or pools
-    prices = [one.price.serverless * count for one in types if one.price.serverless is not None]
+    prices = {one.id: one.price.serverless * count for one in pools if one.price.serverless is not None}
     if not prices:
         return "not known"
-    least, most = min(prices), max(prices)
+    least, most = min(prices.values()), max(prices.values())
     each = f"${least:.2f}" if least == most else f"${least:.2f} to ${most:.2f}"
+    if gpu_type in prices:
+        least = prices[gpu_type]
+        each = f"${least:.2f}"
     low, high = endpoint.workers.min or 0, endpoint.workers.max or 0
     idle = f"${least * low:.2f}/h idle ({low} always run)"
     return f"{each}/h while a worker runs; {idle}; at most ${most * high:.2f}/h ({high} workers)"

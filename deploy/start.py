@@ -153,7 +153,9 @@ class StartWatcher:
             self._fault = self._fault or fault
             self._fault_found.set()
         if line.source == "system":
-            self._progress.reach(START if _STARTED.match(line.text) else IMAGE, line.text)
+            if _STARTED.match(line.text):
+                self._progress.reach(START)
+            self._progress.reach(IMAGE, line.text)
             if is_starting:
                 self._count_exit(line.text)
         else:

@@ -10,11 +10,12 @@ import httpx
 import pytest
 
 from builder.doctor.worker_config import WorkerConfig
-from deploy import commands
+from deploy import commands, report
 from deploy import model as doctor
 from deploy.context import Context
 from deploy.errors import DoctorError, OptionError
 from deploy.options import Options
+from runpod_api.models import Endpoint, GpuType
 from tests.unit.deploy.conftest import Terminal
 from tests.unit.deploy.fakes import FakeRunPod, gpu
 from tests.unit.deploy.test_api import body
@@ -230,3 +231,13 @@ def test_a_status_lists_the_releases_that_one_can_go_back_to(
         ["2", "2026-06-01", "10:02:00", "UTC", "image, env"],
         ["1", "2026-06-01", "10:01:00", "UTC", "created"],
     ]
+
+
+def test_the_most_that_an_endpoint_costs_is_that_of_its_dearest_pool(runpod: FakeRunPod) -> None:
+    """Also if the first worker has got a cheaper one."""
+    runpod.endpoints["ep1"]["gpu"]["pools"] = ["ADA_24", "AMPERE_48"]
+    catalogue = [GpuType.model_validate(one) for one in runpod.catalogue]
+
+    text = report.price(Endpoint.model_validate(runpod.endpoints["ep1"]), catalogue, "NVIDIA GeForce RTX 4090")
+
+    assert text == "$1.10/h while a worker runs; $0.00/h idle (0 always run); at most $3.66/h (3 workers)"

@@ -120,4 +120,4 @@ def test_a_container_that_says_nothing_has_started(
     with pytest.raises(TimeoutError):
         asyncio.run(watched(context, api))
 
-    assert [line.split()[-1] for line in terminal.messages.splitlines()] == ["image", "begin"]
+    assert [line.split()[-1] for line in terminal.messages.splitlines()] == ["image", "start"]
