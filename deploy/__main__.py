@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -99,30 +100,28 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _seconds(text: str) -> float:
-    """Return a time of an option.
-
-    Raises:
-        ValueError: it is none.
-    """
-    value = float(text)
+    """Return a time that an option gives."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < math.inf:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
 
 
 def _count(text: str) -> int:
-    """Return a number of GPUs.
-
-    Raises:
-        ValueError: it is none.
-    """
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    """Return a number of GPUs that an option gives."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs, 1 or more")
+    return int(text)
 
 
-_seconds.__name__, _count.__name__ = "number of seconds", "number of GPUs"  # as argparse names them in its errors
+def _version(text: str) -> str:
+    """Return a CUDA version that an option gives."""
+    if not re.fullmatch(r"[0-9]+\.[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a CUDA version, such as 13.0")
+    return text
 
 
 def _add_options(parser: argparse.ArgumentParser, *, creates: bool) -> None:
@@ -152,7 +151,10 @@ def _add_options(parser: argparse.ArgumentParser, *, creates: bool) -> None:
         help="GPUs of a worker, which the model is split across" + default("as few as it needs"),
     )
     machine.add_argument(
-        "--min-cuda", metavar="VERSION", help="oldest CUDA version of the machines' drivers" + default("13.0")
+        "--min-cuda",
+        type=_version,
+        metavar="VERSION",
+        help="oldest CUDA version of the machines' drivers" + default("13.0"),
     )
     machine.add_argument(
         "--disk", type=int, metavar="GB", help="size of the container's disk" + default("20, and room for the model")

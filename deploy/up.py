@@ -63,7 +63,7 @@ async def up(  # noqa: PLR0913 (the command's own options)
     endpoint = await _make(context, existing, body, wait=wait)
     if endpoint is None:
         return
-    if wait:
+    if wait and _can_start(context, endpoint):
         try:
             await _answer(context, endpoint, catalogue, list(kinds) or _kinds(body["env"]))
         except (asyncio.CancelledError, DeployError):
@@ -74,6 +74,13 @@ async def up(  # noqa: PLR0913 (the command's own options)
     else:
         url = Site(context.client, endpoint).openai_url
         context.console.result(table({"Endpoint": f"{endpoint.name} ({endpoint.id})", "URL": url}))
+
+
+def _can_start(context: Context, endpoint: Endpoint) -> bool:
+    """Return whether the endpoint may have a worker; say so if it may not."""
+    if endpoint.workers.max == 0:
+        context.console.log("no worker can start while --workers-max is 0: there is no answer to wait for")
+    return endpoint.workers.max != 0
 
 
 def _check_is_given(model: str, options: Options) -> None:

@@ -245,7 +245,7 @@ def test_a_model_that_fits_nothing_says_what_to_change(context: Context, model: 
     "arguments",
     [
         ("--execution-timeout", "nan"), ("--execution-timeout", "inf"), ("--queue-delay", "nan"), ("--timeout", "0"),
-        ("--timeout", "nan"), ("--gpus-per-worker", "0"), ("--gpus-per-worker", "-1"),
+        ("--timeout", "nan"), ("--gpus-per-worker", "0"), ("--gpus-per-worker", "-1"), ("--min-cuda", "12"),
     ],
 )  # fmt: skip
 def test_a_number_that_is_none_is_refused_at_once(
@@ -255,7 +255,7 @@ def test_a_number_that_is_none_is_refused_at_once(
         command_line.main(["update", "tiny", *arguments])
 
     assert raised.value.code == 2
-    assert f"argument {arguments[0]}: invalid number of " in capsys.readouterr().err
+    assert f"argument {arguments[0]}: {arguments[1]!r} is not a " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -308,3 +308,13 @@ def test_a_split_that_a_setting_asks_for_needs_as_many_gpus(context: Context, ru
     asyncio.run(up(context, "org/tiny", options, skip_doctor=True, wait=False))
 
     assert runpod.bodies[-1]["gpu"]["count"] == 2
+
+
+def test_no_answer_is_waited_for_where_no_worker_may_start(
+    context: Context, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    asyncio.run(up(context, "org/tiny", Options(image="x/y:1", gpus=("4090",), workers_max=0), skip_doctor=True))
+
+    assert "no worker can start while --workers-max is 0" in terminal.messages
+    assert "Endpoint  tiny (ep1)" in terminal.result
+    assert not [one for one in runpod.requests if one.endswith("/run")]
