@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -97,39 +99,139 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `up` and `update` may ask of an endpoint."""
+def _seconds(text: str) -> float:
+    """Return a time that an option gives."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    """Return a number of GPUs that an option gives."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs, 1 or more")
+    return int(text)
+
+
+def _version(text: str) -> str:
+    """Return a CUDA version that an option gives."""
+    if not re.fullmatch(r"[0-9]+\.[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a CUDA version, such as 13.0")
+    return text
+
+
+def _add_options(parser: argparse.ArgumentParser, *, creates: bool) -> None:
+    """Add what `up` and `update` may ask of an endpoint.
+
+    Args:
+        parser: of the command.
+        creates: whether it makes an endpoint, so that what is not given has a default.
+    """
+
+    def default(text: str) -> str:
+        return f" (default: {text})" if creates else ""
+
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--gpu", action="append", default=[], metavar="POOL_OR_TYPE", help="such as ADA_24, or 4090; may be repeated"
+        "--gpu",
+        action="append",
+        default=[],
+        metavar="POOL_OR_TYPE",
+        help="GPUs to run on: a pool such as ADA_24, or a type such as 4090; may be repeated"
+        + default("the cheapest that the model fits"),
     )
-    machine.add_argument("--gpus-per-worker", type=int, metavar="N", help="the model is split across them")
-    machine.add_argument("--min-cuda", metavar="VERSION", help="of the machines' drivers, at the least (13.0)")
-    machine.add_argument("--disk", type=int, metavar="GB", help="of the container (20, and room for the model)")
-    machine.add_argument("--volume", action="append", default=[], metavar="ID", help="network volume; may be repeated")
-    machine.add_argument("--data-center", action="append", default=[], metavar="ID", help="may be repeated")
-    machine.add_argument("--flashboot", choices=FLASHBOOT, help="(on)")
+    machine.add_argument(
+        "--gpus-per-worker",
+        type=_count,
+        metavar="N",
+        help="GPUs of a worker, which the model is split across" + default("as few as it needs"),
+    )
+    machine.add_argument(
+        "--min-cuda",
+        type=_version,
+        metavar="VERSION",
+        help="oldest CUDA version of the machines' drivers" + default("13.0"),
+    )
+    machine.add_argument(
+        "--disk", type=int, metavar="GB", help="size of the container's disk" + default("20, and room for the model")
+    )
+    machine.add_argument(
+        "--volume", action="append", default=[], metavar="ID", help="network volume to mount; may be repeated"
+    )
+    machine.add_argument(
+        "--data-center",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="where workers may run; may be repeated" + default("anywhere"),
+    )
+    machine.add_argument(
+        "--flashboot", choices=FLASHBOOT, help="freeze idle workers for a quicker start" + default("on")
+    )
 
     scaling = parser.add_argument_group("scaling")
-    scaling.add_argument("--workers-min", type=int, metavar="N", help="workers that always run, and are paid for (0)")
-    scaling.add_argument("--workers-max", type=int, metavar="N", help="(3)")
-    scaling.add_argument("--requests-per-worker", type=int, metavar="N", help="add workers by requests (16)")
-    scaling.add_argument("--queue-delay", type=float, metavar="S", help="or by how long a request waits")
-    scaling.add_argument("--idle-timeout", type=int, metavar="S", help="stop idle workers after this time (60)")
-    scaling.add_argument("--execution-timeout", type=float, metavar="S", help="of one request (600)")
+    scaling.add_argument(
+        "--workers-min", type=int, metavar="N", help="workers that always run, and are paid for" + default("0")
+    )
+    scaling.add_argument("--workers-max", type=int, metavar="N", help="workers at the most" + default("3"))
+    scaling.add_argument(
+        "--requests-per-worker",
+        type=int,
+        metavar="N",
+        help="add a worker for each N requests that wait or run" + default("16"),
+    )
+    scaling.add_argument(
+        "--queue-delay", type=_seconds, metavar="S", help="instead, add workers when a request has waited S seconds"
+    )
+    scaling.add_argument(
+        "--idle-timeout",
+        type=int,
+        metavar="S",
+        help="stop a worker that was idle for S seconds; only with --queue-delay or a load balancer" + default("60"),
+    )
+    scaling.add_argument(
+        "--execution-timeout", type=_seconds, metavar="S", help="how long one request may run" + default("600")
+    )
 
     worker = parser.add_argument_group("worker")
-    worker.add_argument("--registry", metavar="ID", help="credentials of a private registry, of the account")
-    worker.add_argument("--max-model-len", metavar="TOKENS", help="prompt and answer together, such as 8192 or 16k")
     worker.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="setting; without a value, the environment's"
+        "--image",
+        default=(os.environ.get(IMAGE_VARIABLE) or None) if creates else None,
+        help="image of the worker" + default(f"the value of {IMAGE_VARIABLE}"),
     )
     worker.add_argument(
-        "--env-file", action="append", default=[], type=Path, metavar="FILE", help="lines of NAME=VALUE"
+        "--registry", metavar="ID", help="the account's credentials for the image's registry, if it is private"
     )
     worker.add_argument(
-        "--secret", action="append", default=[], metavar="NAME=SECRET", help="setting from a secret of the account"
+        "--max-model-len",
+        metavar="TOKENS",
+        help="prompt and answer together, such as 8192 or 16k" + default("the model's limit"),
     )
+    worker.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="setting of the worker; without a value, with the one it has in the environment; may be repeated",
+    )
+    worker.add_argument(
+        "--env-file", action="append", default=[], type=Path, metavar="FILE", help="file with lines of NAME=VALUE"
+    )
+    worker.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME=SECRET",
+        help="setting whose value is the account's secret of the name SECRET; may be repeated",
+    )
+    if creates:
+        worker.add_argument(
+            "--type", choices=TYPES, help="type of the endpoint, which cannot be changed later (default: queue)"
+        )
     parser.set_defaults(unset=[], type=None)
 
 
@@ -139,14 +241,20 @@ def _parser() -> argparse.ArgumentParser:
         "--api-url",
         metavar="URL",
         default=os.environ.get(URL_VARIABLE) or URL,
-        help=f"(default: {URL_VARIABLE}, or {URL})",
+        help=f"address of RunPod's API (default: the value of {URL_VARIABLE}, or {URL})",
     )
     changes = argparse.ArgumentParser(add_help=False)
     changes.add_argument(
         "--dry-run", action="store_true", help="print the requests that would change something, without sending them"
     )
     waits = argparse.ArgumentParser(add_help=False)
-    waits.add_argument("--timeout", type=float, default=_TIMEOUT_S, metavar="S", help="of a start or rollout (1800)")
+    waits.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=_TIMEOUT_S,
+        metavar="S",
+        help="how long a start or a rollout may take (default: 1800)",
+    )
     parser = argparse.ArgumentParser(
         prog="python -m deploy",
         description=f"Run a model on a serverless endpoint of RunPod. {KEY_VARIABLE} must be in the environment.",
@@ -167,30 +275,37 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "up",
         _up,
-        "from a model's name to an endpoint that answers",
+        "make an endpoint for a model, and wait until it answers",
         "Check that the model fits, choose GPUs, create the endpoint (or change what differs), wait until it has "
         "answered a first request, and print how to call it. Run it again at any time: it creates no second endpoint.",
         changes,
         waits,
     )
-    image = os.environ.get(IMAGE_VARIABLE) or None
-    command.add_argument("model", metavar="MODEL", help="hub id, such as Qwen/Qwen3-8B, or a directory of the image")
-    command.add_argument("--name", help="of the endpoint (default: the last part of MODEL)")
+    command.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hub id, such as Qwen/Qwen3-8B, or a directory of the image (if it is not here too: with --skip-doctor)",
+    )
+    command.add_argument("--name", help="name of the endpoint (default: the last part of MODEL)")
     command.add_argument("--revision", help="branch, tag or commit of the model")
     command.add_argument("--skip-doctor", action="store_true", help="do not check model and settings; needs --gpu")
-    command.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait for a first answer")
+    command.add_argument(
+        "--no-wait", dest="wait", action="store_false", help="do not wait for the rollout or a first answer"
+    )
     command.add_argument("--task", choices=KINDS, help="kind of the first request (default: what the model answers)")
-    _add_options(command)
-    command.add_argument("--image", default=image, help=f"of the worker (default: {IMAGE_VARIABLE})")
-    command.add_argument("--type", choices=TYPES, help="of the endpoint (queue)")
+    _add_options(command, creates=True)
 
     command = add(
-        "update", _update, "change what the options name", "Change an endpoint, and follow the release.", changes, waits
+        "update",
+        _update,
+        "change an endpoint, and follow the release",
+        "Change what the options name of an endpoint, and follow the release.",
+        changes,
+        waits,
     )
     command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
     command.add_argument("--skip-doctor", action="store_true", help="do not check the settings")
-    _add_options(command)
-    command.add_argument("--image", help="of the worker")
+    _add_options(command, creates=False)
     command.add_argument("--unset", action="append", metavar="NAME", help="remove a setting; may be repeated")
 
     command = add(
@@ -202,19 +317,33 @@ def _parser() -> argparse.ArgumentParser:
         waits,
     )
     command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
-    command.add_argument("--to", type=int, metavar="RELEASE", help="number of a release, as `status` shows it")
+    command.add_argument(
+        "--to",
+        type=int,
+        metavar="RELEASE",
+        help="release to go back to, as `status` lists them (default: the one before)",
+    )
 
-    command = add("status", _status, "workers, release and price", "Print the state of an endpoint, or list all.")
+    command = add(
+        "status",
+        _status,
+        "show workers, releases and price, or list all endpoints",
+        "Print the state of an endpoint, or list all.",
+    )
     command.add_argument("name", metavar="NAME", nargs="?", help="name or id of the endpoint")
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
-    command = add("logs", _logs, "of the workers", "Print the logs of an endpoint's workers, and of their machines.")
+    command = add(
+        "logs", _logs, "show the logs of the workers", "Print the logs of an endpoint's workers, and of their machines."
+    )
     command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
     command.add_argument("-f", "--follow", action="store_true", help="go on until interrupted, also with new workers")
-    command.add_argument("--tail", type=int, default=100, metavar="N", help="lines of each worker to begin with (100)")
-    command.add_argument("--worker", metavar="ID", help="of this worker only")
+    command.add_argument(
+        "--tail", type=int, default=100, metavar="N", help="lines of each worker to begin with (default: 100)"
+    )
+    command.add_argument("--worker", metavar="ID", help="only the log of this worker")
 
-    command = add("down", _down, "delete the endpoint", "Delete an endpoint, its workers and its jobs.", changes)
+    command = add("down", _down, "delete an endpoint", "Delete an endpoint, its workers and its jobs.", changes)
     command.add_argument("name", metavar="NAME", help="name or id of the endpoint")
     command.add_argument("--yes", action="store_true", help="do not ask")
     return parser

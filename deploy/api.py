@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import tenacity
@@ -30,6 +30,11 @@ TIMEOUT_S = 60.0
 _ATTEMPTS = 5
 WAIT_S = 0.5
 MAX_RETRY_AFTER_S = 300.0
+# One window's state in the header `RateLimit`: remaining calls, and seconds until it resets.
+_QUOTA = re.compile(r";\s*r=(\d+)\s*;\s*t=(\d+)")
+# With fewer calls left than this, looks come at the pace of the window; each look makes up to so many calls.
+_FEW_CALLS, _CALLS_A_LOOK = 100, 3
+_FLASHBOOT_SUFFIX = " -fb"
 _ENDPOINTS = "/v2/serverless"
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
@@ -66,16 +71,22 @@ class _PassingError(Exception):
     """A failure that may pass.
 
     Args:
-        error: what the user reads if it does not.
+        problem: what the user reads while it is tried again.
+        advice: what the user reads after it if it does not pass.
         retry_after_s: how long the API asks to wait, if it does.
         lost: whether the request may have been carried out.
     """
 
-    def __init__(self, error: DeployError, retry_after_s: float | None = None, *, lost: bool = False) -> None:
-        super().__init__(str(error))
-        self.error = error
+    def __init__(self, problem: str, advice: str, retry_after_s: float | None = None, *, lost: bool = False) -> None:
+        super().__init__(problem)
+        self.error = UnreachableError(f"{problem}: {advice}")
         self.retry_after_s = retry_after_s
         self.lost = lost
+
+    @property
+    def is_worth_a_wait(self) -> bool:
+        """Whether the API does not ask to wait for longer than a command should."""
+        return self.retry_after_s is None or self.retry_after_s <= MAX_RETRY_AFTER_S
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,21 @@ class Api:
         self._client = client
         self._log = log
         self._wait_s = WAIT_S if wait_s is None else wait_s
+        self._quotas: list[tuple[int, int]] = []
 
-    async def gpus(self, min_cuda: str) -> list[models.GpuType]:
-        """Return the GPU types, with what of them is free for serverless workers with this CUDA version or later."""
-        query = {"include": "AVAILABILITY", "product": "SERVERLESS", "minCudaVersion": min_cuda}
+    def pause_s(self, least_s: float) -> float:
+        """Return how long to wait between two looks at something, so that the API's rate limits are not used up."""
+        few = [(left, reset_s) for left, reset_s in self._quotas if left < _FEW_CALLS]
+        return max([least_s, *(min(_CALLS_A_LOOK / max(left, 1), 1) * reset_s for left, reset_s in few)])
+
+    async def gpus(self, min_cuda: str, count: int = 1) -> list[models.GpuType]:
+        """Return the GPU types, with what of them is free for serverless workers.
+
+        Args:
+            min_cuda: CUDA version that the machines' drivers have at least.
+            count: GPUs of a worker.
+        """
+        query = {"include": "AVAILABILITY", "product": "SERVERLESS", "minCudaVersion": min_cuda, "count": count}
         return (await self._call("GET", "/v2/catalog/gpus", models.ListGpuTypesResponse, params=query)).gpus
 
     async def endpoints(self) -> list[models.Endpoint]:
@@ -204,8 +226,8 @@ class Api:
                     raise self._refusal(response)
                 async for line in _log_lines(response):
                     yield line
-        except httpx.TransportError as error:
-            raise _PassingError(self._unreachable(error)) from None
+        except httpx.RequestError as error:
+            raise self._unreachable(error) from None
 
     async def _call(self, method: str, path: str, answer: type[_Answer], **request: Any) -> _Answer:
         async def attempt() -> _Answer:
@@ -228,11 +250,10 @@ class Api:
     async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
         try:
             response = await self._client.request(method, path, **request)
-        except httpx.TransportError as error:
-            if isinstance(error.__cause__, ssl.SSLError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise self._unreachable(error) from None
-            not_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-            raise _PassingError(self._unreachable(error), lost=not not_sent) from None
+        except httpx.RequestError as error:
+            raise self._unreachable(error) from None
+        if (quotas := _QUOTA.findall(response.headers.get("RateLimit", ""))) or response.is_success:
+            self._quotas = [(int(left), int(reset_s)) for left, reset_s in quotas]
         if response.is_error:
             raise self._refusal(response)
         return response
@@ -244,17 +265,17 @@ class Api:
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
             asked = error.retry_after_s if isinstance(error, _PassingError) else None
-            return min(asked, MAX_RETRY_AFTER_S) if asked is not None else backoff(state)
+            return backoff(state) if asked is None else asked
 
         def say(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
             seconds = state.next_action.sleep if state.next_action else 0
-            self._log(f"{error}; trying again in {seconds:.0f} s")
+            self._log(f"{error}; trying again in {max(seconds, 1):.0f} s")
 
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(_ATTEMPTS),
             wait=wait,
-            retry=tenacity.retry_if_exception_type(_PassingError),
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, _PassingError) and error.is_worth_a_wait),
             before_sleep=say,
             reraise=True,
         )
@@ -263,7 +284,8 @@ class Api:
         except _PassingError as error:
             raise error.error from None
 
-    def _unreachable(self, error: httpx.TransportError) -> UnreachableError:
+    def _unreachable(self, error: httpx.RequestError) -> UnreachableError | _PassingError:
+        """Return the error for a request without an answer; one of TLS does not pass."""
         base = f"{self._client.base_url}".rstrip("/")
         text = " ".join(str(error).split()) or type(error).__name__
         if "CERTIFICATE_VERIFY_FAILED" in text:
@@ -271,24 +293,29 @@ class Api:
                 f"the certificate of {base} is not trusted: set SSL_CERT_FILE to the file of its authority, "
                 "or check RUNPOD_API_URL"
             )
+        if "WRONG_VERSION_NUMBER" in text:
+            return UnreachableError(
+                f"{base} does not speak TLS: set RUNPOD_API_URL to a URL with http://, if it is the emulator's"
+            )
         if isinstance(error, httpx.TimeoutException):
             text = f"no answer within {TIMEOUT_S:.0f} s"
-        return UnreachableError(
-            f"{base} cannot be reached ({text}): check the network, and --api-url or RUNPOD_API_URL"
-        )
+        is_sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+        advice = "check the network, and --api-url or RUNPOD_API_URL"
+        return _PassingError(f"{base} cannot be reached ({text})", advice, lost=is_sent)
 
     def _refusal(self, response: httpx.Response) -> DeployError | _PassingError:
         """Return the error for a response that is one."""
         status, detail = response.status_code, _detail(response)
+        retry_after_s = _seconds(response.headers.get("Retry-After", ""))
         if status == HTTPStatus.TOO_MANY_REQUESTS:
-            error = UnreachableError(f"too many requests ({detail}): run the command again when that window has ended")
-            return _PassingError(error, _seconds(response.headers.get("Retry-After", "")))
+            advice = "run the command again when that window has ended"
+            return _PassingError(f"too many requests ({detail})", advice, retry_after_s)
         if response.is_server_error:
-            error = UnreachableError(f"the API fails with {status} ({detail}): try again later")
-            return _PassingError(error, _seconds(response.headers.get("Retry-After", "")), lost=True)
+            return _PassingError(f"the API fails with {status} ({detail})", "try again later", retry_after_s, lost=True)
         if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
             return OptionError(f"the API does not accept the request: {option_names(detail)}")
-        if status in _REFUSALS:
+        is_problem = "problem+json" in response.headers.get("Content-Type", "")
+        if status in _REFUSALS and (is_problem or status != HTTPStatus.NOT_FOUND):
             kind, text = _REFUSALS[HTTPStatus(status)]
             return kind(text.format(detail=detail))
         return DeployError(f"the API answers {status} ({detail}): is {self._client.base_url} RunPod's API?")
@@ -296,7 +323,7 @@ class Api:
 
 def same_name(name: str, wanted: str) -> bool:
     """Return whether an endpoint has this name; RunPod's console adds `-fb` to the names of those with FlashBoot."""
-    return name.removesuffix(" -fb") == wanted
+    return name.removesuffix(_FLASHBOOT_SUFFIX) == wanted.removesuffix(_FLASHBOOT_SUFFIX)
 
 
 def check(schema: str, body: dict[str, Any]) -> None:
@@ -312,18 +339,33 @@ def check(schema: str, body: dict[str, Any]) -> None:
 def client(url: str, key: str | None, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
     """Return an HTTP client with the key, which also asks the endpoint itself. `SSL_CERT_FILE` is trusted too.
 
+    The URL may end with `/v2`, as RunPod's own documents write it.
+
     Raises:
-        OptionError: the URL is none of HTTP.
+        OptionError: the URL is none of HTTP, or a proxy or the certificates of the environment cannot be used.
         RefusedError: the key has characters that an HTTP header cannot have.
     """
     if key and not re.fullmatch(r"[!-~]+", key):
         raise RefusedError(
             f"{KEY_VARIABLE} has a space, a line end or a character that is not ASCII: copy it from the console again"
         )
-    if not re.match(r"https?://[^/\s]", url):
-        raise OptionError(f"{url} is not a URL: set --api-url or RUNPOD_API_URL to one such as {URL}")
+    url = url.strip().rstrip("/").removesuffix("/v2")
+    try:
+        port = urlsplit(url).port if re.fullmatch(r"https?://[^/\s]\S*", url) else 0
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise OptionError(f"{url or 'nothing'} is not a URL: set --api-url or RUNPOD_API_URL to one such as {URL}")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S, transport=transport)
+    try:
+        return httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S, transport=transport)
+    except OSError as error:
+        raise OptionError(f"the file that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read: {error}") from None
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise OptionError(
+            f"a proxy of the environment cannot be used ({error}): set HTTPS_PROXY to one of HTTP, such as "
+            "http://127.0.0.1:3128, and unset ALL_PROXY"
+        ) from None
 
 
 async def _log_lines(response: httpx.Response) -> AsyncIterator[LogLine]:

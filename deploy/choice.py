@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from builder.doctor.checks import advice_for
 from deploy import gpus
 from deploy.console import Console
-from deploy.errors import DoctorError, OptionError
+from deploy.errors import CapacityError, DoctorError, OptionError
 from deploy.gpus import Choice
 from deploy.model import Examined
 from deploy.options import Options
@@ -17,42 +17,82 @@ from runpod_api.models import Endpoint, GpuType
 _EXACT = 10
 
 
-def choose(
-    options: Options, examined: Examined | None, catalogue: Sequence[GpuType], existing: Endpoint | None
-) -> Choice | None:
-    """Return the GPUs: those that are named, those that the endpoint has if they fit, or the cheapest; None if unknown.
+Catalogue = Callable[[int], Awaitable[list[GpuType]]]
+"""Returns the GPU types, with what is free for workers with so many of them."""
+
+
+async def choose(
+    options: Options, examined: Examined | None, catalogue_for: Catalogue, existing: Endpoint | None
+) -> tuple[Choice, list[GpuType]]:
+    """Return the GPUs, and the catalogue: those that are named, those that the endpoint has, or the cheapest that fit.
 
     Raises:
         DeployError: the model does not fit, or nothing is free.
     """
-    fits = unknown if examined is None else examined.fit
-    counts = (options.gpus_per_worker,) if options.gpus_per_worker else (1,) if examined is None else examined.counts
-    if not catalogue:
-        return _unchecked(options)
     if options.gpus:
-        choice = gpus.named(catalogue, options.gpus, fits, options.gpus_per_worker or counts[0])
-        for pool in choice.pools:
-            if examined is not None and pool.fit is not None and not pool.fit.fits:
-                raise DoctorError(f"on {pool.describe(choice.count)} {advice_for(pool.fit, examined.needs.settings)}")
-        return choice
-    kept = _kept(existing, catalogue, examined, options)
-    if kept is not None:
-        return kept
+        return await _named(options, examined, catalogue_for)
+    if existing is not None and existing.gpu is not None:
+        count = existing.gpu.count or 1
+        catalogue = await catalogue_for(count)
+        kept = _kept(existing, catalogue, examined, count) if options.gpus_per_worker in (None, count) else None
+        if kept is not None:
+            return kept, catalogue
     if examined is None:
         raise OptionError("without the doctor, name the GPUs with --gpu, such as --gpu ADA_24 or --gpu 4090")
-    return gpus.choose(catalogue, fits, counts, options.data_centers)
+    taken: CapacityError | None = None
+    for count in _counts(options, examined):
+        catalogue = await catalogue_for(count)
+        try:
+            choice = gpus.choose(catalogue, examined.fit, count, options.data_centers)
+        except CapacityError as error:
+            taken = taken or error
+            continue
+        if choice is not None:
+            return choice, catalogue
+    raise taken or OptionError(
+        "the model fits none of RunPod's pools with these settings: shorten --max-model-len, quantize it "
+        "(--env QUANTIZATION=...), or allow more GPUs with --gpus-per-worker"
+    )
 
 
-def _kept(
-    existing: Endpoint | None, catalogue: Sequence[GpuType], examined: Examined | None, options: Options
-) -> Choice | None:
+def _counts(options: Options, examined: Examined | None) -> tuple[int, ...]:
+    """Return the numbers of GPUs that a worker may have, the smallest first."""
+    if options.gpus_per_worker is not None:
+        return (options.gpus_per_worker,)
+    if examined is not None:
+        return examined.counts
+    size = (options.env or {}).get("TENSOR_PARALLEL_SIZE", "")
+    return (int(size) if size.isdecimal() and int(size) > 0 else 1,)
+
+
+async def _named(options: Options, examined: Examined | None, catalogue_for: Catalogue) -> tuple[Choice, list[GpuType]]:
+    """Return the GPUs that the user names.
+
+    Raises:
+        DoctorError: the model does not fit so many of them; the message names the number that would do.
+    """
+    counts = _counts(options, examined)
+    catalogue = await catalogue_for(counts[0])
+    if examined is None:
+        return gpus.named(catalogue, options.gpus, unknown, counts[0]), catalogue
+    choice = gpus.named(catalogue, options.gpus, examined.fit, counts[0])
+    for pool in choice.pools:
+        if pool.fit is None or pool.fit.fits:
+            continue
+        advice = advice_for(pool.fit, examined.needs.settings)
+        for count in examined.counts:
+            if all(examined.fit(one, count).fits for one in pool.types):
+                advice += f" (--gpus-per-worker {count} is enough)"
+                break
+        raise DoctorError(f"on {pool.describe(choice.count)} {advice}")
+    return choice, catalogue
+
+
+def _kept(existing: Endpoint, catalogue: Sequence[GpuType], examined: Examined | None, count: int) -> Choice | None:
     """Return the GPUs that the endpoint has, if the model still fits them: prices and stock change from day to day."""
-    if existing is None or existing.gpu is None:
+    if existing.gpu is None:
         return None
-    count = existing.gpu.count or 1
-    if options.gpus_per_worker not in (None, count):
-        return None
-    excluded = {str(getattr(one, "root", one)) for one in existing.gpu.excluded_types or ()}
+    excluded = gpus.excluded_types(existing)
     wanted = [one.id for one in catalogue if one.pool in existing.gpu.pools and one.id not in excluded]
     if not wanted:
         return None
@@ -61,7 +101,7 @@ def _kept(
     return choice if fit_all else None
 
 
-def _unchecked(options: Options) -> Choice | None:
+def unchecked(options: Options) -> Choice | None:
     """Return pools as they are named, for a dry run without a key."""
     if not options.gpus:
         return None
@@ -87,7 +127,9 @@ def explain(console: Console, choice: Choice, examined: Examined | None, catalog
         text += f"; also {', '.join(pool.describe(choice.count) for pool in others)}"
     console.log(text)
     if all(not pool.is_free for pool in choice.pools):
-        console.log("none of these is free now: the first worker may have to wait")
+        console.log(
+            "none of these is free now with the driver that --min-cuda asks for: the first worker may wait long"
+        )
     if examined is None or fit is None or first.price is None:
         return
     cheaper = gpus.cheaper_with_less_context(catalogue, examined.fit, choice)

@@ -23,15 +23,19 @@ async def update(context: Context, name: str, options: Options, *, skip_doctor: 
     chosen = None
     if options.gpus:
         count = options.gpus_per_worker or (endpoint.gpu.count if endpoint.gpu and endpoint.gpu.count else 1)
-        chosen = gpus.named(await context.api.gpus(plan.min_cuda(options)), options.gpus, choice.unknown, count)
+        catalogue = await context.api.gpus(plan.min_cuda(options), count)
+        chosen = gpus.named(catalogue, options.gpus, choice.unknown, count)
+        choice.explain(context.console, chosen, None, catalogue)
     wanted = plan.update_request(endpoint, options, chosen)
     context.console.redaction.add(environment.secrets_in(wanted["env"]))
     if options.env and not skip_doctor:
         context.console.log("checking the settings")
-        await in_thread(lambda: check_settings(wanted["env"].get("MODEL_NAME"), wanted["env"]))
-    changed = await rollout.apply(context, endpoint, wanted)
-    if changed is not None:
-        await rollout.follow(context, changed)
+        env = wanted["env"]
+        await in_thread(lambda: check_settings(env.get("MODEL_NAME"), env))
+        # The check takes a while, in which somebody else may have changed the endpoint: that change stays.
+        endpoint = await context.api.endpoint(endpoint.id)
+        wanted = plan.update_request(endpoint, options, chosen)
+    await rollout.change(context, endpoint, wanted)
 
 
 async def roll_back(context: Context, name: str, version: int | None) -> None:
@@ -40,9 +44,7 @@ async def roll_back(context: Context, name: str, version: int | None) -> None:
     body, target = rollback.rollback_request(endpoint, await context.api.releases(endpoint.id), version)
     context.console.redaction.add(environment.secrets_in(body.get("env", {})))
     context.console.log(f"back to release {'before the newest' if target is None else target}")
-    changed = await rollout.apply(context, endpoint, body)
-    if changed is not None:
-        await rollout.follow(context, changed)
+    await rollout.change(context, endpoint, body)
 
 
 async def status(context: Context, name: str | None, *, as_json: bool = False) -> None:
@@ -69,15 +71,12 @@ async def status(context: Context, name: str | None, *, as_json: bool = False) -
         context.console.result(json.dumps(document, indent=2, ensure_ascii=False))
         return
     counts = workers.summary.model_dump()
-    rollout = releases.rollout
-    in_progress = ", in progress" if rollout.in_progress else ""
     rows = {
         "Endpoint": f"{endpoint.name} ({endpoint.id}), {report.type_name(endpoint)}, image {endpoint.image}",
         "URL": Site(context.client, endpoint).openai_url,
         "Workers": ", ".join(f"{count} {state}" for state, count in counts.items() if count and state != "total")
         or "none",
-        "Release": f"{releases.endpoint_version}, on {rollout.workers_on_latest} of {rollout.workers_total} "
-        f"workers{in_progress}",
+        "Release": report.releases(releases),
         "Price": report.price(endpoint, catalogue, None),
     }
     lines = [
@@ -141,7 +140,11 @@ async def down(context: Context, name: str, *, confirmed: bool) -> None:
     )
     if not confirmed and not _is_confirmed(question):
         raise OptionError("not deleted: answer y, or give --yes")
-    await context.api.delete(endpoint.id)
+    try:
+        await context.api.delete(endpoint.id)
+    except asyncio.CancelledError:
+        context.console.log(f"{endpoint.name} may have been deleted: look at `status`")
+        raise
     context.console.result(f"{endpoint.name} ({endpoint.id}) is deleted")
 
 

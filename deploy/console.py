@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +14,8 @@ from tqdm import tqdm
 from deploy.environment import Redaction
 
 _WIDTH = 100
+# Sequences for colours and the cursor, and other control characters; a worker's log and a model's answer may have them.
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Console:
@@ -38,12 +42,18 @@ class Console:
         self._write(self._err, f"deploy: {text}")
 
     def _write(self, file: TextIO, text: str) -> None:
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        shown = self.shown(text).encode(encoding, "backslashreplace").decode(encoding)
         with tqdm.external_write_mode(file=file):  # not into a progress bar
-            file.write(self.redaction.apply(text) + "\n")
+            file.write(shown + "\n")
             file.flush()
 
+    def shown(self, text: str) -> str:
+        """Return a text without secrets, and without what would control the terminal."""
+        return _CONTROL.sub("", self.redaction.apply(text))
+
     def progress(self, phases: tuple[str, ...]) -> Progress:
-        """Return a progress bar through these phases, or lines if stderr is no terminal."""
+        """Return a progress bar through these phases, or lines if stderr is no terminal, or one without a width."""
         return Progress(self, phases, self._err)
 
 
@@ -67,7 +77,7 @@ class Progress:
         self._current = 0
         self.durations_s: dict[str, float] = {}
         self._bar: Any = None
-        if file.isatty():
+        if file.isatty() and _has_width(file):
             layout = "{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}]{postfix}"
             self._bar = tqdm(total=len(phases), file=file, bar_format=layout, leave=False, dynamic_ncols=True)
             self._show("")
@@ -92,7 +102,7 @@ class Progress:
     def detail(self, text: str) -> None:
         """Show what happens in the current phase; a bar shows it until the next."""
         if self._bar is not None:
-            self._bar.set_postfix_str(self._console.redaction.apply(text)[:_WIDTH])
+            self._bar.set_postfix_str(self._console.shown(text)[:_WIDTH])
 
     def refresh(self) -> None:
         """Draw the bar again, with the time that has passed."""
@@ -121,6 +131,14 @@ class Progress:
             self._bar.n = self._current
             self._bar.set_description_str(self.phase)
             self.detail(detail)
+
+
+def _has_width(file: TextIO) -> bool:
+    """Return whether a terminal says how wide it is: on one that does not, tqdm shows nothing."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns > 0
+    except OSError:
+        return True
 
 
 def table(rows: Mapping[str, str]) -> str:

@@ -11,7 +11,11 @@ from deploy.errors import OptionError
 MASK = "***"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _EXPORT = re.compile(r"^export\s+")
-_SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|KEY_ID|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:TOKENS?|KEYS?|KEY_ID|SECRET|PASSWORD|PASSWD|CREDENTIALS?|HEADERS)$", re.IGNORECASE
+)
+# `http://user:password@host`
+_URL_CREDENTIALS = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{10,}\b")
 # RunPod replaces it by the account's secret when a worker starts.
 _REFERENCE = re.compile(r"\{\{ *RUNPOD_SECRET_\w+ *\}\}")
@@ -36,7 +40,7 @@ def read(
     variables: dict[str, str] = {}
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise OptionError(f"--env-file {file} cannot be read: {error}") from None
         for number, line in enumerate(lines, 1):
@@ -55,7 +59,8 @@ def read(
         name, _, secret = text.partition("=")
         if not _NAME.fullmatch(name) or not re.fullmatch(r"\w+", secret) or _HUB_TOKEN.fullmatch(secret):
             raise OptionError(
-                f"--secret {name}={MASK}: give NAME=SECRET, where SECRET is the name of an account's secret"
+                f"--secret {name}={MASK}: give NAME=SECRET, where SECRET is not the value, but the name that a secret "
+                "of the account has in the console (letters, digits, _)"
             )
         variables[name] = f"{{{{ RUNPOD_SECRET_{secret} }}}}"
     return variables
@@ -81,14 +86,19 @@ def _variable(text: str, environment: Mapping[str, str], source: str) -> dict[st
         raise OptionError(f"{source}: the name of a variable is missing or not allowed; write NAME=VALUE or NAME")
     if not separator:
         if name not in environment:
-            raise OptionError(f"{source} {name}: it is not set in the environment")
+            # A line of a file that has no name in it may be the secret itself.
+            shown = "the variable that it names" if source.startswith("--env-file") else name
+            raise OptionError(f"{source}: {shown} is not set in the environment; write NAME=VALUE")
         value = environment[name]
     return {name: value}
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Return whether a variable is a secret, by its name or because its value looks like a hub token."""
-    return bool(value) and (_SECRET_NAME.search(name) is not None or _HUB_TOKEN.search(value) is not None)
+    """Return whether a variable is a secret, by its name or because its value has a hub token or a URL's password."""
+    return bool(value) and any(
+        found is not None
+        for found in (_SECRET_NAME.search(name), _HUB_TOKEN.search(value), _URL_CREDENTIALS.search(value))
+    )
 
 
 def masked(variables: Mapping[str, str]) -> dict[str, str]:

@@ -26,6 +26,10 @@ _PATIENCE_S = 60.0
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 # What a model without this kind of request answers: the next kind is tried.
 _OTHER_KIND = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
+# What a load balancer or its worker answers while other requests take all room, or between two workers.
+_BUSY = (
+    HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT
+)  # fmt: skip
 _TOKENS = 32
 _TEXT = "Hello!"
 
@@ -89,6 +93,9 @@ class Site:
             self._base, self._health = str(urls.base).rstrip("/"), str(urls.health)
         elif isinstance(urls, QueueBasedRequestUrls):
             self._base, self._health = str(urls.run).removesuffix("/run"), ""
+        elif endpoint.type == LOAD_BALANCER:  # the API may leave the URLs out
+            self._base = f"https://{endpoint.id}.api.runpod.ai"
+            self._health = f"{self._base}{(endpoint.env or {}).get('HEALTH_CHECK_PATH', '/ping')}"
         else:
             self._base, self._health = f"https://api.runpod.ai/v2/{endpoint.id}", ""
         self._is_balanced = endpoint.type == LOAD_BALANCER
@@ -105,6 +112,7 @@ class Site:
             DeployError: it fails.
         """
         began = time.monotonic()
+        reason = ""
         for name in kinds:
             kind = KINDS[name]
             answer = Answer(kind)
@@ -119,6 +127,10 @@ class Site:
             except _OtherKindError as error:
                 reason = str(error)
                 continue
+            if kind.streams and not parser.has_found_any:
+                raise WorkerError(
+                    f"the answer to {kind.route} is no stream of OpenAI's events: is --image this worker's?"
+                )
             return answer
         raise WorkerError(f"the model answers no request of the kinds {', '.join(kinds)}: {reason}")
 
@@ -193,24 +205,41 @@ class Site:
 
     async def _balanced(self, kind: Kind) -> AsyncIterator[str]:
         """Wait until a worker is ready, and send it a request; yield the answer as it comes."""
+        await self._until_healthy()
+        url = f"{self._base}{kind.route}"
+        deadline = time.monotonic() + _PATIENCE_S
+        try:
+            while True:
+                async with self._client.stream("POST", url, json=kind.body) as response:
+                    if response.is_success:
+                        async for piece in response.aiter_text():
+                            yield piece
+                        return
+                    text = (await response.aread()).decode(errors="replace")
+                if response.status_code not in _BUSY or time.monotonic() > deadline:
+                    _raise_error(response.status_code, text)
+                await asyncio.sleep(1)
+        except httpx.TransportError as error:
+            raise UnreachableError(f"{url} cannot be reached ({error}): run the command again") from None
+
+    async def _until_healthy(self) -> None:
+        """Wait until a worker of the load balancer is ready; without one, a request may be held until it times out."""
+        reached_at = time.monotonic()
         while True:
-            with suppress(httpx.TransportError):
+            try:
                 health = await self._client.get(self._health)
+            except httpx.ConnectError as error:
+                if time.monotonic() > reached_at + _PATIENCE_S:
+                    raise UnreachableError(f"{self._health} cannot be reached ({error}): check the network") from None
+            except httpx.TransportError:
+                reached_at = time.monotonic()
+            else:
+                reached_at = time.monotonic()
                 if health.status_code == HTTPStatus.OK:
-                    break
+                    return
                 if health.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
                     raise RefusedError(f"the endpoint refuses RUNPOD_API_KEY ({health.status_code}): check its access")
             await asyncio.sleep(1)
-        url = f"{self._base}{kind.route}"
-        try:
-            async with self._client.stream("POST", url, json=kind.body) as response:
-                if response.is_error:
-                    text = (await response.aread()).decode(errors="replace")
-                    _raise_error(response.status_code, text)
-                async for piece in response.aiter_text():
-                    yield piece
-        except httpx.TransportError as error:
-            raise UnreachableError(f"{url} cannot be reached ({error}): run the command again") from None
 
 
 class _Events:
@@ -218,6 +247,7 @@ class _Events:
 
     def __init__(self) -> None:
         self._rest = ""
+        self.has_found_any = False
 
     def texts(self, piece: str) -> Iterator[str]:
         *lines, self._rest = (self._rest + piece).split("\n")
@@ -225,7 +255,13 @@ class _Events:
             name, _, value = line.partition(":")
             if name != "data" or value.strip() == "[DONE]":
                 continue
-            event = json.loads(value)
+            try:
+                event = json.loads(value)
+            except ValueError:
+                continue
+            if not isinstance(event, dict):
+                continue
+            self.has_found_any = True
             if "error" in event:
                 raise WorkerError(f"the answer ends with an error: {_message(event)}")
             for choice in event.get("choices") or ():

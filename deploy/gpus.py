@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from builder.doctor.gpus import GIB, Gpu, find_gpu
 from builder.doctor.memory import Fit
 from builder.errors import SettingError
 from deploy.errors import CapacityError, OptionError
-from runpod_api.models import GpuType
+from runpod_api.models import Endpoint, GpuType
 
 # RunPod places workers on up to three GPU categories, in order of priority.
 _MAX_POOLS = 3
@@ -19,6 +19,8 @@ _MAX_PRICE_RATIO = 1.6
 # What CUDA reports of a card's nominal memory, at the least: 22.0 GiB of an L4's 24.
 _USABLE = 0.917
 COUNTS = (1, 2, 4, 8)
+# A shorter part of a type's name would be in too many: `A4`, `10`.
+_MIN_PART = 3
 # A shorter context is not worth a hint.
 _MIN_CONTEXT = 4096
 
@@ -85,39 +87,32 @@ def gpu_of(gpu: GpuType) -> Gpu:
     return Gpu(gpu.name, min(known.memory_bytes, nominal_bytes))
 
 
-def choose(catalogue: Sequence[GpuType], fits: Fits, counts: Iterable[int], data_centers: Sequence[str] = ()) -> Choice:
-    """Return the cheapest pools that the model fits, with as few GPUs as possible.
+def choose(catalogue: Sequence[GpuType], fits: Fits, count: int, data_centers: Sequence[str] = ()) -> Choice | None:
+    """Return the cheapest pools that the model fits with so many GPUs; None if it fits none.
 
     Args:
-        catalogue: GPU types.
+        catalogue: GPU types, with what is free for so many of them.
         fits: whether the model fits.
-        counts: numbers of GPUs that are allowed, the smallest first.
+        count: GPUs of a worker.
         data_centers: where workers may run; empty for anywhere.
 
     Raises:
         CapacityError: none of the pools that it fits is free.
-        OptionError: it fits none.
     """
-    fitting_but_taken: list[str] = []
-    for count in counts:
-        fitting = {one.id for one in catalogue if _has_machine(one, count) and _is_fit(fits(one, count))}
-        pools = _pools(catalogue, fitting, fits, count)
-        free = [pool for pool in pools if _is_free_in(pool, data_centers)]
-        if free:
-            limit = (free[0].price or float("inf")) * _MAX_PRICE_RATIO
-            near = [pool for pool in free if pool.price is not None and pool.price <= limit]
-            return Choice(tuple((near or free)[:_MAX_POOLS]), count)
-        fitting_but_taken += [pool.describe(count) for pool in pools]
-    if fitting_but_taken:
+    fitting = {one.id for one in catalogue if _has_machine(one, count) and _is_fit(fits(one, count))}
+    pools = _pools(catalogue, fitting, fits, count)
+    if not pools:
+        return None
+    free = [pool for pool in pools if _is_free_in(pool, data_centers)]
+    if not free:
         where = f" in {', '.join(data_centers)}" if data_centers else ""
         raise CapacityError(
-            f"the model fits {'; '.join(fitting_but_taken)}, but none is free{where} now: try again later, "
-            "allow other data centers, or name a larger GPU with --gpu"
+            f"the model fits {'; '.join(pool.describe(count) for pool in pools)}, but none is free{where} now: "
+            "try again later, allow other data centers, or name a larger GPU with --gpu"
         )
-    raise OptionError(
-        "the model fits none of RunPod's pools with these settings: shorten --max-model-len, quantize it "
-        "(--env QUANTIZATION=...), or allow more GPUs with --gpus-per-worker"
-    )
+    limit = (free[0].price or float("inf")) * _MAX_PRICE_RATIO
+    near = [pool for pool in free if pool.price is not None and pool.price <= limit]
+    return Choice(tuple((near or free)[:_MAX_POOLS]), count)
 
 
 def named(catalogue: Sequence[GpuType], names: Sequence[str], fits: Fits, count: int) -> Choice:
@@ -127,19 +122,28 @@ def named(catalogue: Sequence[GpuType], names: Sequence[str], fits: Fits, count:
         OptionError: there is none of that name.
     """
     chosen: dict[str, list[GpuType]] = {}
+    offered = [one for one in catalogue if one.pool and one.manufacturer == "NVIDIA"]
     for name in names:
-        wanted = [one for one in catalogue if one.pool and one.pool.lower() == name.lower()]
-        wanted = wanted or [one for one in catalogue if one.pool and name.lower() in (one.id.lower(), one.name.lower())]
-        wanted = wanted or [one for one in catalogue if one.pool and _words(name) in _words(f"{one.id} {one.name}")]
+        wanted = [one for one in offered if (one.pool or "").lower() == name.lower()]
+        wanted = wanted or [one for one in offered if name.lower() in (one.id.lower(), one.name.lower())]
+        if len(part := _words(name)) >= _MIN_PART:
+            wanted = wanted or [one for one in offered if part in _words(f"{one.id} {one.name}")]
         if not wanted:
-            pools = ", ".join(sorted({one.pool for one in catalogue if one.pool}))
-            raise OptionError(f"--gpu {name}: there is no such pool or GPU type; RunPod has {pools}")
+            pools = ", ".join(sorted({one.pool or "" for one in offered}))
+            number = " (--gpus-per-worker is for the number of GPUs)" if name.isdecimal() else ""
+            raise OptionError(f"--gpu {name}: there is no such pool or GPU type{number}; RunPod has {pools}")
         for one in wanted:
             types = chosen.setdefault(one.pool or "", [])
             types += [one] if one not in types else []
     ids = {one.id for types in chosen.values() for one in types}
     pools_by_id = {pool.id: pool for pool in _pools(catalogue, ids, fits, count)}
     return Choice(tuple(pools_by_id[pool] for pool in chosen), count)
+
+
+def excluded_types(endpoint: Endpoint) -> set[str]:
+    """Return the ids of the GPU types of its pools on which an endpoint's workers do not run."""
+    excluded = () if endpoint.gpu is None else endpoint.gpu.excluded_types or ()
+    return {str(getattr(one, "root", one)) for one in excluded}
 
 
 def _pools(catalogue: Sequence[GpuType], wanted_ids: Collection[str], fits: Fits, count: int) -> list[Pool]:

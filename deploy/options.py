@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class Options:
             "flashboot": self.flashboot,
             "networkVolumes": list(self.volumes),
             "dataCenterIds": list(self.data_centers),
-            "timeout": None if self.execution_timeout_s is None else round(self.execution_timeout_s * 1000),
+            "timeout": None if self.execution_timeout_s is None else math.ceil(self.execution_timeout_s * 1000),
         }
         return _given(fields)
 

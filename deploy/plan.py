@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _SCALING = {"type": "REQUEST_COUNT", "requestCount": 16}
 # Room for what vLLM compiles, logs and temporary files.
 _DISK_GB = 20
 _PORT = "8080"
+_PORTS = ("PORT", "PORT_HEALTH")
 # "If your worker's cold start time exceeds the default 7-minute limit, the system may mark it as unhealthy."
 _INIT_TIMEOUT, _INIT_TIMEOUT_S = "RUNPOD_INIT_TIMEOUT", 420
 _START_S = 240
@@ -56,7 +58,8 @@ def variables(model: str, options: Options, kind: str, count: int, download_byte
     if count > 1:
         made["TENSOR_PARALLEL_SIZE"] = str(count)
     if kind == LOAD_BALANCER:
-        made |= {"ENDPOINT_TYPE": "load_balancer", "PORT": _PORT, "PORT_HEALTH": _PORT}
+        port = (options.env or {}).get("PORT", _PORT)
+        made |= {"ENDPOINT_TYPE": "load_balancer", "PORT": port, "PORT_HEALTH": port}
     if options.execution_timeout_s is not None:
         made["DELIVERY_TIMEOUT_S"] = f"{options.execution_timeout_s:g}"
     init_s = _START_S + math.ceil((download_bytes or 0) / _DOWNLOAD_BYTES_PER_S)
@@ -113,11 +116,20 @@ def create_request(
         "flashboot": _FLASHBOOT,
         "timeout": round(EXECUTION_TIMEOUT_S * 1000),
         **given,
-        **({"ports": [f"{env['PORT']}/http"]} if kind == LOAD_BALANCER else {}),
+        **({"ports": sorted({f"{env[name]}/http" for name in _PORTS})} if kind == LOAD_BALANCER else {}),
         "gpu": gpu,
         "workers": workers,
         "scaling": scaling,
     }
+
+
+def with_places(options: Options, endpoint: Endpoint) -> Options:
+    """Return the options with the volumes and data centers that an endpoint has, and keeps if none are given."""
+    return replace(
+        options,
+        volumes=options.volumes or tuple(endpoint.network_volumes),
+        data_centers=options.data_centers or tuple(endpoint.data_center_ids),
+    )
 
 
 def keep_size(body: dict[str, Any], endpoint: Endpoint, options: Options) -> None:
@@ -161,6 +173,8 @@ def update_request(endpoint: Endpoint, options: Options, choice: Choice | None) 
         env["DELIVERY_TIMEOUT_S"] = f"{options.execution_timeout_s:g}"
     if options.gpus_per_worker is not None:
         env["TENSOR_PARALLEL_SIZE"] = str(options.gpus_per_worker)
+    if options.flashboot not in (None, "OFF"):
+        env.setdefault("WARM_UP", "true")
     return wanted | {"env": env}
 
 
@@ -173,7 +187,7 @@ def changes(endpoint: Endpoint, wanted: Mapping[str, Any]) -> tuple[dict[str, An
     Raises:
         OptionError: a difference cannot be changed.
     """
-    if endpoint.cpu:
+    if endpoint.cpu and "gpu" in wanted:
         raise OptionError(
             f"{endpoint.name} is a CPU endpoint, which cannot become one with GPUs: choose another --name"
         )

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC
 from typing import Any
 
 from deploy.api import KEY_VARIABLE
 from deploy.console import table
 from deploy.first_request import Answer, Site
+from deploy.gpus import excluded_types
 from deploy.options import LOAD_BALANCER
-from runpod_api.models import Endpoint, GpuType
+from deploy.rollback import field_name
+from runpod_api.models import Endpoint, GpuType, ListEndpointReleasesResponse
+
+_RELEASES = 10
 
 
 def ready(  # noqa: PLR0913, PLR0917 (all that there is to say)
@@ -64,20 +69,43 @@ def receipt(cold_start: Mapping[str, Any] | None) -> str:
 
 
 def price(endpoint: Endpoint, catalogue: Sequence[GpuType], gpu_type: str | None) -> str:
-    """Return what workers cost per hour: one that runs, those that always run, and all at the most."""
+    """Return what workers cost per hour: one that runs, those that always run, and all at the most.
+
+    Args:
+        endpoint: as the API describes it.
+        catalogue: GPU types.
+        gpu_type: of the worker that runs, if that is known; others may get any type of the endpoint's pools.
+    """
     if endpoint.gpu is None:
         return ""
     count = endpoint.gpu.count or 1
-    pools = [one for one in catalogue if one.pool in endpoint.gpu.pools]
-    types = [one for one in pools if one.id == gpu_type] or pools
-    prices = [one.price.serverless * count for one in types if one.price.serverless is not None]
+    excluded = excluded_types(endpoint)
+    pools = [one for one in catalogue if one.pool in endpoint.gpu.pools and one.id not in excluded]
+    prices = {one.id: one.price.serverless * count for one in pools if one.price.serverless is not None}
     if not prices:
         return "not known"
-    least, most = min(prices), max(prices)
+    least, most = min(prices.values()), max(prices.values())
     each = f"${least:.2f}" if least == most else f"${least:.2f} to ${most:.2f}"
+    if gpu_type in prices:
+        least = prices[gpu_type]
+        each = f"${least:.2f}"
     low, high = endpoint.workers.min or 0, endpoint.workers.max or 0
     idle = f"${least * low:.2f}/h idle ({low} always run)"
     return f"{each}/h while a worker runs; {idle}; at most ${most * high:.2f}/h ({high} workers)"
+
+
+def releases(answer: ListEndpointReleasesResponse) -> str:
+    """Return the current release and how far it is, and a line for each of the last ones: when, and what it changed."""
+    rollout = answer.rollout
+    in_progress = ", in progress" if rollout.in_progress else ""
+    now = f"{answer.endpoint_version}, on {rollout.workers_on_latest} of {rollout.workers_total} workers{in_progress}"
+    newest = sorted(answer.releases, key=lambda one: (one.version or 0, one.created_at), reverse=True)[:_RELEASES]
+    lines = [
+        f"  {one.version}  {one.created_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC  "
+        + (", ".join(field_name(entry.field) for entry in one.diff) or "created")
+        for one in newest
+    ]
+    return "\n".join([now, *lines])
 
 
 def type_name(endpoint: Endpoint) -> str:

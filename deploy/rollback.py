@@ -73,6 +73,11 @@ def rollback_request(
     return body, None if target is None else target.version
 
 
+def field_name(field: str) -> str:
+    """Return a field of a diff as a request has it."""
+    return ".".join(_FIELDS.get(field, (field.removeprefix("template."),)))
+
+
 def _releases_after(endpoint: Endpoint, releases: Sequence[Release], version: int | None) -> list[Release]:
     known = [one.version for one in releases if one.version is not None]
     if version is not None:

@@ -12,25 +12,36 @@ from deploy.errors import CapacityError
 from deploy.start import PHASES, StartWatcher
 from runpod_api.models import Endpoint
 
+# They act on the autoscaler at once: no worker is replaced for them.
+_NO_RELEASE = {"name", "scaling", "timeout", "workers"}
 
-async def apply(context: Context, endpoint: Endpoint, wanted: dict[str, Any]) -> Endpoint | None:
-    """Change what differs, and say what; None if nothing does, or in a dry run."""
+
+async def change(context: Context, endpoint: Endpoint, wanted: dict[str, Any], *, wait: bool = True) -> Endpoint | None:
+    """Change what differs, say what, and follow the release if it makes one; None if nothing does, or in a dry run."""
     body, lines = plan.changes(endpoint, wanted)
     if not body:
         context.console.log(f"{endpoint.name} ({endpoint.id}) is as wanted: no change")
         return None
+    check("UpdateEndpointRequest", body)
     for line in lines:
         context.console.log(f"{endpoint.name}: {line}")
-    check("UpdateEndpointRequest", body)
     if context.dry_run:
         context.show_request("PATCH", f"/v2/serverless/{endpoint.id}", body)
         return None
-    changed = await context.api.update(endpoint.id, body)
+    try:
+        changed = await context.api.update(endpoint.id, body)
+    except asyncio.CancelledError:
+        context.console.log(f"{endpoint.name} may have been changed: look at `status {endpoint.name}`")
+        raise
     context.console.log(f"{endpoint.name} is updated")
+    if body.keys() <= _NO_RELEASE:
+        context.console.log("this takes effect at once: no worker is replaced for it")
+    elif wait:
+        await _follow(context, changed)
     return changed
 
 
-async def follow(context: Context, endpoint: Endpoint) -> None:
+async def _follow(context: Context, endpoint: Endpoint) -> None:
     """Wait until all workers run the newest release; a new worker that cannot start ends the wait."""
     api, console = context.api, context.console
     version = (await api.releases(endpoint.id)).endpoint_version
@@ -71,7 +82,7 @@ async def _until_rolled_out(context: Context, endpoint: Endpoint, version: int |
             needed = max(endpoint.workers.min or 0, min(rollout.workers_total, 1))
             if summary.running + summary.idle >= needed:
                 return
-        await asyncio.sleep(context.poll_s)
+        await asyncio.sleep(context.api.pause_s(context.poll_s))
 
 
 async def first_of(wanted: asyncio.Task[Any], watch: asyncio.Task[None], timeout_s: float) -> None:

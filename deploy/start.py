@@ -23,11 +23,13 @@ _NO_IMAGE = re.compile(
     re.IGNORECASE,
 )
 _NO_DISK = re.compile(r"no space left on device", re.IGNORECASE)
+_STARTED = re.compile(r"start container\b", re.IGNORECASE)
 # Of the container's: the worker's own last line, and what Python says of an image with another program.
 _CANNOT_START = re.compile(r"The worker (?:cannot start|has failed): (?P<reason>.*)")
 _EXITED = re.compile(r"exit(?:ed|s)? (?:with )?(?:exit )?code (?P<code>[1-9]\d*)")
 # A worker that has exited as often would exit again.
 _MAX_EXITS = 3
+_READY_STATES = {"IDLE", "RUNNING"}
 _LOADING = re.compile(r"Loading the engine")
 _READY = re.compile(r"Engine ready after|Worker ready")
 
@@ -110,7 +112,7 @@ class StartWatcher:
                     raise WorkerError(self._fault)
                 self._progress.refresh()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._fault_found.wait(), self._poll_s)
+                    await asyncio.wait_for(self._fault_found.wait(), self._api.pause_s(self._poll_s))
         finally:
             for task in self._followed.values():
                 task.cancel()
@@ -128,7 +130,7 @@ class StartWatcher:
                 self._followed[worker.id] = asyncio.create_task(self._follow(worker))
         if states & {"INITIALIZING", "UNHEALTHY"}:
             self._progress.reach(IMAGE)
-        if states & {"IDLE", "RUNNING"}:
+        if states & _READY_STATES:
             self._progress.reach(REQUEST)
 
     def _tell_capacity(self, *, throttled: bool) -> None:
@@ -146,12 +148,16 @@ class StartWatcher:
                 self._read(line, worker)
 
     def _read(self, line: LogLine, worker: Worker) -> None:
-        if (fault := fault_in(line, worker.image)) is not None:
+        is_starting = worker.status not in _READY_STATES  # What a worker has logged that serves all the same is past.
+        if is_starting and (fault := fault_in(line, worker.image)) is not None:
             self._fault = self._fault or fault
             self._fault_found.set()
         if line.source == "system":
+            if _STARTED.match(line.text):
+                self._progress.reach(START)
             self._progress.reach(IMAGE, line.text)
-            self._count_exit(line.text)
+            if is_starting:
+                self._count_exit(line.text)
         else:
             self._progress.reach(START)
             self._last_line = line.text
@@ -167,5 +173,7 @@ class StartWatcher:
         self._exits += 1
         if self._exits == _MAX_EXITS and self._fault is None:
             last = f"; its last line: {' '.join(self._last_line.split())[:300]}" if self._last_line else ""
-            self._fault = f"the worker exits with {found['code']} again and again{last}: look at `logs`"
+            self._fault = (
+                f"the worker exits with {found['code']} again and again{last}: look at `logs {self._endpoint_id}`"
+            )
             self._fault_found.set()

@@ -14,6 +14,7 @@ from deploy.console import Console, table
 from deploy.context import Context
 from deploy.errors import CapacityError, DeployError, OptionError
 from deploy.first_request import KINDS, Site
+from deploy.gpus import Choice
 from deploy.model import Examined, examine
 from deploy.options import Options
 from deploy.start import PHASES, REQUEST, StartWatcher
@@ -38,15 +39,18 @@ async def up(  # noqa: PLR0913 (the command's own options)
         DeployError: one line that says what to change.
         BuilderError: the doctor cannot read the model.
     """
-    if options.image is None:
-        raise OptionError("name the worker's image with --image or VLLM_SERVERLESS_IMAGE (docs/deploy.md builds one)")
-    name = name or plan.endpoint_name(model)
-    existing = None if context.dry_run and not context.has_key else await context.find(name)
+    _check_is_given(model, options)
+    own_name = name or plan.endpoint_name(model)
+    existing = None if context.dry_run and not context.has_key else await context.find(own_name)
+    if name is None and existing is not None:
+        _check_is_for(existing, model)
     examined = None if skip_doctor else await in_thread(lambda: _examine(context.console, model, revision, options))
-    catalogue = await context.api.gpus(plan.min_cuda(options)) if context.has_key else []
-    chosen = choice.choose(options, examined, catalogue, existing)
+    if existing is not None:  # The doctor takes a while, in which somebody else may have changed the endpoint.
+        existing = await context.api.endpoint(existing.id)
+        options = plan.with_places(options, existing)
+    chosen, catalogue = await _choose(context, options, examined, existing)
     download_bytes = None if examined is None else examined.download_bytes
-    body = plan.create_request(name, model, options, chosen, download_bytes)
+    body = plan.create_request(own_name, model, options, chosen, download_bytes)
     if revision is not None:
         body["env"]["MODEL_REVISION"] = revision
     if examined is None and existing is not None:
@@ -56,10 +60,10 @@ async def up(  # noqa: PLR0913 (the command's own options)
         _show_without_pools(context, body, examined)
         return
     choice.explain(context.console, chosen, examined, catalogue)
-    endpoint = await _make(context, existing, body)
+    endpoint = await _make(context, existing, body, wait=wait)
     if endpoint is None:
         return
-    if wait:
+    if wait and _can_start(context, endpoint):
         try:
             await _answer(context, endpoint, catalogue, list(kinds) or _kinds(body["env"]))
         except (asyncio.CancelledError, DeployError):
@@ -72,7 +76,51 @@ async def up(  # noqa: PLR0913 (the command's own options)
         context.console.result(table({"Endpoint": f"{endpoint.name} ({endpoint.id})", "URL": url}))
 
 
-async def _make(context: Context, existing: Endpoint | None, body: dict[str, Any]) -> Endpoint | None:
+def _can_start(context: Context, endpoint: Endpoint) -> bool:
+    """Return whether the endpoint may have a worker; say so if it may not."""
+    if endpoint.workers.max == 0:
+        context.console.log("no worker can start while --workers-max is 0: there is no answer to wait for")
+    return endpoint.workers.max != 0
+
+
+def _check_is_given(model: str, options: Options) -> None:
+    """Check that there are a model and an image.
+
+    Raises:
+        OptionError: one is missing.
+    """
+    if options.image is None:
+        raise OptionError("name the worker's image with --image or VLLM_SERVERLESS_IMAGE (docs/deploy.md builds one)")
+    if not model.strip():
+        raise OptionError("name the model: a hub id, such as Qwen/Qwen3-8B, or a directory of the image")
+
+
+def _check_is_for(endpoint: Endpoint, model: str) -> None:
+    """Check that an endpoint whose name was derived from the model's is not one for something else.
+
+    Raises:
+        OptionError: it is.
+    """
+    serves = (endpoint.env or {}).get("MODEL_NAME")
+    if serves != model:
+        what = f"serves {serves}" if serves else f"runs {endpoint.image}, and names no model"
+        raise OptionError(
+            f"the endpoint {endpoint.name} ({endpoint.id}) {what}: give another --name, or `--name {endpoint.name}` to "
+            f"change it to {model}"
+        )
+
+
+async def _choose(
+    context: Context, options: Options, examined: Examined | None, existing: Endpoint | None
+) -> tuple[Choice | None, list[GpuType]]:
+    """Return the GPUs, None if they are not known, and the catalogue."""
+    if not context.has_key:
+        return choice.unchecked(options), []
+    min_cuda = plan.min_cuda(options)
+    return await choice.choose(options, examined, lambda count: context.api.gpus(min_cuda, count), existing)
+
+
+async def _make(context: Context, existing: Endpoint | None, body: dict[str, Any], *, wait: bool) -> Endpoint | None:
     """Create the endpoint, or change what differs; None in a dry run."""
     if existing is None:
         check("CreateEndpointRequest", body)
@@ -86,9 +134,7 @@ async def _make(context: Context, existing: Endpoint | None, body: dict[str, Any
             raise
         context.console.log(f"{endpoint.name} is created: {endpoint.id}")
         return await _oldest_of_its_name(context, endpoint)
-    changed = await rollout.apply(context, existing, body)
-    if changed is not None:
-        await rollout.follow(context, changed)
+    changed = await rollout.change(context, existing, body, wait=wait)
     return None if context.dry_run else changed or existing
 
 

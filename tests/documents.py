@@ -26,7 +26,7 @@ LOCAL_PLATFORMS = {
 # the tiny one; a file of the reader's, a short one. (For DIR, the reader's own model, a test makes one.)
 REPLACED = {
     **dict.fromkeys(LOCAL_PLATFORMS, "http://127.0.0.1:8000/"),
-    '"phi-4"': '"tiny"',
+    **dict.fromkeys(('"phi-4"', '"Qwen/Qwen3-8B"'), '"tiny"'),
     "https://example.com/speech.wav": f"data:audio/wav;base64,{base64.b64encode(tone(0.1)).decode()}",
 }
 # Values that a reader knows from an account.
@@ -71,7 +71,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "python -m bench advise"): _ADVISE,
     ("README.md", "make soak"): _LONG,
     ("README.md", "python -m deploy up ORG/NAME"): _ACCOUNT,
-    ("deploy.md", "registry=docker.io tenant=YOUR_NAME docker compose build vllm"): _DOCKER,
+    ("deploy.md", "registry=docker.io tenant=YOUR_NAME tag=2026-11-23 docker compose build vllm"): _DOCKER,
     ("deploy.md", "docker build"): _NAMES,
     ("deploy.md", "HF_TOKEN_FILE=~/.cache/huggingface/token docker compose build vllm"): _DOCKER,
     ("deploy.md", "export HF_TOKEN=YOUR_TOKEN"): _DOCKER,

@@ -11,7 +11,14 @@ from builder.doctor.gpus import Gpu
 from builder.doctor.kv_cache import KVCache
 from builder.doctor.settings import Settings
 from builder.doctor.weights import Weights
-from builder.errors import ConfigError, MissingPackageError, ModelNotFoundError
+from builder.errors import (
+    BuilderError,
+    ConfigError,
+    HubError,
+    HubUnreachableError,
+    MissingPackageError,
+    ModelNotFoundError,
+)  # fmt: skip
 
 _CONFIG_ERRORS = (AttributeError, ArithmeticError, LookupError, TypeError, ValueError)
 
@@ -83,6 +90,7 @@ def _config_directory(model: str, revision: str | None, token: str | None) -> Pa
 
     Raises:
         ModelNotFoundError: there is none.
+        HubError: the hub refuses it, or cannot be reached.
     """
     if (Path(model) / "config.json").is_file():
         return Path(model)
@@ -98,6 +106,7 @@ def _config_directory(model: str, revision: str | None, token: str | None) -> Pa
             )
         ).parent
 
+    kind: type[BuilderError] = HubError
     try:
         try:
             return fetch(local_files_only=True)
@@ -110,10 +119,12 @@ def _config_directory(model: str, revision: str | None, token: str | None) -> Pa
     except errors.RepositoryNotFoundError:
         reason = "there is no such model, or it is private and HF_TOKEN gives no access to it"
     except errors.LocalEntryNotFoundError:
+        kind = HubUnreachableError
         reason = "the hub cannot be reached: check the network and HF_ENDPOINT, or name a directory with the model"
     except (errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+        kind = ModelNotFoundError
         reason = " ".join(str(error).split())[:200]
-    raise ModelNotFoundError(f"cannot download the config.json of {model}: {reason}")
+    raise kind(f"cannot download the config.json of {model}: {reason}")
 
 
 def _config_error(error: Exception) -> ConfigError:

@@ -104,7 +104,10 @@ class Bucket:
             _log.info("Job %s: its result of %d bytes is in the bucket %s", job_id, len(result), self.name)
             expires = expires_at.isoformat(timespec="seconds").replace("+00:00", "Z")
             return {"output_url": url, "size_bytes": len(result), "expires_at": expires}
-        failure = (BucketUnavailableError if is_passing else BucketError)(len(result), self.name, reason)
+        if is_passing:  # It may be tried again.
+            _log.warning("Job %s: the upload to the bucket %s failed (%s)", job_id, self.name, reason)
+            raise BucketUnavailableError(len(result), self.name, reason)
+        failure = BucketError(len(result), self.name, reason)
         _log.error("Job %s: %s", job_id, failure)
         raise failure
 

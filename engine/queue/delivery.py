@@ -12,7 +12,15 @@ from typing import Any
 import msgspec
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
-from engine.errors import BucketError, DeliveryError, JobError, RefusedDeliveryError, RefusedOutputError, TooLargeError
+from engine.errors import (
+    BucketError,
+    BucketUnavailableError,
+    DeliveryError,
+    JobError,
+    RefusedDeliveryError,
+    RefusedOutputError,
+    TooLargeError,
+)
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES
 from engine.json_codec import encode
 from engine.queue.bucket import Bucket
@@ -31,6 +39,9 @@ _PASSING_REFUSALS = {
 }
 _FIRST_WAIT_S = 0.1
 _MAX_WAIT_S = 5.0
+# Between two uploads, each of which has made several attempts.
+_FIRST_BUCKET_WAIT_S = 2.0
+_MAX_BUCKET_WAIT_S = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -130,13 +141,35 @@ class JobDelivery:
             return refusal
         bucket, self._bucket = self._bucket, None  # Once: a link is never too large.
         try:
-            link = await bucket.store(self._job_id, encode(self._outputs))
+            link = await self._upload(bucket, encode(self._outputs))
         except BucketError as failure:
             return failure
         finally:  # However long the upload took.
             self._finishing_until = None
         self._outputs = [msgspec.Raw(encode(link))]
         return None
+
+    async def _upload(self, bucket: Bucket, outputs: bytes) -> dict[str, Any]:
+        """Upload the outputs; a bucket that does not answer is tried for as long as the platform would be.
+
+        Raises:
+            BucketError: as `Bucket.store`.
+        """
+        until = max(self._deadline, CLOCK.now() + MIN_RESULT_TIMEOUT_S)
+        wait_s = _FIRST_BUCKET_WAIT_S
+        while True:
+            try:
+                return await bucket.store(self._job_id, outputs)
+            except BucketUnavailableError as failure:
+                task = asyncio.current_task()
+                is_cancelled = task is not None and task.cancelling() > 0  # There is time left to say so.
+                if is_cancelled or CLOCK.now() + wait_s > until:
+                    raise
+                try:
+                    await asyncio.sleep(wait_s)
+                except asyncio.CancelledError:
+                    raise failure from None
+                wait_s = min(2 * wait_s, _MAX_BUCKET_WAIT_S)
 
     async def stopped(self) -> None:
         """Deliver nothing: the platform, which has stopped the job, wants no result."""

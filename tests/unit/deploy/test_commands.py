@@ -6,16 +6,18 @@ import asyncio
 import dataclasses
 from typing import Any
 
+import httpx
 import pytest
 
 from builder.doctor.worker_config import WorkerConfig
-from deploy import commands
+from deploy import commands, report
 from deploy import model as doctor
 from deploy.context import Context
 from deploy.errors import DoctorError, OptionError
 from deploy.options import Options
+from runpod_api.models import Endpoint, GpuType
 from tests.unit.deploy.conftest import Terminal
-from tests.unit.deploy.fakes import FakeRunPod
+from tests.unit.deploy.fakes import FakeRunPod, gpu
 from tests.unit.deploy.test_api import body
 
 
@@ -125,3 +127,117 @@ def test_a_dry_run_prints_the_change_and_sends_none(context: Context, runpod: Fa
     assert "abcdefgh" not in terminal.result + terminal.messages
     assert runpod.bodies == []
     assert not [one for one in runpod.requests if not one.startswith("GET ")]
+
+
+def test_what_somebody_else_changes_during_the_check_stays(
+    context: Context, runpod: FakeRunPod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def query(_: str | None, variables: Any) -> WorkerConfig:
+        runpod.endpoints["ep1"]["env"] = {**runpod.endpoints["ep1"]["env"], "THEIRS": "1"}
+        return WorkerConfig(variables)
+
+    monkeypatch.setattr(doctor, "query_worker", query)
+
+    asyncio.run(commands.update(context, "tiny", Options(env={"OURS": "1"})))
+
+    assert {"OURS", "THEIRS"} <= runpod.bodies[-1]["env"].keys()
+
+
+def test_what_the_autoscaler_does_at_once_is_no_rollout(
+    context: Context, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    asyncio.run(commands.update(context, "tiny", Options(workers_max=5)))
+
+    assert runpod.bodies == [{"workers": {"max": 5}}]
+    assert "this takes effect at once: no worker is replaced for it" in terminal.messages
+    assert "release" not in terminal.messages + terminal.result
+    assert not [one for one in runpod.requests if one.endswith("/releases")]
+
+
+def test_a_change_that_is_refused_is_not_announced(context: Context, terminal: Terminal) -> None:
+    with pytest.raises(OptionError, match="--disk: 0 is less than the minimum of 1"):
+        asyncio.run(commands.update(context, "tiny", Options(disk_gb=0)))
+
+    assert terminal.messages == ""
+
+
+def test_a_cpu_endpoint_can_be_changed_but_gets_no_gpus(context: Context, runpod: FakeRunPod) -> None:
+    runpod.endpoints["ep1"] |= {"gpu": None, "cpu": [{"id": "cpu5c", "vcpuCount": 4, "memory": 8}]}
+
+    asyncio.run(commands.update(context, "tiny", Options(env={"A": "1"}), skip_doctor=True))
+    with pytest.raises(OptionError, match="tiny is a CPU endpoint, which cannot become one with GPUs"):
+        asyncio.run(commands.update(context, "tiny", Options(gpus=("4090",))))
+
+    assert [set(one) for one in runpod.bodies] == [{"env"}]
+
+
+def test_the_price_is_that_of_the_types_that_are_not_excluded(
+    context: Context, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    runpod.catalogue = [*runpod.catalogue, gpu("NVIDIA RTX 4090 D", "ADA_24", 24, 9.0)]
+    runpod.endpoints["ep1"]["gpu"] |= {"excludedTypes": ["NVIDIA RTX 4090 D"]}
+
+    asyncio.run(commands.status(context, "tiny"))
+
+    assert "$1.10/h while a worker runs" in terminal.result
+
+
+def test_a_frozen_worker_is_to_have_served_a_request(context: Context, runpod: FakeRunPod) -> None:
+    runpod.endpoints["ep1"]["flashboot"] = "OFF"
+    del runpod.endpoints["ep1"]["env"]["WARM_UP"]
+
+    asyncio.run(commands.update(context, "tiny", Options(flashboot="FLASHBOOT")))
+
+    assert runpod.bodies[-1]["env"]["WARM_UP"] == "true"
+
+
+def test_ctrl_c_during_a_change_says_that_it_may_have_been_made(
+    context: Context, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    def interrupt(request: httpx.Request) -> None:
+        if request.method != "GET":
+            raise asyncio.CancelledError
+
+    runpod.script = [interrupt] * 9
+
+    for command in (
+        commands.update(context, "tiny", Options(image="x/y:2")), commands.down(context, "tiny", confirmed=True)
+    ):  # fmt: skip
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(command)
+
+    assert "deploy: tiny may have been changed: look at `status tiny`" in terminal.messages
+    assert "deploy: tiny may have been deleted: look at `status`" in terminal.messages
+
+
+def test_a_status_lists_the_releases_that_one_can_go_back_to(
+    context: Context, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    diffs = [[], ["template.imageName", "template.env"], ["gpuIds"]]
+    runpod.releases = [
+        {
+            "id": f"rel{version}", "version": version, "source": "MANUAL", "workerCount": 0,
+            "createdAt": f"2026-06-01T12:0{version}:00+02:00",
+            "diff": [{"field": field, "old": "a", "new": "b"} for field in fields],
+        }
+        for version, fields in enumerate(diffs, 1)
+    ]  # fmt: skip
+
+    asyncio.run(commands.status(context, "tiny"))
+
+    lines = [line.split(None, 4) for line in terminal.result.splitlines() if " UTC  " in line]
+    assert lines == [
+        ["3", "2026-06-01", "10:03:00", "UTC", "gpu.pools"],
+        ["2", "2026-06-01", "10:02:00", "UTC", "image, env"],
+        ["1", "2026-06-01", "10:01:00", "UTC", "created"],
+    ]
+
+
+def test_the_most_that_an_endpoint_costs_is_that_of_its_dearest_pool(runpod: FakeRunPod) -> None:
+    """Also if the first worker has got a cheaper one."""
+    runpod.endpoints["ep1"]["gpu"]["pools"] = ["ADA_24", "AMPERE_48"]
+    catalogue = [GpuType.model_validate(one) for one in runpod.catalogue]
+
+    text = report.price(Endpoint.model_validate(runpod.endpoints["ep1"]), catalogue, "NVIDIA GeForce RTX 4090")
+
+    assert text == "$1.10/h while a worker runs; $0.00/h idle (0 always run); at most $3.66/h (3 workers)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 from deploy.console import Console, Progress, table
 from deploy.environment import Redaction
@@ -56,3 +57,28 @@ def test_phases_are_a_bar_on_a_terminal() -> None:
 
 def test_further_lines_of_a_text_are_indented() -> None:
     assert table({"A": "1\n2", "Bcd": "3"}) == "A    1\n     2\nBcd  3"
+
+
+def test_what_stdout_cannot_encode_is_escaped() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+    Console(Redaction(), out, io.StringIO()).result("grün \ud800")
+
+    assert out.buffer.getvalue() == b"gr\\xfcn \\ud800\n"
+
+
+def test_an_answer_does_not_control_the_terminal(terminal: Terminal) -> None:
+    terminal.console.result("\x1b[31mred\x1b[0m\x1b]0;title\x07\tand\r 40 %\x08\nmore")
+
+    assert terminal.result == "red\tand 40 %\nmore\n"
+
+
+def test_a_terminal_without_a_width_gets_lines() -> None:
+    """A pseudo-terminal whose maker has not set its size, as in CI: a bar would show nothing there."""
+    leader, follower = os.openpty()
+    with os.fdopen(leader, "rb", buffering=0) as reader, os.fdopen(follower, "w", encoding="utf-8") as screen:
+        progress = Console(Redaction(), io.StringIO(), screen).progress(("worker", "image"))
+        progress.reach("image")
+        progress.end()
+
+        assert b"s  image\r\n" in reader.read(100)

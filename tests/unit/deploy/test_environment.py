@@ -76,8 +76,9 @@ def test_a_quote_in_a_file_that_does_not_end_is_an_error(tmp_path: Path, line: s
     [
         (["=x"], [], "write NAME=VALUE or NAME"),
         (["A B=x"], [], "write NAME=VALUE or NAME"),
-        (["MISSING"], [], "--env MISSING: it is not set in the environment"),
+        (["MISSING"], [], "--env: MISSING is not set in the environment"),
         ([], ["HF_TOKEN"], r"--secret HF_TOKEN=\*\*\*: give NAME=SECRET"),
+        ([], ["HF_TOKEN=my-secret"], r"not the value, but the name that a secret of the account has"),
         ([], [f"HF_TOKEN={HUB_TOKEN}"], r"--secret HF_TOKEN=\*\*\*: give NAME=SECRET"),
     ],
 )
@@ -97,3 +98,29 @@ def test_known_secrets_and_hub_tokens_are_hidden_in_any_text() -> None:
     redaction = Redaction(["rpa_key", "ab"])
 
     assert redaction.apply(f"ab rpa_key {HUB_TOKEN}") == "ab *** ***"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "OTEL_EXPORTER_OTLP_HEADERS=api-key=12345",
+        "HTTPS_PROXY=http://user:12345@proxy:3128",
+        "API_KEYS=12345",
+    ],
+)
+def test_a_header_or_a_urls_password_is_a_secret(text: str) -> None:
+    name, _, value = text.partition("=")
+
+    assert environment.masked({name: value}) == {name: "***"}
+    with pytest.raises(OptionError, match=r"set .* in the environment"):
+        environment.read([text], [], [], {})
+
+
+def test_a_line_of_a_file_that_may_be_the_secret_itself_is_not_shown(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.write_text("\ufeffA=1\nrpa_ABCDEFGH\n")
+
+    with pytest.raises(OptionError, match="line 2: the variable that it names is not set") as raised:
+        environment.read([], [file], [], {})
+
+    assert "ABCDEFGH" not in str(raised.value)

@@ -139,3 +139,53 @@ def test_a_page_of_a_proxy_is_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(UnreachableError, match="answers 200, not a job: try again later"):
         ask(lambda _: httpx.Response(200, text="<html>wait</html>"), ["chat"])
+
+
+def test_a_load_balancer_whose_urls_the_api_leaves_out_is_found() -> None:
+    document = FakeRunPod().add(body(type=LOAD_BALANCER))
+    del document["requestUrls"]
+
+    async def run() -> list[str]:
+        asked: list[str] = []
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            asked.append(str(request.url))
+            return httpx.Response(200, text="".join(CHAT))
+
+        async with client(URL, KEY, httpx.MockTransport(answer)) as http:
+            await Site(http, Endpoint.model_validate(document)).ask(["chat"])
+        return asked
+
+    assert asyncio.run(run()) == ["https://ep1.api.runpod.ai/ping", "https://ep1.api.runpod.ai/v1/chat/completions"]
+
+
+@pytest.mark.parametrize("status", [429, 502, 503])
+def test_a_busy_load_balancer_is_asked_again(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    async def sleep(_: float) -> None:
+        pass
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    busy = [httpx.Response(status)] * 2
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST" and busy:
+            return busy.pop()
+        return httpx.Response(200, text="".join(CHAT))
+
+    assert ask(answer, ["chat"], LOAD_BALANCER)[0].text == "Hello"
+
+
+def test_a_load_balancer_that_cannot_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_request, "_PATIENCE_S", -1.0)
+
+    def refuse(_: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("Name or service not known")
+
+    with pytest.raises(UnreachableError, match=r"ping cannot be reached \(Name or service not known\): check"):
+        ask(refuse, ["chat"], LOAD_BALANCER)
+
+
+@pytest.mark.parametrize("output", ["data: hello\n\n", {"text": "hello"}, "hello"])
+def test_the_answer_of_another_program_is_an_error_that_names_the_image(output: Any) -> None:
+    with pytest.raises(WorkerError, match="is no stream of OpenAI's events: is --image this worker's"):
+        ask(Queue({"/v1/chat/completions": [output]}), ["chat"])

@@ -57,6 +57,19 @@ def test_a_load_balancer_gets_what_its_worker_needs() -> None:
     assert body["workers"]["idleTimeout"] == 60
 
 
+@pytest.mark.parametrize(
+    ("env", "health", "ports"),
+    [
+        ({"PORT": "9000"}, "9000", ["9000/http"]),
+        ({"PORT": "9000", "PORT_HEALTH": "9001"}, "9001", ["9000/http", "9001/http"]),
+    ],
+)
+def test_a_load_balancers_own_ports_are_opened(env: dict[str, str], health: str, ports: list[str]) -> None:
+    body = created(Options(image="x/y:1", type=LOAD_BALANCER, env=env))
+
+    assert (body["env"]["PORT_HEALTH"], body["ports"]) == (health, ports)
+
+
 def test_the_disk_has_room_for_the_model_unless_a_volume_has() -> None:
     assert created(IMAGE, download_bytes=15_000_000_000)["disk"] == 40
     assert created(Options(image="x/y:1", volumes=("vol",)), download_bytes=15_000_000_000)["disk"] == 20

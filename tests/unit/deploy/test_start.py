@@ -95,3 +95,29 @@ def test_a_log_is_read_once_though_its_stream_ends(
         asyncio.run(watched(context, api))
 
     assert len([one for one in runpod.requests if one.endswith("/logs")]) > 3
+
+
+def test_what_a_worker_that_serves_has_logged_once_is_no_fault(context: Context, api: Api, runpod: FakeRunPod) -> None:
+    """It could not write its cache, and serves all the same: `up` again must not fail for that."""
+    runpod.add(body())
+    runpod.workers = [worker("IDLE")]
+    runpod.logs = [
+        ("container", "OSError: [Errno 28] No space left on device"),
+        *[("system", "exited with code 1")] * 3,
+    ]
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(watched(context, api))
+
+
+def test_a_container_that_says_nothing_has_started(
+    context: Context, api: Api, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    runpod.add(body())
+    runpod.workers = [worker("INITIALIZING")]
+    runpod.logs = [("system", "create container x/y:1"), ("system", "start container for x/y:1: begin")]
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(watched(context, api))
+
+    assert [line.split()[-1] for line in terminal.messages.splitlines()] == ["image", "start"]

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
+import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from builder.doctor.worker_config import WorkerConfig
 from deploy import __main__ as command_line
@@ -20,7 +23,8 @@ from deploy.options import Options
 from deploy.up import up
 from runpod_api.description import violations
 from tests.unit.deploy.conftest import Terminal
-from tests.unit.deploy.fakes import FakeRunPod
+from tests.unit.deploy.fakes import FakeRunPod, gpu
+from tests.unit.deploy.test_api import body
 
 # Llama's shape with 8 billion parameters: 15 GiB in 16 bits.
 CONFIG = {
@@ -190,3 +194,127 @@ def test_a_dry_run_without_a_key_and_a_pool_says_how_much_memory_the_model_needs
 
     assert body["gpu"]["pools"][0].startswith("(the cheapest of at least ")
     assert "RUNPOD_API_KEY is not set: prices and stock are not known; --gpu names pools" in messages
+
+
+@pytest.mark.parametrize("env", [{"MODEL_NAME": "other-org/tiny"}, {}])
+def test_an_endpoint_for_something_else_is_changed_only_by_its_name(
+    context: Context, runpod: FakeRunPod, env: dict[str, str]
+) -> None:
+    """Models of two organizations may have the same name; and it may be an endpoint that `up` has not made."""
+    runpod.add(body(env=env))
+    options = Options(image="x/y:1", gpus=("4090",))
+
+    with pytest.raises(OptionError, match=r"tiny \(ep1\) .*: give another --name, or `--name tiny` to change it"):
+        asyncio.run(up(context, "org/tiny", options, skip_doctor=True, wait=False))
+    assert runpod.bodies == []
+
+    asyncio.run(up(context, "org/tiny", options, name="tiny", skip_doctor=True, wait=False))
+    assert runpod.bodies[-1]["env"]["MODEL_NAME"] == "org/tiny"
+
+
+def test_the_number_of_gpus_that_is_enough_is_named(context: Context, model: str, runpod: FakeRunPod) -> None:
+    with pytest.raises(DoctorError, match=r"\(--gpus-per-worker 2 is enough\)"):
+        made(context, model, runpod, gpus=("4090",))
+
+
+def test_stock_counts_for_as_many_gpus_as_a_worker_needs(context: Context, model: str, runpod: FakeRunPod) -> None:
+    """One 4090 is free here and there, but two in one machine only of another type."""
+    runpod.catalogue = [gpu("NVIDIA GeForce RTX 4090", "ADA_24", 24, 1.10), gpu("NVIDIA L4", "AMPERE_24", 24, 1.50)]
+    taken = [gpu("NVIDIA GeForce RTX 4090", "ADA_24", 24, 1.10, "NONE"), runpod.catalogue[1]]
+
+    def two_gpus(request: httpx.Request) -> httpx.Response | None:
+        if request.url.params.get("count") == "2":
+            return httpx.Response(200, json={"gpus": taken})
+        return None
+
+    runpod.script = [two_gpus] * 9
+
+    asked = made(context, model, runpod, env={"MAX_MODEL_LEN": "65536"})
+
+    assert (asked["gpu"]["pools"], asked["gpu"]["count"]) == (["AMPERE_24"], 2)
+
+
+def test_a_model_that_fits_nothing_says_what_to_change(context: Context, model: str, runpod: FakeRunPod) -> None:
+    runpod.catalogue = [gpu("NVIDIA RTX A2000", "AMPERE_6", 6, 0.2, maxCount={"secure": 1, "community": 1})]
+
+    with pytest.raises(OptionError, match="shorten --max-model-len"):
+        made(context, model, runpod)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--execution-timeout", "nan"), ("--execution-timeout", "inf"), ("--queue-delay", "nan"), ("--timeout", "0"),
+        ("--timeout", "nan"), ("--gpus-per-worker", "0"), ("--gpus-per-worker", "-1"), ("--min-cuda", "12"),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_none_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        command_line.main(["update", "tiny", *arguments])
+
+    assert raised.value.code == 2
+    assert f"argument {arguments[0]}: {arguments[1]!r} is not a " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "says"),
+    [
+        (errors.LocalEntryNotFoundError("offline"), 6, "the hub cannot be reached: check the network and HF_ENDPOINT"),
+        (errors.RepositoryNotFoundError("404", response=httpx2.Response(404, request=httpx2.Request("GET", "http://hub"))),
+         3, "there is no such model, or it is private"),
+    ],
+)  # fmt: skip
+def test_a_model_that_the_hub_does_not_give_ends_as_the_exit_codes_say(  # noqa: PLR0913, PLR0917 (fixtures)
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    refusal: Exception,
+    code: int,
+    says: str,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise refusal
+
+    del model  # whose fixture keeps the worker from being asked
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+
+    assert command_line.main(["up", "org/none", "--image", "x/y:1", "--dry-run"]) == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_model_without_a_name_is_refused(context: Context) -> None:
+    with pytest.raises(OptionError, match="name the model: a hub id"):
+        asyncio.run(up(context, " ", Options(image="x/y:1")))
+
+
+def test_an_endpoint_keeps_its_volume_and_data_centers(context: Context, model: str, runpod: FakeRunPod) -> None:
+    """Neither is given again: the disk stays without room for the model, and GPUs are chosen where workers may run."""
+    here = [{"id": "EU-1", "name": "EU", "availability": "LOW"}]
+    runpod.catalogue = [gpu("NVIDIA L4", "CHEAP", 24, 0.1), gpu("NVIDIA A40", "THERE", 48, 1.22, dataCenters=here)]
+    first = made(context, model, runpod, volumes=("vol",), data_centers=("EU-1",))
+
+    asyncio.run(up(context, model, Options(image="x/y:2"), wait=False))
+
+    assert (first["disk"], first["gpu"]["pools"]) == (20, ["THERE"])
+    assert runpod.bodies[1:] == [{"image": "x/y:2"}]
+
+
+def test_a_split_that_a_setting_asks_for_needs_as_many_gpus(context: Context, runpod: FakeRunPod) -> None:
+    options = Options(image="x/y:1", gpus=("4090",), env={"TENSOR_PARALLEL_SIZE": "2"})
+
+    asyncio.run(up(context, "org/tiny", options, skip_doctor=True, wait=False))
+
+    assert runpod.bodies[-1]["gpu"]["count"] == 2
+
+
+def test_no_answer_is_waited_for_where_no_worker_may_start(
+    context: Context, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    asyncio.run(up(context, "org/tiny", Options(image="x/y:1", gpus=("4090",), workers_max=0), skip_doctor=True))
+
+    assert "no worker can start while --workers-max is 0" in terminal.messages
+    assert "Endpoint  tiny (ep1)" in terminal.result
+    assert not [one for one in runpod.requests if one.endswith("/run")]

@@ -298,6 +298,54 @@ async def test_after_a_long_upload_the_link_is_delivered_for_as_long_as_any_resu
     assert post.arrived[-1][1]["output"][0]["output_url"] == "http://host/job"
 
 
+class AbsentBucket(Bucket):
+    """A bucket that does not answer for some time."""
+
+    def __init__(self, until: float) -> None:
+        super().__init__("http://host", NAME, "us-east-1", 60, "", "")
+        vars(self).update(back_at=until, uploads=0)
+
+    async def store(self, job_id: str, result: bytes) -> dict[str, Any]:
+        vars(self)["uploads"] += 1
+        if time.monotonic() < vars(self)["back_at"]:
+            raise BucketUnavailableError(len(result), self.name, "EndpointConnectionError")
+        return {"output_url": f"http://host/{job_id}", "size_bytes": len(result)}
+
+
+@in_virtual_time
+@pytest.mark.parametrize(("away_s", "outcome"), [(250, "completed"), (1000, "failed")])
+async def test_a_bucket_that_is_away_is_waited_for_as_long_as_the_platform_is(
+    monkeypatch: pytest.MonkeyPatch, away_s: float, outcome: str
+) -> None:
+    monkeypatch.setattr(delivery, "MAX_RESULT_BYTES", 1000)
+    post, began = FakePost(), time.monotonic()
+    bucket = AbsentBucket(began + away_s)
+    job = JobDelivery(post, "job", began + 300, bucket)
+    await job.stream("a" * 1000)
+
+    assert await job.finish() == outcome
+
+    assert time.monotonic() - began <= 301
+    assert vars(bucket)["uploads"] > 3
+    if outcome == "failed":
+        assert json.loads(post.arrived[-1][1]["error"])["retryable"] is True
+
+
+@in_virtual_time
+async def test_a_worker_that_ends_does_not_wait_for_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "MAX_RESULT_BYTES", 1000)
+    post = FakePost()
+    job = JobDelivery(post, "job", NEVER, AbsentBucket(NEVER))
+    await job.stream("a" * 1000)
+    finishing = asyncio.create_task(job.finish())
+    await asyncio.sleep(100)
+
+    finishing.cancel()
+
+    assert await finishing == "failed"
+    assert json.loads(post.arrived[-1][1]["error"])["retryable"] is True
+
+
 async def test_a_job_whose_upload_the_workers_end_cuts_off_fails_as_retryable(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
