@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.emulator_queue import EmulatorQueue, emulator_queue
+from tests.integration import schedule
 from tests.processes import OTHER_CORE, ROOT, VLLM_ENVIRONMENT, Process, running
 
 START_S = 240.0
@@ -93,8 +95,17 @@ def _answers(client: httpx.Client) -> bool:
         return False
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> schedule.Schedule | None:
+    """Give out files as `tests.integration.schedule` says, where files are given out (`--dist loadfile`)."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return schedule.Schedule(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Allow time for the start of an engine and the training of the model, which any test may cause."""
+    """Sort files, and allow time for the start of an engine and the training of the model, which any test may cause."""
+    items.sort(key=lambda item: schedule.place(item.path))
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents and item.get_closest_marker("timeout") is None:
