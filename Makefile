@@ -30,7 +30,7 @@ unit: $(READY)  ## Run the tests without an engine
 	@$(BIN)/python -m pytest --numprocesses auto tests/unit
 
 integration: $(READY)  ## Run the tests on the real engine and the real SDK
-	@$(BIN)/python -m pytest -m in_process tests/integration
+	@$(BIN)/python -m pytest -m in_process --numprocesses 2 --dist loadfile tests/integration
 	@$(BIN)/python -m pytest -m "not in_process" --numprocesses 2 --dist loadfile --durations 40 tests/integration
 
 image-test: $(READY)  ## Build the images, on stand-ins for their base images, and run jobs in them (Debian, root)
