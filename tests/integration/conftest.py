@@ -33,7 +33,7 @@ FLAGS = {
 
 
 def pytest_configure() -> None:
-    """Give each process of tests (pytest-xdist) its own core; by default vLLM binds all engines to the first one."""
+    """Distribute the processes of tests (pytest-xdist) over the cores; vLLM binds all engines to the first one."""
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         cores = sorted(os.sched_getaffinity(0))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[int(worker.removeprefix("gw")) % len(cores)])
