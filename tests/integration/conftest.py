@@ -18,6 +18,7 @@ from tests.integration import schedule
 from tests.processes import OTHER_CORE, ROOT, VLLM_ENVIRONMENT, Process, running
 
 START_S = 240.0
+STAND_INS = ROOT / "tests" / "stand_ins"
 
 # vLLM's flags, in the worker's form. They allow all kinds of requests and do not change the answers of others. With
 # reasoning in plain words and structured outputs within it, a request can force any answer.
@@ -33,10 +34,15 @@ FLAGS = {
 
 
 def pytest_configure() -> None:
-    """Distribute the processes of tests (pytest-xdist) over the cores; vLLM binds all engines to the first one."""
+    """Set what all processes that tests start inherit.
+
+    The processes of tests (pytest-xdist) are distributed over the cores: vLLM binds all engines to the first one.
+    """
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         cores = sorted(os.sched_getaffinity(0))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[int(worker.removeprefix("gw")) % len(cores)])
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*paths, str(STAND_INS)]))
 
 
 @pytest.fixture(scope="session")
