@@ -31,7 +31,7 @@ unit: $(READY)  ## Run the tests without an engine
 
 integration: $(READY)  ## Run the tests on the real engine and the real SDK
 	@$(BIN)/python -m pytest -m in_process --numprocesses 2 --dist loadfile tests/integration
-	@$(BIN)/python -m pytest -m "not in_process" --numprocesses 3 --dist loadfile --durations 40 tests/integration
+	@$(BIN)/python -m pytest -m "not in_process" --numprocesses 2 --dist loadfile --durations 40 tests/integration
 
 image-test: $(READY)  ## Build the images, on stand-ins for their base images, and run jobs in them (Debian, root)
 	@{ command -v buildah && command -v debootstrap; } >/dev/null || \
