@@ -15,7 +15,7 @@ import pytest
 
 from tests.emulator_queue import EmulatorQueue, emulator_queue
 from tests.integration import schedule
-from tests.processes import OTHER_CORE, ROOT, VLLM_ENVIRONMENT, Process, running
+from tests.processes import BUSY_ENVIRONMENT, OTHER_CORE, ROOT, VLLM_ENVIRONMENT, Process, running
 
 START_S = 240.0
 STAND_INS = ROOT / "tests" / "stand_ins"
@@ -62,7 +62,7 @@ def job_queue() -> Iterator[EmulatorQueue]:
 def worker(job_queue: EmulatorQueue, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """Run `python handler.py` on the queue, with the real SDK and the real engine, ready for jobs."""
     environment = {
-        **VLLM_ENVIRONMENT,
+        **BUSY_ENVIRONMENT,
         **FLAGS,
         **job_queue.environment,
         "MODEL_NAME": tiny_model,
