@@ -8,6 +8,8 @@ PREVIEW := $(CURDIR)/$(VENV)/vllm-preview
 # The CPU build of PyTorch has its own package index, which is used for that package only.
 TORCH_PIN := $(shell grep -h '^torch==' $(LOCKS))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# pip would compile on one core. What it has installed is compiled on all of them; some files there are no Python.
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-deps --no-compile
 
 # What a new vLLM or SDK may have moved.
 INTERFACE := $(addprefix tests/integration/,test_engine_config.py test_flags.py test_vllm_interface.py test_parity.py) \
@@ -28,7 +30,7 @@ unit: $(READY)  ## Run the tests without an engine
 	@$(BIN)/python -m pytest --numprocesses auto tests/unit
 
 integration: $(READY)  ## Run the tests on the real engine and the real SDK
-	@$(BIN)/python -m pytest -m in_process tests/integration
+	@$(BIN)/python -m pytest -m in_process --numprocesses 2 --dist loadfile tests/integration
 	@$(BIN)/python -m pytest -m "not in_process" --numprocesses 2 --dist loadfile --durations 40 tests/integration
 
 image-test: $(READY)  ## Build the images, on stand-ins for their base images, and run jobs in them (Debian, root)
@@ -100,8 +102,9 @@ $(READY): $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	@echo "Setting up $(VENV): about 200 packages, 2.5 GB, some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH_PIN)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(addprefix --requirement ,$(LOCKS))
+	@$(BIN)/pip install $(PIP_OPTIONS) --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH_PIN)
+	@$(BIN)/pip install $(PIP_OPTIONS) $(addprefix --requirement ,$(LOCKS))
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || :
 	@touch $@
 
 clean:  ## Remove the .venv and the caches

@@ -21,6 +21,13 @@ VLLM_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+# The same for workers that answer many requests: the engine core runs the model itself, as with one GPU. On a CPU vLLM
+# gives the model a process of its own, and each of the two spins on a core for a second after every message.
+BUSY_ENVIRONMENT = {
+    **VLLM_ENVIRONMENT,
+    "DISTRIBUTED_EXECUTOR_BACKEND": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+    "OMP_NUM_THREADS": "1",
+}
 # By default vLLM binds the threads of every engine to the same cores, the first ones. With this, two engines that run
 # at the same time use different cores, if there are two.
 OTHER_CORE = {"VLLM_CPU_OMP_THREADS_BIND": str(max(os.sched_getaffinity(0)))}

@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.emulator_queue import EmulatorQueue, emulator_queue
-from tests.processes import OTHER_CORE, ROOT, VLLM_ENVIRONMENT, Process, running
+from tests.integration import schedule
+from tests.processes import BUSY_ENVIRONMENT, OTHER_CORE, ROOT, VLLM_ENVIRONMENT, Process, running
 
 START_S = 240.0
+STAND_INS = ROOT / "tests" / "stand_ins"
 
 # vLLM's flags, in the worker's form. They allow all kinds of requests and do not change the answers of others. With
 # reasoning in plain words and structured outputs within it, a request can force any answer.
@@ -31,10 +34,15 @@ FLAGS = {
 
 
 def pytest_configure() -> None:
-    """Give each process of tests (pytest-xdist) its own core; by default vLLM binds all engines to the first one."""
+    """Set what all processes that tests start inherit.
+
+    The processes of tests (pytest-xdist) are distributed over the cores: vLLM binds all engines to the first one.
+    """
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         cores = sorted(os.sched_getaffinity(0))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[int(worker.removeprefix("gw")) % len(cores)])
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*paths, str(STAND_INS)]))
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +62,7 @@ def job_queue() -> Iterator[EmulatorQueue]:
 def worker(job_queue: EmulatorQueue, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """Run `python handler.py` on the queue, with the real SDK and the real engine, ready for jobs."""
     environment = {
-        **VLLM_ENVIRONMENT,
+        **BUSY_ENVIRONMENT,
         **FLAGS,
         **job_queue.environment,
         "MODEL_NAME": tiny_model,
@@ -93,8 +101,17 @@ def _answers(client: httpx.Client) -> bool:
         return False
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> schedule.Schedule | None:
+    """Give out files as `tests.integration.schedule` says, where files are given out (`--dist loadfile`)."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return schedule.Schedule(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Allow time for the start of an engine and the training of the model, which any test may cause."""
+    """Sort files, and allow time for the start of an engine and the training of the model, which any test may cause."""
+    items.sort(key=lambda item: schedule.place(item.path))
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents and item.get_closest_marker("timeout") is None:

@@ -18,7 +18,7 @@ from tests.emulator_queue import emulator_queue
 from tests.integration.conftest import START_S
 from tests.integration.parity import ParityClient, plain
 from tests.integration.parity_cases import CLASSIFIED, EMBEDDED, NOT_CLASSIFIED, NOT_EMBEDDED, embedding
-from tests.processes import VLLM_ENVIRONMENT, running
+from tests.processes import BUSY_ENVIRONMENT, running
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +47,7 @@ def served(model: str, more: Mapping[str, str], log: Path) -> Iterator[ParityCli
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with emulator_queue() as queue, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        environment = {**VLLM_ENVIRONMENT, **queue.environment, **more, "HTTP_PORT": str(port)}
+        environment = {**BUSY_ENVIRONMENT, **queue.environment, **more, "HTTP_PORT": str(port)}
         environment |= {"MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny"}
         # One request at a time and no prefix cache: batches and caches change the last bits of a number.
         environment |= {"MAX_NUM_SEQS": "1", "ENABLE_PREFIX_CACHING": "false"}

@@ -19,7 +19,7 @@ from tests.integration.parity import events, joined
 from tests.parsers.apps import BASE
 from tests.parsers.cases import CHAT, Case
 from tests.parsers.model import with_special_tokens
-from tests.processes import OTHER_CORE, VLLM_ENVIRONMENT, Process, running
+from tests.processes import BUSY_ENVIRONMENT, OTHER_CORE, VLLM_ENVIRONMENT, Process, running
 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 MAX_REPEATS = 3
@@ -175,7 +175,7 @@ def both_sides(tiny_model: Path, directory: Path) -> Iterator[tuple[Worker, VLLM
     for name, value in FLAGS.items():
         flag = name.lower().replace("_", "-")
         arguments += [f"--no-{flag}"] if value == "false" else [f"--{flag}", value]
-    environment = {**VLLM_ENVIRONMENT, **FLAGS, "MODEL_NAME": str(model), "SERVED_MODEL_NAME": BASE}
+    environment = {**BUSY_ENVIRONMENT, **FLAGS, "MODEL_NAME": str(model), "SERVED_MODEL_NAME": BASE}
     with (
         emulator_queue() as queue,
         running(

@@ -22,13 +22,13 @@ from tests.integration.conftest import FLAGS
 from tests.integration.emulator.conftest import KEY, LLM_START_S, eventually
 from tests.integration.parity import ask, events, joined, plain
 from tests.integration.parity_cases import AT_ONCE_ONLY, BARE_REFUSALS, OVER_HTTP
-from tests.processes import VLLM_ENVIRONMENT
+from tests.processes import BUSY_ENVIRONMENT
 
 
 @pytest.fixture(scope="module")
 def site(tiny_model: str) -> Iterator[Site]:
     """Return a site whose worker serves the tiny model, with the flags of `vllm_server`."""
-    variables = {**VLLM_ENVIRONMENT, **FLAGS, "MODEL_NAME": tiny_model, "SERVED_MODEL_NAME": "tiny"}
+    variables = {**BUSY_ENVIRONMENT, **FLAGS, "MODEL_NAME": tiny_model, "SERVED_MODEL_NAME": "tiny"}
     command = [sys.executable, "handler.py"]
     with balancer_with(command=command, env=variables, workersMin=1, workersMax=1, initTimeout=LLM_START_S) as started:
         started.idle_workers(1, LLM_START_S)

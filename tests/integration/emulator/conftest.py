@@ -19,7 +19,7 @@ import pytest
 from emulator.app import Emulator, run_in_thread
 from emulator.cli import with_default_worker
 from emulator.settings import EmulatorSettings
-from tests.processes import VLLM_ENVIRONMENT
+from tests.processes import BUSY_ENVIRONMENT
 
 KEY = "a-key-of-the-tests"
 LLM_START_S = 240.0
@@ -192,7 +192,7 @@ def command_line(tmp_path: Path) -> Iterator[Callable[..., CommandLine]]:
 
 def _tiny_worker(**variables: str) -> dict[str, Any]:
     """Return an endpoint with the worker of `make up`, always running."""
-    return with_default_worker({"env": {**VLLM_ENVIRONMENT, **variables}, "workersMin": 1, "rateLimits": False})
+    return with_default_worker({"env": {**BUSY_ENVIRONMENT, **variables}, "workersMin": 1, "rateLimits": False})
 
 
 @pytest.fixture(scope="session")

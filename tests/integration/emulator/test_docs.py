@@ -36,9 +36,10 @@ _ANY_LINES = r"(?:[^\n]*\n)*?"
 _NUMBER = r"\d+\.\d+"
 _LOOSE = {"…": r"[^\n]*", "~/.cache": r"\S+"}
 _LOOSELY = re.compile(r"(…|~/\.cache|\b\d+\.\d+(?= s\b| tokens/s))")
-# A reader's shell does not have these: the `make` that runs the tests sets them, and nested ones print more.
-MAKE_VARIABLES = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
-ENVIRONMENT = {**{name: value for name, value in os.environ.items() if name not in MAKE_VARIABLES}, **ACCOUNT}
+# A reader's shell does not have these: the `make` that runs the tests sets them, and nested ones print more; and what
+# stands for packages in other tests.
+NOT_A_READERS = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHONPATH"}
+ENVIRONMENT = {**{name: value for name, value in os.environ.items() if name not in NOT_A_READERS}, **ACCOUNT}
 
 
 def shell_command(command: str, before: str) -> list[str]:

@@ -45,7 +45,8 @@ def test_an_engine_that_is_frozen_in_mid_stream_and_while_idle_goes_on(llm: Site
     assert text_of(ended["output"]) == text_of(expected)
     streamed = [item["output"] for item in llm.client.get(f"/stream/{job}").json()["stream"]]
     # The one that was on its way when its connection was dropped may be there twice.
-    assert text_of(list({json.dumps(one): one for one in streamed}.values())) == text_of(expected)
+    once = [streamed[:at] + streamed[at + 1 :] for at in range(1, len(streamed)) if streamed[at] == streamed[at - 1]]
+    assert text_of(expected) in map(text_of, [streamed, *once])
     (line,) = [line for line in llm.log_of(worker) if "Restored: the process did not run for 10." in line]
     assert line.endswith("1 jobs in progress")
 

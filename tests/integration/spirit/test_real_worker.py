@@ -20,7 +20,7 @@ from tests.integration.emulator.spirit.conftest import ID, KEY, Site, Webhook, s
 from tests.integration.emulator.spirit.test_stock_proxy import _CURL
 from tests.integration.parity import ask, events, joined, plain
 from tests.integration.parity_cases import OVER_HTTP
-from tests.processes import VLLM_ENVIRONMENT
+from tests.processes import BUSY_ENVIRONMENT
 
 __all__ = ["webhook"]
 
@@ -39,7 +39,7 @@ def baked(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def site(baked: Path) -> Iterator[Site]:
     """Return a site whose worker serves that model, with the flags of `vllm_server`."""
-    variables = {**VLLM_ENVIRONMENT, **FLAGS, "MODEL_NAME": str(baked), "SERVED_MODEL_NAME": "tiny"}
+    variables = {**BUSY_ENVIRONMENT, **FLAGS, "MODEL_NAME": str(baked), "SERVED_MODEL_NAME": "tiny"}
     settings = {
         "command": [sys.executable, "handler.py"],
         "cwd": str(REPOSITORY),
