@@ -23,6 +23,8 @@ from bench.collector import OTLPReceiver, attributes
 
 DASHBOARD = Path(__file__).parents[1] / "dashboards" / "vllm-serverless.json"
 _LONG_NS = 2_000_000_000
+# Of Grafana, as an axis has them.
+_UNITS = {"s": "seconds", "ops": "a second", "percentunit": "share"}
 _COLOURS = ("#3274d9", "#e0752d", "#56a64b", "#b877d9", "#e02f44", "#8f8f8f", "#f2cc0c")
 
 
@@ -161,6 +163,8 @@ def _draw_panels(url: str, path: Path) -> None:
     for panel, axis in zip(panels, axes.flat, strict=False):
         axis.set_title(panel["title"], fontsize=9, loc="left")
         axis.tick_params(labelsize=7)
+        axis.set_ylabel(_UNITS.get(panel["fieldConfig"]["defaults"]["unit"], ""), fontsize=7)
+        axis.set_xlabel("s", fontsize=7, loc="right", labelpad=1)
         axis.grid(visible=True, alpha=0.3)
         colours = iter(_COLOURS * 3)
         for target in panel["targets"]:
@@ -184,7 +188,7 @@ def _draw_panels(url: str, path: Path) -> None:
                 axis.plot(times, values, label=legend, linewidth=1.2, color=next(colours))
         axis.set_ylim(bottom=0)
         if axis.lines:
-            axis.legend(fontsize=6, loc="upper left", framealpha=0.6)
+            axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=3, frameon=False)
         else:
             axis.text(0.5, 0.5, "no data", ha="center", transform=axis.transAxes)
     for axis in axes.flat[len(panels) :]:
