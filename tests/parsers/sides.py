@@ -23,6 +23,7 @@ from tests.processes import BUSY_ENVIRONMENT, OTHER_CORE, VLLM_ENVIRONMENT, Proc
 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 MAX_REPEATS = 3
+STEP_MS = 30
 RANDOM_FIELDS = {"id", "item_id", "call_id", "signature"}
 AT_ONCE = 4
 # Forces the answers of the requests, and log-probabilities that do not depend on the batch.
@@ -61,7 +62,7 @@ class VLLMServer:
     """VLLM's own server.
 
     When it is late, it joins deltas as well. So a request whose answer differs from the worker's is repeated, with no
-    other request running.
+    other request running, and steps that take longer than it may be late.
     """
 
     def __init__(self, process: Process, client: httpx.Client, model: Path) -> None:
@@ -91,11 +92,14 @@ class VLLMServer:
                     (at for at, pair in enumerate(zip(content, known[-1], strict=False)) if pair[0] != pair[1]), -1
                 )
                 return content[first:], known[-1][first:]
-            answers.append(self._text(case))
+            answers.append(self._text(case, STEP_MS))
         return None
 
-    def _text(self, case: Case) -> str:
-        return self._client.post(case.route, json=case.request(self._model)).raise_for_status().text
+    def _text(self, case: Case, step_ms: int = 0) -> str:
+        request = case.request(self._model)
+        if step_ms and "vllm_xargs" in request:
+            request["vllm_xargs"]["step_ms"] = step_ms
+        return self._client.post(case.route, json=request).raise_for_status().text
 
     def _serves(self) -> bool:
         try:
