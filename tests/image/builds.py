@@ -129,7 +129,8 @@ def build_vllm_base(buildah: Buildah, directory: Path, python: str, *, real: boo
         buildah: builds it.
         directory: an empty one, on the same disk as this environment: files are hard-linked.
         python: its base image.
-        real: with all packages; otherwise vLLM is an empty package, which is enough to build the image.
+        real: with all packages; otherwise vLLM is an empty package, and of those that it brings only what building the
+            image needs is there.
     """
     packages = directory / f"vllm-{real}" / "packages"
     if real:
@@ -144,6 +145,7 @@ def build_vllm_base(buildah: Buildah, directory: Path, python: str, *, real: boo
     else:
         (packages / "vllm").mkdir(parents=True)
         (packages / "vllm" / "__init__.py").touch()
+        shutil.copytree(Path(sysconfig.get_path("purelib")) / "filelock", packages / "filelock")
     # This environment has vLLM's CPU build, which needs a library that the CUDA build does not.
     library = "RUN apt-get update && apt-get install --yes libnuma1" if real else ""
     copy = 'COPY packages /usr/local/lib/python3.11/dist-packages\nENTRYPOINT ["vllm"]'
