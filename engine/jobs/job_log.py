@@ -33,14 +33,14 @@ def log_ended(job: dict[str, Any], times: JobTimes, costs: dict[str, Any], outpu
         costs: where its time went, as `Costs.document` has it.
         outputs: how many were delivered.
     """
-    requests, first_output_s = times.requests, times.first_output_s
+    has_counts, first_output_s = bool(times.requests), times.first_output_s
     line = {
         "job": times.job_id,
         **_batch(job),
         "route": _route(job),
         "status": times.outcome,
-        "tokens_in": sum(request.prompt_tokens for request in requests) if requests else None,
-        "tokens_out": sum(request.output_tokens for request in requests) if requests else None,
+        "tokens_in": times.prompt_tokens if has_counts else None,
+        "tokens_out": times.output_tokens if has_counts else None,
         "first_output_s": None if first_output_s is None else round(first_output_s, 4),
         "batches": outputs,
         **costs,

@@ -7,27 +7,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from engine.telemetry.engine_load import EngineLoad
+
 # Above this share of the KV cache, new requests cause preemptions of running ones.
 KV_CACHE_HIGH_WATERMARK = 0.9
 
 
-class EngineLoad(Protocol):
-    """The engine's load at its last step, and averages over its requests; sizes in tokens."""
+class RequestLoad(EngineLoad, Protocol):
+    """The engine's load, and averages over its requests, in tokens."""
 
     avg_prompt_tokens: float
     avg_output_tokens: float
-
-    @property
-    def running(self) -> int:
-        """Number of running requests."""
-
-    @property
-    def waiting(self) -> int:
-        """Number of requests that wait in the engine."""
-
-    @property
-    def kv_cache_usage(self) -> float:
-        """Share of the KV cache in use, from 0 to 1."""
 
     @property
     def avg_running_output_tokens(self) -> float:
@@ -45,7 +35,7 @@ class Admission:
             that of a model that only embeds or ranks.
     """
 
-    def __init__(self, load: EngineLoad, limit: int, cache_tokens: int, max_model_len: int = 0) -> None:
+    def __init__(self, load: RequestLoad, limit: int, cache_tokens: int, max_model_len: int = 0) -> None:
         self._load = load
         self._limit = limit
         self._cache_tokens = cache_tokens

@@ -1,4 +1,4 @@
-"""What a job cost and where its time went, and the sums over jobs by model and key name."""
+"""What a job cost and where its time went, and the sums over jobs by model."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Costs:
         sums.jobs += 1
         sums.worker_s += times.share.worker_s
         sums.start_s += times.share.start_s
-        sums.prompt_tokens += sum(request.prompt_tokens for request in times.requests)
-        sums.output_tokens += sum(request.output_tokens for request in times.requests)
+        sums.prompt_tokens += times.prompt_tokens
+        sums.output_tokens += times.output_tokens
 
     def document(self, times: JobTimes) -> dict[str, Any]:
         """Return where a job's time went and what it cost, so far or in total; docs/api.md has the fields."""

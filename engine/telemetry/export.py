@@ -30,7 +30,7 @@ from opentelemetry.sdk.trace.sampling import Decision
 
 from engine.telemetry.counters import COUNTERS
 from engine.telemetry.log_handler import LogHandler
-from engine.telemetry.metrics import EngineLoad, Metrics
+from engine.telemetry.metrics import Metrics
 from engine.telemetry.otlp_variables import SIGNALS
 from engine.telemetry.prometheus_bridge import WithVLLMsMetrics
 from engine.telemetry.spans import JobIds, Spans, parent_context
@@ -38,6 +38,7 @@ from engine.telemetry.spans import JobIds, Spans, parent_context
 if TYPE_CHECKING:
     from engine.cold_start import ColdStart
     from engine.telemetry.costs import Costs
+    from engine.telemetry.engine_load import EngineLoad
     from engine.telemetry.job_times import JobTimes
 
 SERVICE_NAME = "vllm-serverless"

@@ -116,6 +116,16 @@ class JobTimes:
         return f"00-{self.trace_id:032x}-{self.span_id:016x}-{int(is_recorded):02x}"
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts of its requests that have finished."""
+        return sum(request.prompt_tokens for request in self.requests)
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of their outputs."""
+        return sum(request.output_tokens for request in self.requests)
+
+    @property
     def queue_s(self) -> float | None:
         """Time in the platform's queue; None if the platform does not say when the job was submitted."""
         return None if self.submitted_at_s is None else max(self.taken_at_s - self.submitted_at_s, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from opentelemetry.metrics import CallbackOptions, Observation
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import Histogram, Meter
 
     from engine.telemetry.costs import Costs
+    from engine.telemetry.engine_load import EngineLoad
     from engine.telemetry.job_times import JobTimes
 
 # Bounds of explicit buckets, in seconds; OpenTelemetry's default ones are for milliseconds. The first three are of the
@@ -39,22 +40,6 @@ _DESCRIPTIONS = {
     "drains": "Times that the worker was asked to stop",
     "dropped": "Jobs whose telemetry was dropped, as the export was too slow",
 }
-
-
-class EngineLoad(Protocol):
-    """The engine's load at its last step."""
-
-    @property
-    def running(self) -> int:
-        """Running requests."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait in the engine."""
-
-    @property
-    def kv_cache_usage(self) -> float:
-        """Share of the KV cache in use, from 0 to 1."""
 
 
 class Metrics:

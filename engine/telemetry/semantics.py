@@ -23,8 +23,8 @@ def job_attributes(times: JobTimes) -> dict[str, str | int]:
     if times.route is not None:
         attributes["http.route"] = times.route
     if times.requests:
-        attributes["gen_ai.usage.input_tokens"] = sum(request.prompt_tokens for request in times.requests)
-        attributes["gen_ai.usage.output_tokens"] = sum(request.output_tokens for request in times.requests)
+        attributes["gen_ai.usage.input_tokens"] = times.prompt_tokens
+        attributes["gen_ai.usage.output_tokens"] = times.output_tokens
     return attributes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -15,8 +14,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.integration.balancer.conftest import Site, balancer_with
-from tests.integration.conftest import START_S
+from tests.integration.balancer.conftest import Site, openai_client, served_by_worker
 from tests.integration.emulator.conftest import KEY, eventually
 from tests.integration.parity import Answer, ParityClient, joined, plain, upload
 from tests.integration.parity_cases import Case
@@ -90,15 +88,13 @@ def site(model: str) -> Iterator[Site]:
     """Run the worker as it is on a load-balancing endpoint, with the same model."""
     variables = {**VLLM_ENVIRONMENT, **OTHER_CORE, **LIMITS, "MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny"}
     variables |= {"MAX_NUM_SEQS": "1", "ENABLE_PREFIX_CACHING": "false"}
-    command = [sys.executable, "handler.py"]
-    with balancer_with(command=command, env=variables, workersMin=1, workersMax=1, initTimeout=START_S) as started:
-        started.idle_workers(1, START_S)
-        yield started
+    with served_by_worker(variables) as site:
+        yield site
 
 
 @pytest.fixture
 def client(site: Site) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{site.url}/v1", api_key=KEY, max_retries=0) as client:
+    with openai_client(site) as client:
         yield client
 
 

@@ -8,12 +8,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from emulator.app import run_in_thread
 from emulator.balancer.endpoint import BalancerEndpoint
 from emulator.settings import EmulatorSettings
-from tests.integration.emulator.conftest import KEY, REPOSITORY, eventually
+from tests.integration.emulator.conftest import KEY, LLM_START_S, REPOSITORY, eventually
 
 
 class Site:
@@ -89,6 +90,22 @@ def balancer_with(**endpoint: Any) -> Iterator[Site]:
 
         with httpx.Client(base_url=balanced.url, headers=headers, timeout=60) as client:
             yield Site(balanced, client, root, state)
+
+
+@contextmanager
+def served_by_worker(variables: dict[str, str]) -> Iterator[Site]:
+    """Run a worker as it is (`python handler.py`) with these variables, until it is ready."""
+    command = [sys.executable, "handler.py"]
+    with balancer_with(command=command, env=variables, workersMin=1, workersMax=1, initTimeout=LLM_START_S) as started:
+        started.idle_workers(1, LLM_START_S)
+        yield started
+
+
+@contextmanager
+def openai_client(site: Site) -> Iterator[openai.OpenAI]:
+    """Yield the official client of the endpoint, which tries nothing again."""
+    with openai.OpenAI(base_url=f"{site.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture

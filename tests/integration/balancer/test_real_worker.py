@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import sys
 from collections.abc import Iterator
 
 import httpx
@@ -17,9 +16,9 @@ import psutil
 import pytest
 
 from builder.tiny_model.corpus import example
-from tests.integration.balancer.conftest import Site, balancer_with
+from tests.integration.balancer.conftest import Site, openai_client, served_by_worker
 from tests.integration.conftest import FLAGS
-from tests.integration.emulator.conftest import KEY, LLM_START_S, eventually
+from tests.integration.emulator.conftest import eventually
 from tests.integration.parity import ask, events, joined, plain
 from tests.integration.parity_cases import AT_ONCE_ONLY, BARE_REFUSALS, OVER_HTTP
 from tests.processes import BUSY_ENVIRONMENT
@@ -29,15 +28,13 @@ from tests.processes import BUSY_ENVIRONMENT
 def site(tiny_model: str) -> Iterator[Site]:
     """Return a site whose worker serves the tiny model, with the flags of `vllm_server`."""
     variables = {**BUSY_ENVIRONMENT, **FLAGS, "MODEL_NAME": tiny_model, "SERVED_MODEL_NAME": "tiny"}
-    command = [sys.executable, "handler.py"]
-    with balancer_with(command=command, env=variables, workersMin=1, workersMax=1, initTimeout=LLM_START_S) as started:
-        started.idle_workers(1, LLM_START_S)
-        yield started
+    with served_by_worker(variables) as site:
+        yield site
 
 
 @pytest.fixture
 def client(site: Site) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{site.url}/v1", api_key=KEY, max_retries=0) as client:
+    with openai_client(site) as client:
         yield client
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import socket
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -13,8 +12,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.integration.balancer.conftest import Site, balancer_with
-from tests.integration.emulator.conftest import KEY, LLM_START_S, eventually
+from tests.integration.balancer.conftest import Site, served_by_worker
+from tests.integration.emulator.conftest import KEY, eventually
 from tests.processes import VLLM_ENVIRONMENT
 from tests.voxtral import RATE_HZ, SETTINGS, realtime_model
 from tests.whisper import tone
@@ -31,10 +30,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Return a site whose worker runs one request at a time: what is not aborted is in the way of the next."""
     model = realtime_model(tmp_path_factory.mktemp("realtime") / "model")
     variables = {**VLLM_ENVIRONMENT, **SETTINGS, "MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny", "MAX_NUM_SEQS": "1"}
-    command = [sys.executable, "handler.py"]
-    with balancer_with(command=command, env=variables, workersMin=1, workersMax=1, initTimeout=LLM_START_S) as started:
-        started.idle_workers(1, LLM_START_S)
-        yield started
+    with served_by_worker(variables) as site:
+        yield site
 
 
 class Session:
