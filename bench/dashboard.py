@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import httpx
 
 from bench.collector import OTLPReceiver, attributes
+from emulator.free_port import free_port
 
 DASHBOARD = Path(__file__).parents[1] / "dashboards" / "vllm-serverless.json"
 _LONG_NS = 2_000_000_000
@@ -115,8 +115,7 @@ def prometheus(program: Path, receiver: OTLPReceiver, directory: Path) -> Iterat
             }
         )
     )
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [
             str(program),

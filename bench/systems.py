@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any, TypeVar
 import psutil
 
 from bench.clients import Address
+from emulator.free_port import free_port
 
 VLLM, OURS, PEER = "vLLM alone", "this worker", "worker-vllm"
 
@@ -350,13 +350,6 @@ def tiny_model() -> Path:
     """
     command = [sys.executable, "-m", "builder", "tiny"]
     return Path(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout.strip())
-
-
-def free_port() -> int:
-    """Return a free port of the loopback interface."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import httpx
 
+from emulator.free_port import free_port
 from tests.processes import running
 
 KEY_ID = "AKNOTAREALKEYID"
@@ -43,8 +43,7 @@ class S3Server:
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
     """Run the server during the block."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     directory = folder / "s3" / NAME
     directory.mkdir(parents=True)
     command = ["-m", "nanio", "serve", "--host=127.0.0.1", f"--port={port}", f"--data-dir={directory.parent}"]

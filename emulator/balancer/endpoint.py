@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import socket
 from collections import defaultdict
 from collections.abc import Mapping
@@ -21,11 +20,10 @@ from emulator.core.endpoint import Endpoint, Surroundings
 from emulator.core.faults import FaultKind
 from emulator.core.long_poll import Disconnect
 from emulator.errors import AffinityWorkerGoneError, BadRequestError, NoWorkerError, SettingsError
+from emulator.free_port import free_port
 from emulator.settings import BalancerSettings
 
 _HEALTH_TIMEOUT_S = 5.0
-# Below Linux' and BSD's ranges for outgoing connections, which begin at 32768 and 49152.
-_WORKER_PORTS = range(20_000, 32_768)
 
 
 @dataclass(eq=False)
@@ -200,7 +198,7 @@ class BalancerEndpoint(Endpoint):
 
     def _environment(self, worker: str) -> Mapping[str, str]:
         """Return the variables of a worker on free ports, whose health is checked from now on."""
-        balanced = self.workers[worker] = BalancedWorker(worker, _free_port(), _free_port())
+        balanced = self.workers[worker] = BalancedWorker(worker, free_port(), free_port())
         self._begin_checking(balanced)
         return {
             "PORT": str(balanced.port),
@@ -271,14 +269,3 @@ class BalancerEndpoint(Endpoint):
             self.on_event(f"worker {worker.id} gets no requests: {answer}")
         if status != last:
             self.on_change(WORKERS_TOPIC)
-
-
-def _free_port() -> int:
-    """Return a port that is free now; the worker binds it itself, as on the platform.
-
-    Until it does, a connection of any program may be given a port of the system's own range.
-    """
-    while True:
-        port = random.SystemRandom().choice(_WORKER_PORTS)
-        with suppress(OSError), socket.create_server((HOST, port)):
-            return port

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from emulator.free_port import free_port
 from tests.emulator_queue import EmulatorQueue, emulator_queue
 from tests.integration import schedule
 from tests.processes import BUSY_ENVIRONMENT, OTHER_CORE, ROOT, VLLM_ENVIRONMENT, Process, running
@@ -78,8 +78,7 @@ def worker(job_queue: EmulatorQueue, tiny_model: str, tmp_path_factory: pytest.T
 @pytest.fixture(scope="session")
 def vllm_server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """Run vLLM's own server on the same model; yield a client of it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"]
     arguments += [f"--model={tiny_model}", "--served-model-name", "tiny"]
     for name, value in FLAGS.items():

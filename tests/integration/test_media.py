@@ -19,6 +19,7 @@ import aiohttp
 import pytest
 from PIL import Image
 
+from emulator.free_port import free_port
 from engine.backend import media
 from engine.backend.media_errors import fetch_failure
 from engine.errors import EngineResponseError
@@ -181,8 +182,7 @@ def test_a_url_that_cannot_be_fetched_now_is_an_error_that_says_try_again(
         monkeypatch.setitem(envs.environment_variables, name, lambda: 0.3)
     where = url.replace("picture.png", path)
     if path == ":refused":
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            where = f"http://127.0.0.1:{free.getsockname()[1]}/a.wav"
+        where = f"http://127.0.0.1:{free_port()}/a.wav"
 
     with pytest.raises(EngineResponseError) as refused:
         download(where)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from emulator.free_port import free_port
 from tests.emulator_queue import emulator_queue
 from tests.integration.conftest import START_S
 from tests.integration.parity import ParityClient, plain
@@ -44,8 +44,7 @@ def classifier(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @contextmanager
 def served(model: str, more: Mapping[str, str], log: Path) -> Iterator[ParityClient]:
     """Run a worker with a model, and yield a client of its queue and of its app."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with emulator_queue() as queue, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         environment = {**BUSY_ENVIRONMENT, **queue.environment, **more, "HTTP_PORT": str(port)}
         environment |= {"MODEL_NAME": model, "SERVED_MODEL_NAME": "tiny"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from emulator.free_port import free_port
 from tests.emulator_queue import EmulatorQueue, QueuedJob, emulator_queue
 from tests.integration.conftest import START_S
 from tests.integration.parity import events, joined
@@ -172,8 +172,7 @@ def both_sides(tiny_model: Path, directory: Path) -> Iterator[tuple[Worker, VLLM
     share would take some of the jobs.
     """
     model = with_special_tokens(tiny_model, directory / "model")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"]
     arguments += [f"--model={model}", "--served-model-name", BASE, f"--middleware={_MIDDLEWARE}"]
     for name, value in FLAGS.items():

@@ -18,6 +18,7 @@ import aiohttp
 import httpx
 import pytest
 
+from emulator.free_port import free_port
 from tests.integration.balancer.conftest import Site
 from tests.integration.emulator.conftest import KEY, eventually
 from tests.processes import Process, running
@@ -32,8 +33,7 @@ def worker(tmp_path: Path) -> Iterator[StartWorker]:
     with ExitStack() as stack:
 
         def begin(**variables: str) -> tuple[Process, str]:
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
+            port = free_port()
             address = {"ENDPOINT_TYPE": "load_balancer", "PORT": str(port), "LISTEN_HOST": "127.0.0.1"}
             process = running(["-m", "tests.scripted_worker"], {**address, **variables}, tmp_path / "log")
             return stack.enter_context(process), f"http://127.0.0.1:{port}"
@@ -105,8 +105,7 @@ def test_a_killed_worker_refuses_connections_at_once_although_a_process_that_it_
 
 
 def test_the_health_check_can_have_a_port_of_its_own(worker: StartWorker) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process, url = worker(PORT_HEALTH=str(port), HEALTH_CHECK_PATH="/up")
     health_url = f"http://127.0.0.1:{port}"
     process.wait_for(lambda: httpx.get(f"{health_url}/up").status_code == 200 if ping(health_url) else False)

@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from typing import Any
 
 import httpx
 
+from emulator.free_port import free_port
 from tests.integration.emulator.conftest import REPOSITORY, WORKER, Start, eventually
 
 
@@ -111,9 +110,7 @@ def test_the_test_input_option_never_runs_a_streaming_handler() -> None:
 
 
 def test_the_development_server_never_runs_a_job_of_its_queue() -> None:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     options = ["--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port)]
     server = subprocess.Popen([sys.executable, str(WORKER), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

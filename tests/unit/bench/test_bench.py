@@ -31,7 +31,8 @@ from bench.metrics import (
 )
 from bench.scenarios import Scenario, default_scenarios, full_scenarios, poisson_arrivals
 from bench.synthetic_model import tensor_shapes, write_weights
-from bench.systems import OURS, PEER, VLLM, free_port, stock_setup, worker_options
+from bench.systems import OURS, PEER, VLLM, stock_setup, worker_options
+from emulator.free_port import free_port
 from engine.backend.merging import is_plain_text
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"

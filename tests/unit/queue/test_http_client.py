@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import uvloop
 from aiohttp import web
 
 from emulator.certificate import Certificate
+from emulator.free_port import free_port
 from engine.queue.http_client import HTTPClient
 
 pytestmark = pytest.mark.anyio
@@ -145,11 +145,9 @@ async def test_a_connection_that_is_lost_is_an_error(after: str) -> None:
 
 
 async def test_a_server_that_is_not_there_is_an_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as ended:
-        port = ended.getsockname()[1]
     async with client() as posts:
         with pytest.raises(ConnectionError, match="connect"):
-            await posts.post(f"http://127.0.0.1:{port}", {}, b"{}")
+            await posts.post(f"http://127.0.0.1:{free_port()}", {}, b"{}")
 
 
 async def test_a_request_that_takes_too_long_is_an_error() -> None:

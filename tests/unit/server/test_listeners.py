@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from emulator.free_port import free_port
 from engine.config.settings import Settings
 from engine.errors import ConfigurationError
 from engine.server.listeners import Listeners
@@ -17,10 +18,7 @@ def settings(host: str, port: int) -> Settings:
 
 @pytest.fixture
 def port() -> int:
-    """Return a port that is free."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        number: int = free.getsockname()[1]
-        return number
+    return free_port()
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="the machine has no IPv6")
