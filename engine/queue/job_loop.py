@@ -36,8 +36,9 @@ from engine.jobs import job_log
 from engine.jobs.proxied import AnswerStart
 from engine.queue.admission import Admission
 from engine.queue.backoff import PollBackoff
-from engine.queue.protocol import POLL_CANCEL_GRACE_S, TAKE_TIMEOUT_S, Delivery, JobQueue
-from engine.run_clock import CLOCK, Timer
+from engine.queue.protocol import POLL_CANCEL_GRACE_S, TAKE_TIMEOUT_S, JobQueue
+from engine.queue.running_job import JobState, RunningJob
+from engine.run_clock import CLOCK
 from engine.telemetry.costs import Costs
 from engine.telemetry.counters import COUNTERS
 from engine.telemetry.job_times import CURRENT, JobTimes, RequestStats
@@ -61,54 +62,6 @@ class LoopState(Enum):
     DRAINING = "draining"
     FAILED = "failed"
     ENDED = "ended"
-
-
-class JobState(Enum):
-    """How far a job has come."""
-
-    RUNNING = "running"
-    """Its outputs are delivered as they come. Only now can it be aborted."""
-    FINISHING = "finishing"
-    """Its result is decided."""
-    DELIVERING = "delivering"
-    """Its result is being delivered."""
-    STOPPED = "stopped"
-    """The platform has stopped it: it gets no result."""
-    ABANDONED = "abandoned"
-    """The worker ends before its result could be delivered."""
-
-
-@dataclass(eq=False)
-class RunningJob:
-    """A job, its task, and what is known of its end.
-
-    Attributes:
-        id: the platform's.
-        delivery: of its outputs.
-        times: its times.
-        asked_at: when the take that brought it was sent. Its answer may be older than the last freeze.
-        has_run: whether its task has run. A task that is cancelled before would never run, nor remove the job.
-        abort_error: the error that it ends with, if it was aborted.
-        redelivered_job: the same job, taken again while this run was ending, and when that take was sent. It runs when
-            this run is over.
-    """
-
-    id: str
-    delivery: Delivery
-    times: JobTimes
-    asked_at: float
-    state: JobState = JobState.RUNNING
-    has_run: bool = False
-    task: asyncio.Task[None] | None = None
-    timer: Timer | None = None
-    abort_error: JobError | None = None
-    redelivered_job: tuple[dict[str, Any], float] | None = None
-
-    def abort(self, state: JobState, error: JobError | None = None) -> None:
-        """Cancel its task and move on to `state`."""
-        self.state, self.abort_error = state, error
-        if self.task is not None and self.has_run:
-            self.task.cancel()
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import pytest
 from engine.backend.statistics import Statistics
 from engine.backend.vllm_engine import FIRST_STEP_FACTOR, VLLMEngine
 from engine.errors import DeliveryError
-from engine.queue.job_loop import ABANDON_TIMEOUT_S, FINAL_DELIVERY_TIMEOUT_S, JobState
+from engine.queue.job_loop import ABANDON_TIMEOUT_S, FINAL_DELIVERY_TIMEOUT_S
 from engine.queue.protocol import POLL_CANCEL_GRACE_S
+from engine.queue.running_job import JobState
 from tests.fake_job_queue import Fault
 from tests.unit.queue.fakes import LoopHarness, error_in
 from tests.virtual_time import in_virtual_time
