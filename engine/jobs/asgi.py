@@ -16,7 +16,7 @@ from engine.backend.app import App, Message
 from engine.backend.inline_executor import SHORT, SHORT_BYTES
 from engine.backend.merging import MERGEABLE
 from engine.errors import EngineError
-from engine.jobs.inputs import JSON, Request
+from engine.jobs.request import JSON, Request
 from engine.run_clock import CLOCK
 from engine.telemetry.job_times import CURRENT
 

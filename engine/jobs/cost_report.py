@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from engine.jobs.inputs import Request
+from engine.jobs.request import Request
 from engine.json_codec import decode, encode
 from engine.telemetry.job_times import CURRENT, RequestStats
 

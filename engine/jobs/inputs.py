@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, ValidationError
 
 from engine.backend import merging
 from engine.backend.routes import FORMS, GET_ONLY, SERVING
-from engine.errors import ExpiredError, InvalidInputError, RouteNotAllowedError, UnknownRouteError
+from engine.errors import ExpiredError, InvalidInputError
 from engine.jobs.proxied import ProxiedRequest
-from engine.json_codec import decode
-from engine.telemetry.job_times import is_traceparent
+from engine.jobs.request import Request, check_route, http_request
+from engine.jobs.request_body import (
+    GUIDED_FIELDS,
+    REMOVED_FIELDS,
+    as_bool,
+    encode_json,
+    extra_body,
+    model_of,
+    not_null,
+    read_body,
+    split_own_fields,
+)
 
 ACCEPTED_INPUTS = """\
 {"openai_route": "/v1/chat/completions", "openai_input": {...}}  an OpenAI request
@@ -26,7 +35,6 @@ ACCEPTED_INPUTS = """\
 {"messages": [...], "sampling_params": {...}, "stream": false}  a chat
 {"prompt": "...", "sampling_params": {...}, "stream": false}  a completion"""
 
-JSON = "application/json"
 # A path only: no scheme, no host, no empty, `.` or `..` segment, no escapes; a query may follow. A final slash is
 # dropped, as vLLM redirects to the route without it.
 _ROUTE = re.compile(r"(?P<path>(?:/(?!\.{1,2}(?:/|\?|$))[A-Za-z0-9._~-]+)+)/?(?:\?(?P<query>[!-~]*))?")
@@ -43,57 +51,6 @@ SAMPLING_FIELDS = {
     "temperature", "tool_choice", "tools", "top_k", "top_logprobs", "top_p", "truncate_prompt_tokens",
     "use_beam_search", "user",
 }  # fmt: skip
-# vLLM's names, until 0.12, for the fields of `structured_outputs`. Since then it ignores them silently.
-GUIDED_FIELDS = {
-    "guided_choice": "choice",
-    "guided_grammar": "grammar",
-    "guided_json": "json",
-    "guided_json_object": "json_object",
-    "guided_regex": "regex",
-    "guided_whitespace_pattern": "whitespace_pattern",
-}
-STRUCTURED_ROUTES = {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses"}
-# Fields that vLLM no longer has and ignores silently, where it answers requests for text.
-REMOVED_FIELDS = {
-    "best_of": "vLLM no longer has it: use n, and choose among the answers",
-    "early_stopping": "vLLM no longer has it",
-    "guided_decoding_backend": "STRUCTURED_OUTPUTS_CONFIG of the worker sets the backend",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One call of vLLM's app.
-
-    Attributes:
-        method: GET or POST.
-        path: of the route.
-        query: of the route, or empty.
-        body: JSON or a form, or None for a GET.
-        content_type: of the body.
-        form: fields of a form that is not encoded yet (`engine.jobs.multipart`), or None.
-        native: whether the job is in the top-level format, whose stream is dicts with the new text, not SSE text.
-        warnings: what was ignored, for the client and the log.
-        mergeable: whether vLLM may put several tokens into one event, as in a stream of plain text.
-        proxied: whether the outputs are the answer as it is (`engine.jobs.proxied`).
-        model: that the body names; a client's own word.
-        wants_costs: whether the answer should say what the job cost (`engine.jobs.cost_report`).
-        traceparent: of the client's trace.
-    """
-
-    method: str
-    path: str
-    query: str = ""
-    body: bytes | None = None
-    content_type: str = JSON
-    form: dict[str, Any] | None = None
-    native: bool = False
-    warnings: tuple[str, ...] = ()
-    mergeable: bool = False
-    proxied: bool = False
-    model: str | None = None
-    wants_costs: bool = False
-    traceparent: str | None = None
 
 
 class UnreadableInput(str):
@@ -106,15 +63,6 @@ class ExpiredInput(UnreadableInput):
     """The reason why a job has expired; it replaces the input."""
 
     __slots__ = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _OwnFields:
-    """The fields of an input, or of a request's body, that are the worker's own, and what of them is ignored."""
-
-    wants_costs: bool = False
-    traceparent: str | None = None
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +80,6 @@ class _Call:
 _LIFTED_FIELDS = SAMPLING_FIELDS | GUIDED_FIELDS.keys() | REMOVED_FIELDS.keys()
 # `"true"` as well as `true`: forms and templates quote what they fill in, and worker-vllm accepts it.
 _LenientBool = Annotated[bool, Field(strict=False)]
-_LENIENT_BOOL = TypeAdapter(bool)
 
 
 def _upper(value: Any) -> Any:
@@ -180,7 +127,7 @@ class _NativeInput(_Input):
     model: StrictStr | None = None
 
     def _post(self, path: str, field: str, value: Any, defaults: dict[str, Any]) -> _Call:
-        body = defaults | _not_null(self.sampling_params)
+        body = defaults | not_null(self.sampling_params)
         for name in (field, "stream", "model"):
             if name in body:
                 raise InvalidInputError(f"sampling_params holds {name!r}, which belongs at the top level of the input")
@@ -266,62 +213,37 @@ def parse(
     if not isinstance(value, dict):
         raise InvalidInputError(f"the job's input must be a JSON object. Accepted:\n{ACCEPTED_INPUTS}")
     warnings = list(_ignored(value))
-    value, own = _without_own_fields(value)
+    value, own = split_own_fields(value)
     value = _normalized(value)
-    form = next((_INPUT_TYPES[field] for field in _INPUT_TYPES if field in value), None)
-    if form is None:
+    kind = next((_INPUT_TYPES[field] for field in _INPUT_TYPES if field in value), None)
+    if kind is None:
         raise InvalidInputError(f"the job's input is in none of the accepted formats:\n{ACCEPTED_INPUTS}")
     try:
-        call = form.model_validate(value).call(max_model_len)
+        call = kind.model_validate(value).call(max_model_len)
     except ValidationError as error:
         faults = "; ".join(f"{_field_path(fault['loc'])}: {fault['msg']}" for fault in error.errors())
         raise InvalidInputError(f"{faults}. Accepted:\n{ACCEPTED_INPUTS}") from None
     check_route(call.path, open_routes, has_route)
     if call.document is None:
         return Request(call.method, call.path, call.query, native=call.native, warnings=(*warnings, *own.warnings))
-    body = {name: part for name, part in call.document.items() if name != "extra_body"} | _extra_body(call.document)
-    body, own = _without_own_fields(body, own)
-    document, removed = _with_current_names(call.path, body)
-    if call.path in FORMS and has_route(call.path):
-        return Request(
-            call.method,
-            call.path,
-            call.query,
-            form=document,
-            warnings=(*warnings, *removed, *own.warnings),
-            model=_model(document),
-            wants_costs=own.wants_costs,
-            traceparent=own.traceparent,
-        )
-    plain = merging.is_plain_text(call.path, document)
-    tokens = event_tokens(call.path) if plain else None
+    body, own = read_body(call.path, call.document, str(job.get("id", "")), own)
+    form = body if call.path in FORMS and has_route(call.path) else None
+    tokens = event_tokens(call.path) if merging.is_plain_text(call.path, body) else None
     if tokens is not None and tokens > 1:
-        document = {**document, "stream_interval": tokens}
-    document = _with_id(call.path, document, str(job.get("id", "")))
-    warnings += [*removed, *own.warnings]
+        body = {**body, "stream_interval": tokens}
     return Request(
         call.method,
         call.path,
         call.query,
-        encode_json(document),
+        encode_json(body) if form is None else None,
+        form=form,
         native=call.native,
-        warnings=tuple(warnings),
+        warnings=(*warnings, *own.warnings),
         mergeable=tokens is not None,
-        model=_model(document),
+        model=model_of(body),
         wants_costs=own.wants_costs,
         traceparent=own.traceparent,
     )
-
-
-def check_route(path: str, open_routes: frozenset[str], has_route: Callable[[str], bool]) -> None:
-    """Check that clients may call a route.
-
-    Raises:
-        RouteNotAllowedError: they may not.
-        UnknownRouteError: vLLM has no such route.
-    """
-    if path not in open_routes:
-        raise RouteNotAllowedError(path, sorted(open_routes)) if has_route(path) else UnknownRouteError(path)
 
 
 def _proxied(
@@ -338,77 +260,6 @@ def _proxied(
     return http_request(value["method"], call.path, call.query, value.content, event_tokens, request_id=job_id)
 
 
-def http_request(  # noqa: PLR0913 (all that a request has)
-    method: str, path: str, query: str, body: bytes, event_tokens: Callable[[str], int | None], *, request_id: str = ""
-) -> Request:
-    """Return the request as its client wrote it, in today's names. Whether its body is valid is for vLLM to say.
-
-    Args:
-        method: any of HTTP's.
-        path: of the route.
-        query: of the route, or empty.
-        body: as it came; it is only changed if it is a JSON object with fields that have another name today, or on a
-            route that takes the id from it.
-        event_tokens: as for `parse`.
-        request_id: names the request in vLLM.
-
-    Raises:
-        InvalidInputError: fields of another name are where they cannot be used.
-    """
-    try:
-        document = decode(body)
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        return Request(method, path, query, body or None, proxied=True)
-    given = {name: part for name, part in document.items() if name != "extra_body"} | _extra_body(document)
-    given, own = _without_own_fields(given)
-    current, removed = _with_current_names(path, given)
-    current = _with_id(path, current, request_id)
-    # Its client gets each token as an event, unless it is slower than the engine, as with vLLM's own server.
-    mergeable = merging.is_plain_text(path, current) and event_tokens(path) is not None
-    return Request(
-        method,
-        path,
-        query,
-        body if current == document else encode_json(current),
-        warnings=(*removed, *own.warnings),
-        mergeable=mergeable,
-        proxied=True,
-        model=_model(current),
-        wants_costs=own.wants_costs,
-        traceparent=own.traceparent,
-    )
-
-
-def _without_own_fields(value: dict[str, Any], outer: _OwnFields = _OwnFields()) -> tuple[dict[str, Any], _OwnFields]:
-    """Return the fields that are not the worker's own, and those that are: these, or else those of `outer`.
-
-    Raises:
-        InvalidInputError: `include_costs` is no boolean.
-    """
-    if "include_costs" not in value and "traceparent" not in value:
-        return value, outer
-    wants_costs = _as_bool(value.get("include_costs"))
-    if wants_costs is not None and not isinstance(wants_costs, bool):
-        raise InvalidInputError("include_costs must be true or false")
-    traceparent, warnings = value.get("traceparent"), outer.warnings
-    if traceparent is not None and not is_traceparent(traceparent):
-        traceparent, warnings = (
-            None,
-            (*warnings, "traceparent: ignored, as it has not the form of W3C's Trace Context"),
-        )
-    own = _OwnFields(
-        outer.wants_costs if wants_costs is None else wants_costs, traceparent or outer.traceparent, warnings
-    )
-    return {name: part for name, part in value.items() if name not in ("include_costs", "traceparent")}, own
-
-
-def _model(body: dict[str, Any]) -> str | None:
-    model = body.get("model")
-    return model if isinstance(model, str) else None
-
-
 def _ignored(value: dict[str, Any]) -> Iterator[str]:
     """Yield what of the input is ignored, and why."""
     given = {name for name, part in value.items() if part is not None}
@@ -417,7 +268,7 @@ def _ignored(value: dict[str, Any]) -> Iterator[str]:
     if "messages" in given:
         if value.get("prompt"):
             yield "prompt: ignored, as messages are given"
-        if "apply_chat_template" in given and not _as_bool(value["apply_chat_template"]):
+        if "apply_chat_template" in given and not as_bool(value["apply_chat_template"]):
             yield "apply_chat_template: ignored, as messages always use the chat template"
 
 
@@ -426,74 +277,19 @@ def _normalized(value: dict[str, Any]) -> dict[str, Any]:
 
     In the top-level format, all sampling fields move to `sampling_params`, from the top level and from `extra_body`.
     """
-    given = {name: part for name, part in _not_null(value).items() if name not in BATCHING_FIELDS}
+    given = {name: part for name, part in not_null(value).items() if name not in BATCHING_FIELDS}
     if "messages" in given:  # As in worker-vllm, they override a prompt.
         given = {name: part for name, part in given.items() if name not in ("prompt", "apply_chat_template")}
     sampling = given.get("sampling_params", {})
     if given.keys() & _INPUT_TYPES.keys() <= {"messages", "prompt"} and isinstance(sampling, dict):
         lifted = {name: part for name, part in given.items() if name in _LIFTED_FIELDS}
-        extra = _extra_body(given) | _extra_body(sampling)
+        extra = extra_body(given) | extra_body(sampling)
         given = {name: part for name, part in given.items() if name not in (*lifted, "extra_body")}
-        sampling = lifted | _not_null(sampling) | _not_null(extra)
+        sampling = lifted | not_null(sampling) | not_null(extra)
         sampling.pop("extra_body", None)
         if sampling:
             given["sampling_params"] = sampling
     return given
-
-
-def _not_null(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: part for name, part in fields.items() if part is not None}
-
-
-def _as_bool(value: Any) -> Any:
-    """Return what vLLM, and a lenient form, read of a boolean: `"true"`, `1`; anything else unchanged."""
-    try:
-        return _LENIENT_BOOL.validate_python(value)
-    except ValidationError:
-        return value
-
-
-def _extra_body(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of `extra_body`, where OpenAI's own clients put fields that they do not know."""
-    extra = body.get("extra_body")
-    if extra is not None and not isinstance(extra, dict):
-        raise InvalidInputError("extra_body must be a JSON object of more fields of the request")
-    return extra or {}
-
-
-def _with_current_names(path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the body in the names that vLLM has today, and what of it is ignored.
-
-    Raises:
-        InvalidInputError: the route has no structured outputs, or they are given under both names.
-    """
-    guided = {name: part for name, part in body.items() if name in GUIDED_FIELDS and part is not None}
-    if guided and path not in STRUCTURED_ROUTES:
-        raise InvalidInputError(
-            f"{path} has no structured outputs, so {', '.join(sorted(guided))} cannot be used. "
-            f"Routes that have them: {', '.join(sorted(STRUCTURED_ROUTES))}"
-        )
-    if guided and body.get("structured_outputs") is not None:
-        raise InvalidInputError(
-            f"{', '.join(sorted(guided))} and structured_outputs are both given: the former is an old name for a part "
-            "of the latter, so give only structured_outputs"
-        )
-    if "stream" in body:
-        body = body | {"stream": _as_bool(body["stream"])}
-    removed = REMOVED_FIELDS.keys() & body.keys() if path in STRUCTURED_ROUTES else set()
-    warnings = [f"{name}: ignored, as {REMOVED_FIELDS[name]}" for name in sorted(removed) if body[name] is not None]
-    body = {name: part for name, part in body.items() if name not in GUIDED_FIELDS and name not in removed}
-    if guided:
-        body["structured_outputs"] = {GUIDED_FIELDS[name]: part for name, part in guided.items()}
-    return body, warnings
-
-
-def _with_id(path: str, body: dict[str, Any], request_id: str) -> dict[str, Any]:
-    """Return the body with the request's id, if vLLM takes it from there and not from the header `X-Request-Id`.
-
-    `VLLMEngine.pop_request_stats` finds the request by it. A client's own stays.
-    """
-    return {"request_id": f"resp_{request_id}", **body} if path == "/v1/responses" and request_id else body
 
 
 def _openai_request(field: str, route: str, body: dict[str, Any] | None) -> _Call:
@@ -505,25 +301,6 @@ def _openai_request(field: str, route: str, body: dict[str, Any] | None) -> _Cal
         )
     path, query = match["path"], match["query"] or ""
     return _Call("GET" if body is None else "POST", path, query, body)
-
-
-def encode_json(body: Any) -> bytes:
-    """Return a request's body, or a field of its form, as strict JSON in UTF-8.
-
-    Raises:
-        InvalidInputError: it cannot be encoded.
-    """
-    try:
-        return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInputError(
-            f"the input holds {error.object[error.start]!a}, half of a surrogate pair, which is not a character: "
-            "send text as UTF-8, or escape characters beyond the Basic Multilingual Plane as both halves"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"the input cannot be written as JSON: {error}") from None
-    except RecursionError:
-        raise InvalidInputError("the input is nested too deeply") from None
 
 
 def _dict(value: Any) -> dict[str, Any]:

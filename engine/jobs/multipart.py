@@ -12,7 +12,8 @@ from urllib3.filepost import encode_multipart_formdata
 
 from engine.backend.files import File, Files
 from engine.errors import InvalidInputError
-from engine.jobs.inputs import Request, encode_json
+from engine.jobs.request import Request
+from engine.jobs.request_body import encode_json
 
 # The field that vLLM reads, and what others call it: vLLM's batches, RunPod's worker for faster-whisper, chats.
 FILE = "file"

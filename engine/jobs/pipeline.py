@@ -19,6 +19,7 @@ from engine.jobs import asgi, deltas, inputs, multipart
 from engine.jobs.cost_report import CostReport
 from engine.jobs.event_batcher import MAX_OUTPUT_BYTES, EventBatcher
 from engine.jobs.proxied import AnswerStart
+from engine.jobs.request import Request
 from engine.json_codec import decode, encode
 from engine.telemetry.job_times import CURRENT, RequestStats
 
@@ -140,7 +141,7 @@ async def _answer(response: asgi.Response, costs: CostReport) -> AsyncGenerator[
 
 
 async def _outputs(
-    response: asgi.Response, engine: Engine, request: inputs.Request, costs: CostReport
+    response: asgi.Response, engine: Engine, request: Request, costs: CostReport
 ) -> AsyncGenerator[Any, None]:
     """Yield the outputs of a job that is no proxied request.
 
@@ -158,7 +159,7 @@ async def _outputs(
 
 
 async def _stream(
-    response: asgi.Response, engine: Engine, request: inputs.Request, costs: CostReport
+    response: asgi.Response, engine: Engine, request: Request, costs: CostReport
 ) -> AsyncGenerator[str | deltas.Delta, None]:
     """Yield the outputs of a streamed job.
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from engine.backend.app import App, Message, Receive, Send
 from engine.errors import JobError
-from engine.jobs import inputs
 from engine.jobs.http_server import Server, send_error, server_config, wait_for_failure
+from engine.jobs.request import check_route
 from engine.run_clock import CLOCK
 
 # The SDK's session has 100 connections, for polls and acknowledgements too.
@@ -108,7 +108,7 @@ class ProxyMode:
         async def serve(scope: Message, receive: Receive, send: Send) -> None:
             self._running += 1
             try:
-                inputs.check_route(scope["path"], self._engine.open_routes, self._engine.has_route)
+                check_route(scope["path"], self._engine.open_routes, self._engine.has_route)
                 await app(scope, receive, send)
             except JobError as error:
                 await send_error(error, scope, send)

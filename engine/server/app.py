@@ -16,8 +16,9 @@ from engine.backend.merging import MERGEABLE
 from engine.backend.routes import GENERATING, WEBSOCKET
 from engine.cold_start import FINAL_PHASE, ColdStart
 from engine.errors import InternalError, JobError, TimedOutError
-from engine.jobs import inputs, job_log
+from engine.jobs import job_log
 from engine.jobs.cost_report import CostReport
+from engine.jobs.request import check_route, http_request
 from engine.json_codec import decode
 from engine.run_clock import CLOCK
 from engine.server.health_check import HealthCheck
@@ -135,7 +136,7 @@ class ServerApp:
         if self.refusal is not None:
             raise self.refusal
         path = request.scope["path"]
-        inputs.check_route(path, self._engine.open_routes | WEBSOCKET, self._engine.has_route)
+        check_route(path, self._engine.open_routes | WEBSOCKET, self._engine.has_route)
         app = await self._engine.app()
         body = await request.body() if _has_json_body(request.scope) else None
         if request.has_left:
@@ -152,7 +153,7 @@ class ServerApp:
         """Return a JSON body in the names that vLLM has today; tell code deep inside vLLM about it."""
         scope = request.scope
         query = scope["query_string"].decode("latin-1")
-        read = inputs.http_request(
+        read = http_request(
             scope["method"], scope["path"], query, body, self._engine.event_tokens, request_id=request.id
         )
         request.costs = CostReport(request.id, read, self._engine.pop_request_stats)

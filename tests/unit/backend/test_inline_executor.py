@@ -12,7 +12,7 @@ import pytest
 from engine.backend.app import Message, Receive, Send
 from engine.backend.inline_executor import SHORT, SHORT_BYTES, InlineExecutor
 from engine.jobs import asgi
-from engine.jobs.inputs import Request
+from engine.jobs.request import Request
 
 pytestmark = pytest.mark.anyio
 

@@ -13,7 +13,7 @@ from engine.backend import app
 from engine.backend.app import Message, Receive, Send
 from engine.errors import EngineError
 from engine.jobs import asgi
-from engine.jobs.inputs import Request
+from engine.jobs.request import Request
 from tests.scripted import ScriptedApp
 
 pytestmark = pytest.mark.anyio

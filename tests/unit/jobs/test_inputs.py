@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from engine.backend.routes import SERVING
 from engine.errors import InvalidInputError, JobError, RouteNotAllowedError, UnknownRouteError
-from engine.jobs.inputs import BATCHING_FIELDS, Request, parse
+from engine.jobs.inputs import BATCHING_FIELDS, parse
 from engine.jobs.proxied import ProxiedRequest
+from engine.jobs.request import Request
 
 MESSAGES = [{"role": "user", "content": "漢 😀"}]
 
