@@ -89,8 +89,8 @@ def _options(arguments: argparse.Namespace) -> Options:
         requests_per_worker=arguments.requests_per_worker,
         queue_delay_s=arguments.queue_delay,
         flashboot=FLASHBOOT[arguments.flashboot] if arguments.flashboot else None,
-        volumes=tuple(arguments.volume),
-        data_centers=tuple(arguments.data_center),
+        volumes=None if arguments.volume is None else tuple(arguments.volume),
+        data_centers=None if arguments.data_center is None else tuple(arguments.data_center),
         registry=arguments.registry,
         disk_gb=arguments.disk,
         execution_timeout_s=arguments.execution_timeout,
@@ -159,15 +159,20 @@ def _add_options(parser: argparse.ArgumentParser, *, creates: bool) -> None:
     machine.add_argument(
         "--disk", type=int, metavar="GB", help="size of the container's disk" + default("20, and room for the model")
     )
-    machine.add_argument(
-        "--volume", action="append", default=[], metavar="ID", help="network volume to mount; may be repeated"
+    volumes = machine.add_mutually_exclusive_group()
+    volumes.add_argument("--volume", action="append", metavar="ID", help="network volume to mount; may be repeated")
+    volumes.add_argument(
+        "--no-volume", dest="volume", action="store_const", const=[], help="mount no network volume any more"
     )
-    machine.add_argument(
+    places = machine.add_mutually_exclusive_group()
+    places.add_argument(
         "--data-center",
         action="append",
-        default=[],
         metavar="ID",
         help="where workers may run; may be repeated" + default("anywhere"),
+    )
+    places.add_argument(
+        "--no-data-center", dest="data_center", action="store_const", const=[], help="let workers run anywhere again"
     )
     machine.add_argument(
         "--flashboot", choices=FLASHBOOT, help="freeze idle workers for a quicker start" + default("on")

@@ -43,7 +43,7 @@ async def choose(
     for count in _counts(options, examined):
         catalogue = await catalogue_for(count)
         try:
-            choice = gpus.choose(catalogue, examined.fit, count, options.data_centers)
+            choice = gpus.choose(catalogue, examined.fit, count, options.data_centers or ())
         except CapacityError as error:
             taken = taken or error
             continue

@@ -67,10 +67,12 @@ def option_names(text: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of an endpoint; None and empty mean not given.
+    """What is asked of an endpoint; None means not given, as does no GPU.
 
     Attributes:
         gpus: pools or GPU types.
+        volumes: network volumes; empty for none.
+        data_centers: where workers may run; empty for anywhere.
         idle_timeout_s: after which an idle worker is stopped.
         requests_per_worker: scale by the number of requests.
         queue_delay_s: scale by the time that a request waits.
@@ -91,8 +93,8 @@ class Options:
     requests_per_worker: int | None = None
     queue_delay_s: float | None = None
     flashboot: str | None = None
-    volumes: tuple[str, ...] = ()
-    data_centers: tuple[str, ...] = ()
+    volumes: tuple[str, ...] | None = None
+    data_centers: tuple[str, ...] | None = None
     registry: str | None = None
     disk_gb: int | None = None
     execution_timeout_s: float | None = None
@@ -116,8 +118,8 @@ class Options:
             "workers": _given(workers),
             "scaling": self._scaling(),
             "flashboot": self.flashboot,
-            "networkVolumes": list(self.volumes),
-            "dataCenterIds": list(self.data_centers),
+            "networkVolumes": None if self.volumes is None else list(self.volumes),
+            "dataCenterIds": None if self.data_centers is None else list(self.data_centers),
             "timeout": None if self.execution_timeout_s is None else math.ceil(self.execution_timeout_s * 1000),
         }
         return _given(fields)
@@ -131,4 +133,4 @@ class Options:
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None and value not in ([], {})}
+    return {name: value for name, value in fields.items() if value is not None and value != {}}

@@ -127,8 +127,8 @@ def with_places(options: Options, endpoint: Endpoint) -> Options:
     """Return the options with the volumes and data centers that an endpoint has, and keeps if none are given."""
     return replace(
         options,
-        volumes=options.volumes or tuple(endpoint.network_volumes),
-        data_centers=options.data_centers or tuple(endpoint.data_center_ids),
+        volumes=tuple(endpoint.network_volumes) if options.volumes is None else options.volumes,
+        data_centers=tuple(endpoint.data_center_ids) if options.data_centers is None else options.data_centers,
     )
 
 

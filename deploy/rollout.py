@@ -25,6 +25,11 @@ async def change(context: Context, endpoint: Endpoint, wanted: dict[str, Any], *
     check("UpdateEndpointRequest", body)
     for line in lines:
         context.console.log(f"{endpoint.name}: {line}")
+    if body.get("networkVolumes") == [] and "disk" not in body and endpoint.disk is not None:
+        context.console.log(
+            f"without a volume, the model goes to the container's disk of {endpoint.disk} GB: "
+            "give --disk if it needs more"
+        )
     if context.dry_run:
         context.show_request("PATCH", f"/v2/serverless/{endpoint.id}", body)
         return None

@@ -52,3 +52,13 @@ def test_an_update_does_not_take_the_image_of_the_environment(monkeypatch: pytes
 
     assert parser.parse_args(["up", "org/tiny"]).image == "x/y:9"
     assert parser.parse_args(["update", "tiny"]).image is None
+
+
+@pytest.mark.parametrize(
+    ("given", "volumes"),
+    [([], None), (["--volume", "a", "--volume", "b"], ("a", "b")), (["--no-volume"], ())],
+)
+def test_no_volume_is_another_thing_than_none_given(given: list[str], volumes: tuple[str, ...] | None) -> None:
+    arguments = command_line._parser().parse_args(["update", "tiny", *given])
+
+    assert command_line._options(arguments).volumes == volumes

@@ -62,6 +62,18 @@ def test_an_update_to_another_gpu_excludes_the_others_of_its_pool(context: Conte
     assert runpod.bodies == [{"gpu": {"pools": ["AMPERE_24"], "excludedTypes": ["NVIDIA RTX A5000"]}}]
 
 
+def test_an_update_takes_volumes_and_data_centers_back(
+    context: Context, runpod: FakeRunPod, terminal: Terminal
+) -> None:
+    runpod.endpoints["ep1"] |= {"networkVolumes": ["vol"], "dataCenterIds": ["EU-1"], "disk": 20}
+
+    asyncio.run(commands.update(context, "tiny", Options(volumes=(), data_centers=())))
+
+    assert runpod.bodies == [{"networkVolumes": [], "dataCenterIds": []}]
+    assert "tiny: networkVolumes: vol -> none" in terminal.messages
+    assert "the container's disk of 20 GB: give --disk if it needs more" in terminal.messages
+
+
 def test_an_endpoint_is_deleted_only_if_that_is_confirmed(
     context: Context, runpod: FakeRunPod, monkeypatch: pytest.MonkeyPatch
 ) -> None:

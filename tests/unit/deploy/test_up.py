@@ -302,6 +302,16 @@ def test_an_endpoint_keeps_its_volume_and_data_centers(context: Context, model: 
     assert runpod.bodies[1:] == [{"image": "x/y:2"}]
 
 
+def test_an_endpoint_without_its_volume_gets_a_disk_for_the_model(
+    context: Context, model: str, runpod: FakeRunPod
+) -> None:
+    made(context, model, runpod, volumes=("vol",))
+
+    asyncio.run(up(context, model, Options(image="x/y:1", volumes=()), wait=False))
+
+    assert runpod.bodies[1:] == [{"networkVolumes": [], "disk": 40}]
+
+
 def test_a_split_that_a_setting_asks_for_needs_as_many_gpus(context: Context, runpod: FakeRunPod) -> None:
     options = Options(image="x/y:1", gpus=("4090",), env={"TENSOR_PARALLEL_SIZE": "2"})
 
