@@ -81,8 +81,8 @@ class Process:
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(family, timeout=10)
-        self.popen.wait(timeout=10)
+        psutil.wait_procs(family, timeout=60)
+        self.popen.wait(timeout=60)
         self._log.close()
 
 

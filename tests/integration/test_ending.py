@@ -79,7 +79,7 @@ def test_a_dead_engine_fails_all_jobs_as_retryable_and_ends_the_worker(
     assert status == 1
     assert [job.error()["retryable"] for job in jobs] == [True] * 20
     assert late.status()["status"] == "IN_QUEUE", late.status()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
     with capsys.disabled():
         print(f"\nengine core killed amid 20 jobs: the worker has ended after {ended_s:.1f} s")  # noqa: T201
@@ -103,7 +103,7 @@ def test_a_stalled_engine_fails_all_jobs_as_retryable_and_ends_the_worker(
     stall = re.search(r"The worker has failed: no step for (\d+) s while 3 requests run", own_worker.log)
     assert stall is not None
     assert int(stall[1]) >= 4
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
 
 
@@ -125,7 +125,7 @@ def test_after_sigterm_short_jobs_complete_and_long_ones_fail_as_retryable(
     assert "".join(output["text"] for output in short.wait()) == example("primes").answer
     error = long.error()
     assert (error["status"], error["retryable"]) == (503, True)
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
 
 

@@ -92,6 +92,6 @@ def test_sigkill_during_the_download_leaves_no_process_behind(hub: Hub, volume: 
 
         process.popen.send_signal(signal.SIGKILL)
 
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == []
     assert not (volume / "models/an-org--tiny/main/config.json").exists()

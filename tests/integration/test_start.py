@@ -123,7 +123,7 @@ def test_sigterm_during_the_download_of_the_model_ends_the_worker_at_once(
 
         process.popen.send_signal(signal.SIGTERM)
 
-        _, alive = psutil.wait_procs(family, timeout=5)
+        _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == []
         assert process.popen.wait(1) == 0
     files = [path.name for path in (tmp_path / "models").rglob("*.json")]

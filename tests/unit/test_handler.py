@@ -23,7 +23,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
 
@@ -68,7 +68,7 @@ def test_a_signal_during_the_start_ends_the_worker_without_a_traceback(number: s
 
         process.send_signal(number)
 
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=100)
     assert process.returncode == 0
     assert "Traceback" not in errors
 

@@ -51,7 +51,7 @@ def test_a_stream_that_is_frozen_on_a_connection_that_lasts_goes_on_where_it_was
         assert outputs(site) < len(WORDS)
         site.thaw(worker["id"])
 
-        assert stream.result(30) == [*WORDS, "[DONE]"]
+        assert stream.result(60) == [*WORDS, "[DONE]"]
     assert site.lines_with("Restored: ")[0].endswith("1 requests in progress")
 
 

@@ -137,7 +137,7 @@ def test_sigterm_makes_the_worker_unhealthy_and_loses_no_request(start: Start) -
         eventually(lambda: len(site.workers("running")) == 2)
         os.kill(workers[0]["pid"], signal.SIGTERM)
         late = [words(site.client, "x") for _ in range(10)]
-        assert [stream.result(30) for stream in streams] == [[*"abcdefgh", "[DONE]"]] * 2
+        assert [stream.result(60) for stream in streams] == [[*"abcdefgh", "[DONE]"]] * 2
     assert late == [["x", "[DONE]"]] * 10
     assert site.exited(workers[0]["id"]) == 0
 

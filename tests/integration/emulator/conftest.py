@@ -28,7 +28,7 @@ WORKER = Path(__file__).with_name("openai_worker.py")
 T = TypeVar("T")
 
 
-def eventually(poll: Callable[[], T], timeout_s: float = 30.0, interval_s: float = 0.02) -> T:
+def eventually(poll: Callable[[], T], timeout_s: float = 60.0, interval_s: float = 0.02) -> T:
     """Return the first true value of `poll`; fail the test after the timeout."""
     deadline = time.monotonic() + timeout_s
     while not (value := poll()):

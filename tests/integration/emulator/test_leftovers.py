@@ -38,7 +38,7 @@ def test_no_process_is_left_after_sigkill(command_line: Begin, tmp_path: Path) -
     emulator = command_line(*OPTIONS, PIDS=str(tmp_path / "pids"))
     tree = process_tree(tmp_path / "pids")
     emulator.process.kill()
-    eventually(lambda: not any(alive(pid) for pid in tree), 10)
+    eventually(lambda: not any(alive(pid) for pid in tree), 30)
 
 
 def test_a_second_sigint_kills_all_workers_at_once(command_line: Begin, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_killing_a_worker_kills_its_descendants(start: Start, tmp_path: Path) ->
     (worker,) = site.idle_workers(1)
     assert worker["pid"] == tree[1]
     assert site.root.post(f"/workers/{worker['id']}/kill").json() == {"id": worker["id"], "killed": True}
-    eventually(lambda: not any(alive(pid) for pid in tree), 10)
+    eventually(lambda: not any(alive(pid) for pid in tree), 30)
     exited = eventually(
         lambda: [it for it in site.state()["gone"] + site.state()["workers"] if it["exitCode"] is not None]
     )
@@ -69,7 +69,7 @@ def test_the_descendants_of_a_worker_that_exits_are_killed(start: Start, tmp_pat
     start(command=COMMAND, workersMin=1, workersMax=1, env=environment, grace=60)
     tree = process_tree(tmp_path / "pids")
     os.kill(tree[1], signal.SIGTERM)
-    eventually(lambda: not any(alive(pid) for pid in tree), 10)
+    eventually(lambda: not any(alive(pid) for pid in tree), 30)
 
 
 def test_killing_the_launcher_kills_the_worker_and_its_process_group(start: Start, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_killing_the_launcher_kills_the_worker_and_its_process_group(start: Star
     tree = process_tree(tmp_path / "pids")
     try:
         os.kill(tree[0], signal.SIGKILL)
-        eventually(lambda: not any(alive(pid) for pid in tree[:3]), 10)
+        eventually(lambda: not any(alive(pid) for pid in tree[:3]), 30)
         eventually(lambda: any("exited with -9" in event["text"] for event in site.state()["events"]))
     finally:
         # Without the launcher, nothing can find the grandchild in a session of its own.

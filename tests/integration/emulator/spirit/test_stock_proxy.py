@@ -87,7 +87,7 @@ def test_heartbeats_are_sent_and_no_task_is_taken_while_the_model_loads(start_pr
     site = start_proxy(env={"LOADS_S": "2"}, heartbeatInterval=1)
     with ThreadPoolExecutor(1) as pool:
         response = pool.submit(site.openai.post, "/chat/completions", json=site.chat("hello"))
-        assert response.result(30).status_code == 200
+        assert response.result(60).status_code == 200
     worker = site.state()["workers"][0]
     assert worker["readyAt"] - worker["startedAt"] >= 2
 

@@ -115,7 +115,7 @@ def test_sigterm_ends_the_worker_at_once_and_its_task_has_no_answer(start_handle
         eventually(lambda: site.state()["health"]["jobs"]["inProgress"])
         os.kill(worker["pid"], signal.SIGTERM)
         assert exited(site)["exitCode"] == -signal.SIGTERM
-        assert response.result(30).json() == {"error": "request timeout"}
+        assert response.result(60).json() == {"error": "request timeout"}
 
 
 def test_a_killed_workers_task_is_redelivered_or_lost_as_the_settings_say(start_handler: Start) -> None:
@@ -125,7 +125,7 @@ def test_a_killed_workers_task_is_redelivered_or_lost_as_the_settings_say(start_
         response = pool.submit(site.sync, {"echo": 1, "sleep": 1})
         eventually(lambda: site.state()["health"]["jobs"]["inProgress"])
         site.root.post(f"/workers/{worker['id']}/kill").raise_for_status()
-        assert response.result(30).json()["echo"] == 1
+        assert response.result(60).json()["echo"] == 1
     (task,) = site.ended()
     assert (task["retries"], task["workerId"] == worker["id"]) == (1, False)
 
@@ -216,7 +216,7 @@ def test_a_handler_that_blocks_stops_all_but_heartbeats(start_handler: Start) ->
         blocking = pool.submit(site.sync, {"block": 2})
         eventually(lambda: site.state()["health"]["jobs"]["inProgress"])
         other = pool.submit(site.sync, {"echo": 1})
-        assert blocking.result(30).status_code == other.result(30).status_code == 200
+        assert blocking.result(60).status_code == other.result(30).status_code == 200
     first, second = sorted(site.ended(2), key=lambda task: float(task["submittedAt"]))
     assert second["takenAt"] >= first["firstOutputAt"]
 
