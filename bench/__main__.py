@@ -20,7 +20,7 @@ from types import FrameType
 import uvloop
 
 from bench import advise, cold, environment, gpu, imports, plots, report, streams, systems, vllm_bench
-from bench.advisor import options
+from bench.advisor import options as advise_options
 from bench.compare import Results, compare
 from bench.report import print_progress
 from bench.scenarios import SEED, Scenario, default_scenarios, full_scenarios
@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     streams.add_options(
         commands.add_parser("streams", help="measure streams at the pace of a GPU", description=streams.__doc__)
     )
-    options.add_options(commands.add_parser("advise", help="find settings for an endpoint", description=advise.__doc__))
+    advise_options.add_options(
+        commands.add_parser("advise", help="find settings for an endpoint", description=advise.__doc__)
+    )
     imports.add_options(commands.add_parser("imports", help="list what a start imports", description=imports.__doc__))
     vllm_bench.add_options(
         commands.add_parser("vllm-bench", help="measure with vLLM's own load tool", description=vllm_bench.__doc__)

@@ -27,7 +27,7 @@ async def change(context: Context, endpoint: Endpoint, wanted: dict[str, Any], *
         context.console.log(f"{endpoint.name}: {line}")
     if body.get("networkVolumes") == [] and "disk" not in body and endpoint.disk is not None:
         context.console.log(
-            f"without a volume, the model goes to the container's disk of {endpoint.disk} GB: "
+            f"without a volume, a model that the image lacks goes to the container's disk of {endpoint.disk} GB: "
             "give --disk if it needs more"
         )
     if context.dry_run:

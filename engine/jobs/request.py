@@ -60,7 +60,8 @@ def http_request(  # noqa: PLR0913 (all that a request has)
         query: of the route, or empty.
         body: as it came; it is only changed if it is a JSON object with fields that have another name today, or on a
             route that takes the id from it.
-        event_tokens: as for `inputs.parse`.
+        event_tokens: returns how many tokens an event of a stream of plain text should have on a route; None where each
+            token must be an event of its own.
         request_id: names the request in vLLM.
 
     Raises:
